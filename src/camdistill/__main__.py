@@ -1,0 +1,7 @@
+"""`python -m camdistill`."""
+
+import sys
+
+from camdistill.cli import main
+
+sys.exit(main())

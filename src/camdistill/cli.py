@@ -1,0 +1,93 @@
+"""The command line: Lightning's loops, our commands, and every mistake in one line."""
+
+import errno
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+from camdistill.errors import UserError, nearest
+
+LOOPS = {
+    "fit": "train a student (or a teacher) from a config",
+    "validate": "measure a checkpoint on the validation images",
+    "test": "measure a checkpoint on the test images",
+    "predict": "logits and maps of the test images",
+}
+COMMANDS = {
+    "explain": "pictures and raw maps of images, of a checkpoint or of any network",
+    "study": "train several arms with several seeds and compare them",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run(given)
+    except UserError as error:
+        return _told(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the disk"
+        return _told(f"no space left writing to {where}; free some and start the command again")
+    except KeyboardInterrupt:
+        print("camdistill: interrupted; `--ckpt_path last` goes on from the last checkpoint")
+        return 130
+    return 0
+
+
+def _run(given: list[str]) -> None:
+    if not given or given[0] in ("-h", "--help"):
+        print(_help())
+    elif given[0] == "--version":
+        print(importlib.import_module("camdistill").__version__)
+    elif given[0] in LOOPS:
+        loops = importlib.import_module("camdistill.commands.loops")
+        _quieten()
+        loops.run(given)
+    elif given[0] in COMMANDS:
+        command = getattr(importlib.import_module(f"camdistill.commands.{given[0]}"), given[0])
+        _quieten()
+        importlib.import_module("camdistill.commands.parsing").call(command, given)
+    else:
+        raise UserError(
+            f"no command '{given[0]}'; {nearest(given[0], [*LOOPS, *COMMANDS])}. "
+            "`camdistill --help` lists them"
+        )
+
+
+def _quieten() -> None:
+    """Leaves out what Lightning says of itself; its warnings stay, but for those that we answer.
+
+    Called after Lightning is imported, which sets its loggers' levels.
+    """
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*LeafSpec.*",  # Lightning's pytree helper against new releases of torch
+        ".*does not have many workers.*",  # images come from memory
+        ".*module.s. in eval mode at the start.*",  # the teacher, which stays there
+        ".*smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _help() -> str:
+    rows = [f"  {name:<10}{what}" for name, what in (LOOPS | COMMANDS).items()]
+    return "\n".join(
+        [
+            "camdistill: distilled explainers and layer analysis",
+            "",
+            *rows,
+            "",
+            "`camdistill <command> --help` tells a command's options; -c reads them from a file.",
+        ]
+    )
+
+
+def _told(message: str) -> int:
+    print(f"camdistill: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,260 @@
+"""`explain`: pictures, raw maps and numbers of images, for a checkpoint or for any network."""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from camdistill.commands.sources import images_from
+from camdistill.distill.checkpoints import Explainer, load
+from camdistill.errors import UserError, nearest
+from camdistill.explain.gradcam import Explanation, last_layer
+from camdistill.explain.gradcam import explain as explain_network
+from camdistill.measure.fidelity import map_scores
+from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher
+from camdistill.report.figures import Row, map_panel, save_png
+from camdistill.report.results import Cell, text_table, write_atomically, write_results
+from camdistill.types import Images
+
+Grid = Float[np.ndarray, "height width"]
+CHUNK = 32  # images in one forward
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The networks that are explained.
+
+    Attributes:
+        teacher: Its top class is explained, of both networks.
+        student: Beside it, or None.
+        pairs: Layers of (teacher, student); the student's is empty where there is none.
+        classes: Names of the classes; empty when unknown.
+        size: Side of the images that the networks were trained on, in pixels.
+        sha256: Of the files that were read.
+    """
+
+    teacher: Preprocessed
+    student: Preprocessed | None
+    pairs: list[tuple[str, str]]
+    classes: tuple[str, ...]
+    size: int
+    sha256: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One class of one image at one pair of layers."""
+
+    layers: tuple[str, str]
+    class_name: str
+    teacher: Grid
+    student: Grid | None
+    scores: dict[str, float]
+
+
+def explain(
+    checkpoint: Path | None = None,
+    teacher: str | None = None,
+    weights: str | None = None,
+    images: list[Path] = [],  # noqa: B006  (never changed; jsonargparse shows it)
+    data: str | None = None,
+    layers: list[str] = [],  # noqa: B006
+    classes: list[str] = [],  # noqa: B006
+    count: int = 16,
+    size: int | None = None,
+    out: Path = Path("runs/explain"),
+    trust: list[str] = [],  # noqa: B006
+) -> dict[str, object]:
+    """Explains images: a panel for each, its raw maps as .npz, and results.json.
+
+    With a checkpoint the student stands beside its teacher; maps are of the teacher's top class.
+
+    Args:
+        checkpoint: A student (or classifier) of ours: .safetensors or .ckpt.
+        teacher: A network alone, by name or class path: resnet50, resnet56, package.module.Network.
+        weights: Of that network: a file, or DEFAULT for torchvision's. With a checkpoint: where
+            the teacher's file is now.
+        images: Image files or folders.
+        data: In place of images: shapes, cifar10, cifar100, or an image folder; its test images.
+        layers: Layers to show, the student's and the teacher's joined by a colon: stage3:layer2; of
+            a network alone its layers. Default: the pairs of the checkpoint, or the last layer.
+        classes: Classes to show, by name or number. Default: the teacher's top class.
+        count: At most so many images, spread evenly.
+        size: Side in pixels that images are scaled and cut to. Default: the training images'.
+        out: Folder for the results.
+        trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
+            paths may come from.
+    """
+    shown = _networks(checkpoint, teacher, weights, trust)
+    found = images_from(images, data, count=count, size=size or shown.size)
+    shown = replace(shown, pairs=_pairs(shown, layers, found.images[:1]))
+    names = shown.classes or found.classes
+    chosen = [_class_number(name, names) for name in classes]
+    told, own = _explanations(shown, found.images, chosen)
+    rows: dict[str, dict[str, object]] = {}
+    for index, name in enumerate(found.names):
+        pairs = list(_pairs_of_image(index, shown, told, own, names))
+        said = _said(index, told, own, names)
+        path = out / f"{index:03d}_{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[-60:]}"
+        _write_image(path, name, found.images[index].numpy(), pairs, said)
+        maps = {f"{pair.layers[0]}/{pair.class_name}": pair.scores for pair in pairs if pair.scores}
+        rows[name] = {**said, **({"maps": maps} if maps else {})}
+    results: dict[str, object] = {"n": len(rows), "images": rows}
+    write_results(out / "results.json", results, sha256=shown.sha256)
+    print(text_table({name: _flat(row) for name, row in rows.items()}, corner="image"))
+    print(f"\n{len(rows)} pictures, raw maps (.npz) and results.json are in {out}")
+    return results
+
+
+def _networks(
+    checkpoint: Path | None, teacher: str | None, weights: str | None, trust: Sequence[str]
+) -> Shown:
+    if checkpoint is not None and teacher is None:
+        return _of_checkpoint(load(checkpoint, trust=trust, teacher=weights))
+    if teacher is None or checkpoint is not None:
+        raise UserError(
+            "give either --checkpoint FILE (a student with its teacher), or --teacher NAME and "
+            "--weights (a network alone)"
+        )
+    alone = Teacher(NetworkSpec(teacher, weights))
+    size = 32 if isinstance(alone.network, CifarResNet | WideResNet) else 224
+    return Shown(alone, None, [], (), size, {"teacher": alone.sha256})
+
+
+def _of_checkpoint(found: Explainer) -> Shown:
+    size = int(found.settings.get("size", [224])[0])
+    sha256: dict[str, str | None] = {"checkpoint": found.sha256}
+    if found.teacher is None:
+        if found.teacher_missing:
+            print(f"No teacher, so the student alone: {found.teacher_missing}\n")
+        return Shown(found.network, None, [], found.classes, size, sha256)
+    pairs = [(teacher, student) for student, teacher, _ in found.pairs]
+    sha256["teacher"] = found.teacher.sha256
+    return Shown(found.teacher, found.network, pairs, found.classes, size, sha256)
+
+
+def _pairs(shown: Shown, layers: Sequence[str], image: Images) -> list[tuple[str, str]]:
+    """The layers to show, as (teacher's, student's)."""
+    if shown.student is None:
+        return [(name, "") for name in layers or [last_layer(shown.teacher, image)]]
+    if not layers:
+        return shown.pairs or [(last_layer(shown.teacher, image), last_layer(shown.student, image))]
+    split = [layer.split(":") for layer in layers]
+    wrong = next((layer for layer, parts in zip(layers, split, strict=True) if len(parts) != 2), "")
+    if wrong:
+        raise UserError(
+            f"layer '{wrong}': name the student's and the teacher's, such as stage3:layer2; the "
+            f"checkpoint's own are {', '.join(f'{own}:{other}' for other, own in shown.pairs)}"
+        )
+    return [(teacher, student) for student, teacher in split]
+
+
+def _class_number(name: str, names: Sequence[str]) -> int:
+    if name in names:
+        return list(names).index(name)
+    if name.isdigit():
+        return int(name)
+    hint = nearest(name, names) if names else "give its number: names of classes aren't known here"
+    raise UserError(f"no class '{name}'; {hint}")
+
+
+def _class_name(number: int, names: Sequence[str]) -> str:
+    return names[number] if number < len(names) else str(number)
+
+
+def _explanations(
+    shown: Shown, images: Images, chosen: Sequence[int]
+) -> tuple[Explanation, Explanation | None]:
+    """Both networks on all images, maps being [B, C, h, w] for the classes shown."""
+    told, own = [], []
+    for part in torch.split(images, CHUNK):
+        with torch.no_grad():
+            top = shown.teacher(part).argmax(1)[:, None]
+        classes = torch.tensor([chosen]).expand(len(part), -1) if chosen else top
+        told.append(
+            explain_network(shown.teacher, part, [pair[0] for pair in shown.pairs], classes)
+        )
+        if shown.student is not None:
+            layers = [pair[1] for pair in shown.pairs]
+            own.append(explain_network(shown.student, part, layers, classes))
+    return _joined(told), _joined(own) if own else None
+
+
+def _joined(parts: Sequence[Explanation]) -> Explanation:
+    return Explanation(
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.classes for part in parts]),
+        {name: torch.cat([part.maps[name] for part in parts]) for name in parts[0].maps},
+        {},
+    )
+
+
+def _pairs_of_image(
+    index: int, shown: Shown, told: Explanation, own: Explanation | None, names: Sequence[str]
+) -> Iterator[Pair]:
+    for layers in shown.pairs:
+        for place, number in enumerate(told.classes[index].tolist()):
+            teacher = told.maps[layers[0]][index, place]
+            student = None if own is None else own.maps[layers[1]][index, place]
+            scores = {}
+            if student is not None:
+                found = map_scores(student[None], teacher[None])
+                scores = {name: float(value) for name, value in found._asdict().items()}
+            grid = None if student is None else student.numpy()
+            yield Pair(layers, _class_name(number, names), teacher.numpy(), grid, scores)
+
+
+def _said(
+    index: int, told: Explanation, own: Explanation | None, names: Sequence[str]
+) -> dict[str, object]:
+    """What each network takes the image for."""
+    said: dict[str, object] = {}
+    for who, found in (("teacher", told), ("student", own)):
+        if found is not None:
+            probability, top = found.logits[index].softmax(0).max(0)
+            said[who] = {"class": _class_name(int(top), names), "probability": float(probability)}
+    return said
+
+
+def _write_image(
+    path: Path,
+    name: str,
+    image: Float[np.ndarray, "channels height width"],
+    pairs: Sequence[Pair],
+    said: dict[str, object],
+) -> None:
+    """An image's panel and its raw maps."""
+    rows, arrays = [], {}
+    for pair in pairs:
+        caption = [":".join(layer for layer in reversed(pair.layers) if layer), pair.class_name]
+        caption += [f"Pearson {pair.scores['pearson']:.2f}"] if pair.scores else []
+        rows.append(Row(image, pair.teacher, pair.student, caption))
+        arrays[f"teacher/{pair.layers[0]}/{pair.class_name}"] = pair.teacher
+        if pair.student is not None:
+            arrays[f"student/{pair.layers[1]}/{pair.class_name}"] = pair.student
+    told = "   ".join(f"{who}: {_flat({who: what})[who]}" for who, what in said.items())
+    save_png(path.with_name(f"{path.name}.png"), map_panel(rows, title=f"{name}   {told}"))
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    write_atomically(path.with_name(f"{path.name}.npz"), content.getvalue())
+
+
+def _flat(row: dict[str, object]) -> dict[str, Cell]:
+    """An image's numbers as a line of the table."""
+    line: dict[str, Cell] = {}
+    for who, said in row.items():
+        if not isinstance(said, dict):
+            continue
+        if who == "maps":
+            line |= {
+                f"Pearson {key.split('/')[0]}": scores["pearson"] for key, scores in said.items()
+            }
+        else:
+            line[who] = f"{said['class']} {said['probability']:.2f}"
+    return line

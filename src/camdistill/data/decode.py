@@ -1,0 +1,147 @@
+"""One image file to uint8 RGB at one size, whatever its kind."""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from camdistill.errors import UserError
+
+# Raise it when decoding changes: every cache is then rebuilt
+VERSION = 1
+# What Pillow raises on files that are damaged, cut off, of an unknown kind or absurdly large
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How stored pixels lie in an upright image: scaled, then cut out at the centre.
+
+    Attributes:
+        width: Of the upright image before scaling.
+        height: Of the upright image before scaling.
+        size: Length of the shorter side after scaling and of the stored square; None: as it is.
+    """
+
+    width: int
+    height: int
+    size: int | None
+
+    def scaled(self) -> tuple[int, int]:
+        """Width and height after scaling: torchvision's `Resize(size)`."""
+        if self.size is None:
+            return self.width, self.height
+        if self.width <= self.height:
+            return self.size, int(self.size * self.height / self.width)
+        return int(self.size * self.width / self.height), self.size
+
+    def corner(self) -> tuple[int, int]:
+        """Left and top of the cut-out in the scaled image: torchvision's `CenterCrop(size)`."""
+        if self.size is None:
+            return 0, 0
+        width, height = self.scaled()
+        return round((width - self.size) / 2), round((height - self.size) / 2)
+
+    def stored_box(self, box: NDArray[np.float64]) -> NDArray[np.float64]:
+        """A box (inclusive pixels) of the upright image in the stored one; NaN if outside it."""
+        width, height = self.scaled()
+        left, top = self.corner()
+        stored = (width, height) if self.size is None else (self.size, self.size)
+        scale = np.array([width / self.width, height / self.height] * 2)
+        # inclusive pixels to edges and back: pixel p covers [p, p + 1)
+        edges = (box + np.array([0, 0, 1, 1])) * scale - np.array([left, top, left, top])
+        edges = np.clip(edges, 0, np.array([*stored, *stored]))
+        if edges[2] <= edges[0] or edges[3] <= edges[1]:
+            return np.full(4, np.nan)
+        moved: NDArray[np.float64] = edges - np.array([0, 0, 1, 1])
+        return moved
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode as 8-bit RGB; transparency lies on white, as a page shows it."""
+    mode = image.mode
+    if mode.startswith("I;16") or mode == "I":
+        # 16 bits (mode I too, where older files and TIFF put them): 65535 becomes 255
+        deep = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.clip(np.rint(deep / 257), 0, 255).astype(np.uint8)).convert("RGB")
+    if mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        page = Image.new("RGBA", clear.size, (255, 255, 255, 255))
+        return Image.alpha_composite(page, clear).convert("RGB")
+    return image if mode == "RGB" else image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as the camera's EXIF note says."""
+    # getexif costs as much as decoding a small image; most files have none
+    if "exif" in image.info or image.format in ("TIFF", "MPO", "JPEG"):
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def decode(
+    path: Path | str, size: int | None, kind: Literal["image", "mask"] = "image"
+) -> tuple[NDArray[np.uint8], Frame]:
+    """Read one file.
+
+    Args:
+        path: The file.
+        size: Shorter side after scaling, and side of the square cut out of the middle; None keeps
+            the image as it is.
+        kind: `image` gives [3, H, W], scaled with Pillow's antialiased bilinear filter; `mask`
+            gives [1, H, W] of 0 and 1 (anything above 0), scaled by nearest pixels.
+
+    Raises:
+        UserError: The file is broken, with the reason.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = _upright(opened)
+            frame = Frame(*image.size, size)
+            image = _rgb(image) if kind == "image" else Image.fromarray(_nonzero(image))
+            image = _framed(image, frame, kind)
+            pixels = np.asarray(image, dtype=np.uint8)
+    except BROKEN as error:
+        reason = " ".join(str(error).replace(str(path), "").split())
+        raise UserError(
+            f"can't read {str(path)!r} ({reason or type(error).__name__}); replace or remove the "
+            "file, or set on_broken: skip"
+        ) from None
+    channels = pixels.reshape(*pixels.shape[:2], -1)
+    return channels.transpose(2, 0, 1), frame
+
+
+def _nonzero(image: Image.Image) -> NDArray[np.uint8]:
+    """1 where a mask is marked; palette masks (VOC) count by index, not by colour."""
+    pixels = np.asarray(image)
+    if image.mode in ("RGBA", "LA"):
+        pixels = pixels[..., :-1]
+    marked = np.atleast_3d(pixels > 0).any(axis=2)
+    return np.asarray(marked, dtype=np.uint8)
+
+
+def _framed(image: Image.Image, frame: Frame, kind: Literal["image", "mask"]) -> Image.Image:
+    if frame.size is None:
+        return image
+    if frame.scaled() != image.size:
+        filter_ = Image.Resampling.BILINEAR if kind == "image" else Image.Resampling.NEAREST
+        image = image.resize(frame.scaled(), filter_)
+    left, top = frame.corner()
+    if image.size != (frame.size, frame.size):
+        image = image.crop((left, top, left + frame.size, top + frame.size))
+    return image

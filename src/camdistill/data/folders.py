@@ -1,0 +1,237 @@
+"""Image folders: which split lies where, which files are images, what their classes are."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camdistill.errors import UserError, nearest
+
+Split = Literal["train", "val", "test"]
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Beside the images, not among them
+MASKS = "masks"
+BOXES = "boxes.csv"
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files below a folder, sorted by path, with what tells whether they changed.
+
+    Attributes:
+        folder: The folder that paths are relative to.
+        names: Relative paths with forward slashes, on every platform.
+        stats: int64 [N, 2], size in bytes and modification time in nanoseconds.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    stats: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, position: int) -> Path:
+        """Where one file is."""
+        return self.folder / self.names[position]
+
+    def digest(self) -> str:
+        """sha256 of the list: another one where a file came, went or changed."""
+        listed = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape"))
+        listed.update(np.ascontiguousarray(self.stats).tobytes())
+        return listed.hexdigest()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of an image folder lie.
+
+    Attributes:
+        root: The folder itself.
+        train: The training images; the root where it has no split folders.
+        val: A folder to validate on; None: validation is carved from the training images.
+        test: A folder to test on; None: the test images are carved too.
+    """
+
+    root: Path
+    train: Path
+    val: Path | None
+    test: Path | None
+
+    def parts(self) -> dict[Split, Path]:
+        """The folders that there are, by split."""
+        found: dict[Split, Path | None] = {"train": self.train, "val": self.val, "test": self.test}
+        return {split: path for split, path in found.items() if path is not None}
+
+
+def existing_folder(root: Path) -> Path:
+    """A folder that is there.
+
+    Raises:
+        UserError: It is not; the nearest names beside it are offered.
+    """
+    if root.is_dir():
+        return root
+    if root.exists():
+        raise UserError(f"{root} is a file; give the folder that holds the images")
+    parent = root.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    siblings = sorted(path.name for path in parent.iterdir() if path.is_dir())
+    missing = root.relative_to(parent).parts[0] if root.is_relative_to(parent) else root.name
+    known = nearest(missing, siblings) if siblings else "it holds no folders"
+    raise UserError(f"no folder {str(root)!r}; in {str(parent)!r} {known}")
+
+
+def find_layout(root: Path) -> Layout:
+    """Which split lies where.
+
+    - train, val and test folders are used as they are called;
+    - without a test folder the val folder is the test set, so that what was tuned on is never what
+      is tested on; validation is then carved from the training images by seed;
+    - without both (or without any split folder) validation and test are carved.
+
+    Names: train or training; val, valid, validation or dev; test or testing.
+    """
+    folders = {path.name.lower(): path for path in existing_folder(root).iterdir() if path.is_dir()}
+    found = {
+        split: next((folders[name] for name in names if name in folders), None)
+        for split, names in SPLIT_NAMES.items()
+    }
+    train, val, test = found["train"], found["val"], found["test"]
+    if train is None:
+        other = val or test
+        if other is not None:
+            raise UserError(
+                f"{root} has a folder {other.name!r} but no 'train'; name the folder of the "
+                "training images 'train', or give a folder without splits"
+            )
+        return Layout(root, root, None, None)
+    if test is None:
+        val, test = None, val
+    return Layout(root, train, val, test)
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Names of a folder's class folders, sorted as torchvision's ImageFolder sorts them."""
+    with os.scandir(folder) as entries:
+        return tuple(
+            sorted(
+                entry.name
+                for entry in entries
+                if entry.is_dir() and not entry.name.startswith(".") and entry.name != MASKS
+            )
+        )
+
+
+def scan(folder: Path, *, nested: bool = True) -> Files:
+    """The images below a folder; hidden files and other kinds of files are passed over."""
+    found = sorted(_walk(folder, "", nested))
+    names = tuple(name for name, _, _ in found)
+    stats = np.array([(size, time) for _, size, time in found], dtype=np.int64).reshape(-1, 2)
+    return Files(folder, names, stats)
+
+
+def _walk(folder: Path | str, prefix: str, nested: bool) -> Iterator[tuple[str, int, int]]:
+    """(relative name, bytes, modification time); 60,000 files take 0.3 s."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SUFFIXES):
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:
+                    raise UserError(f"{entry.path} is a link to nothing; remove it") from None
+                yield prefix + name, status.st_size, status.st_mtime_ns
+            elif nested and name != MASKS and entry.is_dir(follow_symlinks=not prefix):
+                yield from _walk(entry.path, f"{prefix}{name}/", nested)
+
+
+def labels_of(files: Files, classes: tuple[str, ...]) -> NDArray[np.int64]:
+    """Each image's class: the first part of its path.
+
+    Raises:
+        UserError: A class without images, or an image outside the class folders.
+    """
+    number = {name: index for index, name in enumerate(classes)}
+    labels = np.array(
+        [number.get(name.partition("/")[0], -1) for name in files.names], dtype=np.int64
+    )
+    stray = np.flatnonzero(labels < 0)
+    if len(stray):
+        raise UserError(
+            f"{files.path(int(stray[0]))} lies beside the class folders of {files.folder} "
+            f"({len(stray)} such images); move it into one, or set labelled: false"
+        )
+    counts = np.bincount(labels, minlength=len(classes))
+    empty = [classes[index] for index in np.flatnonzero(counts == 0).tolist()]
+    if empty:
+        raise UserError(
+            f"class folder {str(files.folder / empty[0])!r} holds no images "
+            f"({len(empty)} of {len(classes)} folders); fill it or remove it"
+        )
+    return labels
+
+
+def classes_of(folder: Path, labelled: bool | None) -> tuple[str, ...]:
+    """The classes of a folder of images; none for a flat folder or where labels are not wanted.
+
+    Args:
+        folder: Holds class folders, or images.
+        labelled: True requires class folders, False ignores them, None looks.
+    """
+    if labelled is False:
+        return ()
+    classes = class_folders(folder)
+    if len(classes) >= 2:
+        return classes
+    loose = len(scan(folder, nested=False))
+    if labelled is None and not classes:
+        return ()
+    if labelled is None and loose:
+        raise UserError(
+            f"{folder} holds {loose} images and one folder {classes[0]!r}; set labelled: false to "
+            "train without labels on all of them, or move the images into class folders"
+        )
+    if not classes:
+        raise UserError(
+            f"{folder} has no class folders; sort the images into one folder for each class, "
+            "or set labelled: false"
+        )
+    raise UserError(
+        f"{folder} has one class only, {classes[0]!r}; add a folder for each other class, "
+        "or set labelled: false to train without labels"
+    )
+
+
+def same_classes(train: Path, other: Path) -> None:
+    """Check that two splits have the same class folders.
+
+    Raises:
+        UserError: They have not.
+    """
+    known, found = class_folders(train), class_folders(other)
+    if known == found:
+        return
+    extra = sorted(set(found) - set(known))
+    if extra:
+        raise UserError(
+            f"class {extra[0]!r} of {other} is not in {train}; {nearest(extra[0], known)}"
+        )
+    missing = sorted(set(known) - set(found))
+    raise UserError(
+        f"class {missing[0]!r} of {train} is not in {other} ({len(missing)} missing); "
+        "add it there or remove it here"
+    )

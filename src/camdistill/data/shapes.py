@@ -1,0 +1,320 @@
+"""Shapes: procedural images whose evidence is known exactly, pixel by pixel.
+
+An image holds an object, whose shape is its label, a distractor of the same size, contrast and
+texture whose shape means nothing, a background of 1/f noise and, on request, a second object and
+a shortcut: a coloured patch that agrees with the label with a set probability. Colour, texture,
+brightness, size, rotation and position say nothing about the label. There is no file and no
+state: image i is a function of (version, split, seed, i).
+
+The design follows BAM (Yang and Kim 2019), FunnyBirds (Hesse et al. 2023, interventions by
+rendering again) and XAI-TRIS (Clark et al. 2023, suppressors).
+"""
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int16, Int64, Integer, UInt8, UInt64
+
+from camdistill.data import shapes_drawing as drawing
+from camdistill.data.shapes_scene import scene
+from camdistill.errors import UserError, nearest
+
+VERSION = 1
+"""Goes up whenever any pixel of any image changes; part of every image's hash."""
+
+Split = Literal["train", "val", "test", "aligned", "neutral", "conflict"]
+Removable = Literal["object", "second", "distractor", "shortcut"]
+
+_REMOVABLE: tuple[Removable, ...] = get_args(Removable)
+_PATCH_COLOURS = np.array(
+    [
+        *[(230, 25, 25), (25, 230, 25), (25, 25, 230), (230, 230, 25), (230, 25, 230)],
+        *[(25, 230, 230), (245, 245, 245), (10, 10, 10), (230, 125, 25), (125, 25, 230)],
+    ],
+    np.uint8,
+)
+_STRIPES = np.array([(8, 0), (0, 8), (6, 6), (6, -6), (8, 4), (4, 8), (8, -4), (4, -8)])
+# Numbers of the random streams; 0 is the scene's. Other backgrounds count up from the last.
+_COLOURS, _GRAIN, _SUPPRESSOR, _BACKGROUND = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Images and all that is known about them.
+
+    Attributes:
+        pixels: The images, 0 to 255.
+        labels: The object's class (after `swap_class`).
+        second_labels: The second object's class, never the first one's; None with one object.
+        shortcut_labels: The class whose colour the patch has; -1 without a patch.
+        distractors: Which distractor shape.
+        masks: Exact, by name: `object`, `distractor`, `shortcut`, `background` and, with two
+            objects, `second` split the image without overlap or rest. `parts` (`second_parts`)
+            is what of the object can tell classes apart: all but the core, a disc that every
+            class has in the same place. An element that was removed has an empty mask.
+    """
+
+    pixels: UInt8[np.ndarray, "n 3 size size"]
+    labels: Int64[np.ndarray, "n"]
+    second_labels: Int64[np.ndarray, "n"] | None
+    shortcut_labels: Int64[np.ndarray, "n"]
+    distractors: Int64[np.ndarray, "n"]
+    masks: dict[str, Bool[np.ndarray, "n size size"]]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A split of procedural images with exact masks; holds no pixels, renders any index at once.
+
+    Args:
+        split: `train`, `val` and `test` have images of their own. `aligned`, `neutral` and
+            `conflict` are the images of `test` with a patch that always agrees with the label,
+            agrees by chance (1 / classes), or never agrees.
+        length: How many images.
+        size: Side in pixels: 32, 64 or 96.
+        seed: Another seed, other images.
+        classes: How many shapes are told apart, 6 to 10.
+        shortcut: Probability that the patch agrees with the label (in train, val and test);
+            0 draws no patch.
+        shortcut_cells: Side of the patch in cells of a map of 8 x 8, 0.5 to 2.
+        objects: 1, or 2 objects of different classes.
+        suppressor: Strength in [0, 1] of one more noise field, shared by all that is drawn:
+            the background then tells about the object's pixels, but not about the label.
+    """
+
+    split: Split
+    length: int
+    size: int = 32
+    seed: int = 0
+    classes: int = 8
+    shortcut: float = 0.0
+    shortcut_cells: float = 1.0
+    objects: int = 1
+    suppressor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.split not in get_args(Split):
+            raise UserError(
+                f"Shapes has no split {self.split!r}; {nearest(self.split, get_args(Split))}"
+            )
+        if self.size not in (32, 64, 96):
+            raise UserError(f"Shapes of size {self.size}: choose 32, 64 or 96")
+        for name, low, high in (
+            ("length", 1, 2**40),
+            ("classes", 6, len(drawing.CLASSES)),
+            ("shortcut", 0, 1),
+            ("shortcut_cells", 0.5, 2),
+            ("objects", 1, 2),
+            ("suppressor", 0, 1),
+        ):
+            if not low <= getattr(self, name) <= high:
+                given = getattr(self, name)
+                raise UserError(f"Shapes with {name}={given}: choose a value in [{low}, {high}]")
+        if self._paired and self.shortcut == 0:
+            raise UserError(
+                f"split {self.split!r} is about the shortcut, but shortcut=0 draws none: "
+                "give the training split's shortcut, above 0"
+            )
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The shapes' names in the order of the labels."""
+        return tuple(drawing.CLASSES)[: self.classes]
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 that is the same only for the same images."""
+        # 1 and 1.0 give the same images.
+        values = [
+            str(value if isinstance(value := getattr(self, field.name), str) else float(value))
+            for field in fields(self)
+        ]
+        return hashlib.sha256(f"shapes {VERSION} {' '.join(values)}".encode()).hexdigest()
+
+    @property
+    def agreement(self) -> float:
+        """Probability that the patch agrees with the label in this split."""
+        by_split = {"aligned": 1.0, "neutral": 1 / self.classes, "conflict": 0.0}
+        return by_split.get(self.split, self.shortcut)
+
+    @property
+    def _paired(self) -> bool:
+        return self.split in ("aligned", "neutral", "conflict")
+
+    def render(
+        self,
+        indices: Integer[np.ndarray, "n"],
+        *,
+        remove: Collection[Removable] = (),
+        swap_class: int = 0,
+        swap_background: int = 0,
+    ) -> Rendered:
+        """Render images by their index, as they are or with an intervention.
+
+        An intervention draws the same scene again: pixels that it doesn't concern keep their bits.
+
+        Args:
+            indices: In [0, length), in any order.
+            remove: What is left out: the background that was always behind it shows.
+            swap_class: Added to each object's label, modulo classes: another shape in the same
+                pose, colour and texture. Patch and second object stay; the second object keeps
+                its class, so choose a shift that doesn't meet it.
+            swap_background: Which other background, from 1; 0 is the image's own.
+
+        Raises:
+            ValueError: An index is out of range, or `remove` names what isn't there.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self.length):
+            raise ValueError(f"indices must lie in [0, {self.length})")
+        if unknown := set(remove) - set(_REMOVABLE):
+            raise ValueError(f"can't remove {sorted(unknown)}; there are {_REMOVABLE}")
+        # Blocks whose fields stay in the processor's cache.
+        block = max(1, 128 * 32**2 // self.size**2)
+        parts = [
+            self._block(indices[start : start + block], set(remove), swap_class, swap_background)
+            for start in range(0, max(1, len(indices)), block)
+        ]
+        return _joined(parts)
+
+    def _block(
+        self,
+        indices: Int64[np.ndarray, "n"],
+        remove: set[Removable],
+        swap_class: int,
+        swap_background: int,
+    ) -> Rendered:
+        keys = self._keys(indices)
+        patch = max(1, round(self.shortcut_cells * self.size / 8))
+        arranged = scene(
+            keys,
+            size=self.size,
+            classes=self.classes,
+            objects=self.objects,
+            agreement=self.agreement,
+            patch=patch,
+        )
+        labels = (arranged.labels + swap_class) % self.classes
+        items = {"object": labels, "second": arranged.second_labels}
+        items["distractor"] = arranged.distractors + len(drawing.CLASSES)
+        masks, parts = {}, {}
+        for place, (name, kinds) in enumerate(items.items()):
+            if name == "second" and self.objects == 1:
+                continue
+            mask, core = drawing.shape_masks(kinds, arranged.poses[:, place], self.size)
+            masks[name] = np.zeros_like(mask) if name in remove else mask
+            parts[name] = masks[name] & ~core
+        drawn = self.shortcut > 0 and "shortcut" not in remove
+        masks["shortcut"] = _squares(arranged.patch, patch * drawn, self.size)
+        masks["background"] = ~np.logical_or.reduce(list(masks.values()))
+        masks["parts"] = parts["object"]
+        if self.objects == 2:
+            masks["second_parts"] = parts["second"]
+        shortcut_labels = arranged.shortcut_labels if drawn else np.full_like(labels, -1)
+        return Rendered(
+            pixels=self._pixels(keys, masks, shortcut_labels, swap_background),
+            labels=labels,
+            second_labels=arranged.second_labels if self.objects == 2 else None,
+            shortcut_labels=shortcut_labels,
+            distractors=arranged.distractors,
+            masks=masks,
+        )
+
+    def _keys(self, indices: Int64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
+        scenes = "test" if self._paired else self.split
+        root = hashlib.sha256(f"shapes {VERSION} {scenes} {self.seed}".encode()).digest()
+        start = np.uint64(int.from_bytes(root[:8], "little"))
+        return drawing.mixed(start + indices.astype(np.uint64) * drawing.GOLDEN)
+
+    def _pixels(
+        self,
+        keys: UInt64[np.ndarray, "n"],
+        masks: dict[str, Bool[np.ndarray, "n size size"]],
+        shortcut_labels: Int64[np.ndarray, "n"],
+        swap_background: int,
+    ) -> UInt8[np.ndarray, "n 3 size size"]:
+        """Paint background, items and patch; every item's contrast is 60 to 85 in each channel."""
+        n, size = len(keys), self.size
+        draw = drawing.uniforms(keys, _COLOURS, 40)
+        base = _levels(draw[:, :3], 85, 170)
+        behind, loudness = base, _levels(draw[:, 3], 14, 40)
+        if swap_background:
+            # Near the first one, or the items' contrast would go.
+            other = drawing.uniforms(keys, _BACKGROUND + 2 * swap_background + 1, 4)
+            behind, loudness = base + _levels(other[:, :3], -24, 25), _levels(other[:, 3], 14, 40)
+        field = drawing.noise(keys, _BACKGROUND + 2 * swap_background, 3, size)
+        field *= loudness[:, None, None, None]
+        field >>= 8
+        field += behind[:, :, None, None]
+        grain = drawing.noise(keys, _GRAIN, 1, size)
+        flat = field.reshape(n, 3, size * size)
+        for place, name in enumerate(("object", "second", "distractor")):
+            if name in masks:
+                image, pixel = np.divmod(np.flatnonzero(masks[name]), size * size)
+                own = draw[:, 4 + 12 * place : 16 + 12 * place]
+                texture = _texture(own[:, 6:9], grain.reshape(n, size * size), image, pixel, size)
+                sign = np.where(own[:, :3] < 0.5, -1, 1).astype(np.int16)
+                colour = base + sign * _levels(own[:, 3:6], 60, 86)
+                for channel in range(3):
+                    flat[image, channel, pixel] = colour[image, channel] + texture
+        if self.suppressor > 0:
+            shared = drawing.noise(keys, _SUPPRESSOR, 1, size) * np.int16(40 * self.suppressor)
+            field += shared >> 7
+        pixels: UInt8[np.ndarray, "n 3 size size"] = np.clip(field, 0, 255).astype(np.uint8)
+        image, pixel = np.divmod(np.flatnonzero(masks["shortcut"]), size * size)
+        pixels.reshape(n, 3, size * size)[image, :, pixel] = _PATCH_COLOURS[shortcut_labels[image]]
+        return pixels
+
+
+def _levels(draw: Float32[np.ndarray, "*n"], low: int, high: int) -> Int16[np.ndarray, "*n"]:
+    """Whole numbers in [low, high)."""
+    return (np.floor(draw * np.float32(high - low)) + low).astype(np.int16)
+
+
+def _texture(
+    draw: Float32[np.ndarray, "n 3"],
+    grain: Int16[np.ndarray, "n pixels"],
+    image: Int64[np.ndarray, "chosen"],
+    pixel: Int64[np.ndarray, "chosen"],
+    size: int,
+) -> Int16[np.ndarray, "chosen"]:
+    """Noise and stripes, both of random strength, at the chosen pixels."""
+    rough, striped = _levels(draw[:, 0], 8, 40)[image], _levels(draw[:, 1], 0, 16)[image]
+    row, column = np.divmod(pixel, size)
+    direction = _STRIPES[_levels(draw[:, 2], 0, len(_STRIPES))][image]
+    stripe = (column * direction[:, 0] + row * direction[:, 1]) // (size // 2) & 1
+    level: Int16[np.ndarray, chosen] = grain[image, pixel] * rough >> 8
+    level += striped * (2 * stripe - 1).astype(np.int16)
+    return level
+
+
+def _squares(
+    corners: Int64[np.ndarray, "n 2"], side: int, size: int
+) -> Bool[np.ndarray, "n size size"]:
+    """Squares by their left and top pixel."""
+    ticks = np.arange(size)
+    inside = (ticks >= corners[..., None]) & (ticks < corners[..., None] + side)
+    return inside[:, 1, :, None] & inside[:, 0, None, :]
+
+
+def _joined(parts: list[Rendered]) -> Rendered:
+    """Blocks one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    seconds = [part.second_labels for part in parts if part.second_labels is not None]
+    return Rendered(
+        pixels=np.concatenate([part.pixels for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        second_labels=np.concatenate(seconds) if seconds else None,
+        shortcut_labels=np.concatenate([part.shortcut_labels for part in parts]),
+        distractors=np.concatenate([part.distractors for part in parts]),
+        masks={
+            name: np.concatenate([part.masks[name] for part in parts]) for name in parts[0].masks
+        },
+    )

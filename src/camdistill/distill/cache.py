@@ -1,0 +1,378 @@
+"""The teacher's logits and maps of a whole set of images, for both orientations, made once.
+
+A cache lies in a folder whose name is a hash of everything that decides its content: the teacher's
+weights and normalisation, the images, the layers, the precision. Opening it checks every file, and
+asks the live teacher about a random sample of images.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from camdistill.data.datasets import ImageSet
+from camdistill.distill.cache_files import (
+    CacheError,
+    Draft,
+    Key,
+    locked,
+    pack,
+    read_arrays,
+    told,
+    unpack,
+)
+from camdistill.distill.losses import attention_map
+from camdistill.errors import UserError
+from camdistill.explain.gradcam import explain
+from camdistill.explain.maps import relu
+from camdistill.networks.teachers import Teacher
+from camdistill.types import Labels, Logits, Pixels
+
+Quantity = Literal["grad_cam", "attention", "class_maps"]
+Precision = Literal["float32", "bfloat16"]
+Progress = Callable[[int, int], None]
+
+VERSION = 1
+SAMPLE = 64  # images asked of the live teacher when a cache is opened
+STRAYS = 3  # of the sample: near ties and ReLUs at zero flip with the shape of a batch
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}  # relative L2 error of an image's logits or maps
+PAUSE = 10.0  # seconds between the points from which a killed build goes on
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is stored of each image.
+
+    Attributes:
+        layers: The teacher's layers.
+        quantities: "grad_cam" (always stored), the signed maps of the teacher's top class for that
+            orientation; "attention", attention maps of power `p`; "class_maps", the signed maps of
+            every class.
+        flips: Whether the mirrored images are stored too.
+        precision: The teacher's; "bfloat16" is autocast.
+        p: Power of attention maps.
+    """
+
+    layers: tuple[str, ...]
+    quantities: tuple[Quantity, ...] = ("grad_cam",)
+    flips: bool = True
+    precision: Precision = "float32"
+    p: float = 2.0
+
+    @property
+    def orientations(self) -> int:
+        """2 with mirrored images, else 1."""
+        return 2 if self.flips else 1
+
+    def key(self, teacher: Teacher, image_set: ImageSet) -> Key:
+        """Everything that decides the content of a cache."""
+        ids = np.ascontiguousarray(image_set.ids, dtype=np.int64)
+        return {
+            "version": VERSION,
+            "teacher": teacher_sha256(teacher),
+            "images": image_set.fingerprint,
+            "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
+            "size": list(image_set.pixels.shape[2:]),
+            "layers": list(self.layers),
+            "quantities": list(self.quantities),
+            "flips": self.flips,
+            "precision": self.precision,
+            "p": self.p if "attention" in self.quantities else None,
+        }
+
+
+class TeacherCache:
+    """What a teacher says of every image of a set, looked up by the image's id.
+
+    Maps are stored in float16, each divided by its largest absolute value, which is kept in
+    float32: the error is at most 2^-12 of that value. Logits are float32. All is memory-mapped.
+
+    Attributes:
+        plan: What is stored.
+        folder: Where.
+        mean_map_by_layer: Mean ReLU Grad-CAM over the images as stored (not mirrored), float32
+            [h, w]: the mean-map control of `measure.fidelity`.
+    """
+
+    def __init__(
+        self, plan: Plan, folder: Path, ids: Labels, rows: Labels, arrays: dict[str, Tensor]
+    ) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.mean_map_by_layer: dict[str, Float[Tensor, "height width"]] = {
+            layer: arrays[f"mean_map/{index}"] for index, layer in enumerate(plan.layers)
+        }
+        self._ids, self._rows, self._arrays = ids, rows, arrays
+
+    @classmethod
+    def open_or_build(
+        cls,
+        teacher: Teacher,
+        image_set: ImageSet,
+        layers: Sequence[str],
+        *,
+        root: Path,
+        quantities: Sequence[Quantity] = ("grad_cam",),
+        flips: bool = True,
+        precision: Precision = "float32",
+        p: float = 2.0,
+        batch_size: int = 256,
+        progress: Progress | None = None,
+    ) -> "TeacherCache":
+        """The cache of a teacher and a set of images; made where there is none that holds.
+
+        Processes that want the same cache wait for the first one. A cache that is damaged, or that
+        the live teacher contradicts, is made anew, with a line in the log.
+
+        Args:
+            teacher: It runs on the device where it is.
+            image_set: The images as stored; ids are unique.
+            layers: Names of the teacher's layers.
+            root: Folder of caches; made if missing.
+            quantities: What to store besides the Grad-CAMs of the top class.
+            flips: Store the mirrored images too.
+            precision: "bfloat16" is faster where the hardware has it.
+            p: Power of attention maps.
+            batch_size: Images a forward pass.
+            progress: Called with the number of images done and of all.
+
+        Raises:
+            UserError: When the folder can't be written, the disk is full, there is no image, or the
+                teacher does not repeat its own maps.
+        """
+        wanted: set[Quantity] = {"grad_cam", *quantities}
+        plan = Plan(tuple(dict.fromkeys(layers)), tuple(sorted(wanted)), flips, precision, p)
+        if not len(image_set):
+            raise UserError("no images to ask the teacher about; check the data's folder")
+        if len(np.unique(image_set.ids)) < len(image_set):
+            raise ValueError("two images of the set have the same id")
+        key = plan.key(teacher, image_set)
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        folder = Path(root) / f"teacher-{digest[:24]}"
+        with told(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                if folder.exists():
+                    try:
+                        return cls._opened(plan, folder, key, teacher, image_set)
+                    except CacheError as reason:
+                        log.warning("teacher cache %s: %s; making it anew", folder, reason)
+                        shutil.rmtree(folder)
+                _build(plan, Draft(folder, key), teacher, image_set, batch_size, progress)
+                try:
+                    return cls._opened(plan, folder, key, teacher, image_set)
+                except CacheError as reason:
+                    shutil.rmtree(folder)
+                    raise UserError(
+                        f"the teacher does not repeat its own maps ({reason}); "
+                        "train with the live teacher"
+                    ) from None
+
+    @classmethod
+    def _opened(
+        cls, plan: Plan, folder: Path, key: Key, teacher: Teacher, image_set: ImageSet
+    ) -> "TeacherCache":
+        arrays = read_arrays(folder, key)
+        ids, rows = torch.sort(torch.from_numpy(np.array(image_set.ids, dtype=np.int64)))
+        cache = cls(plan, folder, ids, rows, arrays)
+        cache.verify(teacher, image_set)
+        return cache
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def to(self, device: torch.device | str) -> "TeacherCache":
+        """The same cache held in a device's memory."""
+        arrays = {name: array.to(device) for name, array in self._arrays.items()}
+        ids, rows = self._ids.to(device), self._rows.to(device)
+        return TeacherCache(self.plan, self.folder, ids, rows, arrays)
+
+    def lookup(
+        self, ids: Labels, flip: Bool[Tensor, "batch"], quantity: Quantity = "grad_cam"
+    ) -> tuple[Logits, dict[str, Tensor]]:
+        """The teacher's logits and maps of some images, on the device of the ids.
+
+        Args:
+            ids: The images' numbers.
+            flip: True asks for the mirrored image; its maps are those of the mirrored image.
+            quantity: Which maps.
+
+        Returns:
+            Logits, and by layer float32 maps [B, h, w] ([B, C, h, w] for "class_maps").
+
+        Raises:
+            ValueError: For something that is not stored. (Held in a GPU's memory, the cache answers
+                NaN logits to an unknown id instead: raising would wait for the device.)
+        """
+        if quantity not in self.plan.quantities:
+            raise ValueError(f"{quantity!r} is not stored; there are {self.plan.quantities}")
+        device = ids.device
+        ids, flip = ids.to(self._ids.device), flip.to(self._ids.device)
+        place = torch.searchsorted(self._ids, ids).clamp_(max=len(self._ids) - 1)
+        known = self._ids[place] == ids
+        if not self.plan.flips:
+            known &= ~flip
+        if known.device.type == "cpu" and not bool(known.all()):
+            missing, mirrored = int(ids[~known][0]), bool(flip[~known][0])
+            raise ValueError(f"no image {missing} (mirrored: {mirrored}) in {self.folder}")
+        index = self._rows[place] * self.plan.orientations + (flip if self.plan.flips else 0)
+        logits = self._arrays["logits"].flatten(0, 1)[index]
+        logits = torch.where(known[:, None], logits, torch.full_like(logits, torch.nan))
+        maps_by_layer = {}
+        for number, layer in enumerate(self.plan.layers):
+            packed, scale = (
+                self._arrays[f"{quantity}/{number}{part}"].flatten(0, 1)[index]
+                for part in ("", "/scale")
+            )
+            maps_by_layer[layer] = unpack(packed.to(device), scale.to(device))
+        return logits.to(device), maps_by_layer
+
+    def verify(self, teacher: Teacher, image_set: ImageSet) -> None:
+        """Compare a random sample of 64 images, each in one orientation, with the live teacher.
+
+        At most 3 may differ by more than a relative L2 error of 1 % in float32 and 10 % in bfloat16
+        in their logits or any map: rounding moves a few maps, another teacher moves all.
+
+        Raises:
+            CacheError: When more do.
+        """
+        generator = np.random.default_rng(list(self.folder.name.encode()))
+        positions = np.sort(generator.permutation(len(image_set))[:SAMPLE])
+        batch = image_set.batch(positions)
+        mirror = generator.random(len(positions)) < (0.5 if self.plan.flips else 0)
+        flip = torch.from_numpy(mirror)
+        pixels = torch.where(flip[:, None, None, None], batch.pixels.flip(-1), batch.pixels)
+        logits, _ = self.lookup(batch.ids, flip)
+        live = _values(self.plan, teacher, pixels, logits.argmax(1))
+        errors = [_error(logits, live["logits"])]
+        for quantity in self.plan.quantities:
+            _, maps_by_layer = self.lookup(batch.ids, flip, quantity)
+            for number, maps in enumerate(maps_by_layer.values()):
+                errors.append(_error(maps, live[f"{quantity}/{number}"]))
+        wrong = ~(torch.stack(errors).amax(0) <= TOLERANCE[self.plan.precision])
+        if int(wrong.sum()) > min(STRAYS, len(positions) // 4):
+            raise CacheError(
+                f"the live teacher differs on {int(wrong.sum())} of {len(positions)} images"
+            )
+
+
+def teacher_sha256(teacher: Teacher) -> str:
+    """sha256 of a teacher's modules, weights and normalisation, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, module in teacher.network.named_modules():
+        digest.update(f"{name} {type(module).__qualname__}\n".encode())
+    if teacher.spec is not None:
+        digest.update(json.dumps([teacher.spec.name, teacher.spec.args], sort_keys=True).encode())
+    state = {**teacher.network.state_dict(), "/mean": teacher.mean, "/std": teacher.std}
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _build(
+    plan: Plan,
+    draft: Draft,
+    teacher: Teacher,
+    image_set: ImageSet,
+    batch_size: int,
+    progress: Progress | None,
+) -> None:
+    count, start = len(image_set), time.monotonic()
+    size = (image_set.pixels.shape[2], image_set.pixels.shape[3])
+    quick = teacher.fused(size, keep=[layer.split("#")[0] for layer in plan.layers])
+    quick = quick.to(memory_format=torch.channels_last)
+    log.info("teacher cache: %d of %d images to make", count - draft.done, count)
+    noted = start
+    try:
+        while draft.done < count:
+            positions = np.arange(draft.done, min(draft.done + batch_size, count))
+            pixels = image_set.batch(positions).pixels
+            for orientation in range(plan.orientations):
+                values = _values(plan, quick, pixels.flip(-1) if orientation else pixels)
+                for name, value in _stored(values).items():
+                    if name not in draft.arrays:
+                        shape = (count, plan.orientations, *value.shape[1:])
+                        draft.allocate(name, shape, value.dtype)
+                    draft.arrays[name][positions[0] : positions[-1] + 1, orientation] = value
+            draft.done += len(positions)
+            if progress is not None:
+                progress(draft.done, count)
+            if time.monotonic() - noted > PAUSE:
+                draft.note()
+                noted = time.monotonic()
+        draft.finish(_mean_maps(plan, draft))
+    except OSError:
+        draft.discard()
+        raise
+    log.info("teacher cache: made in %.0f s", time.monotonic() - start)
+
+
+def _values(
+    plan: Plan, teacher: Teacher, pixels: Pixels, classes: Labels | None = None
+) -> dict[str, Tensor]:
+    """Logits and, as `quantity/number of the layer`, maps of a batch, on the CPU."""
+    device = teacher.mean.device
+    images = (pixels.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
+    every = "class_maps" in plan.quantities
+    asked = None if classes is None else classes.to(device)
+    if every:
+        asked = torch.arange(teacher.classes, device=device).expand(len(images), -1)
+    bfloat16 = plan.precision == "bfloat16"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        found = explain(teacher, images, list(plan.layers), asked)
+    values = {"logits": found.logits.float().cpu()}
+    top = values["logits"].argmax(1) if classes is None else classes
+    for number, layer in enumerate(plan.layers):
+        maps = found.maps[layer].float().cpu()
+        if every:
+            values[f"class_maps/{number}"] = maps
+            maps = maps[torch.arange(len(maps)), top]
+        values[f"grad_cam/{number}"] = maps
+        if "attention" in plan.quantities:
+            values[f"attention/{number}"] = attention_map(found.activations[layer], plan.p).cpu()
+    return values
+
+
+def _stored(values: dict[str, Tensor]) -> dict[str, NDArray[np.generic]]:
+    found: dict[str, NDArray[np.generic]] = {"logits": values["logits"].numpy()}
+    for name, value in values.items():
+        if name != "logits":
+            packed, scale = pack(value)
+            found[name], found[f"{name}/scale"] = packed.numpy(), scale.numpy()
+    return found
+
+
+def _mean_maps(plan: Plan, draft: Draft) -> dict[str, NDArray[np.float32]]:
+    means = {}
+    for number in range(len(plan.layers)):
+        packed, scale = (draft.arrays[f"grad_cam/{number}{part}"] for part in ("", "/scale"))
+        total = np.zeros(packed.shape[2:], np.float64)
+        for start in range(0, len(packed), 1024):
+            maps = unpack(
+                *(torch.from_numpy(part[start : start + 1024, 0]) for part in (packed, scale))
+            )
+            total += relu(maps).sum(0, dtype=torch.float64).numpy()
+        means[f"mean_map/{number}"] = (total / len(packed)).astype(np.float32)
+    return means
+
+
+def _error(stored: Tensor, live: Tensor) -> Tensor:
+    """Relative L2 error per image; 0 where both are blank."""
+    difference: Tensor = torch.linalg.vector_norm((stored.cpu() - live).flatten(1), dim=1)
+    size: Tensor = torch.linalg.vector_norm(live.flatten(1), dim=1)
+    return difference / size.clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,135 @@
+"""A network that classifies: how a teacher is trained, or fine-tuned for one's own images."""
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from camdistill import tags
+from camdistill.data.views import Augment
+from camdistill.distill.losses import cross_entropy
+from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.training import Training, as_images, plain, seeded
+from camdistill.errors import UserError
+from camdistill.measure.fidelity import correct
+from camdistill.measure.intervals import Interval
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
+from camdistill.types import Batch, Logits
+
+
+class Classifier(Training):
+    """Trains a network with labels, to be a teacher.
+
+    A network with weights for other classes than the data's gets a new head: that is fine-tuning.
+
+    Args:
+        network: What to train, and from which weights.
+        label_smoothing: The part of the target that is spread over all classes, in [0, 1).
+        augment: Views of the training images.
+        optimisation: Optimiser and schedule.
+        ema: Decay of a running average of the weights; null keeps the last weights.
+        seed: Of the start and of the views.
+    """
+
+    def __init__(
+        self,
+        network: NetworkSpec,
+        *,
+        label_smoothing: float = 0.0,
+        augment: Augment = Augment(),  # noqa: B008  (frozen)
+        optimisation: Optimisation = Optimisation(),  # noqa: B008
+        ema: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        given = dict(locals())
+        super().__init__(optimisation, augment, ema=ema, seed=seed)
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"label_smoothing is {label_smoothing}; give a part in [0, 1)")
+        self.settings = {
+            name: plain(value) for name, value in given.items() if name not in ("self", "__class__")
+        }
+        self.spec, self.label_smoothing = network, label_smoothing
+        self.loss = MeanMetric()
+        self.accuracy = MeanMetric()
+        self.tested: tuple[float, int] | None = None
+
+    @property
+    def fitted(self) -> Preprocessed:
+        """The network."""
+        return self.network
+
+    def setup(self, stage: str) -> None:
+        """Builds the network for the classes of the data."""
+        data = getattr(self.trainer, "datamodule", None)
+        classes = len(data.classes) if data is not None else None
+        if classes == 0:
+            raise UserError("the images have no labels; a classifier needs a folder for each class")
+        if not hasattr(self, "network"):
+            self.network: Preprocessed = seeded(
+                self.seed, lambda: preprocessed(self.spec, classes=classes, replace_head=True)
+            )
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """One step of cross-entropy."""
+        images, _ = self.training_view(batch)
+        logits = self.network(images)
+        loss = self._cross_entropy(logits, batch).mean()
+        self.log(tags.LOSS_TRAIN, loss, prog_bar=True)
+        self.log(tags.ACCURACY_TRAIN, correct(logits, batch.labels).mean())
+        return self.finite(loss)
+
+    def _cross_entropy(self, logits: Logits, batch: Batch) -> Tensor:
+        loss = cross_entropy(logits, batch.labels)
+        if not self.label_smoothing:
+            return loss
+        # Szegedy et al. 2016, section 7: the target mixes in the uniform distribution
+        spread = -torch.log_softmax(logits.float(), dim=1).mean(1)
+        return (1 - self.label_smoothing) * loss + self.label_smoothing * spread
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Loss and accuracy on images as they are."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        """The same in float32."""
+        with torch.autocast(self.device.type, enabled=False):
+            self._evaluate(batch)
+
+    def _evaluate(self, batch: Batch) -> None:
+        logits = self.network(as_images(batch.pixels))
+        counted = batch.counted.float()
+        self.loss.update(self._cross_entropy(logits, batch), counted)
+        self.accuracy.update(correct(logits, batch.labels), counted)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over the validation images."""
+        self.log_dict(
+            {tags.LOSS_VAL: self.loss.compute(), tags.ACCURACY_VAL: self.accuracy.compute()}
+        )
+        self.loss.reset()
+        self.accuracy.reset()
+
+    def on_test_epoch_end(self) -> None:
+        """Keeps the accuracy and the number of images for `results`."""
+        accuracy = float(self.accuracy.compute())
+        self.tested = (accuracy, round(float(self.accuracy.weight)))
+        self.log(tags.on_test(tags.ACCURACY_VAL), accuracy)
+        self.loss.reset()
+        self.accuracy.reset()
+
+    def results(self) -> dict[str, object]:
+        """What the test measured: accuracy with Wilson's 95 % interval."""
+        if self.tested is None:
+            raise UserError("nothing was tested yet; run `camdistill test` first")
+        accuracy, n = self.tested
+        found = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
+        return {
+            "n": n,
+            "network": {"accuracy": accuracy},
+            "intervals": {"network.accuracy": Interval(accuracy, found.low, found.high)},
+        }
+
+    def predict_step(self, batch: Batch, batch_index: int) -> Logits:
+        """Logits."""
+        logits: Logits = self.network(as_images(batch.pixels))
+        return logits

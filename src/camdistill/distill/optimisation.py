@@ -1,0 +1,79 @@
+"""How parameters are fitted: one small recipe, shared by students and teachers."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+
+from camdistill.errors import UserError
+
+START, END = 1 / 25, 1e-4  # of the highest rate, where one-cycle begins and ends
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """An optimiser with its learning-rate schedule, set step by step over the whole training.
+
+    Args:
+        optimiser: "sgd" with Nesterov momentum, or "adamw".
+        lr: The highest learning rate.
+        momentum: Of SGD; the first beta of AdamW.
+        weight_decay: On weights of two or more axes; norms and biases are never decayed.
+        schedule: "one_cycle" rises from lr / 25 and falls to nearly 0 along cosines; "cosine" rises
+            linearly; "constant" stays after the rise.
+        warmup: The part of the training that the rise takes, in [0, 1).
+    """
+
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.3
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    warmup: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"lr is {self.lr}; a learning rate is above 0: try 0.1 for sgd")
+        if self.weight_decay < 0:
+            raise UserError(f"weight_decay is {self.weight_decay}; give 0 or more")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"warmup is {self.warmup}; it is a part of the training, in [0, 1)")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum is {self.momentum}; give a value in [0, 1)")
+
+    def rate(self, progress: float) -> float:
+        """The learning rate as a part of the highest one, at a progress in [0, 1]."""
+        if progress < self.warmup:
+            risen = progress / self.warmup
+            if self.schedule == "one_cycle":
+                return START + (1 - START) * (1 - math.cos(math.pi * risen)) / 2
+            return max(risen, END)
+        if self.schedule == "constant":
+            return 1.0
+        fallen = (progress - self.warmup) / (1 - self.warmup)
+        return END + (1 - END) * (1 + math.cos(math.pi * min(fallen, 1.0))) / 2
+
+    def configure(self, network: nn.Module, steps: int) -> OptimizerLRSchedulerConfig:
+        """What `configure_optimizers` returns for a network that is fitted for a number of steps."""
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimiser: torch.optim.Optimizer
+        if self.optimiser == "sgd":
+            optimiser = torch.optim.SGD(
+                groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0
+            )
+        else:
+            optimiser = torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: self.rate(step / max(steps, 1))
+        )
+        return {
+            "optimizer": optimiser,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }

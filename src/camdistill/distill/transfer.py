@@ -1,0 +1,140 @@
+"""What of the teacher's explanation the student has to match, and how far off it is."""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from camdistill.distill.cache import Quantity
+from camdistill.distill.losses import (
+    AttentionForm,
+    BetaSchedule,
+    MapDistance,
+    attention_distance,
+    attention_map,
+    class_map_distance,
+    map_distance,
+)
+from camdistill.errors import UserError
+from camdistill.explain.gradcam import Grad, explain
+from camdistill.networks.heads import head_size
+from camdistill.networks.teachers import Preprocessed
+from camdistill.types import Images, Labels, Logits, PerImage
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A student's layer and the teacher's layer whose map it has to match.
+
+    Args:
+        student: Name of the student's layer; None is its last spatial one.
+        teacher: Name of the teacher's layer; None is its last spatial one.
+        weight: Of this pair's distance in the sum over pairs.
+    """
+
+    student: str | None = None
+    teacher: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The explanation that is transferred.
+
+    Args:
+        quantity: "grad_cam" transfers the teacher's Grad-CAM for its top class; "attention" the
+            activation attention maps of Zagoruyko and Komodakis (2017); "class_maps" the maps of all
+            classes (CAT-KD, Guo et al. 2023).
+        distance: Between Grad-CAMs.
+        pairs: Layers that are matched, and at which fidelity is measured; the last pair is the main one.
+        schedule: How beta changes over the training.
+        form: Of attention transfer: the paper's or the released code's.
+        p: Power of attention maps.
+        pool: Side of the grid on which class maps are compared.
+        grad: Through which part of the student's Grad-CAM the gradient flows: "full", or "activations"
+            only (the channel weights are held constant: cheaper at inner layers).
+    """
+
+    quantity: Quantity = "grad_cam"
+    distance: MapDistance = "pearson"
+    pairs: list[LayerPair] = field(default_factory=lambda: [LayerPair()])
+    schedule: BetaSchedule = "constant"
+    form: AttentionForm = "code"
+    p: float = 2.0
+    pool: int = 2
+    grad: Literal["activations", "full"] = "full"
+
+    def __post_init__(self) -> None:
+        if self.p < 1:
+            raise UserError(f"p is {self.p}; a power of attention maps is at least 1, usually 2")
+        if not self.pairs:
+            raise UserError("transfer.pairs is empty; leave it out for the last layer of both")
+        if self.pool < 1:
+            raise UserError(f"pool is {self.pool}; it is the side of a grid, at least 1")
+
+
+class Targets(NamedTuple):
+    """What the teacher says of a batch: nothing in it carries a graph.
+
+    Attributes:
+        logits: The teacher's.
+        classes: Its top class.
+        maps_by_layer: By the teacher's layer, the quantity that is transferred: [B, h, w], or
+            [B, C, h, w] for class maps.
+    """
+
+    logits: Logits
+    classes: Labels
+    maps_by_layer: dict[str, Tensor]
+
+
+def quantity_maps(
+    network: Preprocessed,
+    images: Images,
+    layers: list[str],
+    classes: Labels | None,
+    *,
+    quantity: Quantity,
+    p: float,
+    grad: Grad = "none",
+) -> tuple[Logits, dict[str, Tensor]]:
+    """A network's logits and the transferred quantity at its layers, from one forward.
+
+    Args:
+        network: Teacher or student.
+        images: In [0, 1].
+        layers: Names.
+        classes: Of the Grad-CAMs; None is the network's own top class.
+        quantity: What is transferred.
+        p: Power of attention maps.
+        grad: "none" for targets; a student's maps carry a graph.
+    """
+    if quantity == "class_maps":
+        count = head_size(network.network)
+        classes = torch.arange(count, device=images.device).expand(len(images), count)
+    found = explain(network, images, layers, classes, grad=grad, maps=quantity != "attention")
+    if quantity == "attention":
+        return found.logits, {layer: attention_map(found.activations[layer], p) for layer in layers}
+    return found.logits, dict(found.maps)
+
+
+def transfer_distance(
+    transfer: Transfer,
+    pairs: list[tuple[str, str, float]],
+    student_by_layer: dict[str, Tensor],
+    teacher_by_layer: dict[str, Tensor],
+) -> PerImage:
+    """The weighted sum over layer pairs of the distance between student and teacher."""
+    total: PerImage | None = None
+    for student_layer, teacher_layer, weight in pairs:
+        student, teacher = student_by_layer[student_layer], teacher_by_layer[teacher_layer]
+        if transfer.quantity == "grad_cam":
+            distance = map_distance(student, teacher, transfer.distance)
+        elif transfer.quantity == "attention":
+            distance = attention_distance(student, teacher, form=transfer.form)
+        else:
+            distance = class_map_distance(student, teacher, pool=transfer.pool)
+        total = weight * distance if total is None else total + weight * distance
+    assert total is not None, "there is always a pair"
+    return total

@@ -1,0 +1,1 @@
+"""An image and a network in, maps out."""

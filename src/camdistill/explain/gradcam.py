@@ -1,0 +1,329 @@
+"""Grad-CAM: every layer and every class asked for, from one forward.
+
+Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, section 3. For a layer's output A of
+Z = h w cells and a score S of each image:
+
+    alpha_k = 1/Z sum_ij dS/dA_kij        (eq. 1)
+    map_ij  = sum_k alpha_k A_kij         (eq. 2, without its ReLU: `explain.maps.relu`)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from camdistill.errors import UserError
+from camdistill.explain.closed_form import Verdict, Verdicts, linear_path, proven_head
+from camdistill.explain.recording import Seen, recordable, recorded_forward, version_of
+from camdistill.explain.request import (
+    Classes,
+    Grad,
+    Request,
+    Score,
+    asked_classes,
+    columns,
+    demand_known,
+    demand_separate_images,
+    score_columns,
+    wide,
+)
+from camdistill.networks.capture import bare, plain, structure, undisturbed, visiting
+from camdistill.types import Activations, Images
+
+# Gradients in float16 below 6e-8 are 0; as S is scaled and alpha scaled back, they aren't.
+HALF_SCALE = 1024.0
+# Modules that only pass on what the layer before them gave, smaller or thinned out.
+PASSING = (
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Identity,
+)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one forward tells.
+
+    Attributes:
+        logits: The network's output; where that is no tensor, the scores.
+        classes: Of which class the maps are, [B] or [B, C]; -1 where a callable made the score.
+        maps: Raw, signed maps by layer, [B, h, w], or [B, C, h, w] for classes [B, C].
+        activations: The layers' outputs, by layer.
+    """
+
+    logits: Float[Tensor, "batch *outputs"]
+    classes: Tensor
+    maps: dict[str, Float[Tensor, "batch *classes height width"]]
+    activations: dict[str, Activations]
+
+
+def grad_cam(
+    network: nn.Module,
+    images: Images,
+    layers: Sequence[str] | None = None,
+    classes: Classes = None,
+    *,
+    score: Score = "logit",
+    grad: Grad = "none",
+) -> dict[str, Float[Tensor, "..."]]:
+    """Raw Grad-CAM maps by layer; `explain` says all, and gives logits and activations too."""
+    return explain(network, images, layers, classes, score=score, grad=grad).maps
+
+
+def explain(
+    network: nn.Module,
+    images: Images,
+    layers: Sequence[str] | None = None,
+    classes: Classes = None,
+    *,
+    score: Score = "logit",
+    grad: Grad = "none",
+    maps: bool = True,
+) -> Explanation:
+    """Grad-CAM of any layers, with the logits and activations of the same forward.
+
+    Nothing is left behind: no hook, no `.grad`, no changed mode, no graph (with `grad="none"`).
+    Frozen networks, `no_grad`, `inference_mode`, autocast and half precision are all fine; sums
+    over cells and units are in float32 (float64 for float64 networks), as are the maps.
+
+    Args:
+        network: Bare, or wrapped by `Preprocessed`, torch.compile, DDP.
+        images: As the network takes them; in [0, 1] for a `Preprocessed` one.
+        layers: Names inside the bare network ("layer4", "layer1.0.relu#1"; see
+            `networks.capture`). None is the last spatial layer before the head; an empty list
+            asks for logits alone.
+        classes: None is each image's own top class; an int, or [B], is one class an image; [B, C]
+            is several classes for each image and gives maps [B, C, h, w].
+        score: What is explained. "logit" is the class's logit, "probability" its softmax. A
+            callable takes whatever the network gave (a tuple or dict too) and returns one score an
+            image, [B]; `classes` must then be None.
+        grad: "none": maps, logits and activations carry no graph, and there is none before the
+            first layer asked for. "activations" and "full" are for training: everything carries the
+            graph of this one forward, whatever mode surrounds the call. With "activations" alpha
+            is a constant, so that gradients of a map flow through A alone; with "full" the map is
+            differentiated completely.
+        maps: False leaves out the maps, and with them any backward.
+
+    Returns:
+        The explanation. alpha is a gradient of the scores' sum over the batch: in train mode,
+        where batch normalisation mixes images, it includes what an image's activations do to the
+        others' scores ("activations" and "full"; "none" refuses such networks).
+
+    Raises:
+        UserError: If a layer, a class or the network can't be explained as asked.
+    """
+    demand_known(score, classes, grad)
+    if not images.is_floating_point():
+        raise UserError(f"images are {images.dtype}: give floats, such as pixels / 255")
+    if grad == "none":
+        demand_separate_images(network, len(images))
+    if layers is None:
+        names: tuple[str, ...] = (last_layer(network, images),)
+    else:
+        names = (layers,) if isinstance(layers, str) else tuple(dict.fromkeys(layers))
+    with torch.inference_mode(False), torch.set_grad_enabled(grad != "none"):
+        images = recordable(images)
+        if isinstance(classes, Tensor):
+            classes = recordable(classes)
+        ask = Request(network, images, names, classes, score, grad, maps)
+        found = _explained(ask, record=grad != "none")
+        if found is None and grad == "none":
+            # The network switches the graph off itself somewhere; record all of it.
+            with torch.enable_grad():
+                found = _explained(ask, record=True)
+    if found is None:
+        raise UserError(
+            f"the score of {type(bare(network)).__name__} has no gradient at every one of the "
+            f"layers {list(names)}: ask for layers that it is computed from, without detach or "
+            "no_grad in between"
+        )
+    return found
+
+
+def last_layer(network: nn.Module, images: Images) -> str:
+    """The last spatial layer before the head, found by running the network on one image.
+
+    It is the module that is last to finish with an output [B, K, h, w] of more than one cell,
+    pooling, dropout and identities aside; of nested modules that finish together, the outermost.
+    ResNets: "layer4" (CIFAR: "layer3"); VGG and DenseNet: "features".
+
+    Raises:
+        UserError: If no module gives such an output.
+    """
+    inner = bare(network)
+    known = _LAST_LAYERS.setdefault(inner, {})
+    key = (tuple(images.shape[1:]), structure(inner))
+    if key not in known:
+        finished: list[str] = []
+
+        def note(name: str, output: object) -> None:
+            if isinstance(output, Tensor) and output.dim() == 4 and output[0, 0].numel() > 1:
+                finished.append(name)
+
+        names = [n for n, part in inner.named_modules() if n and not isinstance(part, PASSING)]
+        with undisturbed(network), visiting(network, names, note, required=False):
+            plain(network)(images[:1])
+        if not finished:
+            raise UserError(
+                f"{type(inner).__name__} has no layer with a spatial output for images of "
+                f"{images.shape[-2]}x{images.shape[-1]}: give larger images, or another network"
+            )
+        known[key] = finished[-1]
+    return known[key]
+
+
+_LAST_LAYERS: WeakKeyDictionary[nn.Module, dict[tuple[tuple[int, ...], int], str]] = (
+    WeakKeyDictionary()
+)
+
+
+def _explained(ask: Request, *, record: bool) -> Explanation | None:
+    """One forward and what follows from it; None if a score doesn't depend on a layer.
+
+    Without `record` the graph begins at the first layer whose map needs a gradient.
+    """
+    verdicts = Verdicts(bare(ask.network), ask.images.shape[1:])
+    output, seen, heads = recorded_forward(ask, verdicts, record)
+    for name, layer in seen.items():
+        if version_of(layer.activations) != layer.version:
+            raise UserError(
+                f"layer '{name}' is overwritten in place by what follows it: ask for the layer "
+                "that overwrites it"
+            )
+    with torch.autocast(ask.images.device.type, enabled=False):
+        classes = asked_classes(ask, output)
+        found: dict[str, Tensor] | None = {}
+        if ask.maps:
+            weights = _closed_weights(seen, heads, verdicts, output)
+            found = _maps(ask, output, classes, seen, weights)
+        if found is None:
+            return None
+        logits = output if isinstance(output, Tensor) else score_columns(ask, output, classes)[:, 0]
+    activations = {name: seen[name].activations for name in ask.names}
+    if ask.grad == "none":
+        logits = logits.detach()
+        found = {name: layer.detach() for name, layer in found.items()}
+        activations = {name: layer.detach() for name, layer in activations.items()}
+    return Explanation(logits, classes, found, activations)
+
+
+def _closed_weights(
+    seen: dict[str, Seen],
+    heads: dict[str, tuple[nn.Module, Node]],
+    verdicts: Verdicts,
+    output: object,
+) -> dict[str, Tensor]:
+    """The head's weight [C, K] of every layer that has a closed form; judges new layers."""
+    for name, layer in seen.items():
+        if not isinstance(output, Tensor) or output.dim() != 2:
+            verdicts[name] = Verdict(None)
+        elif not output.requires_grad:
+            continue
+        elif layer.probe is not None and verdicts[name] is None:
+            verdicts[name] = Verdict(proven_head(output, layer.source, layer.probe, heads))
+        elif layer.probe is None and layer.source[0] and not linear_path(output, layer.source):
+            # There is a graph, so look again: code may do at one step what it didn't at another.
+            verdicts[name] = Verdict(None)
+    weights = {name: verdicts.weight(name) for name in seen}
+    return {name: wide(weight) for name, weight in weights.items() if weight is not None}
+
+
+def _maps(
+    ask: Request,
+    output: object,
+    classes: Tensor,
+    seen: dict[str, Seen],
+    weights: dict[str, Tensor],
+) -> dict[str, Tensor] | None:
+    """Maps by layer; None if a score doesn't depend on a layer."""
+    alphas = _alphas_by_gradient(
+        ask, output, classes, {name: seen[name] for name in seen if name not in weights}
+    )
+    if alphas is None:
+        return None
+    found = {}
+    for name in ask.names:
+        layer = seen[name]
+        activations = wide(layer.activations).flatten(2)
+        with torch.set_grad_enabled(ask.grad != "none"):
+            if name in weights:
+                assert isinstance(output, Tensor), "a closed form has logits"
+                weight = weights[name] if ask.grad == "full" else weights[name].detach()
+                rows = _closed_maps(ask, output, classes, weight, activations) / layer.cells
+            else:
+                rows = torch.bmm(alphas[name], activations)
+        spatial = rows.view(*rows.shape[:2], *layer.activations.shape[2:])
+        found[name] = spatial if classes.dim() == 2 else spatial[:, 0]
+    return found
+
+
+def _alphas_by_gradient(
+    ask: Request, output: object, classes: Tensor, layers: dict[str, Seen]
+) -> dict[str, Tensor] | None:
+    """Channel weights [B, N, K] by layer, from one backward a class for all layers."""
+    if not layers:
+        return {}
+    asked = [s.activations if s.probe is None else s.probe for s in layers.values()]
+    half = any(layer.activations.dtype == torch.float16 for layer in layers.values())
+    scale = HALF_SCALE if half else 1.0
+    full = ask.grad == "full"
+    with torch.enable_grad():
+        scores = score_columns(ask, output, classes)
+        if not scores.requires_grad:
+            return None
+        rows: list[tuple[Tensor | None, ...]] = []
+        totals = (scores * scale).sum(0).unbind()
+        for number, total in enumerate(totals, start=1):
+            keep = ask.grad != "none" or number < len(totals)
+            rows.append(
+                torch.autograd.grad(
+                    total, asked, retain_graph=keep, create_graph=full, allow_unused=True
+                )
+            )
+        alphas = {}
+        for (name, layer), gradients in zip(layers.items(), zip(*rows, strict=True), strict=True):
+            known = [gradient for gradient in gradients if gradient is not None]
+            if len(known) < len(gradients):
+                return None
+            if layer.probe is None:
+                known = [wide(gradient).sum((2, 3)) for gradient in known]
+            alpha = torch.stack(known, 1) / (scale * layer.cells)
+            alphas[name] = alpha if full else alpha.detach()
+    return alphas
+
+
+def _closed_maps(
+    ask: Request, logits: Tensor, classes: Tensor, weight: Tensor, activations: Tensor
+) -> Tensor:
+    """Z times the maps [B, N, h w], by the chain rule through logits = weight mean(A) + bias."""
+    chosen = columns(classes)
+    if ask.score == "logit" and 2 * chosen.shape[1] > len(weight):
+        every = torch.einsum("ck,bkp->bcp", weight, activations)
+        return every.gather(1, chosen[..., None].expand(-1, -1, every.shape[2]))
+    full = ask.grad == "full"
+    if ask.score == "logit":
+        alpha = weight[chosen]
+    elif ask.score == "probability":
+        # d softmax_c / d y = p_c (e_c - p)
+        likely = wide(logits if full else logits.detach()).softmax(1)
+        alpha = likely.gather(1, chosen)[..., None] * (weight[chosen] - (likely @ weight)[:, None])
+    else:
+        with torch.enable_grad():
+            free = logits if full and logits.requires_grad else logits.detach().requires_grad_()
+            scores = score_columns(ask, free, classes)
+            slope = None
+            if scores.requires_grad:
+                total = scores.sum()
+                (slope,) = torch.autograd.grad(total, free, create_graph=full, allow_unused=True)
+        if slope is None:
+            raise UserError("the score callable's result doesn't depend on the network's output")
+        alpha = (wide(slope) @ weight)[:, None]
+    return torch.bmm(alpha, activations)

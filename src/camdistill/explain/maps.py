@@ -1,0 +1,113 @@
+"""Pure functions of maps: rectify, normalise, resize, fuse.
+
+All take maps of shape [..., h, w] and treat every map on its own; all are differentiable.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Normalisation = Literal["minmax", "max"]
+Fusion = Literal["mean", "max", "product"]
+AnyMaps = Float[Tensor, "*maps height width"]
+OnGrid = Float[Tensor, "*maps rows columns"]
+
+
+def relu(maps: AnyMaps) -> AnyMaps:
+    """The evidence for the class: negative values become 0 (Selvaraju et al. 2017, eq. 2)."""
+    return F.relu(maps)
+
+
+def normalise(maps: AnyMaps, kind: Normalisation = "minmax") -> AnyMaps:
+    """Scale every map by its own range.
+
+    Args:
+        maps: Raw or rectified maps.
+        kind: "minmax" is (m - min m) / (max m - min m), in [0, 1]; "max" is m / max |m|, in
+            [-1, 1], and keeps the sign and the zero.
+
+    Returns:
+        Maps of the same dtype. A map whose range is lost in rounding (a constant one for "minmax",
+        a zero one for "max") becomes 0, never NaN.
+    """
+    if kind not in ("minmax", "max"):
+        raise ValueError(f"kind is {kind!r}; it is 'minmax' or 'max'")
+    wide = maps if maps.dtype == torch.float64 else maps.float()
+    size = wide.abs().amax((-2, -1), keepdim=True)
+    if kind == "minmax":
+        low = wide.amin((-2, -1), keepdim=True)
+        wide = wide - low
+        span = wide.amax((-2, -1), keepdim=True)
+        # A few units in the last place of the largest value are rounding, not a picture.
+        blank = span <= 8 * torch.finfo(maps.dtype).eps * size
+    else:
+        span = size
+        blank = span == 0
+    return torch.where(blank, 0, wide / torch.where(blank, 1, span)).to(maps.dtype)
+
+
+def upsample(maps: AnyMaps, size: tuple[int, int]) -> OnGrid:
+    """Bilinear interpolation to an image's size, with `align_corners=False`, for looking at.
+
+    To compare maps of different grids take `resize`, which averages where it shrinks.
+    """
+    return _interpolate(maps, size)
+
+
+def resize(maps: AnyMaps, size: tuple[int, int]) -> OnGrid:
+    """Bring maps to another grid: bilinear where it grows, area-weighted where it shrinks.
+
+    An axis that shrinks is averaged over each new cell (exactly, whatever the ratio, so the mean of
+    the map is kept); an axis that grows is interpolated with `align_corners=False`.
+    """
+    height, width = maps.shape[-2:]
+    smaller = (min(size[0], height), min(size[1], width))
+    if smaller[0] < height:
+        maps = _averaging(height, smaller[0], maps) @ maps
+    if smaller[1] < width:
+        maps = maps @ _averaging(width, smaller[1], maps).T
+    return maps if smaller == tuple(size) else _interpolate(maps, size)
+
+
+def fuse(
+    maps: Sequence[Float[Tensor, "..."]],
+    kind: Fusion = "mean",
+    size: tuple[int, int] | None = None,
+) -> OnGrid:
+    """One map from several layers' maps, cell by cell.
+
+    Args:
+        maps: One entry a layer; normalise them first, as raw maps of layers differ in scale.
+        kind: "mean", "max" or "product".
+        size: Grid of the result; None is the finest of the layers, per axis.
+    """
+    if not maps:
+        raise ValueError("there is no map to fuse")
+    if kind not in ("mean", "max", "product"):
+        raise ValueError(f"kind is {kind!r}; it is 'mean', 'max' or 'product'")
+    if size is None:
+        size = (max(layer.shape[-2] for layer in maps), max(layer.shape[-1] for layer in maps))
+    stack = torch.stack([upsample(layer, size) for layer in maps])
+    if kind == "mean":
+        return stack.mean(0)
+    return stack.amax(0) if kind == "max" else stack.prod(0)
+
+
+def _interpolate(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    planes = maps.reshape(-1, 1, *maps.shape[-2:])
+    grown = F.interpolate(planes, size=tuple(size), mode="bilinear", align_corners=False)
+    return grown.reshape(*maps.shape[:-2], *size)
+
+
+def _averaging(before: int, after: int, like: Tensor) -> Tensor:
+    """Rows are new cells: the share of each old cell in the new one's length."""
+    edges = torch.arange(after + 1, dtype=torch.float64) * before / after
+    cells = torch.arange(before, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
+    return (overlap.clamp(min=0) * after / before).to(like.device, like.dtype)

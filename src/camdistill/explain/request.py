@@ -1,0 +1,131 @@
+"""What is asked of a network: the scores that are explained, and the mistakes one can make."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from camdistill.errors import UserError
+from camdistill.networks.capture import bare
+from camdistill.types import Images
+
+Grad = Literal["none", "activations", "full"]
+Score = Literal["logit", "probability"] | Callable[..., Tensor]
+Classes = int | Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `explain`."""
+
+    network: nn.Module
+    images: Images
+    names: tuple[str, ...]
+    classes: Classes
+    score: Score
+    grad: Grad
+    maps: bool
+
+
+def score_columns(ask: Request, output: object, classes: Tensor) -> Float[Tensor, "batch asked"]:
+    """S of every image and class."""
+    if not isinstance(ask.score, str):
+        scores = ask.score(output)
+        if not isinstance(scores, Tensor) or scores.shape != ask.images.shape[:1]:
+            gave = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise UserError(
+                f"the score callable gave {gave} for {len(ask.images)} images: "
+                f"it must return one score an image, [{len(ask.images)}]"
+            )
+        return wide(scores)[:, None]
+    logits = wide(demand_logits(ask, output))
+    values = logits.softmax(1) if ask.score == "probability" else logits
+    return values.gather(1, columns(classes))
+
+
+def columns(classes: Tensor) -> Tensor:
+    """Classes as [B, N]."""
+    return classes if classes.dim() == 2 else classes[:, None]
+
+
+def asked_classes(ask: Request, output: object) -> Tensor:
+    """Classes as [B] or [B, C] on the images' device."""
+    count, device = len(ask.images), ask.images.device
+    if not isinstance(ask.score, str):
+        return torch.full((count,), -1, device=device)
+    if ask.classes is None:
+        return demand_logits(ask, output).detach().argmax(1)
+    given = torch.as_tensor(ask.classes)
+    if given.is_floating_point() or given.dtype == torch.bool:
+        raise UserError(f"classes are {given.dtype}: give class numbers (integers)")
+    given = given.long()
+    if given.dim() == 0:
+        given = given.expand(count)
+    if given.dim() > 2 or given.shape[0] != count:
+        raise UserError(
+            f"classes have the shape {list(given.shape)} for {count} images: give None, one "
+            f"number, [{count}], or [{count}, C] for several classes an image"
+        )
+    outputs = demand_logits(ask, output).shape[1]
+    # Looking at numbers on an accelerator would wait for it; there indexing itself checks.
+    if given.device.type == "cpu" and given.numel():
+        low, high = int(given.min()), int(given.max())
+        if low < 0 or high >= outputs:
+            wrong = low if low < 0 else high
+            raise UserError(
+                f"class {wrong} does not exist: the network has {outputs} classes, "
+                f"0 to {outputs - 1}"
+            )
+    return given.to(device)
+
+
+def demand_logits(ask: Request, output: object) -> Tensor:
+    """The network's output if it is logits [B, classes], else a UserError that says what to do."""
+    if isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(ask.images):
+        return output
+    gave = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    raise UserError(
+        f"{type(bare(ask.network)).__name__} gives {gave}, not logits "
+        f"[{len(ask.images)}, classes]: give score=, a function of that output which returns one "
+        "score an image"
+    )
+
+
+def demand_known(score: Score, classes: Classes, grad: Grad) -> None:
+    """Refuse words that mean nothing, before anything runs."""
+    if isinstance(score, str) and score not in ("logit", "probability"):
+        raise UserError(f"no score '{score}'; there are: 'logit', 'probability', or a callable")
+    if not isinstance(score, str) and classes is not None:
+        raise UserError(
+            "classes and a callable score were both given: let the callable choose the class, "
+            "and leave out classes"
+        )
+    if grad not in ("none", "activations", "full"):
+        raise UserError(f"no grad '{grad}'; there are: 'none', 'activations', 'full'")
+
+
+def demand_separate_images(network: nn.Module, count: int) -> None:
+    """Refuse what mixes images: one gradient serves all where none changes another's score."""
+    for name, module in bare(network).named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        if module.training:
+            raise UserError(
+                f"'{name}' is in train mode, where batch normalisation mixes the images of a "
+                "batch: call .eval() on the network first (grad='full' and 'activations' are for "
+                "a training step)"
+            )
+        if module.running_mean is None and count > 1:
+            raise UserError(
+                f"'{name}' keeps no running statistics, so batch normalisation mixes the images "
+                "of a batch even in eval mode: give one image at a time"
+            )
+
+
+def wide(values: Tensor) -> Tensor:
+    """At least float32: what sums are made in."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,0 +1,315 @@
+"""Student against teacher: agreement, divergence and map fidelity, per image and as means.
+
+Maps are compared rectified, on the teacher's grid, for the teacher's top class. A blank or constant
+student map scores 0 and counts. A blank or constant teacher map has no shape to be faithful to: the
+image is left out of the map scores (NaN in the table), and every summary says how many were scored.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor, distributed
+from torch.nn import functional as F
+
+from camdistill.explain.compare import cosine, pearson, spearman
+from camdistill.explain.maps import relu, resize
+from camdistill.measure.intervals import (
+    FloatArray,
+    Interval,
+    percentiles,
+    resampled_means,
+    skill_of_means,
+)
+from camdistill.types import Labels, Logits, Maps, PerImage
+
+IntArray = NDArray[np.int64]
+
+MEASURES = ("pearson", "spearman", "cosine")
+FLAT = 1e-6  # of its largest value: a map that varies less is constant up to float32's rounding
+
+
+class MapScores(NamedTuple):
+    """Similarity of maps, each in [-1, 1] and NaN where the teacher's map is blank."""
+
+    pearson: PerImage
+    spearman: PerImage
+    cosine: PerImage
+
+
+class MapSummary(TypedDict):
+    """Means over the `scored` images; None where nothing could be scored."""
+
+    pearson: float | None
+    spearman: float | None
+    cosine: float | None
+    skill: float | None
+    scored: int
+
+
+class ControlSummary(MapSummary):
+    """A control, at the last layer pair and at each."""
+
+    layers: dict[str, MapSummary]
+
+
+class StudentSummary(ControlSummary):
+    """The student; `accuracy` is None without labels, `kl` is in nats."""
+
+    accuracy: float | None
+    agreement: float | None
+    kl: float | None
+
+
+class FidelitySummary(TypedDict):
+    """What `results.json` says of one student; `flatten` gives its dotted keys."""
+
+    n: int
+    student: StudentSummary
+    controls: dict[str, ControlSummary]
+
+
+@dataclass(frozen=True)
+class FidelityTable:
+    """Per-image values, one row an image, in the order of the ids.
+
+    Attributes:
+        ids: The images' numbers in their data set.
+        columns: float32 values by their key in the results: `student.accuracy` (0 or 1; NaN without
+            a label), `student.agreement`, `student.kl`, `student.layers.<name>.pearson` and so on,
+            `controls.mean_map.layers.<name>.pearson` and so on.
+        layers: The student's layers, the main one last.
+    """
+
+    ids: IntArray
+    columns: dict[str, FloatArray]
+    layers: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def agreement(student_logits: Logits, teacher_logits: Logits) -> PerImage:
+    """1 where student and teacher have the same top class, else 0."""
+    return (student_logits.argmax(1) == teacher_logits.argmax(1)).float()
+
+
+def divergence(student_logits: Logits, teacher_logits: Logits) -> PerImage:
+    """KL(teacher || student) of the class probabilities, in nats."""
+    student = F.log_softmax(student_logits.float(), dim=1)
+    teacher = F.log_softmax(teacher_logits.float(), dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+def correct(logits: Logits, labels: Labels) -> PerImage:
+    """1 where the top class is the label, 0 where not, NaN without a label (-1)."""
+    hit = (logits.argmax(1) == labels).float()
+    return torch.where(labels >= 0, hit, torch.full_like(hit, torch.nan))
+
+
+def map_scores(student_maps: Maps, teacher_maps: Float[Tensor, "batch rows columns"]) -> MapScores:
+    """Fidelity of a student's raw maps to a teacher's, by the module's rules."""
+    student, teacher = relu(student_maps.float()), relu(teacher_maps.float())
+    blank, told = _constant(student), ~_constant(teacher)
+    if student.shape[-2:] != teacher.shape[-2:]:
+        with torch.autocast(student.device.type, enabled=False):
+            student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
+        blank = blank | _constant(student)
+    values = [measure(student, teacher) for measure in (pearson, spearman, cosine)]
+    nan = torch.full_like(values[0], torch.nan)
+    return MapScores(*(torch.where(told, value.masked_fill(blank, 0), nan) for value in values))
+
+
+class FidelityMeter:
+    """Gathers fidelity over a loop of batches, and over processes.
+
+    Values stay on their device as one small float32 row an image until `table` is asked for.
+
+    Args:
+        pairs: The teacher's layer by the student's layer; the last pair is the main one, whose
+            values stand directly under `student`.
+        mean_map_by_layer: The mean ReLU map of the training split by the teacher's layer, for the
+            mean-map control and skill; without it there is neither.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, str],
+        mean_map_by_layer: Mapping[str, Float[Tensor, "height width"]] | None = None,
+    ) -> None:
+        self.pairs = dict(pairs)
+        self.mean_map_by_layer = dict(mean_map_by_layer or {})
+        if self.mean_map_by_layer:
+            missing = sorted(set(self.pairs.values()) - set(self.mean_map_by_layer))
+            if missing:
+                raise ValueError(f"no mean map of the teacher's layers {missing}")
+        self.names = _column_names(list(self.pairs), bool(self.mean_map_by_layer))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self._rows: list[Tensor] = []
+        self._ids: list[Tensor] = []
+
+    def update(
+        self,
+        student_logits: Logits,
+        teacher_logits: Logits,
+        labels: Labels,
+        student_maps_by_layer: Mapping[str, Maps],
+        teacher_maps_by_layer: Mapping[str, Maps],
+        counted: Bool[Tensor, "batch"],
+        ids: Labels,
+    ) -> None:
+        """Take in one batch.
+
+        Args:
+            student_logits: Logits.
+            teacher_logits: Logits of the same classes.
+            labels: Class indices, -1 where there is none.
+            student_maps_by_layer: Raw maps of the teacher's top class.
+            teacher_maps_by_layer: Raw maps of the teacher's top class.
+            counted: False for images that only fill up a shard; they are dropped.
+            ids: The images' numbers; one that comes twice counts once.
+        """
+        columns = [
+            correct(student_logits, labels),
+            agreement(student_logits, teacher_logits),
+            divergence(student_logits, teacher_logits),
+        ]
+        for student_layer, teacher_layer in self.pairs.items():
+            teacher_maps = teacher_maps_by_layer[teacher_layer]
+            columns += map_scores(student_maps_by_layer[student_layer], teacher_maps)
+            if self.mean_map_by_layer:
+                mean = self.mean_map_by_layer[teacher_layer].to(teacher_maps.device)
+                columns += map_scores(mean.expand(len(teacher_maps), -1, -1), teacher_maps)
+        # Selecting by a mask waits for the device; a training loop's validation can afford it.
+        self._rows.append(torch.stack([column.detach().float() for column in columns], 1)[counted])
+        self._ids.append(ids.detach()[counted])
+
+    def table(self) -> FidelityTable:
+        """Everything seen so far, by all processes; each of them must call this."""
+        rows = torch.cat(self._rows).cpu().numpy() if self._rows else None
+        ids = torch.cat(self._ids).cpu().numpy() if self._ids else None
+        if rows is None or ids is None:
+            rows, ids = np.empty((0, len(self.names)), np.float32), np.empty(0, np.int64)
+        if distributed.is_available() and distributed.is_initialized():
+            parts: list[tuple[IntArray, FloatArray]] = [(ids, rows)] * distributed.get_world_size()
+            distributed.all_gather_object(parts, (ids, rows))
+            ids = np.concatenate([part[0] for part in parts])
+            rows = np.concatenate([part[1] for part in parts])
+        ids, first = np.unique(ids, return_index=True)
+        columns = dict(zip(self.names, np.ascontiguousarray(rows[first].T), strict=True))
+        return FidelityTable(ids.astype(np.int64), columns, tuple(self.pairs))
+
+    def summary(self) -> FidelitySummary:
+        """`summary` of the table."""
+        return summary(self.table())
+
+
+def summary(table: FidelityTable) -> FidelitySummary:
+    """Means over the images, with skill over the mean map.
+
+    Skill is 1 - (1 - mean cos(P, T)) / (1 - mean cos(M, T)), with M the mean ReLU map of the
+    teacher over the training split: 1 is a perfect student, 0 one that is no better than M.
+    """
+    by_layer = {layer: _map_summary(table, "student", layer) for layer in table.layers}
+    student = StudentSummary(
+        accuracy=_mean(table.columns["student.accuracy"]),
+        agreement=_mean(table.columns["student.agreement"]),
+        kl=_mean(table.columns["student.kl"]),
+        **_main(by_layer),
+        layers=by_layer,
+    )
+    controls = {}
+    if any(key.startswith("controls.mean_map.") for key in table.columns):
+        by_layer = {
+            layer: _map_summary(table, "controls.mean_map", layer) for layer in table.layers
+        }
+        controls["mean_map"] = ControlSummary(**_main(by_layer), layers=by_layer)
+    return FidelitySummary(n=len(table), student=student, controls=controls)
+
+
+def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, float | int]:
+    """Numbers of a nested mapping by dotted key; None is left out."""
+    found: dict[str, float | int] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def intervals(
+    table: FidelityTable, *, seed: int = 0, level: float = 0.95, resamples: int = 2000
+) -> dict[str, Interval]:
+    """Bootstrap intervals over images of every mean and skill in `flatten(summary(table))`.
+
+    All values share the resamples. Images only: between seeds of training see `seed_interval`.
+    """
+    columns = {key: value for key, value in table.columns.items() if not np.isnan(value).all()}
+    if not len(table):
+        return {}
+    matrix = np.stack(list(columns.values()), 1)
+    drawn = dict(zip(columns, resampled_means(matrix, seed, resamples).T, strict=True))
+    means = {key: float(np.nanmean(value, dtype=np.float64)) for key, value in columns.items()}
+    for layer in table.layers:
+        own, base = (f"{who}.layers.{layer}.cosine" for who in ("student", "controls.mean_map"))
+        if own in means and base in means and means[base] < 1:
+            key = f"student.layers.{layer}.skill"
+            means[key] = float(skill_of_means(np.float64(means[own]), np.float64(means[base])))
+            drawn[key] = skill_of_means(drawn[own], drawn[base])
+    found = {key: percentiles(means[key], drawn[key], level) for key in means}
+    if table.layers:
+        last = f".layers.{table.layers[-1]}."
+        found |= {key.replace(last, "."): value for key, value in found.items() if last in key}
+    return found
+
+
+def _column_names(layers: list[str], with_mean_map: bool) -> tuple[str, ...]:
+    names = ["student.accuracy", "student.agreement", "student.kl"]
+    for layer in layers:
+        names += [f"student.layers.{layer}.{measure}" for measure in MEASURES]
+        if with_mean_map:
+            names += [f"controls.mean_map.layers.{layer}.{measure}" for measure in MEASURES]
+    return tuple(names)
+
+
+def _constant(maps: Maps) -> Bool[Tensor, "batch"]:
+    high, low = maps.amax((1, 2)), maps.amin((1, 2))
+    return high - low <= FLAT * high.abs()
+
+
+def _map_summary(table: FidelityTable, who: str, layer: str) -> MapSummary:
+    values = {measure: table.columns[f"{who}.layers.{layer}.{measure}"] for measure in MEASURES}
+    own = values["cosine"]
+    baseline = table.columns.get(f"controls.mean_map.layers.{layer}.cosine")
+    known = ~np.isnan(own)
+    gain = None
+    if baseline is not None and known.any() and float(baseline[known].mean(dtype=float)) < 1:
+        gain = float(
+            skill_of_means(own[known].mean(dtype=float), baseline[known].mean(dtype=float))
+        )
+    return MapSummary(
+        pearson=_mean(values["pearson"]),
+        spearman=_mean(values["spearman"]),
+        cosine=_mean(own),
+        skill=gain,
+        scored=int(known.sum()),
+    )
+
+
+def _main(by_layer: dict[str, MapSummary]) -> MapSummary:
+    if by_layer:
+        return by_layer[next(reversed(by_layer))]
+    return MapSummary(pearson=None, spearman=None, cosine=None, skill=None, scored=0)
+
+
+def _mean(values: FloatArray) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean(dtype=np.float64)) if len(known) else None

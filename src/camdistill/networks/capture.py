@@ -1,0 +1,247 @@
+"""Layers by dotted name, and what passes through them: the only forward hooks in the package.
+
+A layer is named as inside the bare network: "layer3", "layer1.0.relu". A module that a forward
+calls several times has one output a call: "layer1.0.relu#0" is the first call, "#1" the second;
+without a number the name means the last call.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from camdistill.errors import UserError, nearest
+
+Visit = Callable[[str, object], Tensor | None]
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The network inside its wrappers: torch.compile, DDP, DataParallel, `Preprocessed`."""
+    while (inner := _inside(network)) is not None:
+        network = inner
+    return network
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """The network without outer wrappers that only run it elsewhere or otherwise.
+
+    Unlike `bare` this keeps what changes the result, such as a normalisation.
+    """
+    while isinstance(network, DataParallel | DistributedDataParallel) or _is_compiled(network):
+        inner = _inside(network)
+        assert inner is not None, "such a wrapper holds a network"
+        network = inner
+    return network
+
+
+def layer_names(network: nn.Module) -> tuple[str, ...]:
+    """Every layer's name, in the order of definition; a shared module has one name each place."""
+    return tuple(_modules(bare(network)))
+
+
+@contextmanager
+def capture(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect layers' outputs from the forward that runs inside the block.
+
+    The outputs carry the graph of that forward if it records one, and in-place operations that
+    follow a layer don't change them: the network goes on with a copy.
+
+    Args:
+        network: Bare or wrapped; call it itself inside the block.
+        layers: Names, see the module's docstring.
+
+    Yields:
+        Outputs by layer, filled while the network runs; in the order of `layers` after the block.
+
+    Raises:
+        UserError: If there is no such layer, its output is not a tensor, or the forward didn't
+            call it.
+    """
+    layers = tuple(dict.fromkeys(layers))
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, output: object) -> Tensor:
+        found[name] = tensor(name, output)
+        return found[name].clone()
+
+    with visiting(network, layers, keep):
+        yield found
+    for name in layers:
+        found[name] = found.pop(name)
+
+
+@contextmanager
+def visiting(
+    network: nn.Module, layers: Iterable[str], visit: Visit, *, required: bool = True
+) -> Iterator[None]:
+    """Call `visit(name, output)` whenever a layer has run inside the block.
+
+    What `visit` returns goes on in place of the output; None leaves it. A layer asked for without
+    a call number is visited at every call, as nobody knows which is the last. Parts under
+    torch.compile run uncompiled inside the block: compiled code doesn't call hooks.
+
+    Args:
+        network: Bare or wrapped.
+        layers: Names, see the module's docstring.
+        visit: What to do.
+        required: Whether it is an error that a layer didn't run.
+
+    Raises:
+        UserError: If there is no such layer, or (`required`) the forward didn't call it.
+    """
+    wanted: dict[nn.Module, list[tuple[str, int | None]]] = defaultdict(list)
+    for name, (module, call) in _located(bare(network), layers).items():
+        wanted[module].append((name, call))
+    calls = dict.fromkeys(wanted, 0)
+
+    def hook(module: nn.Module, _: object, output: object) -> object:
+        this, calls[module] = calls[module], calls[module] + 1
+        for name, call in wanted[module]:
+            if call in (None, this):
+                changed = visit(name, output)
+                output = output if changed is None else changed
+        return output
+
+    with ExitStack() as stack:
+        stack.enter_context(_uncompiled(network))
+        for module in wanted:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+    if required:
+        for module, places in wanted.items():
+            for name, call in places:
+                _demand_called(name, call, calls[module])
+
+
+def tensor(name: str, output: object) -> Tensor:
+    """A layer's output if it is a tensor.
+
+    Raises:
+        UserError: If it is a tuple or the like.
+    """
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"layer '{name}' gives a {type(output).__name__}, not a tensor: "
+            "ask for a layer inside it or after it"
+        )
+    return output
+
+
+@contextmanager
+def undisturbed(network: nn.Module) -> Iterator[None]:
+    """Run the network for a look, in eval mode without graph, and leave nothing behind.
+
+    Modes, buffers and random states are put back, also after an exception.
+    """
+    inner = bare(network)
+    modes = [(module, module.training) for module in inner.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in inner.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {weight.device.index for weight in inner.parameters() if weight.is_cuda}
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.random.fork_rng(devices=[i for i in devices if i is not None]), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def structure(network: nn.Module) -> int:
+    """A fingerprint of what a network is made of and of its modes.
+
+    It changes when a module is replaced, gets a hook, or switches between train and eval.
+    """
+    return hash(
+        tuple(
+            (
+                id(module),
+                type(module),
+                module.training,
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+            )
+            for module in network.modules()
+        )
+    )
+
+
+def _inside(network: nn.Module) -> nn.Module | None:
+    """One wrapper less; None if there is none."""
+    inner: object = None
+    if _is_compiled(network):
+        inner = network._orig_mod
+    elif isinstance(network, DataParallel | DistributedDataParallel):
+        inner = network.module
+    elif hasattr(network, "normalise"):
+        inner = getattr(network, "network", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def _is_compiled(network: nn.Module) -> bool:
+    # A compiled module passes other attributes on to the original, so ask for its own.
+    return "_orig_mod" in network._modules
+
+
+def _uncompiled(network: nn.Module) -> AbstractContextManager[object]:
+    parts = [network]
+    while (inner := _inside(parts[-1])) is not None:
+        parts.append(inner)
+    parts += parts[-1].modules()
+    if any(_is_compiled(part) or part._compiled_call_impl is not None for part in parts):
+        eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return eager
+    return nullcontext()
+
+
+def _modules(inner: nn.Module) -> dict[str, nn.Module]:
+    return {name: part for name, part in inner.named_modules(remove_duplicate=False) if name}
+
+
+def _located(inner: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Module, int | None]]:
+    """Module and call number by name."""
+    found: dict[str, tuple[nn.Module, int | None]] = {}
+    for name in layers:
+        base, mark, number = name.partition("#")
+        try:
+            module = inner.get_submodule(base)
+        except AttributeError:
+            module = inner
+        if module is inner:
+            raise UserError(
+                f"no layer '{name}' in {type(inner).__name__}; {nearest(base, _modules(inner))}"
+            )
+        if mark and not number.isdecimal():
+            raise UserError(
+                f"no layer '{name}': after # comes the number of the call, from 0, "
+                f"such as '{base}#0'"
+            )
+        found[name] = module, int(number) if mark else None
+    return found
+
+
+def _demand_called(name: str, call: int | None, calls: int) -> None:
+    if calls == 0:
+        raise UserError(
+            f"layer '{name}' is part of the network but this forward didn't call it: "
+            "ask for a layer that runs (in train and eval mode they may differ)"
+        )
+    if call is not None and call >= calls:
+        base = name.partition("#")[0]
+        raise UserError(
+            f"no layer '{name}': this forward calls '{base}' {calls} "
+            f"time{'s' if calls > 1 else ''}, so the last is '{base}#{calls - 1}'"
+        )

@@ -1,0 +1,179 @@
+"""Networks by dotted path, and what may be called when the path comes from a checkpoint."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+
+import torchvision
+from torch import nn
+
+from camdistill.errors import UserError, nearest
+
+Argument = bool | int | float | str | list[int] | list[float] | list[str] | None
+Factory = Callable[..., object]
+
+# From these, a checkpoint may name only networks; from what the user trusts, any factory.
+SAFE_PACKAGES = ("camdistill", "torch", "torchvision", "timm")
+
+
+def resolve(path: str, allowed: Sequence[str] | None = None) -> Factory:
+    """What a dotted path names: a network's class or a function that makes one.
+
+    Args:
+        path: Such as `timm.create_model` or `package.module.Network`.
+        allowed: Top-level packages that the path may begin with; None for any. With a list the
+            path counts as a stranger's: it is checked before anything is imported, and inside
+            `SAFE_PACKAGES` it may only name a network's class or a registered model.
+
+    Raises:
+        UserError: If the path isn't allowed, can't be imported or names no network.
+    """
+    package, module_name, name = path.partition(".")[0], *path.rpartition(".")[::2]
+    if allowed is not None and package not in allowed:
+        raise UserError(
+            f"class path '{path}' lies outside {', '.join(allowed)}: importing it would run its "
+            f"code; add `--trust {package}` if you trust it"
+        )
+    private = any(part.startswith("_") or not part for part in path.split("."))
+    if private and allowed is not None and package in SAFE_PACKAGES:
+        raise UserError(f"class path '{path}' is private to {package}: name a public network")
+    factory = _attribute(path, module_name, name)
+    if inspect.isclass(factory) and not issubclass(factory, nn.Module):
+        raise UserError(f"'{path}' is a class but not a torch.nn.Module: name a network's class")
+    if not callable(factory):
+        raise UserError(
+            f"'{path}' is a {type(factory).__name__}, not a network: name a torch.nn.Module class "
+            "or a function that returns one"
+        )
+    if allowed is not None:
+        _demand_network(path, factory, allowed)
+    return factory
+
+
+def _attribute(path: str, module_name: str, name: str) -> object:
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        own = module_name == missing or module_name.startswith(f"{missing}.")
+        cause = f"there is no module '{missing}'" if own else f"it needs '{missing}', not installed"
+        cure = (
+            "pip install 'camdistill[models]'"
+            if missing == "timm"
+            else ("check the name, install it, or put its folder on PYTHONPATH")
+        )
+        raise UserError(f"can't import '{path}': {cause}; {cure}") from error
+    except (ImportError, SyntaxError, ValueError, TypeError) as error:
+        raise UserError(f"can't import '{path}': {_line(error)}; mend that module") from error
+    if not hasattr(module, name):
+        public = [option for option in dir(module) if not option.startswith("_")]
+        raise UserError(f"no '{name}' in module '{module_name}'; {nearest(name, public)}")
+    found: object = getattr(module, name)
+    return found
+
+
+def _demand_network(path: str, factory: Factory, allowed: Sequence[str]) -> None:
+    """A stranger's path may re-export what isn't a network: `torch.hub.load` runs code."""
+    home = getattr(factory, "__module__", "").partition(".")[0]
+    if home not in allowed:
+        raise UserError(
+            f"class path '{path}' leads to '{home}', outside {', '.join(allowed)}; "
+            f"add `--trust {home}` if you trust it"
+        )
+    if home in SAFE_PACKAGES and not inspect.isclass(factory) and not _registered(factory):
+        raise UserError(
+            f"'{path}' is no network of {home}, so it isn't called from a checkpoint; "
+            "name a network's class or a model that the package lists"
+        )
+
+
+def _registered(factory: Factory) -> bool:
+    """Whether torchvision or timm list this function among their models."""
+    name, home = getattr(factory, "__name__", ""), getattr(factory, "__module__", "")
+    if home.startswith("torchvision.models"):
+        known = name in torchvision.models.list_models()
+        return known and torchvision.models.get_model_builder(name) is factory
+    if home.startswith("timm.models"):
+        timm = importlib.import_module("timm")
+        known = timm.is_model(name) and timm.model_entrypoint(name) is factory
+        return known or factory is timm.create_model
+    return False
+
+
+def demand_harmless(path: str, args: Mapping[str, Argument]) -> None:
+    """Refuse a checkpoint's arguments that would make a model fetch or read something.
+
+    What the user trusts beyond `SAFE_PACKAGES` may take any argument.
+
+    Raises:
+        UserError: If an argument asks for weights, or a text looks like an address.
+    """
+    if path.partition(".")[0] not in SAFE_PACKAGES:
+        return
+    for name, value in args.items():
+        fetches = name.startswith(("pretrained", "weights", "checkpoint")) and bool(value)
+        texts = value if isinstance(value, list) else [value]
+        if fetches or any(isinstance(text, str) and ":" in text for text in texts):
+            raise UserError(
+                f"the checkpoint asks for {path} with {name}={value!r}, which fetches or reads "
+                "files; give the network and its weights yourself"
+            )
+
+
+def construct(
+    name: str, factory: Factory, args: Mapping[str, Argument], fixed: Mapping[str, object]
+) -> nn.Module:
+    """The network that a factory makes.
+
+    Args:
+        name: What the user called it, for errors.
+        factory: A class or a function.
+        args: The user's arguments.
+        fixed: Arguments that belong to the name; the user can't give them again.
+
+    Raises:
+        UserError: If an argument is unknown, missing or wrong, or no network is made.
+    """
+    parameters = parameters_of(factory)
+    open_ended = any(kind.kind is kind.VAR_KEYWORD for kind in parameters.values())
+    options = [
+        option
+        for option, kind in parameters.items()
+        if option not in fixed and kind.kind in (kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY)
+    ]
+    for given in args:
+        if given in fixed or (given not in options and not open_ended):
+            hint = nearest(given, options) if options else "it takes none"
+            raise UserError(f"no argument '{given}' in {name}; {hint}")
+    missing = [
+        option
+        for option in options
+        if parameters[option].default is inspect.Parameter.empty and option not in args
+    ]
+    if missing:
+        raise UserError(f"{name} needs the argument '{missing[0]}'; give it in args")
+    try:
+        network = factory(**fixed, **args)
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "no arguments"
+        raise UserError(f"can't build {name} with {given}: {_line(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise UserError(
+            f"{name} made a {type(network).__name__}, not a torch.nn.Module: name a network's "
+            "class or a function that returns one"
+        )
+    return network
+
+
+def parameters_of(factory: Factory) -> dict[str, inspect.Parameter]:
+    """A factory's parameters by name, empty where Python can't tell."""
+    try:
+        return dict(inspect.signature(factory).parameters)
+    except (TypeError, ValueError):
+        return {"args": inspect.Parameter("args", inspect.Parameter.VAR_KEYWORD)}
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

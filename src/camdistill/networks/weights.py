@@ -1,0 +1,346 @@
+"""Weights from files, read without running any code that a file may hold.
+
+safetensors and torch files are told apart by their first bytes, not by their names. Torch files
+are only read with `weights_only`, onto the CPU.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import struct
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
+
+from camdistill.errors import UserError, nearest
+
+# Where training programs put the weights inside their checkpoints, the usual ones first.
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+    "params",
+    "weights",
+    "student",
+    "teacher",
+    "state_dict_ema",
+    "model_ema",
+    "params_ema",
+)
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".th", ".bin")
+# What our own checkpoints call the network that they trained.
+PARTS = ("student", "network")
+# What a damaged file makes torch's reader raise, whichever byte is hit.
+_DAMAGE = (
+    RuntimeError,
+    ValueError,
+    EOFError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    ImportError,
+    struct.error,
+)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The weights in a file.
+
+    Attributes:
+        state: Weights by name, on the CPU, without the prefixes of wrappers.
+        metadata: Text stored beside them; only safetensors have it.
+        sha256: Of the file, in hexadecimal.
+        path: Where they were read.
+    """
+
+    state: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    sha256: str = ""
+    path: Path = Path("weights")
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file in hexadecimal, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_weights(path: str | Path, *, part: str | None = None) -> WeightFile:
+    """Weights from a safetensors file, a torch file or a checkpoint of ours.
+
+    Args:
+        path: The file; its format is seen from its content.
+        part: Which network of a checkpoint with several: the first word of its keys, `student` or
+            `network` in ours. None takes the one there is, the student before others.
+
+    Raises:
+        UserError: If the file isn't there, is damaged, holds code or no weights.
+    """
+    path = Path(path).expanduser()
+    _demand_file(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+        sha256 = sha256_of(path)
+    except OSError as error:
+        raise UserError(f"can't read '{path}': {error.strerror}; check its permissions") from error
+    _demand_weights(path, head)
+    metadata: dict[str, str] = {}
+    if head[8:9] == b"{":
+        state, metadata = _read_safetensors(path)
+        state = _part(path, _unwrapped(state), part, False)
+    else:
+        content = _read_torch(path)
+        ours = isinstance(content, Mapping) and "pytorch-lightning_version" in content
+        state = _part(path, _unwrapped(_tensors(path, content)), part, ours)
+    return WeightFile(_unwrapped(state), metadata, sha256, path)
+
+
+def _demand_file(path: Path) -> None:
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+        names = [name for name in names if name.endswith(SUFFIXES)] or names
+        inside = f"give a file; {nearest('', names)}" if names else "it has no file: give another"
+        raise UserError(f"'{path}' is a folder, not a file of weights; {inside}")
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise UserError(f"no file '{path}': there is no folder '{path.parent}'; check the path")
+        names = sorted(entry.name for entry in path.parent.iterdir())
+        hint = nearest(path.name, names) if names else "the folder is empty"
+        raise UserError(f"no file '{path.name}' in '{path.parent}'; {hint}")
+
+
+def _demand_weights(path: Path, head: bytes) -> None:
+    text = head.lstrip().lower()
+    if not head:
+        raise UserError(f"'{path}' is empty (0 bytes); copy or download it again")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise UserError(
+            f"'{path}' is a web page, not weights; download the file itself (a 'raw' link)"
+        )
+    if text.startswith(b"version https://git-lfs"):
+        raise UserError(f"'{path}' is a Git LFS pointer, not weights; run `git lfs pull` there")
+    if not (head[8:9] == b"{" or head.startswith((b"PK", b"\x80"))):
+        raise UserError(
+            f"'{path}' is neither safetensors nor a torch file; give a file written by "
+            "`torch.save(network.state_dict(), ...)` or safetensors"
+        )
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return UserError(
+        f"'{path}' is truncated or damaged ({path.stat().st_size:,} bytes; {reason}); "
+        "copy or download it again"
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # A copy: the file may be replaced while its memory map is in use.
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, *_DAMAGE) as error:
+        raise _damaged(path, error) from error
+    if not state:
+        raise UserError(f"no weights in '{path}': its table is empty; give a file with weights")
+    return state, metadata
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            # Of unusual pickle protocols; what can't be read is an error anyway.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise _not_opened(path, str(error)) from error
+    except _DAMAGE as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"'{path}' is a TorchScript program, which camdistill doesn't run; save its "
+                "weights: torch.save(torch.jit.load(file).state_dict(), ...)"
+            ) from error
+        raise _damaged(path, error) from error
+
+
+def _not_opened(path: Path, reason: str) -> UserError:
+    """Torch's reader met something that is neither a tensor nor a plain value."""
+    named = re.search(r"GLOBAL ([\w.]+)", reason)
+    if named is None and "Unsupported operand" not in reason:
+        return _damaged(path, EOFError("the table of weights breaks off"))
+    what = f" ({named[1]})" if named else ""
+    return UserError(
+        f"'{path}' holds Python objects{what}, which could run code, or is damaged, so it isn't "
+        "opened: download it again or, if you trust it, save its weights alone with "
+        "torch.save(network.state_dict(), ...)"
+    )
+
+
+def _tensors(path: Path, content: object, depth: int = 0) -> dict[str, Tensor]:
+    """The mapping of names to tensors, however deep the training program put it."""
+    if not isinstance(content, Mapping):
+        raise UserError(
+            f"no weights in '{path}': it holds a {type(content).__name__}; give a file written by "
+            "`torch.save(network.state_dict(), ...)`"
+        )
+    if depth < 3:
+        for name in WRAPPERS:
+            if isinstance(content.get(name), Mapping) and content[name]:
+                return _tensors(path, content[name], depth + 1)
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        names = ", ".join(repr(name) for name in list(content)[:6]) or "nothing"
+        raise UserError(
+            f"no weights in '{path}': it holds {names}; give a file written by "
+            "`torch.save(network.state_dict(), ...)`"
+        )
+    return state
+
+
+def _part(
+    path: Path, state: dict[str, Tensor], part: str | None, lightning: bool
+) -> dict[str, Tensor]:
+    """The weights of one of several networks; without a name, ours from a checkpoint of ours."""
+    words = {name.split(".")[0] for name in state}
+    if part is None:
+        part = next((name for name in PARTS if lightning and name in words), None)
+        if part is None:
+            return state
+    elif part not in words:
+        raise UserError(f"no '{part}' in '{path}'; {nearest(part, sorted(words))}")
+    prefix = f"{part}."
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what torch.compile and the parallel wrappers put before the names."""
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    while state and all(name.startswith("module.") for name in state):
+        state = {name[len("module.") :]: value for name, value in state.items()}
+    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+
+
+def aligned(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state without a prefix that all its names share and the network doesn't know."""
+    known = set(network.state_dict())
+    state = dict(state)
+    while not known & set(state):
+        prefixes = {name.partition(".")[0] for name in state}
+        if len(prefixes) != 1 or not all("." in name for name in state):
+            break
+        state = {name.partition(".")[2]: value for name, value in state.items()}
+    return state
+
+
+def mismatch(network: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What keeps an (aligned) state from fitting a network, "" if it fits."""
+    own = network.state_dict()
+    # Files from before batch normalisation counted its batches lack this; it is not used.
+    missing = [
+        name for name in own if name not in state and not name.endswith("num_batches_tracked")
+    ]
+    unknown = [name for name in state if name not in own]
+    if missing or unknown:
+        parts = []
+        if missing:
+            parts.append(f"lacks {len(missing)} of its {len(own)} weights ({_some(missing)})")
+        if unknown:
+            parts.append(f"has {len(unknown)} that it doesn't know ({_some(unknown)})")
+        return " and ".join(parts)
+    for name, value in own.items():
+        if name in state and value.shape != state[name].shape:
+            given, wanted = tuple(state[name].shape), tuple(value.shape)
+            return f"has '{name}' of shape {given} where it takes {wanted}"
+    return ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names[:2]) + (", ..." if len(names) > 2 else "")
+
+
+def load_state(network: nn.Module, weights: WeightFile) -> None:
+    """Put weights into a network; on an error the network stays as it was.
+
+    Raises:
+        UserError: If names or shapes differ.
+    """
+    state = aligned(network, weights.state)
+    if problem := mismatch(network, state):
+        raise UserError(
+            f"'{weights.path}' doesn't fit {type(network).__name__}: it {problem}; "
+            "name the network that it was trained as"
+        )
+    network.load_state_dict(_with_counters(network, state))
+
+
+def _with_counters(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    own = network.state_dict()
+    return {name: state.get(name, value) for name, value in own.items()}
+
+
+def save_safetensors(
+    path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write weights in one step: a reader sees the old file or the new one, whole.
+
+    Args:
+        path: The file; its folder is made if there is none.
+        state: Weights by name.
+        metadata: Text to keep beside them, such as the configuration.
+
+    Returns:
+        The sha256 of the file, in hexadecimal.
+
+    Raises:
+        UserError: If the file can't be written (no space, no permission); an old one is intact.
+    """
+    path = Path(path).expanduser()
+    content = _serialised(state, metadata or {})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"can't write '{path}' ({len(content):,} bytes): {error.strerror}; "
+            "what was there is intact: free some space or give another path"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _serialised(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    # Clones, because safetensors refuses tensors that share memory.
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
+    content = safetensors.torch.save(tensors, dict(metadata) or None)
+    # The library orders the metadata differently in every process: equal weights, equal sha256.
+    end = 8 + int.from_bytes(content[:8], "little")
+    table = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    table += b" " * (-len(table) % 8)
+    return len(table).to_bytes(8, "little") + table + content[end:]

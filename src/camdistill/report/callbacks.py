@@ -1,0 +1,341 @@
+"""What a run reports while it trains: pictures of maps, how to read them, speed, progress.
+
+They work with any logger or none, in any number of processes, and are silent in the sanity check.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.utilities.types import STEP_OUTPUT
+
+from camdistill import tags
+from camdistill.measure.fidelity import map_scores
+from camdistill.report.figures import Row, map_panel
+from camdistill.report.tensorboard import (
+    Picture,
+    front_page_url,
+    logged_step,
+    settings_page,
+    tensorboards,
+)
+from camdistill.types import Batch, Images, Labels, Maps
+
+
+class MapComparison(NamedTuple):
+    """A few images with the maps of both networks, all on the CPU.
+
+    Attributes:
+        images01: In [0, 1].
+        labels: -1 where there is none.
+        teacher_classes: The teacher's top class, of which all maps are.
+        student_classes: The student's top class.
+        teacher_maps_by_layer: Raw maps by the teacher's layer, in the order of the pairs.
+        student_maps_by_layer: Raw maps by the student's layer, in the same order.
+    """
+
+    images01: Images
+    labels: Labels
+    teacher_classes: Labels
+    student_classes: Labels
+    teacher_maps_by_layer: dict[str, Maps]
+    student_maps_by_layer: dict[str, Maps]
+
+
+@runtime_checkable
+class ExplainsImages(Protocol):
+    """A module that can show its maps beside its teacher's."""
+
+    def explain_images(self, batch: Batch) -> MapComparison:
+        """Maps of a few images. Only rank 0 calls this: it must not wait for the others."""
+
+
+class MapGrids(Callback):
+    """Draws the same validation images again and again: image | teacher | student | difference.
+
+    Args:
+        images: Number of images, spread evenly over the validation data.
+        pictures: At most so many pictures of a layer in a run. TensorBoard shows 10 of a tag.
+        size: Side of a tile in pixels, about.
+        scale: "own": each map as a share of its own maximum; "shared": of the larger of the two.
+    """
+
+    def __init__(
+        self,
+        images: int = 8,
+        pictures: int = 10,
+        size: int = 96,
+        scale: Literal["own", "shared"] = "own",
+    ) -> None:
+        self.images, self.pictures = images, pictures
+        self.size: int = size
+        self.scale: Literal["own", "shared"] = scale
+        self._drawn = 0
+        self._validations = 0
+        self._found: list[Batch] = []
+        self._shown: Batch | None = None
+
+    def state_dict(self) -> dict[str, int]:
+        """So that a resumed run doesn't start its pictures anew."""
+        return {"drawn": self._drawn, "validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Counterpart of `state_dict`."""
+        self._drawn, self._validations = state_dict["drawn"], state_dict["validations"]
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Picks the images out of the first validation."""
+        if self._shown is not None or not self._shows(trainer, pl_module) or dataloader_idx:
+            return
+        batches = int(cast(list[float], trainer.num_val_batches)[0])
+        for number in range(self.images):
+            place = (number + 0.5) / self.images * batches
+            if int(place) == batch_idx:
+                row = int((place - int(place)) * len(batch.pixels))
+                self._found.append(Batch(*(part[row : row + 1].cpu() for part in batch)))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws, when enough of the run has passed since the last picture."""
+        if not self._shows(trainer, pl_module):
+            return
+        if self._shown is None and self._found:
+            self._shown = Batch(*(torch.cat(parts) for parts in zip(*self._found, strict=True)))
+            self._found = []
+        self._validations += 1
+        due = self._due(trainer)
+        if self._shown is None or due == self._drawn:
+            return
+        self._drawn = due
+        shown = Batch(*(part.to(pl_module.device) for part in self._shown))
+        comparison = cast(ExplainsImages, pl_module).explain_images(shown)
+        names = class_names(trainer)
+        for tag, picture in self._panels(comparison, names, logged_step(trainer)).items():
+            for logger in tensorboards(trainer):
+                logger.log_picture(tag, picture, logged_step(trainer))
+
+    def _shows(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        return (
+            not trainer.sanity_checking
+            and trainer.state.fn == "fit"
+            and bool(tensorboards(trainer))
+            and isinstance(pl_module, ExplainsImages)
+        )
+
+    def _due(self, trainer: Trainer) -> int:
+        """Number of the picture that belongs here: 1 at first, `pictures` at the run's end."""
+        steps = trainer.estimated_stepping_batches
+        if steps == float("inf"):  # trained until stopped: after 1, 2, 4, 8, ... validations
+            return min(self._validations.bit_length(), self.pictures)
+        return 1 + min(trainer.global_step * (self.pictures - 1) // int(steps), self.pictures - 1)
+
+    def _panels(
+        self, comparison: MapComparison, names: tuple[str, ...], step: int
+    ) -> dict[str, Picture]:
+        panels = {}
+        for (teacher_layer, teacher_maps), (layer, student_maps) in zip(
+            comparison.teacher_maps_by_layer.items(),
+            comparison.student_maps_by_layer.items(),
+            strict=True,
+        ):
+            scores = map_scores(student_maps, teacher_maps).pearson.tolist()
+            rows = [
+                Row(
+                    comparison.images01[n].float().numpy(),
+                    teacher_maps[n].float().numpy(),
+                    student_maps[n].float().numpy(),
+                    _caption(comparison, n, names, score),
+                )
+                for n, score in enumerate(scores)
+            ]
+            title = f"student {layer}, teacher {teacher_layer}, step {step}"
+            panels[tags.grid(layer)] = map_panel(
+                rows, title=title, size=self.size, scale=self.scale, abreast=2
+            )
+        return panels
+
+
+class RunText(Callback):
+    """Writes what each card means, a link to the front page, and the run's configuration.
+
+    The configuration is the run folder's `config.yaml` where the command line wrote one, otherwise
+    the hyper-parameters of module and data.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has these pages already."""
+        if trainer.global_step:
+            return
+        for logger in tensorboards(trainer):
+            file = Path(logger.log_dir) / "config.yaml"
+            settings = {**pl_module.hparams, **getattr(_data(trainer), "hparams", {})}
+            page = file.read_text(encoding="utf-8") if file.exists() else settings_page(settings)
+            logger.log_text(tags.CONFIG, f"```yaml\n{page.rstrip()}\n```")
+            link = f"[The cards that matter, on top]({front_page_url(run=logger.run)})"
+            here = f" (with `tensorboard --logdir {logger.save_dir}` at its usual port)."
+            logger.log_text(tags.HOW_TO_READ, f"{link}{here}\n\n{tags.how_to_read()}")
+
+
+class ResumedEvents(Callback):
+    """Keeps lines straight: hides what a killed run logged after the checkpoint that goes on."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The checkpoint is loaded by now."""
+        if trainer.global_step:
+            for logger in tensorboards(trainer):
+                logger.resume_at(trainer.global_step)
+
+
+class Throughput(Callback):
+    """Logs training images a second of each epoch, all processes together.
+
+    Validation is not counted, nor are the first steps of the process, in which caches fill and
+    kernels are chosen.
+
+    Args:
+        skip: Steps of the process that are not counted.
+    """
+
+    def __init__(self, skip: int = 5) -> None:
+        self.skip = skip
+        self._steps = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._images, self._seconds = 0, 0.0
+        self._since: float | None = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the epoch's clock."""
+        self._clear()
+        self._since = _now(pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Counts a batch; waits for the device only where the skipped steps end."""
+        self._steps += 1
+        if self._steps <= self.skip:
+            if self._steps == self.skip:
+                self._since = _now(pl_module)
+            return
+        self._images += len(batch[0])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock."""
+        self._pause(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The clock goes on."""
+        self._since = _now(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the epoch's speed, if anything was counted."""
+        self._pause(pl_module)
+        if self._images and self._seconds:
+            speed = self._images / self._seconds * trainer.world_size
+            pl_module.log(tags.IMAGES_PER_SECOND, speed, batch_size=1)
+
+    def _pause(self, pl_module: LightningModule) -> None:
+        if self._since is not None and self._steps >= self.skip:
+            self._seconds += _now(pl_module) - self._since
+        self._since = None
+
+
+class Progress(TQDMProgressBar):
+    """A bar with the numbers that matter; one line for each validation stays on the screen.
+
+    Where there is no terminal (a log file, a pipe) only these lines are written.
+
+    Args:
+        refresh_rate: Steps between two updates; 0 shows no bar.
+    """
+
+    def __init__(self, refresh_rate: int = 20) -> None:
+        super().__init__(refresh_rate=refresh_rate if sys.stdout.isatty() else 0)
+        self._started = time.monotonic()
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """The last loss, accuracy, agreement and Pearson correlation."""
+        known = trainer.callback_metrics
+        accuracy = next(
+            (tag for tag in (tags.ACCURACY_STUDENT, tags.ACCURACY_VAL) if tag in known), ""
+        )
+        places = {
+            "loss": tags.LOSS_TRAIN,
+            "accuracy": accuracy,
+            "agreement": tags.AGREEMENT,
+            "pearson": tags.PEARSON,
+        }
+        return {name: f"{known[tag]:.3f}" for name, tag in places.items() if tag in known}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock of the lines."""
+        super().on_train_start(trainer, pl_module)
+        self._started = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the line of this validation."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        found = self.get_metrics(trainer, pl_module).items()
+        numbers = "  ".join(f"{name} {value}" for name, value in found)
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+        place = f"epoch {trainer.current_epoch + 1}{last}"
+        sys.stdout.write(f"{place}  {numbers}  {minutes}:{seconds:02d}\n")
+        sys.stdout.flush()
+
+
+def class_names(trainer: Trainer) -> tuple[str, ...]:
+    """The data's class names; empty where it has none."""
+    return tuple(getattr(_data(trainer), "classes", ()))
+
+
+def _data(trainer: Trainer) -> object:
+    """The data module, or None where loaders were given."""
+    return getattr(trainer, "datamodule", None)
+
+
+def _caption(
+    comparison: MapComparison, n: int, names: tuple[str, ...], score: float
+) -> tuple[str, ...]:
+    def name(index: int) -> str:
+        return names[index] if index < len(names) else f"class {index}"
+
+    label, teacher, student = (
+        int(classes[n])
+        for classes in (comparison.labels, comparison.teacher_classes, comparison.student_classes)
+    )
+    pearson = "no map" if score != score else f"pearson {score:.3f}"
+    return (
+        name(label) if label >= 0 else "no label",
+        f"teacher: {name(teacher)}",
+        f"student: {name(student)}",
+        pearson,
+    )
+
+
+def _now(pl_module: LightningModule) -> float:
+    """Seconds, when the device has done what it was told."""
+    if pl_module.device.type == "cuda":
+        torch.cuda.synchronize(pl_module.device)
+    return time.perf_counter()

@@ -1,0 +1,239 @@
+"""The only writer of TensorBoard events: scalars and their meaning, pictures, text, front page.
+
+Summaries are new-style (a tensor and the plugin's metadata): TensorBoard's default loader shows a
+card's description only for these.
+"""
+
+import io
+import json
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote, urlencode
+
+import numpy as np
+import yaml
+from jaxtyping import UInt8
+from PIL import Image
+from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import TensorBoardLogger as LightningTensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.image.metadata import create_summary_metadata as image_metadata
+from tensorboard.plugins.scalar.metadata import create_summary_metadata as scalar_metadata
+from tensorboard.plugins.text.metadata import create_summary_metadata as text_metadata
+from tensorboard.util.tensor_util import make_ndarray, make_tensor_proto
+from torch import Tensor
+from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+from camdistill import tags
+
+Picture = UInt8[np.ndarray, "height width 3"]
+HPARAM_METRICS = (tags.ACCURACY_STUDENT, tags.AGREEMENT, tags.PEARSON, tags.SKILL, tags.LOSS_VAL)
+MAX_STEP = 2**62
+
+
+class TensorBoardLogger(LightningTensorBoardLogger):
+    """Lightning's logger, with descriptions, pictures and text, and without its noise.
+
+    It writes no `hp_metric` and no `epoch` card, names the metrics of the HParams table without
+    writing placeholder points, and writes nothing on other ranks than 0.
+
+    Args:
+        save_dir: Folder of all runs.
+        name: Folder of the experiment below it; empty for none.
+        version: Folder of the run; 3 becomes `version_3`. None takes the next free number: give one
+            where a resumed run shall go on in the same folder.
+        sub_dir: Folder below the run, for events with another x axis or of another stage.
+        hparam_metrics: Tags that HParams shows beside the settings.
+        flush_secs: Events reach the disk at least this often, in seconds.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path = "runs",
+        name: str = "",
+        version: str | int | None = None,
+        *,
+        sub_dir: str | None = None,
+        hparam_metrics: Sequence[str] = HPARAM_METRICS,
+        flush_secs: int = 30,
+    ) -> None:
+        super().__init__(
+            os.path.expandvars(Path(save_dir).expanduser()),
+            name=name,
+            version=version,
+            default_hp_metric=False,
+            sub_dir=sub_dir,
+            flush_secs=flush_secs,
+        )
+        self._hparam_metrics = tuple(hparam_metrics)
+        self._described: set[str] = set()
+
+    @property
+    def run(self) -> str:
+        """The run's name in TensorBoard: its folder below `save_dir`."""
+        return Path(self.log_dir).relative_to(self.save_dir).as_posix()
+
+    @rank_zero_only
+    def log_metrics(
+        self, metrics: Mapping[str, float | int | Tensor], step: int | None = None
+    ) -> None:
+        """Writes scalars, once each; the card's description goes with a tag's first value."""
+        for tag, value in metrics.items():
+            if tag != "epoch":
+                number = float(value.item() if isinstance(value, Tensor) else value)
+                content = make_tensor_proto(np.float32(number))
+                self._write(tag, content, scalar_metadata(None, tags.describe(tag)), step)
+
+    @rank_zero_only
+    def log_hyperparams(
+        self,
+        params: dict[str, object] | Namespace,
+        metrics: dict[str, object] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Writes the HParams table's row; its metrics are whatever the tags' last values are."""
+        plain = {
+            name: _plain(value)
+            for name, value in (params if isinstance(params, dict) else vars(params)).items()
+            if not name.startswith("_")
+        }
+        super().log_hyperparams(plain)
+        rows = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in _flat(plain).items()
+        }
+        named = dict.fromkeys((*self._hparam_metrics, *(metrics or {})), 0.0)
+        writer = self.experiment._get_file_writer()
+        assert writer is not None
+        for summary in hparams_summaries(rows, named):  # type: ignore[no-untyped-call]
+            writer.add_summary(summary, step)
+        if metrics:
+            self.log_metrics({tag: float(str(value)) for tag, value in metrics.items()}, step)
+
+    @rank_zero_only
+    def log_picture(self, tag: str, picture: Picture, step: int) -> None:
+        """Writes one RGB picture, as PNG without loss.
+
+        TensorBoard keeps 10 steps of a tag, the last for sure and the first not: write at most 10.
+        """
+        content = io.BytesIO()
+        Image.fromarray(picture).save(content, "PNG")
+        height, width, _ = picture.shape
+        sizes = [str(width).encode(), str(height).encode()]
+        proto = make_tensor_proto(np.array([*sizes, content.getvalue()], dtype=object))
+        self._write(tag, proto, image_metadata(None, tags.describe(tag)), step)
+        self.experiment.flush()
+
+    @rank_zero_only
+    def log_text(self, tag: str, markdown: str, step: int = 0) -> None:
+        """Writes a Markdown page."""
+        proto = make_tensor_proto(np.array([markdown.encode()], dtype=object))
+        self._write(tag, proto, text_metadata(None, tags.describe(tag)), step)
+        self.experiment.flush()
+
+    @rank_zero_only
+    def resume_at(self, step: int) -> None:
+        """Hides what an earlier, killed process logged at `step` and after; or lines zig-zag."""
+        writer = self.experiment._get_file_writer()
+        assert writer is not None
+        # A run's first start hides nothing: SummaryWriter's `purge_step` alone fails at the first
+        # resume. So one start that hides nothing comes before.
+        for start in (MAX_STEP, step):
+            log = SessionLog(status=SessionLog.START)
+            writer.add_event(Event(step=start, session_log=log), start)
+
+    def _write(self, tag: str, tensor: object, metadata: SummaryMetadata, step: int | None) -> None:
+        writer = self.experiment._get_file_writer()
+        assert writer is not None
+        # Readers take a tag's metadata from its first event in the file, as TensorFlow writes it.
+        first = None if tag in self._described else metadata
+        self._described.add(tag)
+        summary = Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=first)])
+        writer.add_summary(summary, step)
+
+
+def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The trainer's loggers that take pictures and text; none on other ranks than 0."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step at which Lightning writes its scalars at the end of an epoch.
+
+    Lightning counts a step when its batch is done, its loggers a moment later: `global_step` is 4
+    where the scalars of a 4-batch epoch stand at 3.
+    """
+    return max(trainer.global_step - 1, 0)
+
+
+def front_page_url(
+    *,
+    scalars: Sequence[str] = (tags.ACCURACY_STUDENT, tags.AGREEMENT, tags.PEARSON, tags.LOSS_VAL),
+    pictures: Sequence[str] = (),
+    run: str = ".",
+    base: str = "http://localhost:6006",
+) -> str:
+    """A link to TensorBoard with the cards that matter pinned on top, unsmoothed.
+
+    Args:
+        scalars: Tags of charts; they show all runs.
+        pictures: Tags of pictures; they belong to one run.
+        run: The run's name as TensorBoard shows it: its folder below --logdir, "." for that itself.
+        base: Where TensorBoard listens.
+    """
+    cards: list[dict[str, str | int]] = [{"plugin": "scalars", "tag": tag} for tag in scalars]
+    cards += [
+        # Without the experiment's name TensorBoard ignores the card.
+        {"plugin": "images", "tag": tag, "runId": f"defaultExperimentId/{run}", "sample": 0}
+        for tag in pictures
+    ]
+    pinned = json.dumps(cards, separators=(",", ":"))
+    query = urlencode({"smoothing": 0, "pinnedCards": pinned}, quote_via=quote)
+    return f"{base.rstrip('/')}/?{query}#timeseries"
+
+
+def settings_page(settings: Mapping[str, object]) -> str:
+    """Settings as YAML, without what frameworks add for themselves."""
+    plain = {name: _plain(value) for name, value in settings.items() if not name.startswith("_")}
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Reads a run's scalars back: (step, value) by tag, as TensorBoard shows them."""
+    # TensorBoard's other accumulator leaves a resumed run's hidden values in.
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    return {
+        tag: [
+            (event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)
+        ]
+        for tag in events.Tags()["tensors"]
+        if events.SummaryMetadata(tag).plugin_data.plugin_name == "scalars"
+    }
+
+
+def _plain(value: object) -> object:
+    """Settings as YAML can hold them without naming a Python class."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested settings by dotted name."""
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,187 @@
+"""Arms times seeds from one config: trained one after the other, resumed from one results file."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from camdistill.errors import UserError, nearest
+from camdistill.measure.fidelity import FidelityTable, intervals
+from camdistill.measure.intervals import FloatArray, Interval, paired_interval, seed_interval
+from camdistill.report.results import Cell, read_results, write_results
+from camdistill.studies.experiment import Experiment, read_table
+
+MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill")
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Several ways to train (arms), each with the same seeds, from one config.
+
+    The first arm is the one that the others are controls of.
+
+    Args:
+        config: What all arms have in common.
+        arms: Command-line overrides by arm, such as `{"kd": {"model.beta": 0}}`.
+        seeds: Paired: each arm starts from the same student and sees the same views.
+        folder: Where runs and results go.
+    """
+
+    config: Path
+    arms: Mapping[str, Mapping[str, object]]
+    seeds: Sequence[int]
+    folder: Path
+    overrides: Sequence[str] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise UserError(
+                "the study has no arms; give at least one: `arms: {kd: {model.beta: 0}}`"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds are {list(self.seeds)}; give at least one, each once")
+        if not self.config.is_file():
+            raise UserError(
+                f"no config {self.config}; "
+                + nearest(str(self.config), map(str, self.config.parent.glob("*.yaml")))
+            )
+
+    def arguments(self, arm: str, seed: int) -> list[str]:
+        """The command line of one run, without the subcommand."""
+        chosen = [f"--{name}={_text(value)}" for name, value in self.arms[arm].items()]
+        run = f"{self.folder}/{arm}/seed_{seed}"
+        common = ["--config", str(self.config), *self.overrides]
+        return [*common, *chosen, f"--seed_everything={seed}", f"--run={run}"]
+
+
+def run_study(
+    study: Study, *, on_run: Callable[[str, int, int, int], None] | None = None
+) -> dict[str, Any]:
+    """Trains and tests what is missing, and returns the results of everything.
+
+    Killed and started again, it goes on from the last checkpoint of the run that was cut off.
+
+    Args:
+        study: What to run.
+        on_run: Told the arm, the seed, and how many runs are done of how many, before each.
+    """
+    path = study.folder / RESULTS
+    runs = _known_runs(path, study)
+    jobs = [(arm, seed) for seed in study.seeds for arm in study.arms]
+    for number, (arm, seed) in enumerate(jobs):
+        if str(seed) in runs.setdefault(arm, {}):
+            continue
+        if on_run is not None:
+            on_run(arm, seed, number, len(jobs))
+        experiment = Experiment(study.arguments(arm, seed), run=False, go_on=True)
+        results = experiment.fit_and_test()
+        runs[arm][str(seed)] = {
+            "arguments": study.arguments(arm, seed),
+            "folder": str(experiment.folder),
+            **{name: results[name] for name in ("n", "student", "controls", "seconds")},
+        }
+        write_results(path, {"runs": runs, "seeds": list(study.seeds)})
+    results = {**summarise(study, runs), "runs": runs, "seeds": list(study.seeds)}
+    write_results(path, results)
+    return results
+
+
+def summarise(
+    study: Study, runs: Mapping[str, Mapping[str, Mapping[str, object]]]
+) -> dict[str, object]:
+    """Means with intervals: over seeds where there are several, else over the test images."""
+    tables = {
+        arm: [read_table(Path(str(runs[arm][str(seed)]["folder"]))) for seed in study.seeds]
+        for arm in study.arms
+    }
+    main, *others = study.arms
+    controls = {other: measured(tables[other], "student") for other in others}
+    controls["mean_map"] = measured(tables[main], "controls.mean_map")
+    gain_over = {other: gains(tables[main], tables[other], "student") for other in others}
+    gain_over["mean_map"] = gains(tables[main], tables[main], "controls.mean_map")
+    return {
+        "n": len(tables[main][0]),
+        "student": measured(tables[main], "student"),
+        "controls": controls,
+        "gain_over": gain_over,
+    }
+
+
+def measured(tables: Sequence[FidelityTable], who: str) -> dict[str, Interval]:
+    """A student's (or control's) means by measure, with 95 % intervals.
+
+    Several tables are several seeds: Student's t over their means. One is bootstrapped over images.
+    """
+    by_seed = [intervals(table) for table in tables]
+    found = {}
+    for name in MEASURES:
+        values = [one[f"{who}.{name}"] for one in by_seed if f"{who}.{name}" in one]
+        if len(values) == len(tables):
+            several = len(values) > 1
+            found[name] = seed_interval([value.mean for value in values]) if several else values[0]
+    return found
+
+
+def gains(
+    tables: Sequence[FidelityTable], others: Sequence[FidelityTable], who: str
+) -> dict[str, Interval]:
+    """What the main arm has over another, paired: by seed where there are several, else by image."""
+    found = {}
+    for name in MEASURES:
+        pairs = [
+            (_column(table, f"student.{name}"), _column(other, f"{who}.{name}"))
+            for table, other in zip(tables, others, strict=True)
+        ]
+        complete = [(own, base) for own, base in pairs if own is not None and base is not None]
+        if len(complete) < len(pairs):
+            continue
+        if len(complete) == 1:
+            found[name] = paired_interval(*complete[0])
+        else:
+            found[name] = seed_interval([float(np.nanmean(own - base)) for own, base in complete])
+    return found
+
+
+def result_rows(results: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
+    """The table of a run that was tested: a row a network or control, a column a measure."""
+    rows = {name: results[name] for name in ("student", "network") if name in results}
+    rows |= results.get("controls", {})
+    found = results.get("intervals", {})
+    return {
+        name: {
+            measure: found.get(f"{'' if name in results else 'controls.'}{name}.{measure}", value)
+            for measure in MEASURES
+            if (value := row.get(measure)) is not None
+        }
+        for name, row in rows.items()
+    }
+
+
+def _column(table: FidelityTable, key: str) -> FloatArray | None:
+    """Values by image; a map's measure without a layer is that of the main pair."""
+    who, _, name = key.rpartition(".")
+    return table.columns.get(key, table.columns.get(f"{who}.layers.{table.layers[-1]}.{name}"))
+
+
+def _known_runs(path: Path, study: Study) -> dict[str, dict[str, dict[str, object]]]:
+    """Finished runs of this study; a run with other arguments is not one of them."""
+    if not path.is_file():
+        return {}
+    found = read_results(path).get("runs", {})
+    assert isinstance(found, dict)
+    return {
+        arm: {
+            seed: run
+            for seed, run in runs.items()
+            if run["arguments"] == study.arguments(arm, int(seed))
+        }
+        for arm, runs in found.items()
+        if arm in study.arms
+    }
+
+
+def _text(value: object) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,149 @@
+"""Image folders: layouts, order, classes, and what is said when they are wrong."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from camdistill.data.folders import (
+    class_folders,
+    classes_of,
+    existing_folder,
+    find_layout,
+    labels_of,
+    same_classes,
+    scan,
+)
+from camdistill.errors import UserError
+
+
+def make(root: Path, *paths: str) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith("/"):
+            (root / path).mkdir(exist_ok=True)
+        else:
+            Image.new("RGB", (4, 4)).save(root / path, format="png")
+    return root
+
+
+def test_order_and_labels_equal_torchvision_image_folder(tmp_path: Path) -> None:
+    names = [f"{c}/{i}.png" for c in ("b2", "b10", "A", "ä") for i in (10, 9, 1)]
+    make(tmp_path, *names, "b2/deep/er/x.JPEG")
+    (tmp_path / "b2" / "notes.txt").write_text("")
+    (tmp_path / "b2" / ".hidden.png").write_text("")
+    files, classes = scan(tmp_path), class_folders(tmp_path)
+    theirs = ImageFolder(
+        str(tmp_path), is_valid_file=lambda p: "hidden" not in p and ".txt" not in p
+    )
+    assert list(classes) == theirs.classes
+    ours = dict(zip(files.names, labels_of(files, classes).tolist(), strict=True))
+    expected = {Path(p).relative_to(tmp_path).as_posix(): label for p, label in theirs.samples}
+    assert ours == expected
+    assert list(files.names) == sorted(files.names)
+
+
+def test_digest_changes_with_names_sizes_and_times_only(tmp_path: Path) -> None:
+    make(tmp_path / "one", "a/1.png", "b/2.png")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")  # keeps times
+    assert scan(tmp_path / "one").digest() == scan(tmp_path / "two").digest()
+    (tmp_path / "two/a/1.png").rename(tmp_path / "two/a/3.png")
+    assert scan(tmp_path / "one").digest() != scan(tmp_path / "two").digest()
+
+
+@pytest.mark.parametrize(
+    ("folders", "train", "val", "test"),
+    [
+        (["train", "val", "test"], "train", "val", "test"),
+        (["training", "validation", "testing"], "training", "validation", "testing"),
+        (["Train", "Valid", "Test"], "Train", "Valid", "Test"),
+        (["train", "test"], "train", None, "test"),
+        # what is tuned on is not what is tested on
+        (["train", "val"], "train", None, "val"),
+        (["train"], "train", None, None),
+        (["cats", "dogs"], "", None, None),
+    ],
+)
+def test_split_folders(
+    tmp_path: Path, folders: list[str], train: str, val: str | None, test: str | None
+) -> None:
+    make(tmp_path, *(f"{folder}/" for folder in folders))
+    layout = find_layout(tmp_path)
+    assert layout.train == tmp_path / train
+    assert layout.val == (None if val is None else tmp_path / val)
+    assert layout.test == (None if test is None else tmp_path / test)
+
+
+def test_missing_folder_offers_its_neighbours(tmp_path: Path) -> None:
+    make(tmp_path, "cifar10/", "flowers/")
+    with pytest.raises(UserError, match=r"no folder .*cifar1'.*nearest: 'cifar10'"):
+        existing_folder(tmp_path / "cifar1")
+    with pytest.raises(UserError, match="nearest: 'cifar10'"):
+        existing_folder(tmp_path / "cifar" / "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        existing_folder(tmp_path / "file")
+
+
+def test_test_without_train_is_told(tmp_path: Path) -> None:
+    make(tmp_path, "test/a/1.png")
+    with pytest.raises(UserError, match="has a folder 'test' but no 'train'"):
+        find_layout(tmp_path)
+
+
+def test_classes_are_looked_for_required_or_ignored(tmp_path: Path) -> None:
+    make(tmp_path / "classes", "a/1.png", "b/1.png", "masks/a/1.png")
+    assert classes_of(tmp_path / "classes", None) == ("a", "b")
+    assert classes_of(tmp_path / "classes", False) == ()
+    assert "masks/a/1.png" not in scan(tmp_path / "classes").names
+    make(tmp_path / "flat", "1.png", "2.png")
+    assert classes_of(tmp_path / "flat", None) == ()
+    with pytest.raises(UserError, match="no class folders"):
+        classes_of(tmp_path / "flat", True)
+
+
+def test_one_class_only_is_told(tmp_path: Path) -> None:
+    make(tmp_path, "cats/1.png")
+    with pytest.raises(UserError, match=r"one class only, 'cats'.*labelled: false"):
+        classes_of(tmp_path, None)
+
+
+def test_images_beside_class_folders_are_told(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.png", "b/1.png", "loose.png")
+    with pytest.raises(UserError, match=r"loose\.png lies beside"):
+        labels_of(scan(tmp_path), classes_of(tmp_path, None))
+    make(tmp_path / "single", "a/1.png", "loose.png")
+    with pytest.raises(UserError, match="1 images and one folder 'a'"):
+        classes_of(tmp_path / "single", None)
+
+
+def test_an_empty_class_is_named(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.png", "b/")
+    with pytest.raises(UserError, match=r"class folder .*b' holds no images"):
+        labels_of(scan(tmp_path), classes_of(tmp_path, None))
+
+
+def test_classes_that_differ_between_splits_are_named(tmp_path: Path) -> None:
+    make(tmp_path, "train/cat/", "train/dog/", "test/cat/", "test/dogs/", "val/cat/")
+    same_classes(tmp_path / "train", tmp_path / "train")
+    with pytest.raises(UserError, match=r"class 'dogs' of .*test is not in .*nearest: 'dog'"):
+        same_classes(tmp_path / "train", tmp_path / "test")
+    with pytest.raises(UserError, match=r"class 'dog' of .*train is not in .*val"):
+        same_classes(tmp_path / "train", tmp_path / "val")
+
+
+def test_a_dead_link_is_named(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.png")
+    (tmp_path / "a" / "2.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UserError, match=r"2\.png is a link to nothing"):
+        scan(tmp_path)
+
+
+def test_a_linked_class_folder_is_followed_and_a_circle_is_not(tmp_path: Path) -> None:
+    make(tmp_path / "elsewhere", "1.png")
+    make(tmp_path / "data", "a/1.png")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "a" / "round").symlink_to(tmp_path / "data")
+    assert scan(tmp_path / "data").names == ("a/1.png", "b/1.png")

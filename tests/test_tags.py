@@ -1,0 +1,53 @@
+import re
+
+import pytest
+
+from camdistill import tags
+
+CONSTANTS = [
+    value
+    for name, value in vars(tags).items()
+    if name.isupper() and isinstance(value, str) and "/" in value and not name.startswith("_")
+]
+OF_LAYER = [tags.pearson, tags.spearman, tags.cosine, tags.skill, tags.grid]
+
+
+@pytest.mark.parametrize("tag", CONSTANTS)
+def test_every_tag_has_one_slash_a_numbered_group_and_a_description(tag: str) -> None:
+    assert re.fullmatch(r"\d_[a-z]+/[a-z_]+", tag)
+    assert len(tags.describe(tag)) > 10
+
+
+@pytest.mark.parametrize("make", OF_LAYER)
+@pytest.mark.parametrize("layer", ["layer3", "layer1.0.relu#1", "stage5", "a/b (c)+"])
+def test_tags_of_layers_have_one_slash_no_sign_of_a_pattern_and_name_their_layer(
+    make, layer: str
+) -> None:
+    tag = make(layer)
+    assert re.fullmatch(r"2_maps/[\w.-]+", tag)
+    assert tags.describe(tag).startswith(f"Layer {tag.split('_', 2)[2]}. ")
+
+
+def test_tags_of_two_calls_of_one_layer_differ() -> None:
+    assert tags.pearson("relu#1") != tags.pearson("relu_1")
+    assert tags.pearson("relu#1") != tags.pearson("relu#2")
+
+
+def test_tests_have_their_own_group_and_keep_the_description() -> None:
+    assert tags.on_test(tags.LOSS_VAL) == "9_test/loss"
+    assert tags.on_test(tags.ACCURACY_STUDENT) == "9_test/accuracy_student"
+    assert tags.on_test(tags.pearson("layer3")) == "9_test/pearson_layer3"
+    assert tags.describe("9_test/loss") == f"On test images: {tags.describe(tags.LOSS_VAL)}"
+    assert "Layer layer3" in tags.describe("9_test/pearson_layer3")
+
+
+def test_foreign_tags_have_no_description() -> None:
+    assert tags.describe("epoch") == tags.describe("9_test/epoch") == tags.describe("a/b") == ""
+
+
+def test_page_names_every_card() -> None:
+    page = tags.how_to_read()
+    assert all(f"`{tag}`" in page for tag in CONSTANTS)
+    assert "`2_maps/grid_<layer>`" in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert all(row.count("|") == 3 for row in rows), "a cell with a bar breaks the table"
