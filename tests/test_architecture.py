@@ -15,7 +15,8 @@ ROWS = [
     {"report"},
     {"studies"},
     {"commands"},
-    {"cli", "__main__", "__init__"},
+    {"cli"},
+    {"__main__", "__init__"},
 ]
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 MODULES = sorted(SOURCE.rglob("*.py"))

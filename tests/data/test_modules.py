@@ -77,7 +77,7 @@ def test_shapes_with_an_impossible_size_are_told_at_once() -> None:
 def test_splits_come_from_their_folders_or_are_carved(
     tmp_path: Path, counts: dict[str, int], val_folder: str, test_folder: str
 ) -> None:
-    found = names(FolderData(save(tmp_path / "d", **counts), val_fraction=0.2, seed=1))
+    found = names(FolderData(save(tmp_path / "d", **counts), val_fraction=0.2, split_seed=1))
     assert not found["train"] & found["val"]
     assert not found["train"] & found["test"]
     assert not found["val"] & found["test"]
@@ -91,7 +91,7 @@ def test_the_test_set_does_not_depend_on_how_validation_is_carved(tmp_path: Path
     few, many = (names(FolderData(root, val_fraction=f)) for f in (0.1, 0.5))
     assert few["test"] == many["test"]
     assert len(few["val"]) < len(many["val"])
-    assert names(FolderData(root, seed=1))["test"] != few["test"]
+    assert names(FolderData(root, split_seed=1))["test"] != few["test"]
 
 
 def test_fitting_never_reads_the_test_folder(tmp_path: Path) -> None:

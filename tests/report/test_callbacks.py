@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from camdistill import tags
+from camdistill.distill.comparison import MapComparison
 from camdistill.report import callbacks as module
 from camdistill.report.callbacks import (
-    MapComparison,
     MapGrids,
     Progress,
     ResumedEvents,

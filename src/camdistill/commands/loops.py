@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+from camdistill.commands.help import loop_help
 from camdistill.distill.module import DistilledExplainer
 from camdistill.report.results import text_table
-from camdistill.studies.experiment import LAST, Experiment
+from camdistill.studies.checkpoint_files import LAST
+from camdistill.studies.experiment import Experiment
+from camdistill.studies.parsing import translated
 from camdistill.studies.runs import result_rows
 
 
@@ -35,4 +38,8 @@ class _Told(Experiment):
 
 def run(arguments: Sequence[str]) -> None:
     """Runs one of Lightning's loops from a command line that begins with its name."""
-    _Told(list(arguments))
+    if {"-h", "--help"} & set(arguments):
+        print(loop_help(arguments))
+        return
+    with translated():
+        _Told(list(arguments))

@@ -23,16 +23,18 @@ class ImageData(pl.LightningDataModule):
         test_set: After `setup("test")` or `setup("predict")`, and no earlier.
     """
 
-    def __init__(self, *, batch_size: int, seed: int, limit: int | None) -> None:
+    def __init__(self, *, batch_size: int, seed: int, split_seed: int, limit: int | None) -> None:
         super().__init__()
         if batch_size < 1:
             raise UserError(f"data.batch_size is {batch_size}; give 1 or more images")
-        if seed < 0:
-            raise UserError(f"data.seed is {seed}; give 0 or more")
+        for name, value in (("seed", seed), ("split_seed", split_seed)):
+            if value < 0:
+                raise UserError(f"data.{name} is {value}; give 0 or more")
         if limit is not None and limit < 1:
             raise UserError(f"data.limit is {limit}; give 1 or more images, or null for all")
         self.batch_size = batch_size
         self.seed = seed
+        self.split_seed = split_seed
         self.limit = limit
         self.train_set: ImageSet | None = None
         self.val_set: ImageSet | None = None
@@ -50,7 +52,7 @@ class ImageData(pl.LightningDataModule):
         """Load what a stage needs: the test set is touched by test and predict alone."""
         if stage in ("fit", "validate") and self.val_set is None:
             train, self.val_set = self._fit_sets()
-            self.train_set = limited(train, self.limit, self.seed)
+            self.train_set = limited(train, self.limit, self.split_seed)
         if stage in ("test", "predict") and self.test_set is None:
             self.test_set = self._held_out_set()
 
@@ -116,7 +118,8 @@ class ShapesData(ImageData):
         shortcut_cells: Side of the patch in cells of a map of 8 x 8, 0.5 to 2.
         objects: 1, or 2 objects of different classes (the label is the first one's).
         suppressor: Strength in [0, 1] of a noise field shared by background and object.
-        seed: Which images there are, and their order.
+        seed: Of the order of training.
+        split_seed: Which images there are.
         batch_size: Images in a batch, all processes together.
         limit: Train on so many images only.
     """
@@ -133,16 +136,17 @@ class ShapesData(ImageData):
         objects: int = 1,
         suppressor: float = 0.0,
         seed: int = 0,
+        split_seed: int = 0,
         batch_size: int = 128,
         limit: int | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed, limit=limit)
+        super().__init__(batch_size=batch_size, seed=seed, split_seed=split_seed, limit=limit)
         self._lengths = {"train": train, "val": val, "test": test}
         self._options = Shapes(
             split="train",
             length=train,
             size=size,
-            seed=seed,
+            seed=split_seed,
             classes=classes,
             shortcut=shortcut,
             shortcut_cells=shortcut_cells,
@@ -169,7 +173,8 @@ class CIFARData(ImageData):
         root: Folder of the files.
         download: Fetch the files where they are missing.
         val_fraction: Share of the training images (or their number) that validates.
-        seed: Which images validate, and the order of training.
+        seed: Of the order of training.
+        split_seed: Which images validate.
         batch_size: Images in a batch, all processes together.
         limit: Train on so many images only, the same number of each class.
     """
@@ -181,10 +186,11 @@ class CIFARData(ImageData):
         download: bool = True,
         val_fraction: float = 0.1,
         seed: int = 0,
+        split_seed: int = 0,
         batch_size: int = 128,
         limit: int | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed, limit=limit)
+        super().__init__(batch_size=batch_size, seed=seed, split_seed=split_seed, limit=limit)
         self.dataset: Literal["cifar10", "cifar100"] = name
         self.root = Path(root)
         self.download = download
@@ -192,7 +198,7 @@ class CIFARData(ImageData):
 
     def _fit_sets(self) -> tuple[ImageSet, ImageSet]:
         whole = cifar(self.dataset, self.root, "train", download=self.download)
-        return carve(whole, self.val_fraction, self.seed)
+        return carve(whole, self.val_fraction, self.split_seed)
 
     def _held_out_set(self) -> ImageSet:
         return cifar(self.dataset, self.root, "test", download=self.download)
@@ -217,7 +223,8 @@ class FolderData(ImageData):
             for it.
         on_broken: `raise` names a broken file; `skip` goes on without it and says how many.
         cache_dir: Folder of decoded images; null: CAMDISTILL_CACHE or ~/.cache/camdistill.
-        seed: Which images validate (and test), and the order of training.
+        seed: Of the order of training.
+        split_seed: Which images validate (and test).
         batch_size: Images in a batch, all processes together.
         limit: Train on so many images only, the same number of each class.
     """
@@ -232,10 +239,11 @@ class FolderData(ImageData):
         on_broken: OnBroken = "raise",
         cache_dir: Path | None = None,
         seed: int = 0,
+        split_seed: int = 0,
         batch_size: int = 128,
         limit: int | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed, limit=limit)
+        super().__init__(batch_size=batch_size, seed=seed, split_seed=split_seed, limit=limit)
         self.root = Path(root)
         self.image_size = size
         self.labelled = labelled
@@ -266,11 +274,11 @@ class FolderData(ImageData):
         if layout.val is not None:
             return train, self._split("val")
         if layout.test is None:
-            train, _ = carve(train, self.test_fraction, self.seed, purpose="test")
-        return carve(train, self.val_fraction, self.seed)
+            train, _ = carve(train, self.test_fraction, self.split_seed, purpose="test")
+        return carve(train, self.val_fraction, self.split_seed)
 
     def _held_out_set(self) -> ImageSet:
         if self._layout().test is not None:
             return self._split("test")
-        _, test = carve(self._split("train"), self.test_fraction, self.seed, purpose="test")
+        _, test = carve(self._split("train"), self.test_fraction, self.split_seed, purpose="test")
         return test

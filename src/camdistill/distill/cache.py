@@ -46,7 +46,11 @@ Progress = Callable[[int, int], None]
 VERSION = 1
 SAMPLE = 64  # images asked of the live teacher when a cache is opened
 STRAYS = 3  # of the sample: near ties and ReLUs at zero flip with the shape of a batch
-TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}  # relative L2 error of an image's logits or maps
+# Relative L2 errors of an image's logits and of its maps. Another teacher's are about 1. Measured
+# on 500 CIFAR-10 images, ResNet-20 and -56: in bfloat16 at most 0.03 in logits, and in maps 0.01,
+# 0.07 and 0.09 in the median (0.02, 0.21, 0.38 for 1 in 100) at layer3, 2, 1; in float32 at most
+# 0.02.
+TOLERANCE = {"float32": (0.01, 0.1), "bfloat16": (0.1, 0.5)}
 PAUSE = 10.0  # seconds between the points from which a killed build goes on
 
 log = logging.getLogger(__name__)
@@ -144,7 +148,8 @@ class TeacherCache:
             root: Folder of caches; made if missing.
             quantities: What to store besides the Grad-CAMs of the top class.
             flips: Store the mirrored images too.
-            precision: "bfloat16" is faster where the hardware has it.
+            precision: "bfloat16" is faster where the hardware has it. It moves a ResNet's maps by
+                1 % at the last layer and by 5 to 10 % at inner ones (median relative L2 error).
             p: Power of attention maps.
             batch_size: Images a forward pass.
             progress: Called with the number of images done and of all.
@@ -243,8 +248,8 @@ class TeacherCache:
     def verify(self, teacher: Teacher, image_set: ImageSet) -> None:
         """Compare a random sample of 64 images, each in one orientation, with the live teacher.
 
-        At most 3 may differ by more than a relative L2 error of 1 % in float32 and 10 % in bfloat16
-        in their logits or any map: rounding moves a few maps, another teacher moves all.
+        At most 3 may be off by more than `TOLERANCE` in their logits or any map: rounding moves a
+        few, another teacher moves all.
 
         Raises:
             CacheError: When more do.
@@ -257,16 +262,15 @@ class TeacherCache:
         pixels = torch.where(flip[:, None, None, None], batch.pixels.flip(-1), batch.pixels)
         logits, _ = self.lookup(batch.ids, flip)
         live = _values(self.plan, teacher, pixels, logits.argmax(1))
-        errors = [_error(logits, live["logits"])]
+        allowed, allowed_of_maps = TOLERANCE[self.plan.precision]
+        right = _error(logits, live["logits"]) <= allowed
         for quantity in self.plan.quantities:
             _, maps_by_layer = self.lookup(batch.ids, flip, quantity)
             for number, maps in enumerate(maps_by_layer.values()):
-                errors.append(_error(maps, live[f"{quantity}/{number}"]))
-        wrong = ~(torch.stack(errors).amax(0) <= TOLERANCE[self.plan.precision])
-        if int(wrong.sum()) > min(STRAYS, len(positions) // 4):
-            raise CacheError(
-                f"the live teacher differs on {int(wrong.sum())} of {len(positions)} images"
-            )
+                right &= _error(maps, live[f"{quantity}/{number}"]) <= allowed_of_maps
+        wrong = int((~right).sum())
+        if wrong > min(STRAYS, len(positions) // 4):
+            raise CacheError(f"the live teacher differs on {wrong} of {len(positions)} images")
 
 
 def teacher_sha256(teacher: Teacher) -> str:
@@ -372,7 +376,8 @@ def _mean_maps(plan: Plan, draft: Draft) -> dict[str, NDArray[np.float32]]:
 
 
 def _error(stored: Tensor, live: Tensor) -> Tensor:
-    """Relative L2 error per image; 0 where both are blank."""
+    """L2 error per image, relative to its own size or, where that is more, the median image's."""
     difference: Tensor = torch.linalg.vector_norm((stored.cpu() - live).flatten(1), dim=1)
     size: Tensor = torch.linalg.vector_norm(live.flatten(1), dim=1)
-    return difference / size.clamp_min(torch.finfo(torch.float32).tiny)
+    size = size.maximum(size.median()).clamp_min(torch.finfo(torch.float32).tiny)
+    return difference / size

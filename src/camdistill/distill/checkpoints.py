@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import Classes, Explanation, Grad, Score, explain
+from camdistill.explain.gradcam import Explanation, explain
+from camdistill.explain.request import Classes, Grad, Score
 from camdistill.networks.class_paths import SAFE_PACKAGES
 from camdistill.networks.teachers import (
     NetworkSpec,
@@ -102,7 +103,9 @@ def load(
     """A trained network from a checkpoint of ours: safetensors, or Lightning's `.ckpt`.
 
     No code of the file is run: class paths in it resolve inside camdistill, torch, torchvision and
-    timm alone.
+    timm alone. Where its teacher's file has a relative path, it is looked for from the working
+    directory, then from the checkpoint's folder and the folders above it; only a file with the
+    sha256 that the checkpoint tells is taken. Without its teacher the student works alone.
 
     Args:
         path: The file.
@@ -110,42 +113,65 @@ def load(
         teacher: The teacher's weights, where they are not (or no longer) where the file says.
 
     Raises:
-        UserError: If the file is damaged, not one of ours, or names code that isn't trusted.
+        UserError: If the file is damaged, not one of ours, or names code that isn't trusted; or if
+            the file given as `teacher` doesn't fit.
     """
     weights = read_weights(path)
     settings = _settings(weights)
     allowed = (*SAFE_PACKAGES, *trust)
-    distilled = "student" in settings
-    spec = _spec(settings["student" if distilled else "network"])
-    network = build(replace(spec, weights=None), classes=settings.get("classes"), allowed=allowed)
-    load_state(network, weights)
-    own = Preprocessed(network, *normalisation(spec, weights)).eval()
-    if not distilled:
-        return Explainer(
-            own,
-            classes=settings.get("class_names", ()),
-            settings=settings,
-            sha256=weights.sha256,
-        )
-    wanted = _spec(settings["teacher"])
-    if teacher is not None:
-        wanted = replace(wanted, weights=str(teacher))
-    found, missing = _teacher(wanted, allowed)
-    if found is not None and teacher is None and _differs(found, settings):
-        found, missing = None, f"'{wanted.weights}' is no longer the file it was distilled from"
+    spec = _spec(settings["student" if "student" in settings else "network"])
+    own = _network(spec, weights, settings, allowed).eval()
+    found, missing = None, ""
+    if "student" in settings:
+        found, missing = _teacher(settings, weights.path, teacher, allowed)
     return Explainer(
         own,
         teacher=found,
         teacher_missing=missing,
         pairs=[(str(a), str(b), float(w)) for a, b, w in settings.get("pairs", [])],
         classes=settings.get("class_names", ()),
-        mean_map_by_layer={
-            layer: torch.tensor(mean)
-            for layer, mean in settings.get("mean_map_by_layer", {}).items()
-        },
+        mean_map_by_layer=_mean_maps(settings),
         settings=settings,
         sha256=weights.sha256,
     )
+
+
+def restore(module: DistilledExplainer | Classifier, path: str | Path) -> None:
+    """Puts the weights of a small checkpoint into a module, to test it or to predict with it.
+
+    Args:
+        module: Built from the config of the experiment.
+        path: A file that `save` wrote.
+
+    Raises:
+        UserError: If the file is damaged, not one of ours, or of another network.
+    """
+    weights = read_weights(path)
+    settings = _settings(weights)
+    if isinstance(module, Classifier):
+        module.network = _network(module.spec, weights, settings, None)
+        return
+    load_state(module.student.network, weights)
+    module.mean_map_by_layer = _mean_maps(settings)
+
+
+def _network(
+    spec: NetworkSpec,
+    weights: WeightFile,
+    settings: Mapping[str, Any],
+    allowed: Sequence[str] | None,
+) -> Preprocessed:
+    """What was trained, with its weights and its normalisation."""
+    network = build(replace(spec, weights=None), classes=settings.get("classes"), allowed=allowed)
+    load_state(network, weights)
+    if {"mean", "std"} <= set(settings):
+        return Preprocessed(network, settings["mean"], settings["std"])
+    return Preprocessed(network, *normalisation(spec, weights))
+
+
+def _mean_maps(settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    found = settings.get("mean_map_by_layer", {})
+    return {layer: torch.tensor(mean) for layer, mean in found.items()}
 
 
 def _settings(weights: WeightFile) -> dict[str, Any]:
@@ -181,14 +207,29 @@ def _spec(settings: Mapping[str, Any]) -> NetworkSpec:
         ) from error
 
 
-def _teacher(spec: NetworkSpec, allowed: Sequence[str]) -> tuple[Teacher | None, str]:
+def _teacher(
+    settings: Mapping[str, Any], path: Path, given: str | Path | None, allowed: Sequence[str]
+) -> tuple[Teacher | None, str]:
     """The teacher, or why there is none: the student's own output needs no teacher."""
-    try:
-        return Teacher(spec, allowed=allowed), ""
-    except UserError as error:
-        return None, str(error)
+    spec = _spec(settings["teacher"])
+    if given is not None:
+        return Teacher(replace(spec, weights=str(given)), allowed=allowed), ""
+    expected, missing = settings.get("teacher_sha256"), ""
+    for place in _places(spec.weights, path):
+        try:
+            found = Teacher(replace(spec, weights=place), allowed=allowed)
+        except UserError as error:
+            missing = missing or str(error)
+            continue
+        if expected is None or found.sha256 == expected:
+            return found, ""
+        missing = f"'{place}' is not (or no longer) the file that it was distilled from"
+    return None, missing
 
 
-def _differs(teacher: Teacher, settings: Mapping[str, Any]) -> bool:
-    expected = settings.get("teacher_sha256")
-    return expected is not None and teacher.sha256 != expected
+def _places(weights: str | None, checkpoint: Path) -> list[str | None]:
+    """Where a teacher's file may be: as it is written, then beside the checkpoint and above it."""
+    if weights is None or Path(weights).is_absolute() or ".." in Path(weights).parts:
+        return [weights]
+    above = [folder / weights for folder in checkpoint.resolve().parents]
+    return [weights, *(str(file) for file in above if file.is_file())]

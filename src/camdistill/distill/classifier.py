@@ -3,7 +3,7 @@
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 
 from camdistill import tags
 from camdistill.data.views import Augment
@@ -13,6 +13,7 @@ from camdistill.distill.training import Training, as_images, plain, seeded
 from camdistill.errors import UserError
 from camdistill.measure.fidelity import correct
 from camdistill.measure.intervals import Interval
+from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
 from camdistill.types import Batch, Logits
 
@@ -51,6 +52,7 @@ class Classifier(Training):
         self.spec, self.label_smoothing = network, label_smoothing
         self.loss = MeanMetric()
         self.accuracy = MeanMetric()
+        self.seen = SumMetric()
         self.tested: tuple[float, int] | None = None
 
     @property
@@ -68,14 +70,20 @@ class Classifier(Training):
             self.network: Preprocessed = seeded(
                 self.seed, lambda: preprocessed(self.spec, classes=classes, replace_head=True)
             )
+        elif classes is not None and head_size(self.network.network) != classes:
+            raise UserError(
+                f"the images have {classes} classes, the checkpoint's network "
+                f"{head_size(self.network.network)}; give the data that it was trained with"
+            )
+        super().setup(stage)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """One step of cross-entropy."""
         images, _ = self.training_view(batch)
         logits = self.network(images)
         loss = self._cross_entropy(logits, batch).mean()
-        self.log(tags.LOSS_TRAIN, loss, prog_bar=True)
-        self.log(tags.ACCURACY_TRAIN, correct(logits, batch.labels).mean())
+        self.log(tags.LOSS_TRAIN, loss, prog_bar=True, sync_dist=True)
+        self.log(tags.ACCURACY_TRAIN, correct(logits, batch.labels).mean(), sync_dist=True)
         return self.finite(loss)
 
     def _cross_entropy(self, logits: Logits, batch: Batch) -> Tensor:
@@ -100,22 +108,26 @@ class Classifier(Training):
         counted = batch.counted.float()
         self.loss.update(self._cross_entropy(logits, batch), counted)
         self.accuracy.update(correct(logits, batch.labels), counted)
+        self.seen.update(counted)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over the validation images."""
         self.log_dict(
-            {tags.LOSS_VAL: self.loss.compute(), tags.ACCURACY_VAL: self.accuracy.compute()}
+            {tags.LOSS_VAL: self.loss.compute(), tags.ACCURACY_VAL: self.accuracy.compute()},
+            rank_zero_only=True,  # all processes have the same means
         )
-        self.loss.reset()
-        self.accuracy.reset()
+        self._forget()
 
     def on_test_epoch_end(self) -> None:
         """Keeps the accuracy and the number of images for `results`."""
         accuracy = float(self.accuracy.compute())
-        self.tested = (accuracy, round(float(self.accuracy.weight)))
-        self.log(tags.on_test(tags.ACCURACY_VAL), accuracy)
-        self.loss.reset()
-        self.accuracy.reset()
+        self.tested = (accuracy, round(float(self.seen.compute())))
+        self.log(tags.on_test(tags.ACCURACY_VAL), accuracy, rank_zero_only=True)
+        self._forget()
+
+    def _forget(self) -> None:
+        for metric in (self.loss, self.accuracy, self.seen):
+            metric.reset()
 
     def results(self) -> dict[str, object]:
         """What the test measured: accuracy with Wilson's 95 % interval."""

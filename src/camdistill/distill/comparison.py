@@ -8,14 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from camdistill import tags
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images
 from camdistill.explain.gradcam import explain
 from camdistill.explain.maps import relu
-from camdistill.networks.teachers import Teacher
-from camdistill.types import Images, Labels, Logits, Maps
+from camdistill.measure.fidelity import FidelityMeter, StudentSummary
+from camdistill.networks.teachers import Preprocessed, Teacher
+from camdistill.types import Batch, Images, Labels, Logits, Maps
 
 BATCH = 256
+
+Pairs = Sequence[tuple[str, str, float]]  # the student's layer, the teacher's, and a weight
 
 
 class Comparison(NamedTuple):
@@ -49,10 +53,50 @@ class MapComparison(NamedTuple):
 
 
 @torch.no_grad()
+def compare(student: Preprocessed, teacher: Teacher, images: Images, pairs: Pairs) -> Comparison:
+    """Both networks on images in [0, 1], at pairs of layers."""
+    told = explain(teacher, images, [layer for _, layer, _ in pairs])
+    shown = explain(student, images, [layer for layer, _, _ in pairs], told.classes)
+    return Comparison(told.logits, shown.logits, told.classes, told.maps, shown.maps)
+
+
+def score(meter: FidelityMeter, batch: Batch, found: Comparison) -> None:
+    """Hands a comparison to a meter."""
+    meter.update(
+        found.student_logits,
+        found.teacher_logits,
+        batch.labels,
+        found.student_maps_by_layer,
+        found.teacher_maps_by_layer,
+        batch.counted,
+        batch.ids,
+    )
+
+
+def fidelity_scalars(student: StudentSummary) -> dict[str, float]:
+    """What is logged of a summary, by tag; of each pair where there are several."""
+    shown = {
+        tags.ACCURACY_STUDENT: student["accuracy"],
+        tags.AGREEMENT: student["agreement"],
+        tags.PEARSON: student["pearson"],
+        tags.SPEARMAN: student["spearman"],
+        tags.COSINE: student["cosine"],
+        tags.SKILL: student["skill"],
+    }
+    if len(student["layers"]) > 1:
+        for layer, values in student["layers"].items():
+            shown[tags.pearson(layer)] = values["pearson"]
+            shown[tags.spearman(layer)] = values["spearman"]
+            shown[tags.cosine(layer)] = values["cosine"]
+            shown[tags.skill(layer)] = values["skill"]
+    return {tag: value for tag, value in shown.items() if value is not None}
+
+
+@torch.no_grad()
 def mean_maps(
     teacher: Teacher, images: ImageSet, layers: Sequence[str]
 ) -> dict[str, Float[Tensor, "height width"]]:
-    """The teacher's mean ReLU map over a set of images, by layer: what skill is measured against."""
+    """The teacher's mean ReLU map over a set of images, by layer: the zero of skill."""
     total: dict[str, Tensor] = {}
     for start in range(0, len(images), BATCH):
         pixels = images.batch(np.arange(start, min(start + BATCH, len(images)))).pixels
@@ -60,3 +104,15 @@ def mean_maps(
         for layer, maps in found.maps.items():
             total[layer] = total.get(layer, torch.zeros(())).to(maps.device) + relu(maps).sum(0)
     return {layer: (maps / len(images)).cpu() for layer, maps in total.items()}
+
+
+def for_pictures(batch: Batch, images: Images, found: Comparison) -> MapComparison:
+    """A comparison as pictures need it."""
+    return MapComparison(
+        images.cpu(),
+        batch.labels.cpu(),
+        found.classes.cpu(),
+        found.student_logits.argmax(1).cpu(),
+        {layer: maps.cpu() for layer, maps in found.teacher_maps_by_layer.items()},
+        {layer: maps.cpu() for layer, maps in found.student_maps_by_layer.items()},
+    )

@@ -1,4 +1,4 @@
-"""The distilled explainer: a shallow student learns its teacher's classes and its teacher's maps."""
+"""The distilled explainer: a shallow student learns its teacher's classes and maps."""
 
 import json
 from collections.abc import Callable
@@ -6,21 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from camdistill import tags
 from camdistill.data.cache import cache_folder
 from camdistill.data.datasets import ImageSet
-from camdistill.data.views import Augment, View, identity_view, view_maps
+from camdistill.data.views import Augment, View, identity_view
 from camdistill.distill.cache import TeacherCache
-from camdistill.distill.comparison import Comparison, MapComparison, mean_maps
+from camdistill.distill.comparison import (
+    Comparison,
+    MapComparison,
+    compare,
+    fidelity_scalars,
+    for_pictures,
+    mean_maps,
+    score,
+)
+from camdistill.distill.demands import demand_labels, demand_weights
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
 from camdistill.distill.optimisation import Optimisation
-from camdistill.distill.training import Training, as_images, plain, seeded
-from camdistill.distill.transfer import Targets, Transfer, quantity_maps, transfer_distance
+from camdistill.distill.targets import Targets, cached_targets, live_targets, shared_cache
+from camdistill.distill.training import EXPERIMENT, Training, as_images, plain, seeded
+from camdistill.distill.transfer import Transfer, named_pairs, quantity_maps, transfer_distance
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import explain, last_layer
+from camdistill.explain.gradcam import explain
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, intervals, summary
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build
 from camdistill.types import Batch, Images, Labels, Logits
@@ -46,8 +55,9 @@ class DistilledExplainer(Training):
         beta: Weight of the distance between the maps.
         augment: Views of the training images; maps move with them.
         optimisation: Optimiser and schedule.
-        cached: Ask the teacher once per image and orientation and keep its answers on disk; false asks
-            it at every step. Cached maps are cropped with the image; cached logits are of the whole one.
+        cached: Ask the teacher once per image and orientation and keep its answers on disk; false
+            asks it at every step. Cached maps are cropped with the image; cached logits are of the
+            whole one.
         cache_dir: Where the teacher's answers are kept; the default is CAMDISTILL_CACHE or the
             user's cache folder.
         ema: Decay of a running average of the student's weights; null keeps the last weights.
@@ -73,7 +83,7 @@ class DistilledExplainer(Training):
     ) -> None:
         given = dict(locals())
         super().__init__(optimisation, augment, ema=ema, seed=seed)
-        _check_weights(ce, kd, beta, temperature)
+        demand_weights(ce=ce, kd=kd, beta=beta, temperature=temperature)
         self.settings = {
             name: plain(value) for name, value in given.items() if name not in _NOT_SETTINGS
         }
@@ -98,37 +108,35 @@ class DistilledExplainer(Training):
         return self.student
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """One step of distillation."""
+        """One step of distillation; a term without a weight is not even computed."""
         images, view = self.training_view(batch)
         targets = self.targets(batch, images, view)
         logits, maps_by_layer = self.student_quantities(images, targets.classes)
-        ce = cross_entropy(logits, batch.labels).mean()
-        kd = soft_targets_kl(logits, targets.logits, self.temperature).mean()
-        loss = self.ce * ce + self.kd * kd
+        loss, terms = torch.zeros((), device=images.device), {}
+        if self.ce:
+            terms[tags.LOSS_CE] = cross_entropy(logits, batch.labels).mean()
+            loss = loss + self.ce * terms[tags.LOSS_CE]
+        if self.kd:
+            terms[tags.LOSS_KD] = soft_targets_kl(logits, targets.logits, self.temperature).mean()
+            loss = loss + self.kd * terms[tags.LOSS_KD]
         if self.beta:
-            beta = self.beta * beta_factor(self.transfer.schedule, self.progress)
-            maps = transfer_distance(
+            terms[tags.LOSS_MAPS] = transfer_distance(
                 self.transfer, self.pairs, maps_by_layer, targets.maps_by_layer
             ).mean()
-            loss = loss + beta * maps
-            self.log_dict({tags.LOSS_MAPS: maps, tags.BETA: beta})
-        self.log_dict({tags.LOSS_CE: ce, tags.LOSS_KD: kd})
-        self.log(tags.LOSS_TRAIN, loss, prog_bar=True)
+            beta = self.beta * beta_factor(self.transfer.schedule, self.progress)
+            loss = loss + beta * terms[tags.LOSS_MAPS]
+            self.log(tags.BETA, beta)
+        self.log_dict(terms, sync_dist=True)
+        self.log(tags.LOSS_TRAIN, loss, prog_bar=True, sync_dist=True)
         return self.finite(loss)
 
     def targets(self, batch: Batch, images: Images, view: View) -> Targets:
         """What the teacher says of augmented images: from its cache, or asked now."""
-        cache, quantity = self._caches.get("train"), self.transfer.quantity
         layers = [teacher_layer for _, teacher_layer, _ in self.pairs] if self.beta else []
-        if cache is None:
-            with torch.no_grad():
-                logits, maps = quantity_maps(
-                    self.teacher, images, layers, None, quantity=quantity, p=self.transfer.p
-                )
-            return Targets(logits, logits.argmax(1), maps)
-        logits, found = cache.lookup(batch.ids, view.flip, quantity)
-        moved = {layer: view_maps(found[layer], view, flipped=True) for layer in layers}
-        return Targets(logits, logits.argmax(1), moved)
+        cache, quantity = self._caches.get("train"), self.transfer.quantity
+        if cache is not None:
+            return cached_targets(cache, batch.ids, view, layers, quantity=quantity)
+        return live_targets(self.teacher, images, layers, quantity=quantity, p=self.transfer.p)
 
     def student_quantities(
         self, images: Images, classes: Labels
@@ -146,13 +154,10 @@ class DistilledExplainer(Training):
             grad=self.transfer.grad,
         )
 
-    @torch.no_grad()
     def compare(self, images: Images) -> Comparison:
         """Teacher and student on images in [0, 1], at the layer pairs."""
-        self._resolve_pairs(images)
-        told = explain(self.teacher, images, [teacher for _, teacher, _ in self.pairs])
-        shown = explain(self.student, images, [own for own, _, _ in self.pairs], told.classes)
-        return Comparison(told.logits, shown.logits, told.classes, told.maps, shown.maps)
+        self._name_pairs(images)
+        return compare(self.student, self.teacher, images, self.pairs)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Fidelity, agreement and accuracy on images as they are."""
@@ -178,15 +183,7 @@ class DistilledExplainer(Training):
     def explain_images(self, batch: Batch) -> MapComparison:
         """A few images with the maps of both networks, for pictures."""
         images = as_images(batch.pixels)
-        found = self.compare(images)
-        return MapComparison(
-            images.cpu(),
-            batch.labels.cpu(),
-            found.classes.cpu(),
-            found.student_logits.argmax(1).cpu(),
-            {layer: maps.cpu() for layer, maps in found.teacher_maps_by_layer.items()},
-            {layer: maps.cpu() for layer, maps in found.student_maps_by_layer.items()},
-        )
+        return for_pictures(batch, images, self.compare(images))
 
     def results(self) -> dict[str, object]:
         """What the test measured, with 95 % intervals over the test images."""
@@ -208,19 +205,18 @@ class DistilledExplainer(Training):
 
     def setup(self, stage: str) -> None:
         """Checks that data and networks fit together before anything is spent."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
         self.image_size = data.size
         self._labels_count = len(data.classes) == self.teacher.classes
-        if self.ce > 0 and stage == "fit" and not self._labels_count:
-            raise UserError(_labels_do_not_fit(len(data.classes), self.teacher.classes, self.ce))
-        self._resolve_pairs(torch.zeros(1, 3, *data.size, device=self.device))
+        if stage == "fit":
+            demand_labels(len(data.classes), self.teacher.classes, self.ce)
+        self._name_pairs(torch.zeros(1, 3, *data.size, device=self.device))
 
     def on_fit_start(self) -> None:
         """Asks the teacher about all images once, or finds what it said before."""
-        super().on_fit_start()
-        self.teacher.to(memory_format=torch.channels_last)
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
@@ -232,6 +228,10 @@ class DistilledExplainer(Training):
             self.mean_map_by_layer = mean_maps(
                 self.teacher, data.train_set, [teacher for _, teacher, _ in self.pairs]
             )
+
+    def teardown(self, stage: str) -> None:
+        """The next loop may have other images."""
+        self._caches = {}
 
     def experiment(self) -> dict[str, Any]:
         """Adds what the training found out: the layers, the teacher's file and its mean maps."""
@@ -246,98 +246,59 @@ class DistilledExplainer(Training):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the mean maps along."""
+        """Takes the mean maps along; refuses to go on with another teacher."""
         super().on_load_checkpoint(checkpoint)
-        found = json.loads(checkpoint["camdistill"])["mean_map_by_layer"]
-        self.mean_map_by_layer = {layer: torch.tensor(mean) for layer, mean in found.items()}
+        found = json.loads(checkpoint[EXPERIMENT])
+        self.mean_map_by_layer = {
+            layer: torch.tensor(mean) for layer, mean in found["mean_map_by_layer"].items()
+        }
+        training = self._trainer is not None and self.trainer.training
+        if training and found["teacher_sha256"] != self.teacher.sha256:
+            raise UserError(
+                "the teacher's file is no longer the one that the checkpoint was trained with; "
+                "bring that one back, or start without --ckpt_path"
+            )
 
-    def _resolve_pairs(self, images: Images) -> None:
-        """Names of the matched layers; None in the config stands for the last spatial one."""
+    def _name_pairs(self, images: Images) -> None:
+        """Names the matched layers; one that can't be explained is told now, not after an epoch."""
         if self.pairs:
             return
-        defaults: dict[str, str] = {}
-        for pair in self.transfer.pairs:
-            for side, network in (("student", self.student), ("teacher", self.teacher)):
-                if getattr(pair, side) is None and side not in defaults:
-                    defaults[side] = last_layer(network, images)
-        self.pairs = [
-            (pair.student or defaults["student"], pair.teacher or defaults["teacher"], pair.weight)
-            for pair in self.transfer.pairs
-        ]
-        # A layer that can't be explained is told now, not after an epoch.
+        pairs = named_pairs(self.transfer.pairs, self.student, self.teacher, images)
         training = self.student.training
-        self.student.eval()
-        self.compare(images)
-        self.student.train(training)
+        try:
+            compare(self.student.eval(), self.teacher, images, pairs)
+        finally:
+            self.student.train(training)
+        self.pairs = pairs
 
     def _cache(self, images: ImageSet, what: str, *, flips: bool) -> TeacherCache:
-        """The teacher's answers; the first process asks, the others wait and read."""
-        quantities = [self.transfer.quantity] if flips else []
-        with Progress(disable=not self.trainer.is_global_zero, transient=True) as bar:
-            task = bar.add_task(f"Asking the teacher about {what}", total=None)
-            if not self.trainer.is_global_zero:
-                self.trainer.strategy.barrier()
-            cache = TeacherCache.open_or_build(
-                self.teacher,
-                images,
-                [teacher for _, teacher, _ in self.pairs],
-                root=cache_folder(self.cache_dir) / "teachers",
-                quantities=quantities,
-                flips=flips and self.augment.flip,
-                precision="bfloat16" if "bf16" in str(self.trainer.precision) else "float32",
-                p=self.transfer.p,
-                progress=lambda done, count: bar.update(task, completed=done, total=count),
-            )
-            if self.trainer.is_global_zero:
-                self.trainer.strategy.barrier()
+        cache = shared_cache(
+            self.trainer,
+            self.teacher,
+            images,
+            [teacher for _, teacher, _ in self.pairs],
+            what=what,
+            root=cache_folder(self.cache_dir) / "teachers",
+            quantities=[self.transfer.quantity] if flips else [],
+            flips=flips and self.augment.flip,
+            p=self.transfer.p,
+        )
         return cache if self.device.type == "cpu" else cache.to(self.device)
 
     def _score(self, batch: Batch, found: Comparison) -> None:
         if self._meter is None:
             pairs = {own: teacher for own, teacher, _ in self.pairs}
             self._meter = FidelityMeter(pairs, self.mean_map_by_layer)
-        labels = batch.labels if self._labels_count else torch.full_like(batch.labels, -1)
-        self._meter.update(
-            found.student_logits,
-            found.teacher_logits,
-            labels,
-            found.student_maps_by_layer,
-            found.teacher_maps_by_layer,
-            batch.counted,
-            batch.ids,
-        )
+        if not self._labels_count:
+            batch = batch._replace(labels=torch.full_like(batch.labels, -1))
+        score(self._meter, batch, found)
 
     def _log_fidelity(self, rename: Callable[[str], str] = str) -> None:
         assert self._meter is not None, "an epoch has a batch"
         self.table, self._meter = self._meter.table(), None
-        student = summary(self.table)["student"]
-        shown = {tags.ACCURACY_STUDENT: student["accuracy"], tags.AGREEMENT: student["agreement"]}
-        for name in ("pearson", "spearman", "cosine", "skill"):
-            shown[getattr(tags, name.upper())] = student[name]
-            if len(self.pairs) > 1:
-                for layer, values in student["layers"].items():
-                    shown[getattr(tags, name)(layer)] = values[name]
-        known = {rename(tag): value for tag, value in shown.items() if value is not None}
-        self.log_dict(known, prog_bar=False, rank_zero_only=True)
+        found = fidelity_scalars(summary(self.table)["student"])
+        # all processes have the same table
+        self.log_dict({rename(tag): value for tag, value in found.items()}, rank_zero_only=True)
 
 
 _NOT_SETTINGS = ("self", "__class__", "cached", "cache_dir")
-
-
-def _check_weights(ce: float, kd: float, beta: float, temperature: float) -> None:
-    for name, weight in (("ce", ce), ("kd", kd), ("beta", beta)):
-        if weight < 0:
-            raise UserError(f"{name} is {weight}; a weight of the loss is 0 or more")
-    if ce == kd == beta == 0:
-        raise UserError("ce, kd and beta are all 0: there is nothing to learn; give one a weight")
-    if temperature <= 0:
-        raise UserError(f"temperature is {temperature}; give a number above 0, usually 4")
-
-
-def _labels_do_not_fit(found: int, wanted: int, ce: float) -> str:
-    if not found:
-        return f"the images have no labels, but ce is {ce}; --model.ce 0 trains without"
-    return (
-        f"the images have {found} classes, the teacher {wanted}; --model.ce 0 distils the teacher's "
-        "own classes, or fine-tune a teacher for yours with Classifier"
-    )

@@ -57,7 +57,7 @@ class Optimisation:
         return END + (1 - END) * (1 + math.cos(math.pi * min(fallen, 1.0))) / 2
 
     def configure(self, network: nn.Module, steps: int) -> OptimizerLRSchedulerConfig:
-        """What `configure_optimizers` returns for a network that is fitted for a number of steps."""
+        """What `configure_optimizers` returns for a network that is fitted for so many steps."""
         parameters = [p for p in network.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},

@@ -1,7 +1,8 @@
 """What of the teacher's explanation the student has to match, and how far off it is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from camdistill.distill.losses import (
     map_distance,
 )
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import Grad, explain
+from camdistill.explain.gradcam import explain, last_layer
+from camdistill.explain.request import Grad
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Images, Labels, Logits, PerImage
@@ -37,6 +39,10 @@ class LayerPair:
     teacher: str | None = None
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise UserError(f"a pair's weight is {self.weight}; give 0 or more")
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -44,16 +50,17 @@ class Transfer:
 
     Args:
         quantity: "grad_cam" transfers the teacher's Grad-CAM for its top class; "attention" the
-            activation attention maps of Zagoruyko and Komodakis (2017); "class_maps" the maps of all
-            classes (CAT-KD, Guo et al. 2023).
+            activation attention maps of Zagoruyko and Komodakis (2017); "class_maps" the maps of
+            all classes (CAT-KD, Guo et al. 2023).
         distance: Between Grad-CAMs.
-        pairs: Layers that are matched, and at which fidelity is measured; the last pair is the main one.
+        pairs: Layers that are matched, and at which fidelity is measured; the last pair is the main
+            one.
         schedule: How beta changes over the training.
         form: Of attention transfer: the paper's or the released code's.
         p: Power of attention maps.
         pool: Side of the grid on which class maps are compared.
-        grad: Through which part of the student's Grad-CAM the gradient flows: "full", or "activations"
-            only (the channel weights are held constant: cheaper at inner layers).
+        grad: Through which part of the student's Grad-CAM the gradient flows: "full", or
+            "activations" only (the channel weights are held constant: cheaper at inner layers).
     """
 
     quantity: Quantity = "grad_cam"
@@ -74,19 +81,34 @@ class Transfer:
             raise UserError(f"pool is {self.pool}; it is the side of a grid, at least 1")
 
 
-class Targets(NamedTuple):
-    """What the teacher says of a batch: nothing in it carries a graph.
+def named_pairs(
+    pairs: Sequence[LayerPair], student: Preprocessed, teacher: Preprocessed, images: Images
+) -> list[tuple[str, str, float]]:
+    """The matched layers by name, with their weights; None stands for the last spatial layer.
 
-    Attributes:
-        logits: The teacher's.
-        classes: Its top class.
-        maps_by_layer: By the teacher's layer, the quantity that is transferred: [B, h, w], or
-            [B, C, h, w] for class maps.
+    Args:
+        pairs: As in the config.
+        student: Its layers are named inside `student.network`.
+        teacher: Likewise.
+        images: One or more images, to find out which layers are spatial.
+
+    Raises:
+        UserError: If the student's layer comes twice: fidelity is told by it.
     """
-
-    logits: Logits
-    classes: Labels
-    maps_by_layer: dict[str, Tensor]
+    last: dict[str, str] = {}
+    for side, network in (("student", student), ("teacher", teacher)):
+        if any(getattr(pair, side) is None for pair in pairs):
+            last[side] = last_layer(network, images)
+    named = [
+        (pair.student or last["student"], pair.teacher or last["teacher"], pair.weight)
+        for pair in pairs
+    ]
+    own = [pair[0] for pair in named]
+    if twice := sorted({layer for layer in own if own.count(layer) > 1}):
+        raise UserError(
+            f"two of transfer.pairs name the student's layer '{twice[0]}'; match each layer once"
+        )
+    return named
 
 
 def quantity_maps(

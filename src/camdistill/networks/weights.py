@@ -63,15 +63,18 @@ class WeightFile:
 
     Attributes:
         state: Weights by name, on the CPU, without the prefixes of wrappers.
-        metadata: Text stored beside them; only safetensors have it.
+        metadata: Text stored beside them: what safetensors hold, or the experiment of a checkpoint
+            of ours.
         sha256: Of the file, in hexadecimal.
         path: Where they were read.
+        whole: Whether it is a Lightning checkpoint, from which a training can go on.
     """
 
     state: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     sha256: str = ""
     path: Path = Path("weights")
+    whole: bool = False
 
 
 def sha256_of(path: Path) -> str:
@@ -92,8 +95,8 @@ def read_weights(path: str | Path, *, part: str | None = None) -> WeightFile:
         UserError: If the file isn't there, is damaged, holds code or no weights.
     """
     path = Path(path).expanduser()
-    _demand_file(path)
     try:
+        _demand_file(path)
         with path.open("rb") as file:
             head = file.read(512)
         sha256 = sha256_of(path)
@@ -101,14 +104,16 @@ def read_weights(path: str | Path, *, part: str | None = None) -> WeightFile:
         raise UserError(f"can't read '{path}': {error.strerror}; check its permissions") from error
     _demand_weights(path, head)
     metadata: dict[str, str] = {}
+    whole = False
     if head[8:9] == b"{":
         state, metadata = _read_safetensors(path)
         state = _part(path, _unwrapped(state), part, False)
     else:
         content = _read_torch(path)
-        ours = isinstance(content, Mapping) and "pytorch-lightning_version" in content
-        state = _part(path, _unwrapped(_tensors(path, content)), part, ours)
-    return WeightFile(_unwrapped(state), metadata, sha256, path)
+        whole = isinstance(content, Mapping) and "pytorch-lightning_version" in content
+        state = _part(path, _unwrapped(_tensors(path, content)), part, whole)
+        metadata = _experiment(content) if whole else {}
+    return WeightFile(_unwrapped(state), metadata, sha256, path, whole)
 
 
 def _demand_file(path: Path) -> None:
@@ -227,6 +232,12 @@ def _part(
         raise UserError(f"no '{part}' in '{path}'; {nearest(part, sorted(words))}")
     prefix = f"{part}."
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _experiment(content: object) -> dict[str, str]:
+    """What a Lightning checkpoint of ours says of its experiment, as our safetensors say it."""
+    text = content.get("camdistill") if isinstance(content, Mapping) else None
+    return {"camdistill": text} if isinstance(text, str) else {}
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:

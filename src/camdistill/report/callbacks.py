@@ -6,7 +6,7 @@ They work with any logger or none, in any number of processes, and are silent in
 import sys
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from camdistill import tags
+from camdistill.distill.comparison import MapComparison
 from camdistill.measure.fidelity import map_scores
 from camdistill.report.figures import Row, map_panel
 from camdistill.report.tensorboard import (
@@ -23,27 +24,7 @@ from camdistill.report.tensorboard import (
     settings_page,
     tensorboards,
 )
-from camdistill.types import Batch, Images, Labels, Maps
-
-
-class MapComparison(NamedTuple):
-    """A few images with the maps of both networks, all on the CPU.
-
-    Attributes:
-        images01: In [0, 1].
-        labels: -1 where there is none.
-        teacher_classes: The teacher's top class, of which all maps are.
-        student_classes: The student's top class.
-        teacher_maps_by_layer: Raw maps by the teacher's layer, in the order of the pairs.
-        student_maps_by_layer: Raw maps by the student's layer, in the same order.
-    """
-
-    images01: Images
-    labels: Labels
-    teacher_classes: Labels
-    student_classes: Labels
-    teacher_maps_by_layer: dict[str, Maps]
-    student_maps_by_layer: dict[str, Maps]
+from camdistill.types import Batch
 
 
 @runtime_checkable
@@ -291,18 +272,25 @@ class Progress(TQDMProgressBar):
         super().on_train_start(trainer, pl_module)
         self._started = time.monotonic()
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts epochs from 1, as the lines do."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self.train_progress_bar.set_description(_epoch(trainer))
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the line of this validation."""
         super().on_validation_end(trainer, pl_module)
         if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         found = self.get_metrics(trainer, pl_module).items()
         numbers = "  ".join(f"{name} {value}" for name, value in found)
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
-        place = f"epoch {trainer.current_epoch + 1}{last}"
-        sys.stdout.write(f"{place}  {numbers}  {minutes}:{seconds:02d}\n")
-        sys.stdout.flush()
+        line = f"{_epoch(trainer)}  {numbers}  {minutes}:{seconds:02d}"
+        if self.is_enabled:
+            self.print(line)  # above the bar
+        else:
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
 
 
 def class_names(trainer: Trainer) -> tuple[str, ...]:
@@ -313,6 +301,11 @@ def class_names(trainer: Trainer) -> tuple[str, ...]:
 def _data(trainer: Trainer) -> object:
     """The data module, or None where loaders were given."""
     return getattr(trainer, "datamodule", None)
+
+
+def _epoch(trainer: Trainer) -> str:
+    last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+    return f"epoch {trainer.current_epoch + 1}{last}"
 
 
 def _caption(

@@ -1,48 +1,30 @@
-"""One training run from a config: Lightning's command line with our run folders, resuming and errors."""
+"""One training run from a config: Lightning's command line, our run folders, resuming, errors."""
 
 import io
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import Namespace
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from camdistill.distill.checkpoints import save
+from camdistill.distill.checkpoints import restore, save
 from camdistill.distill.module import DistilledExplainer
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError
 from camdistill.measure.fidelity import FidelityTable
-from camdistill.report.callbacks import MapGrids, Progress, RunText, Throughput
+from camdistill.networks.weights import read_weights
+from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunText, Throughput
 from camdistill.report.results import write_atomically, write_results
 from camdistill.report.tensorboard import TensorBoardLogger
+from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles
+from camdistill.studies.parsing import Parser, demand_configs, translated
 
 RUNS = Path("runs")
-LAST = Path("checkpoints") / "last.ckpt"
 TABLE = "test_images.npz"
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser whose errors are one `UserError` line that names the nearest option."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        """Raises the `UserError` that jsonargparse's many-line message stands for."""
-        raise UserError(one_line(message, self)) from ex
-
-
-def one_line(message: str, parser: ArgumentParser) -> str:
-    """Jsonargparse's message without its layout, with the options that a mistyped one may have meant."""
-    text = " ".join(message.split())
-    options = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    unknown = re.search(r"(?:[Uu]nrecognized arguments?: --?|Key ['\"])([\w.]+)", text)
-    if unknown:
-        name = unknown.group(1)
-        return f"no option '{name}'; {nearest(name, options)}. --help lists all"
-    return text
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -50,11 +32,14 @@ class _SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            self.config = self.config.clone()
+            if "ckpt_path" in self.config:  # a run that was gone on with is the same run
+                self.config["ckpt_path"] = None
             super().setup(trainer, pl_module, stage)
 
 
 class Experiment(LightningCLI):
-    """`fit`, `validate`, `test` and `predict` of a config, in a run folder that resuming finds again.
+    """`fit`, `validate`, `test` and `predict` of a config, in a folder that resuming finds again.
 
     A fresh `fit` gets the next `runs/<name>/version_<k>`; `--ckpt_path last` stands for the newest
     version with a checkpoint, and everything goes on in that folder.
@@ -62,7 +47,8 @@ class Experiment(LightningCLI):
     Args:
         args: The command line.
         run: Whether to run the subcommand that it begins with; without, there is none.
-        go_on: Without a subcommand: go on in the run's newest folder, if there is one.
+        go_on: Without a subcommand: go on in the run's newest folder that has this config, if
+            there is one.
 
     Attributes:
         folder: The run's folder.
@@ -88,9 +74,16 @@ class Experiment(LightningCLI):
             },
             parser_class=Parser,
             load_from_checkpoint_support=False,
+            auto_configure_optimizers=False,
             args=args,
             run=run,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that takes whole names of options alone: half of one is a mistake."""
+        parser = super().init_parser(**kwargs)
+        parser.allow_abbrev = False
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run's name and hands the one seed to model and data."""
@@ -105,51 +98,89 @@ class Experiment(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without Lightning's warning about arguments given from Python."""
-        self.config = parser.parse_args(args)
+        demand_configs(args)
+        with translated():
+            self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        """Lets the mistakes that networks and data find through."""
+        with translated():
+            super().instantiate_classes()
 
     def before_instantiate_classes(self) -> None:
         """Finds the run's folder, and the checkpoint that `last` stands for."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        name = config.run or _config_name(config)
+        name = config["run"] = config.run or _config_name(config)
         runs = Path(name) if "/" in name else RUNS / name
         wanted = config.get("ckpt_path")
+        self._small: str | None = None
         if "verbose" in config:
             config["verbose"] = False  # our own table says it better
-        if self._go_on and (versions := _versions(runs)):
-            self.folder = versions[-1]
+        if "weights_only" in config:
+            config["weights_only"] = True  # a checkpoint runs no code
+        if self._go_on and (same := self._same_config(runs)):
+            self.folder = same
         elif wanted == "last":
             self.folder = _newest(runs)
             config["ckpt_path"] = str(self.folder / LAST)
-        elif wanted and not Path(wanted).is_file():
-            raise UserError(
-                f"no checkpoint {wanted}; give a file, or `last` for the newest of {runs}"
-            )
-        elif wanted and Path(wanted).parent.name == LAST.parent.name:
-            self.folder = Path(wanted).resolve().parents[1]
-        else:
+        elif wanted:
+            self.folder = _folder_of(Path(wanted), runs)
+        elif self.subcommand in (None, "fit"):
             self.folder = _next_version(runs)
+        else:
+            raise UserError(
+                f"no checkpoint to {self.subcommand}: give --ckpt_path FILE, or --ckpt_path last "
+                f"for the newest run of {runs}"
+            )
+        if config.get("ckpt_path"):
+            config["ckpt_path"] = self._readable(config["ckpt_path"])
+
+    def _readable(self, path: str) -> str | None:
+        """A checkpoint for Lightning; a small one, which has weights alone, is ours to read."""
+        found = read_weights(path)
+        if found.whole:
+            return path
+        if self.subcommand == "fit":
+            raise UserError(
+                f"'{path}' has weights alone, so training can't go on from it: give a last.ckpt; "
+                "to start from the weights: --model.student.weights FILE"
+            )
+        self._small = path
+        return None
+
+    def after_instantiate_classes(self) -> None:
+        """Puts the weights of a small checkpoint where they belong."""
+        if self._small is not None:
+            restore(self.model, self._small)
+
+    def _same_config(self, runs: Path) -> Path | None:
+        """The newest of a run's folders whose config is this one."""
+        own = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for folder in reversed(_versions(runs)):
+            file = folder / "config.yaml"
+            if file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) == own:
+                return folder
+        return None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with our logger and callbacks, unless the config brings its own logger."""
         config: Namespace = self._get(self.config_init, "trainer", default={})
         ours: list[Callback] = []
         if config.get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(self.folder)
-            ours += [MapGrids(), RunText(), Throughput()]
-        if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
-            ours.append(
-                ModelCheckpoint(
-                    dirpath=self.folder / LAST.parent,
-                    filename=LAST.stem,
-                    auto_insert_metric_name=False,
-                    enable_version_counter=False,
-                    save_on_train_epoch_end=True,
-                )
+            # Lightning logs a test at step 0, where a run's lines would break off.
+            alone = self.subcommand if self.subcommand != "fit" else None
+            kwargs["logger"] = TensorBoardLogger(
+                self.folder.parent, version=self.folder.name, sub_dir=alone
             )
+            ours += [MapGrids(), RunText(), ResumedEvents(), Throughput()]
+        if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
+            ours.append(LastCheckpoint(self.folder))
         if config.get("enable_progress_bar") is not False:
             ours.append(Progress())
         kwargs["default_root_dir"] = config.get("default_root_dir") or str(self.folder)
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *ours]
+        plugins = config.get("plugins") or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
         return super().instantiate_trainer(**kwargs)
 
     def fit_and_test(self) -> dict[str, object]:
@@ -160,13 +191,16 @@ class Experiment(LightningCLI):
         )
         self.save_network()
         self.trainer.test(self.model, self.datamodule, verbose=False)
-        return self.write_results()
+        results = self.write_results()
+        self.trainer.strategy.barrier()  # what the first process wrote, all can read
+        return results
 
     def save_network(self) -> Path:
-        """Writes what was trained as a small safetensors file; returns its path."""
+        """Writes what was trained as a small safetensors file, once; returns its path."""
         kind = "student" if isinstance(self.model, DistilledExplainer) else "network"
         path = self.folder / f"{kind}.safetensors"
-        save(self.model, path, getattr(self.datamodule, "classes", ()))
+        if self.trainer.is_global_zero:
+            save(self.model, path, getattr(self.datamodule, "classes", ()))
         return path
 
     def write_results(self) -> dict[str, object]:
@@ -174,16 +208,25 @@ class Experiment(LightningCLI):
         found = dict(self.model.results())
         found["seeds"] = [self._get(self.config, "seed_everything")]
         found["seconds"] = round(time.monotonic() - self._started, 1)
-        table = getattr(self.model, "table", None)
-        if table is not None:
-            save_table(self.folder / TABLE, table)
-        write_results(self.folder / "results.json", found)
+        if self.trainer.is_global_zero:
+            table = getattr(self.model, "table", None)
+            if table is not None:
+                save_table(self.folder / TABLE, table)
+            write_results(self.folder / "results.json", found)
         return found
 
 
 def _config_name(config: Namespace) -> str:
     files = config.get("config") or []
     return Path(str(files[0])).stem if files else "run"
+
+
+def _folder_of(checkpoint: Path, runs: Path) -> Path:
+    """The run that a checkpoint lies in; for one that lies elsewhere a new one."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return folder
+    return _next_version(runs)
 
 
 def _versions(runs: Path) -> list[Path]:
@@ -197,14 +240,15 @@ def _newest(runs: Path) -> Path:
         if (folder / LAST).is_file():
             return folder
     raise UserError(
-        f"no checkpoint to go on from under {runs}; start without --ckpt_path, or name the run: --run"
+        f"no checkpoint to go on from under {runs}; start without --ckpt_path, or name the run "
+        "with --run"
     )
 
 
 def _next_version(runs: Path) -> Path:
     """The next free folder; processes that Lightning starts for the same run get the same one."""
     inherited = os.environ.get("CAMDISTILL_RUN_FOLDER")
-    if inherited and "LOCAL_RANK" in os.environ:
+    if inherited and "LOCAL_RANK" in os.environ and Path(inherited).parent == runs:
         return Path(inherited)
     versions = _versions(runs)
     number = int(versions[-1].name.split("_")[1]) + 1 if versions else 0

@@ -1,11 +1,13 @@
 """Arms times seeds from one config: trained one after the other, resumed from one results file."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pytorch_lightning.utilities import rank_zero_only
 
 from camdistill.errors import UserError, nearest
 from camdistill.measure.fidelity import FidelityTable, intervals
@@ -49,6 +51,11 @@ class Study:
                 + nearest(str(self.config), map(str, self.config.parent.glob("*.yaml")))
             )
 
+    @property
+    def config_sha256(self) -> str:
+        """Of the config's content, which may change under its name."""
+        return hashlib.sha256(self.config.read_bytes()).hexdigest()
+
     def arguments(self, arm: str, seed: int) -> list[str]:
         """The command line of one run, without the subcommand."""
         chosen = [f"--{name}={_text(value)}" for name, value in self.arms[arm].items()]
@@ -80,12 +87,13 @@ def run_study(
         results = experiment.fit_and_test()
         runs[arm][str(seed)] = {
             "arguments": study.arguments(arm, seed),
+            "config_sha256": study.config_sha256,
             "folder": str(experiment.folder),
             **{name: results[name] for name in ("n", "student", "controls", "seconds")},
         }
-        write_results(path, {"runs": runs, "seeds": list(study.seeds)})
+        _write(path, {"runs": runs, "seeds": list(study.seeds)})
     results = {**summarise(study, runs), "runs": runs, "seeds": list(study.seeds)}
-    write_results(path, results)
+    _write(path, results)
     return results
 
 
@@ -128,7 +136,7 @@ def measured(tables: Sequence[FidelityTable], who: str) -> dict[str, Interval]:
 def gains(
     tables: Sequence[FidelityTable], others: Sequence[FidelityTable], who: str
 ) -> dict[str, Interval]:
-    """What the main arm has over another, paired: by seed where there are several, else by image."""
+    """What the main arm has over another, paired by seed where there are several, else by image."""
     found = {}
     for name in MEASURES:
         pairs = [
@@ -177,10 +185,16 @@ def _known_runs(path: Path, study: Study) -> dict[str, dict[str, dict[str, objec
             seed: run
             for seed, run in runs.items()
             if run["arguments"] == study.arguments(arm, int(seed))
+            and run.get("config_sha256") == study.config_sha256
         }
         for arm, runs in found.items()
         if arm in study.arms
     }
+
+
+@rank_zero_only
+def _write(path: Path, results: Mapping[str, object]) -> None:
+    write_results(path, results)
 
 
 def _text(value: object) -> str:
