@@ -1,11 +1,16 @@
-"""What all tests share: their own generators, one thread's worth of patience, and the real images."""
+"""What all tests share: generators of their own, caches of their own, images, a trained run."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+# Lightning calls jsonargparse by its old names, and warnings are errors here.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 
 @pytest.fixture
@@ -33,3 +38,46 @@ def _caches_of_the_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         del os.environ["CAMDISTILL_CACHE"]
     else:
         os.environ["CAMDISTILL_CACHE"] = before
+
+
+CONFIG = """
+model:
+  class_path: camdistill.distill.module.DistilledExplainer
+  init_args:
+    teacher:
+      {name: shallow_cnn, weights: teacher.safetensors, args: {channels: [4, 6], strides: [1, 2]}}
+    student: {name: shallow_cnn, args: {channels: [4, 6], strides: [1, 2]}}
+    cached: false
+data:
+  class_path: camdistill.data.modules.FolderData
+  init_args: {root: images, batch_size: 6}
+trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}
+"""
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that nobody changes: images of 6 classes, a teacher, `tiny.yaml`, and its run."""
+    from camdistill.cli import main
+    from camdistill.networks.students import ShallowCNN
+    from camdistill.networks.weights import save_safetensors
+
+    folder = tmp_path_factory.mktemp("trained")
+    for split in ("train", "val", "test"):
+        for number in range(36):
+            path = folder / "images" / split / f"c{number % 6}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = ShallowCNN(6, (4, 6), (1, 2)).state_dict()
+    normalisation = {"mean": "[0.5, 0.5, 0.5]", "std": "[0.25, 0.25, 0.25]"}
+    save_safetensors(folder / "teacher.safetensors", state, normalisation)
+    (folder / "tiny.yaml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("CAMDISTILL_CACHE", str(folder / "cache"))
+        patch.setenv("CAMDISTILL_RUN_FOLDER", "")
+        assert main(["fit", "-c", "tiny.yaml"]) == 0
+    return folder

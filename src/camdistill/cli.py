@@ -3,6 +3,7 @@
 import errno
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,19 +23,23 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Runs a command line; returns the exit code: 2 for a user's mistake, 130 if interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(given)
     except UserError as error:
         return _told(str(error))
+    except SystemExit as end:  # jsonargparse's, after --print_config
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BrokenPipeError:  # `camdistill ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or "the disk"
         return _told(f"no space left writing to {where}; free some and start the command again")
     except KeyboardInterrupt:
-        print("camdistill: interrupted; `--ckpt_path last` goes on from the last checkpoint")
+        _told("interrupted; `--ckpt_path last` goes on from the last checkpoint")
         return 130
     return 0
 
@@ -71,6 +76,8 @@ def _quieten() -> None:
         ".*does not have many workers.*",  # images come from memory
         ".*module.s. in eval mode at the start.*",  # the teacher, which stays there
         ".*smaller than the logging interval.*",
+        ".*exists and is not empty.*",  # a run that goes on in its folder
+        ".*dirpath has changed.*",  # a checkpoint that was moved
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -23,6 +23,7 @@ from camdistill.report.results import Cell, text_table, write_atomically, write_
 from camdistill.types import Images
 
 Grid = Float[np.ndarray, "height width"]
+OtherGrid = Float[np.ndarray, "other_height other_width"]
 CHUNK = 32  # images in one forward
 
 
@@ -37,6 +38,7 @@ class Shown:
         classes: Names of the classes; empty when unknown.
         size: Side of the images that the networks were trained on, in pixels.
         sha256: Of the files that were read.
+        first: What the first network is: a student whose teacher is missing stands in its place.
     """
 
     teacher: Preprocessed
@@ -45,6 +47,7 @@ class Shown:
     classes: tuple[str, ...]
     size: int
     sha256: dict[str, str | None]
+    first: str = "teacher"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Pair:
     layers: tuple[str, str]
     class_name: str
     teacher: Grid
-    student: Grid | None
+    student: OtherGrid | None
     scores: dict[str, float]
 
 
@@ -100,9 +103,10 @@ def explain(
     rows: dict[str, dict[str, object]] = {}
     for index, name in enumerate(found.names):
         pairs = list(_pairs_of_image(index, shown, told, own, names))
-        said = _said(index, told, own, names)
-        path = out / f"{index:03d}_{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[-60:]}"
-        _write_image(path, name, found.images[index].numpy(), pairs, said)
+        said = _said(index, told, own, names, shown.first)
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).with_suffix("").as_posix())
+        path = out / f"{index:03d}_{stem[-60:]}"
+        _write_image(path, name, found.images[index].numpy(), pairs, said, shown.first)
         maps = {f"{pair.layers[0]}/{pair.class_name}": pair.scores for pair in pairs if pair.scores}
         rows[name] = {**said, **({"maps": maps} if maps else {})}
     results: dict[str, object] = {"n": len(rows), "images": rows}
@@ -133,7 +137,8 @@ def _of_checkpoint(found: Explainer) -> Shown:
     if found.teacher is None:
         if found.teacher_missing:
             print(f"No teacher, so the student alone: {found.teacher_missing}\n")
-        return Shown(found.network, None, [], found.classes, size, sha256)
+        first = "student" if "student" in found.settings else "network"
+        return Shown(found.network, None, [], found.classes, size, sha256, first)
     pairs = [(teacher, student) for student, teacher, _ in found.pairs]
     sha256["teacher"] = found.teacher.sha256
     return Shown(found.teacher, found.network, pairs, found.classes, size, sha256)
@@ -211,11 +216,15 @@ def _pairs_of_image(
 
 
 def _said(
-    index: int, told: Explanation, own: Explanation | None, names: Sequence[str]
+    index: int,
+    told: Explanation,
+    own: Explanation | None,
+    names: Sequence[str],
+    first: str,
 ) -> dict[str, object]:
     """What each network takes the image for."""
     said: dict[str, object] = {}
-    for who, found in (("teacher", told), ("student", own)):
+    for who, found in ((first, told), ("student", own)):
         if found is not None:
             probability, top = found.logits[index].softmax(0).max(0)
             said[who] = {"class": _class_name(int(top), names), "probability": float(probability)}
@@ -228,6 +237,7 @@ def _write_image(
     image: Float[np.ndarray, "channels height width"],
     pairs: Sequence[Pair],
     said: dict[str, object],
+    first: str,
 ) -> None:
     """An image's panel and its raw maps."""
     rows, arrays = [], {}
@@ -235,11 +245,12 @@ def _write_image(
         caption = [":".join(layer for layer in reversed(pair.layers) if layer), pair.class_name]
         caption += [f"Pearson {pair.scores['pearson']:.2f}"] if pair.scores else []
         rows.append(Row(image, pair.teacher, pair.student, caption))
-        arrays[f"teacher/{pair.layers[0]}/{pair.class_name}"] = pair.teacher
+        arrays[f"{first}/{pair.layers[0]}/{pair.class_name}"] = pair.teacher
         if pair.student is not None:
             arrays[f"student/{pair.layers[1]}/{pair.class_name}"] = pair.student
     told = "   ".join(f"{who}: {_flat({who: what})[who]}" for who, what in said.items())
-    save_png(path.with_name(f"{path.name}.png"), map_panel(rows, title=f"{name}   {told}"))
+    panel = map_panel(rows, title=f"{name}   {told}", first=first)
+    save_png(path.with_name(f"{path.name}.png"), panel)
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
     write_atomically(path.with_name(f"{path.name}.npz"), content.getvalue())

@@ -21,8 +21,8 @@ _COMMON = {
     "--print_config": "Show all options with their values, as YAML, and do nothing.",
 }
 _LOOP = {
-    "--run NAME": "The run's folder under runs/, or a path with a slash. Default: the config's name.",
-    "--ckpt_path FILE|last": "{checkpoint}",
+    "--run NAME": "Its folder under runs/, or a path with a slash. Default: the config's name.",
+    "--ckpt_path FILE|last": "",
     "--seed_everything N": "The seed of everything: start, order, views. Default: 0.",
 }
 _CHECKPOINT = {
@@ -33,7 +33,7 @@ _TRAINER = {
     "--trainer.max_epochs N": "Passes over the training images.",
     "--trainer.accelerator cpu|gpu|auto": "Where to compute. Default: auto.",
     "--trainer.devices N": "GPUs or processes. Default: auto.",
-    "--trainer.precision 32|bf16-mixed|16-mixed": "Arithmetic of the training. Default: bf16-mixed.",
+    "--trainer.precision 32|bf16-mixed|16-mixed": "Of the training. Default: bf16-mixed.",
     "--trainer.gradient_clip_val NUMBER": "Longest gradient; cures losses that are not numbers.",
     "--trainer.limit_train_batches N": "At most so many steps an epoch: for a try.",
 }
@@ -63,12 +63,13 @@ def command_help(name: str, command: Callable[..., object]) -> str:
 
 
 def loop_help(arguments: Sequence[str]) -> str:
-    """The help of `fit`, `validate`, `test` or `predict`: for the classes of the config, if given."""
+    """The help of `fit`, `validate`, `test` or `predict`, for the classes of a given config."""
     name = arguments[0]
     model, data = _classes(arguments)
     checkpoint = _CHECKPOINT.get(name, _CHECKPOINT["test"])
     options = [
-        Option(usage, text.format(checkpoint=checkpoint)) for usage, text in (_COMMON | _LOOP).items()
+        Option(usage, text.format(checkpoint=checkpoint))
+        for usage, text in (_COMMON | _LOOP).items()
     ]
     sections = [_usage(name), "options", *_rows(options)]
     if name == "fit":
@@ -83,13 +84,11 @@ def loop_help(arguments: Sequence[str]) -> str:
 
 def _usage(name: str) -> str:
     checkpoint = "" if name == "fit" else " --ckpt_path last"
-    lines = {
-        f"camdistill {name} -c configs/shapes.yaml{checkpoint}": "as the config says",
-        f"camdistill {name} -c configs/shapes.yaml{checkpoint} --data.batch_size 64": "one option else",
-    }
+    start = f"camdistill {name} -c configs/shapes.yaml{checkpoint}"
+    lines = {start: "as the config says"}
     if name == "fit":
-        lines["camdistill fit -c configs/shapes.yaml --model.beta 5"] = "of the model"
-        lines["camdistill fit -c configs/shapes.yaml --ckpt_path last"] = "on after an interruption"
+        lines[f"{start} --model.beta 5"] = "with another option of the model"
+        lines[f"{start} --ckpt_path last"] = "on from where it was stopped"
     width = max(map(len, lines))
     rows = [f"  {line:<{width}}   {what}" for line, what in lines.items()]
     usage = f"usage: camdistill {name} -c CONFIG [--OPTION VALUE ...]"
@@ -130,16 +129,19 @@ def options_of(
     factory: Callable[..., object], prefix: str = "", hidden: Sequence[str] = ()
 ) -> Iterator[Option]:
     """What a function or class takes; the fields of a dataclass among it, dotted."""
-    texts = _texts(factory)
+    texts, shown = _texts(factory), dict[type, str]()
     for parameter in inspect.signature(factory).parameters.values():
         if parameter.name in hidden:
             continue
         kind = _without_none(parameter.annotation)
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield Option(f"--{prefix}{parameter.name}.*", texts.get(parameter.name, ""))
-            yield from options_of(kind, f"{prefix}{parameter.name}.")
-            continue
         text = texts.get(parameter.name, "")
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            again = f" Its options are those of {shown[kind]}." if kind in shown else ""
+            yield Option(f"--{prefix}{parameter.name}.*", text + again)
+            if not again:
+                yield from options_of(kind, f"{prefix}{parameter.name}.")
+            shown.setdefault(kind, f"{prefix}{parameter.name}")
+            continue
         default = parameter.default
         if default is inspect.Parameter.empty:
             text += " Required."
@@ -167,8 +169,9 @@ def _word(kind: object) -> str:
         inner = get_args(kind)[0]
         return f"{_word(inner)} ..." if inner in _KINDS else "[{...}, ...]"
     if get_origin(kind) is tuple:
-        return "[A, B]"
-    return _KINDS.get(get_origin(kind) or kind, "VALUE")  # type: ignore[call-overload, no-any-return]
+        return f"[{', '.join('ABC'[: len(get_args(kind))])}]"
+    origin = get_origin(kind) or kind
+    return _KINDS.get(origin, "VALUE") if isinstance(origin, type) else "VALUE"
 
 
 def _rows(options: Sequence[Option]) -> list[str]:

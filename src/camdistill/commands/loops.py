@@ -26,6 +26,14 @@ class _Told(Experiment):
             print(f"  look at it:  camdistill explain --checkpoint {path} --images FOLDER")
         print(f"  TensorBoard: tensorboard --logdir {self.folder.parent}")
 
+    def after_validate(self) -> None:
+        """Prints what was measured."""
+        if not self.trainer.is_global_zero:
+            return
+        found = self.trainer.callback_metrics.items()
+        row = {name.rpartition("/")[2]: float(value) for name, value in found}
+        print(f"\n{text_table({str(self.folder): row}, corner='validation images')}")
+
     def after_test(self) -> None:
         """Writes and prints what was measured."""
         if not self.trainer.is_global_zero:

@@ -2,8 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import get_args, get_origin
 
 from jsonargparse import ArgumentParser
@@ -31,37 +30,36 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
     parser.add_function_arguments(command, as_group=False)
     words = with_lists(given, _lists(command))
-    chosen = parser.instantiate_classes(parser.parse_args(words)).as_dict()
+    chosen = parser.parse_args(words).as_dict()
     chosen.pop("config", None)
     return command(**chosen)
 
 
-def with_lists(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
+def with_lists(arguments: Sequence[str], lists: Mapping[str, type]) -> list[str]:
     """A command line whose lists may be words: `--images a.png b.png` becomes one JSON list.
 
     Args:
         arguments: The words.
-        lists: Names of the options that take a list of texts.
+        lists: What is in the list, by option.
     """
     words, done = list(arguments), []
     while words:
         option, equals, first = (word := words.pop(0)).partition("=")
-        if option.removeprefix("--") not in lists or not option.startswith("--"):
+        name = option.removeprefix("--")
+        if name == option or name not in lists:
             done.append(word)
             continue
         values = [first] if equals else []
         while words and not words[0].startswith("-"):
             values.append(words.pop(0))
         whole = len(values) == 1 and values[0].startswith("[")
-        done.append(f"{option}={values[0] if whole else json.dumps(values)}")
+        numbers = all(value.isdigit() for value in values) and lists[name] is int
+        text = f"[{', '.join(values)}]" if numbers else json.dumps(values)
+        done.append(f"{option}={values[0] if whole else text}")
     return done
 
 
-def _lists(command: Callable[..., object]) -> list[str]:
-    """Names of a function's parameters that take a list of texts or paths."""
+def _lists(command: Callable[..., object]) -> dict[str, type]:
+    """A function's parameters that take a list, with the type of what is in it."""
     kinds = {name: one.annotation for name, one in inspect.signature(command).parameters.items()}
-    return [
-        name
-        for name, kind in kinds.items()
-        if get_origin(kind) is list and get_args(kind)[0] in (str, Path)
-    ]
+    return {name: get_args(kind)[0] for name, kind in kinds.items() if get_origin(kind) is list}

@@ -25,7 +25,7 @@ class ShownImages(NamedTuple):
 
 
 def images_from(paths: Sequence[Path], data: str | None, *, count: int, size: int) -> ShownImages:
-    """Images of files and folders, or of a data set's test split, at most `count`, spread evenly."""
+    """At most `count` images of files and folders or of a data set's test split, spread evenly."""
     if bool(paths) == (data is not None):
         raise UserError("give either --images FILE_OR_FOLDER ... or --data shapes|cifar10|FOLDER")
     if count < 1:
@@ -35,7 +35,16 @@ def images_from(paths: Sequence[Path], data: str | None, *, count: int, size: in
     files = [file for path in paths for file in _files(path)]
     chosen = [files[place] for place in _spread(len(files), count)]
     pixels = np.stack([decode(file, size)[0] for file in chosen])
-    return ShownImages(as_images(torch.from_numpy(pixels)), [file.name for file in chosen], ())
+    return ShownImages(as_images(torch.from_numpy(pixels)), _names(chosen), ())
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """File names, with their folders where two files would have the same."""
+    for parts in range(1, max(len(file.parts) for file in files) + 1):
+        names = ["/".join(file.parts[-parts:]) for file in files]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _files(path: Path) -> list[Path]:

@@ -228,7 +228,8 @@ def cifar(
     try:
         source = kind(str(root), train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = str(getattr(error, "reason", error))
+        reason = said.splitlines()[0] if said else type(error).__name__
         cure = f"put {kind.filename} (from {kind.url}) into {root}"
         raise UserError(f"no {name} in {root} ({reason}); {cure}, or use an image folder") from None
     count = len(source.data)

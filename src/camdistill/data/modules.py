@@ -251,16 +251,20 @@ class FolderData(ImageData):
         self.test_fraction = test_fraction
         self.on_broken = on_broken
         self.cache_dir = cache_dir
+        self._opened: dict[Split, ImageSet] = {}
 
     def _split(self, split: Split) -> ImageSet:
-        return folder(
-            self.root,
-            split,
-            size=self.image_size,
-            labelled=self.labelled,
-            on_broken=self.on_broken,
-            cache_dir=self.cache_dir,
-        )
+        # Listing 60,000 files takes most of a second start: once in prepare_data is enough.
+        if split not in self._opened:
+            self._opened[split] = folder(
+                self.root,
+                split,
+                size=self.image_size,
+                labelled=self.labelled,
+                on_broken=self.on_broken,
+                cache_dir=self.cache_dir,
+            )
+        return self._opened[split]
 
     def _layout(self) -> Layout:
         return find_layout(self.root.expanduser())

@@ -65,6 +65,7 @@ class Explainer(nn.Module):
         self.sha256 = sha256
 
     def forward(self, images: Images) -> Logits:
+        """Logits of images in [0, 1]."""
         logits: Logits = self.network(images)
         return logits
 

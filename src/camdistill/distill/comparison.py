@@ -95,7 +95,7 @@ def fidelity_scalars(student: StudentSummary) -> dict[str, float]:
 @torch.no_grad()
 def mean_maps(
     teacher: Teacher, images: ImageSet, layers: Sequence[str]
-) -> dict[str, Float[Tensor, "height width"]]:
+) -> dict[str, Float[Tensor, "_ _"]]:
     """The teacher's mean ReLU map over a set of images, by layer: the zero of skill."""
     total: dict[str, Tensor] = {}
     for start in range(0, len(images), BATCH):

@@ -189,11 +189,8 @@ class DistilledExplainer(Training):
         """What the test measured, with 95 % intervals over the test images."""
         if self.table is None:
             raise UserError("nothing was tested yet; run `camdistill test` first")
-        return {
-            **summary(self.table),
-            "intervals": intervals(self.table),
-            "sha256": {"teacher": self.teacher.sha256},
-        }
+        found = {**summary(self.table), "intervals": intervals(self.table)}
+        return found | {"sha256": {"teacher": self.teacher.sha256}}
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over the validation images."""
@@ -296,8 +293,7 @@ class DistilledExplainer(Training):
     def _log_fidelity(self, rename: Callable[[str], str] = str) -> None:
         assert self._meter is not None, "an epoch has a batch"
         self.table, self._meter = self._meter.table(), None
-        found = fidelity_scalars(summary(self.table)["student"])
-        # all processes have the same table
+        found = fidelity_scalars(summary(self.table)["student"])  # the same in all processes
         self.log_dict({rename(tag): value for tag, value in found.items()}, rank_zero_only=True)
 
 

@@ -110,16 +110,8 @@ class Training(LightningModule, ABC):
         """Looks at the losses before a checkpoint is written."""
         self.stop_if_bad()
 
-    def on_validation_epoch_start(self) -> None:
-        """Evaluates one network in all processes; the running average is in place by now."""
-        self._share_buffers()
-
     def on_test_epoch_start(self) -> None:
-        """Evaluates one network in all processes."""
-        self._share_buffers()
-
-    def _share_buffers(self) -> None:
-        # DDP shares them in training steps only, so each process has its own batches' statistics
+        """Tests one network in all processes: DDP shares buffers in a fit's steps only."""
         if distributed.is_available() and distributed.is_initialized():
             for buffer in self.fitted.buffers():
                 distributed.broadcast(buffer, 0)
@@ -140,7 +132,8 @@ class Training(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the experiment's settings and the state of torch's generators (dropout needs it)."""
-        checkpoint[EXPERIMENT] = json.dumps(self.experiment())
+        names = getattr(getattr(self.trainer, "datamodule", None), "classes", ())
+        checkpoint[EXPERIMENT] = json.dumps({**self.experiment(), "class_names": list(names)})
         checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state()

@@ -28,6 +28,7 @@ from camdistill.measure.intervals import (
 from camdistill.types import Labels, Logits, Maps, PerImage
 
 IntArray = NDArray[np.int64]
+MapsByLayer = Mapping[str, Float[Tensor, "batch _ _"]]  # each layer has its own grid
 
 MEASURES = ("pearson", "spearman", "cosine")
 FLAT = 1e-6  # of its largest value: a map that varies less is constant up to float32's rounding
@@ -139,7 +140,7 @@ class FidelityMeter:
     def __init__(
         self,
         pairs: Mapping[str, str],
-        mean_map_by_layer: Mapping[str, Float[Tensor, "height width"]] | None = None,
+        mean_map_by_layer: Mapping[str, Float[Tensor, "_ _"]] | None = None,
     ) -> None:
         self.pairs = dict(pairs)
         self.mean_map_by_layer = dict(mean_map_by_layer or {})
@@ -160,8 +161,8 @@ class FidelityMeter:
         student_logits: Logits,
         teacher_logits: Logits,
         labels: Labels,
-        student_maps_by_layer: Mapping[str, Maps],
-        teacher_maps_by_layer: Mapping[str, Maps],
+        student_maps_by_layer: MapsByLayer,
+        teacher_maps_by_layer: MapsByLayer,
         counted: Bool[Tensor, "batch"],
         ids: Labels,
     ) -> None:

@@ -132,7 +132,8 @@ def _assembled(
         if not replace_head:
             raise UserError(
                 f"'{spec.weights}' is for {found} classes, not {classes}: give weights for "
-                f"{classes} classes, or replace the head and fine-tune (replace_head: true)"
+                f"{classes} classes or none; Classifier (in Python replace_head=True) gives these "
+                "a new head"
             )
         swap_head(network, classes)
     return network, weights

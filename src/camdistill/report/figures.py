@@ -63,6 +63,7 @@ def map_panel(
     size: int = 128,
     scale: Literal["own", "shared"] = "own",
     abreast: int = 1,
+    first: str = "teacher",
 ) -> Picture:
     """Image | teacher's map | student's map | difference, one row after the other.
 
@@ -75,11 +76,12 @@ def map_panel(
         scale: "own": each map is a share of its own maximum, as Pearson sees it. "shared": both are
             shares of the larger of the two maxima, as an L2 distance sees them.
         abreast: Rows set side by side in one line of the panel.
+        first: What the network of the first map is called.
     """
     if not rows:
         raise ValueError("a panel needs at least one row")
     compared = any(row.student is not None for row in rows)
-    heads = ["image", "teacher", "student", "student - teacher"][: 4 if compared else 2]
+    heads = ["image", first, "student", "student - teacher"][: 4 if compared else 2]
     tiles = [_tiles(row, size, scale, compared) for row in rows]
     height = max(tile.pixels.shape[0] for line in tiles for tile in line)
     width = max(tile.pixels.shape[1] for line in tiles for tile in line)

@@ -1,6 +1,7 @@
 """Results as files and as text: what was measured, on which machine, with which versions."""
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import math
@@ -95,9 +96,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         reason = error.strerror or str(error)
-        raise UserError(
-            f"can't write {path}: {reason}; free some space or name another folder"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "free some space and start again" if full else "name another folder"
+        raise UserError(f"can't write {path}: {reason}; {cure}") from None
 
 
 def machine() -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Checkpoints to go on from: whole or not at all on the disk, and read without running code."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=True,
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Without Lightning's warning of a folder that isn't empty: a resumed run's never is."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+            super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

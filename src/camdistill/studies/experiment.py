@@ -101,6 +101,11 @@ class Experiment(LightningCLI):
         demand_configs(args)
         with translated():
             self.config = parser.parse_args(args)
+        # Lightning would read the file's hyperparameters and let them choose the model's class.
+        config = self.config.get(self.config.get("subcommand") or "", {})
+        self._wanted: str | None = config.get("ckpt_path")
+        if self._wanted:
+            config["ckpt_path"] = None
 
     def instantiate_classes(self) -> None:
         """Lets the mistakes that networks and data find through."""
@@ -112,7 +117,7 @@ class Experiment(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         name = config["run"] = config.run or _config_name(config)
         runs = Path(name) if "/" in name else RUNS / name
-        wanted = config.get("ckpt_path")
+        wanted = self._wanted
         self._small: str | None = None
         if "verbose" in config:
             config["verbose"] = False  # our own table says it better
@@ -132,8 +137,8 @@ class Experiment(LightningCLI):
                 f"no checkpoint to {self.subcommand}: give --ckpt_path FILE, or --ckpt_path last "
                 f"for the newest run of {runs}"
             )
-        if config.get("ckpt_path"):
-            config["ckpt_path"] = self._readable(config["ckpt_path"])
+        if wanted:
+            config["ckpt_path"] = self._readable(config["ckpt_path"] or wanted)
 
     def _readable(self, path: str) -> str | None:
         """A checkpoint for Lightning; a small one, which has weights alone, is ours to read."""

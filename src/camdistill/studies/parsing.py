@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 from jsonargparse import ArgumentParser
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from camdistill.errors import UserError, nearest
 
@@ -111,8 +111,8 @@ def _lightnings(error: Exception) -> UserError | None:
     said = _short(" ".join(str(error).split()))
     if isinstance(error, MisconfigurationException):
         return UserError(said)
-    if option := re.match(r"You selected an invalid (\w+)", said):
-        return UserError(f"{said} Give another --trainer.{option[1]}")
+    if found := re.match(r"You selected an invalid (\w+) .*?='?([^'`]*)'?`\. .*?: (.*?)\.$", said):
+        return UserError(f"--trainer.{found[1]} is '{found[2]}'; give one of {found[3]}")
     if said.startswith("Error(s) in loading state_dict"):
         return UserError(
             "the checkpoint's weights don't fit the network of the config "

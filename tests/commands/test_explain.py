@@ -1,0 +1,159 @@
+"""`camdistill explain`: pictures, raw maps and numbers, from a checkpoint or from any network."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from camdistill import grad_cam, load
+from camdistill.cli import main
+from camdistill.commands.explain import explain
+from camdistill.data.decode import decode
+from camdistill.networks.teachers import NetworkSpec, Teacher
+
+STUDENT = "runs/tiny/version_0/student.safetensors"
+LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
+ALONE = NetworkSpec("shallow_cnn", "teacher.safetensors", {"channels": [4, 6], "strides": [1, 2]})
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the trained run, with a folder of pictures of all kinds."""
+    copy = tmp_path / "here"
+    shutil.copytree(trained, copy)
+    monkeypatch.chdir(copy)
+    pictures = copy / "pictures"
+    pictures.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+    for mode, name in (("L", "grey.png"), ("RGBA", "alpha.png"), ("RGB", "photo.jpg")):
+        Image.fromarray(pixels).convert(mode).save(pictures / name)
+    return copy
+
+
+def image(name: str) -> Tensor:
+    """As the command sees it: 16 pixels, the size that the student was trained on."""
+    return torch.from_numpy(decode(Path("pictures") / name, 16)[0].copy())[None].float() / 255
+
+
+def close(first: np.ndarray, second: Tensor) -> None:  # type: ignore[type-arg]
+    np.testing.assert_allclose(first, second.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_checkpoint_shows_student_beside_teacher(folder: Path) -> None:
+    results = explain(checkpoint=Path(STUDENT), images=[Path("pictures")], out=Path("out"))
+    assert results == {"n": 3, "images": results["images"]}
+    names = ["alpha.png", "grey.png", "photo.jpg"]
+    assert sorted(path.name for path in Path("out").iterdir()) == sorted(
+        [f"{n:03d}_{name[:-4]}{kind}" for n, name in enumerate(names) for kind in (".npz", ".png")]
+        + ["results.json"]
+    )
+    explainer = load(STUDENT)
+    assert explainer.teacher is not None
+    for number, name in enumerate(names):
+        own = explainer.teacher(image(name)).argmax(1)
+        kind = f"stage2/c{own.item()}"
+        with np.load(f"out/{number:03d}_{name[:-4]}.npz", allow_pickle=False) as maps:
+            assert set(maps.files) == {f"teacher/{kind}", f"student/{kind}"}
+            close(maps[f"teacher/{kind}"], grad_cam(explainer.teacher, image(name))["stage2"][0])
+            student = grad_cam(explainer.network, image(name), classes=own)["stage2"]
+            close(maps[f"student/{kind}"], student[0])
+
+
+def test_results_say_what_was_seen_and_with_which_files(folder: Path) -> None:
+    explain(checkpoint=Path(STUDENT), images=[Path("pictures/grey.png")], out=Path("out"))
+    results = json.loads(Path("out/results.json").read_text())
+    assert set(results) == {"n", "images", "machine", "versions", "sha256"}
+    assert set(results["sha256"]) == {"checkpoint", "teacher"}
+    row = results["images"]["grey.png"]
+    assert set(row) == {"teacher", "student", "maps"}
+    assert row["teacher"]["class"] in {f"c{number}" for number in range(6)}
+    assert 0 < row["student"]["probability"] <= 1
+    ((key, scores),) = row["maps"].items()
+    assert key == f"stage2/{row['teacher']['class']}"
+    assert set(scores) == {"pearson", "spearman", "cosine"}
+
+
+def test_teacher_alone_at_several_layers_for_several_classes(folder: Path) -> None:
+    line = (
+        "explain --teacher small.network --weights teacher.safetensors --size 16 --out out "
+        "--images pictures/photo.jpg pictures/grey.png --layers stage1 stage2 --classes 1 4"
+    )
+    Path("small.py").write_text(
+        "from camdistill.networks.students import ShallowCNN\n"
+        "def network(): return ShallowCNN(6, (4, 6), (1, 2))\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        assert main(line.split()) == 0
+    with np.load("out/000_photo.npz", allow_pickle=False) as maps:
+        assert set(maps.files) == {f"teacher/stage{s}/{c}" for s in (1, 2) for c in (1, 4)}
+        chosen = torch.tensor([[1, 4]])
+        expected = grad_cam(Teacher(ALONE), image("photo.jpg"), ["stage1", "stage2"], chosen)
+        for layer in ("stage1", "stage2"):
+            for place, number in enumerate((1, 4)):
+                close(maps[f"teacher/{layer}/{number}"], expected[layer][0, place])
+
+
+@pytest.mark.parametrize("option", ["--layers", "--classes"])
+def test_lists_are_words_or_yaml(option: str, folder: Path) -> None:
+    word = "stage2:stage1" if option == "--layers" else "c3"
+    start = ["explain", "--checkpoint", STUDENT, "--images", "pictures/photo.jpg", option]
+    assert main([*start, word, "--out", "a"]) == 0
+    assert main([*start, f"[{word!r}]", "--out", "b"]) == 0
+    with np.load("a/000_photo.npz") as first, np.load("b/000_photo.npz") as second:
+        assert set(first.files) == set(second.files)
+        assert all(np.array_equal(first[name], second[name]) for name in first.files)
+
+
+def test_whole_checkpoint_explains_as_the_small_one(folder: Path) -> None:
+    explain(checkpoint=Path(STUDENT), images=[Path("pictures")], out=Path("small"))
+    explain(checkpoint=Path(LAST), images=[Path("pictures")], out=Path("whole"))
+    for path in Path("small").glob("*.npz"):
+        with np.load(path) as small, np.load(Path("whole") / path.name) as whole:
+            assert set(small.files) == set(whole.files)
+            for name in small.files:
+                np.testing.assert_allclose(small[name], whole[name], rtol=1e-5, atol=1e-7)
+
+
+def test_student_works_alone_where_its_teacher_is_missing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("teacher.safetensors").unlink()
+    explain(checkpoint=Path(STUDENT), images=[Path("pictures/grey.png")], out=Path("out"))
+    assert "the student alone: no file 'teacher.safetensors'" in capsys.readouterr().out
+    row = json.loads(Path("out/results.json").read_text())["images"]["grey.png"]
+    assert set(row) == {"student"}
+    kind = f"stage2/{row['student']['class']}"
+    with np.load("out/000_grey.npz") as maps:
+        assert maps.files == [f"student/{kind}"]
+
+
+def test_files_of_one_name_keep_their_folders_names(folder: Path) -> None:
+    for name in ("first", "second"):
+        Path(name).mkdir()
+        shutil.copy("pictures/grey.png", f"{name}/grey.png")
+    found = explain(checkpoint=Path(STUDENT), images=[Path("first"), Path("second")])
+    assert set(found["images"]) == {"first/grey.png", "second/grey.png"}  # type: ignore[call-overload]
+
+
+def test_data_sets_are_explained_by_name_and_class(folder: Path) -> None:
+    found = explain(
+        checkpoint=Path(STUDENT), data="images", classes=["c1"], count=4, out=Path("out")
+    )
+    assert found["n"] == 4
+    assert all(name.startswith("test/c") for name in found["images"])  # type: ignore[attr-defined]
+
+
+def test_panel_is_a_picture_with_a_row_for_each_layer(folder: Path) -> None:
+    photo, both = [Path("pictures/photo.jpg")], ["stage2:stage2", "stage1:stage1"]
+    explain(checkpoint=Path(STUDENT), images=photo, out=Path("one"))
+    explain(checkpoint=Path(STUDENT), images=photo, layers=both, out=Path("two"))
+    with Image.open("one/000_photo.png") as one, Image.open("two/000_photo.png") as two:
+        assert one.width > one.height
+        assert two.height > 1.5 * one.height
+        assert np.asarray(one).std() > 10
