@@ -2,9 +2,9 @@
 
     python benchmarks/distill_step.py [--rounds 15] [--steps 8] [--batch 256]
 
-The student of configs/cifar10.yaml, a ResNet-56 teacher, 32 px images, bf16 on the CPU. All arms take
-turns within each round, so that a noisy machine disturbs them alike; ratios are taken within a round.
-The same code path as training (`DistilledExplainer.training_step`), without Lightning's loop around it.
+The student of configs/cifar10.yaml, a ResNet-56 teacher, 32 px images, bf16. All arms take
+turns in each round, so that a noisy machine disturbs them alike; ratios are within a round.
+The code path of training (`DistilledExplainer.training_step`) without the loop around it.
 """
 
 import argparse
@@ -38,6 +38,7 @@ class Step(DistilledExplainer):
         """Logging is Lightning's cost, the same for every arm."""
 
     log_dict = log
+    stop_if_bad = log
 
 
 def module(images: ImageSet, folder: Path, *, cached: bool, **options: Any) -> Step:
@@ -48,7 +49,7 @@ def module(images: ImageSet, folder: Path, *, cached: bool, **options: Any) -> S
     )
     built.train().to(memory_format=torch.channels_last)
     built.teacher.to(memory_format=torch.channels_last)
-    built._resolve_pairs(torch.zeros(1, 3, 32, 32))
+    built._name_pairs(torch.zeros(1, 3, 32, 32))
     if cached:
         layers = [teacher for _, teacher, _ in built.pairs]
         built._caches["train"] = TeacherCache.open_or_build(

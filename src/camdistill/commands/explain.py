@@ -74,7 +74,7 @@ def explain(
     out: Path = Path("runs/explain"),
     trust: list[str] = [],  # noqa: B006
 ) -> dict[str, object]:
-    """Explains images: a panel for each, its raw maps as .npz, and results.json.
+    """Explains images: an overview, a panel and the raw maps (.npz) of each, and results.json.
 
     With a checkpoint the student stands beside its teacher; maps are of the teacher's top class.
 
@@ -101,18 +101,22 @@ def explain(
     chosen = [_class_number(name, names) for name in classes]
     told, own = _explanations(shown, found.images, chosen)
     rows: dict[str, dict[str, object]] = {}
+    overview: list[Row] = []
     for index, name in enumerate(found.names):
         pairs = list(_pairs_of_image(index, shown, told, own, names))
         said = _said(index, told, own, names, shown.first)
         stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).with_suffix("").as_posix())
         path = out / f"{index:03d}_{stem[-60:]}"
-        _write_image(path, name, found.images[index].numpy(), pairs, said, shown.first)
+        panel = _write_image(path, name, found.images[index].numpy(), pairs, said, shown.first)
+        overview.append(panel[0]._replace(caption=[Path(name).name[-20:], *panel[0].caption[1:]]))
         maps = {f"{pair.layers[0]}/{pair.class_name}": pair.scores for pair in pairs if pair.scores}
         rows[name] = {**said, **({"maps": maps} if maps else {})}
+    abreast = 2 if len(overview) > 1 else 1
+    save_png(out / "overview.png", map_panel(overview, abreast=abreast, first=shown.first))
     results: dict[str, object] = {"n": len(rows), "images": rows}
     write_results(out / "results.json", results, sha256=shown.sha256)
     print(text_table({name: _flat(row) for name, row in rows.items()}, corner="image"))
-    print(f"\n{len(rows)} pictures, raw maps (.npz) and results.json are in {out}")
+    print(f"\n{out / 'overview.png'} shows all; panels, raw maps (.npz), results.json beside it")
     return results
 
 
@@ -238,8 +242,8 @@ def _write_image(
     pairs: Sequence[Pair],
     said: dict[str, object],
     first: str,
-) -> None:
-    """An image's panel and its raw maps."""
+) -> list[Row]:
+    """Writes an image's panel and its raw maps; returns the panel's rows."""
     rows, arrays = [], {}
     for pair in pairs:
         caption = [":".join(layer for layer in reversed(pair.layers) if layer), pair.class_name]
@@ -254,6 +258,7 @@ def _write_image(
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
     write_atomically(path.with_name(f"{path.name}.npz"), content.getvalue())
+    return rows
 
 
 def _flat(row: dict[str, object]) -> dict[str, Cell]:

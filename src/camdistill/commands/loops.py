@@ -1,10 +1,16 @@
 """`fit`, `validate`, `test` and `predict`: Lightning's loops, and what to do next."""
 
+import io
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from camdistill.commands.help import loop_help
 from camdistill.distill.module import DistilledExplainer
-from camdistill.report.results import text_table
+from camdistill.errors import UserError
+from camdistill.report.results import text_table, write_atomically
 from camdistill.studies.checkpoint_files import LAST
 from camdistill.studies.experiment import Experiment
 from camdistill.studies.parsing import translated
@@ -34,6 +40,22 @@ class _Told(Experiment):
         row = {name.rpartition("/")[2]: float(value) for name, value in found}
         print(f"\n{text_table({str(self.folder): row}, corner='validation images')}")
 
+    def predict(self, **options: Any) -> None:
+        """Writes logits and raw maps of the test images, in their order."""
+        parts = self.trainer.predict(**options) or []
+        if self.trainer.world_size > 1:
+            raise UserError("predict writes one file, in one process: --trainer.devices 1")
+        arrays: dict[str, list[np.ndarray]] = {}
+        for part in parts:
+            for name, value in _flat(part._asdict() if hasattr(part, "_asdict") else part).items():
+                arrays.setdefault(name, []).append(value)
+        content = io.BytesIO()
+        joined = {name: np.concatenate(values) for name, values in arrays.items()}
+        np.savez_compressed(content, allow_pickle=False, **joined)
+        path = self.folder / "predictions.npz"
+        write_atomically(path, content.getvalue())
+        print(f"\nLogits and maps of {len(next(iter(joined.values()), []))} images: {path}")
+
     def after_test(self) -> None:
         """Writes and prints what was measured."""
         if not self.trainer.is_global_zero:
@@ -42,6 +64,16 @@ class _Told(Experiment):
         table = text_table(result_rows(results), corner=f"{results['n']} test images")
         print(f"\n{table}")
         print(f"\nResults: {self.folder / 'results.json'}")
+
+
+def _flat(values: Any, name: str = "logits") -> dict[str, np.ndarray]:
+    """Nested tensors by name: `student_maps_by_layer/stage5`."""
+    if isinstance(values, Tensor):
+        return {name: values.cpu().float().numpy()}
+    found: dict[str, np.ndarray] = {}
+    for key, value in values.items():
+        found |= _flat(value, key if name == "logits" else f"{name}/{key}")
+    return found
 
 
 def run(arguments: Sequence[str]) -> None:

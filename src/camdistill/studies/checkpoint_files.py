@@ -14,7 +14,6 @@ from camdistill.distill.training import EXPERIMENT
 from camdistill.errors import UserError
 from camdistill.networks.weights import read_weights
 from camdistill.report.results import write_atomically
-from camdistill.report.tensorboard import tensorboards
 
 LAST = Path("checkpoints") / "last.ckpt"
 
@@ -78,10 +77,3 @@ class LastCheckpoint(ModelCheckpoint):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*exists and is not empty.*")
             super().setup(trainer, pl_module, stage)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """What was logged before a checkpoint is on the disk before it: a kill leaves no gap."""
-        for logger in tensorboards(trainer):
-            logger.experiment.flush()
