@@ -436,6 +436,17 @@ def test_full_disk_is_told_and_keeps_what_was_done(
     assert "free some" in line  # what it says to do
 
 
+def test_folder_that_may_not_be_written_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, *args: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.makedirs", refused)
+    line = told(f"{FIT} --run refused", folder, capsys)
+    assert re.search(r"refused.*: Permission denied; change its permissions", line), line
+
+
 def test_class_that_a_checkpoint_asks_for_is_not_imported(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

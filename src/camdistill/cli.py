@@ -34,10 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `camdistill ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         where = error.filename or "the disk"
-        return _told(f"no space left writing to {where}; free some and start the command again")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _told(f"no space left writing to {where}; free some and start the command again")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return _told(f"{where}: {error.strerror}; change its permissions, or name another")
+        raise
     except KeyboardInterrupt:
         _told("interrupted; `--ckpt_path last` goes on from the last checkpoint")
         return 130

@@ -33,7 +33,8 @@ LOSS_TRAIN = _tag(
 )
 LOSS_VAL = _tag(
     f"{OVERVIEW}/loss_val",
-    "The same sum on validation images. It rises while `loss_train` falls: overfitting.",
+    "Cross-entropy on validation images, in nats, of a network trained by itself. It rises while"
+    " `loss_train` falls: overfitting.",
 )
 LOSS_CE = _tag(
     f"{OVERVIEW}/loss_ce",
@@ -100,6 +101,10 @@ IMAGES_PER_SECOND = _tag(
 )
 HOW_TO_READ = _tag(f"{RUN}/how_to_read", "What every card means.")
 CONFIG = _tag(f"{RUN}/config", "The configuration that made this run.")
+
+# What one looks at first: of a student, and of a network that is trained by itself.
+STUDENT_CARDS = (ACCURACY_STUDENT, AGREEMENT, PEARSON, SKILL)
+CLASSIFIER_CARDS = (ACCURACY_VAL, LOSS_VAL)
 
 _PEARSON = _stem(f"{MAPS}/pearson_", "`pearson` of one layer pair.")
 _SPEARMAN = _stem(f"{MAPS}/spearman_", "`spearman` of one layer pair.")

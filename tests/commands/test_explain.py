@@ -14,7 +14,9 @@ from camdistill import grad_cam, load
 from camdistill.cli import main
 from camdistill.commands.explain import explain
 from camdistill.data.decode import decode
+from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.teachers import NetworkSpec, Teacher
+from camdistill.networks.weights import save_safetensors
 
 STUDENT = "runs/tiny/version_0/student.safetensors"
 LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
@@ -50,7 +52,7 @@ def test_checkpoint_shows_student_beside_teacher(folder: Path) -> None:
     names = ["alpha.png", "grey.png", "photo.jpg"]
     assert sorted(path.name for path in Path("out").iterdir()) == sorted(
         [f"{n:03d}_{name[:-4]}{kind}" for n, name in enumerate(names) for kind in (".npz", ".png")]
-        + ["results.json"]
+        + ["overview.png", "results.json"]
     )
     explainer = load(STUDENT)
     assert explainer.teacher is not None
@@ -74,7 +76,7 @@ def test_results_say_what_was_seen_and_with_which_files(folder: Path) -> None:
     assert row["teacher"]["class"] in {f"c{number}" for number in range(6)}
     assert 0 < row["student"]["probability"] <= 1
     ((key, scores),) = row["maps"].items()
-    assert key == f"stage2/{row['teacher']['class']}"
+    assert key == f"stage2:stage2/{row['teacher']['class']}"
     assert set(scores) == {"pearson", "spearman", "cosine"}
 
 
@@ -97,6 +99,17 @@ def test_teacher_alone_at_several_layers_for_several_classes(folder: Path) -> No
         for layer in ("stage1", "stage2"):
             for place, number in enumerate((1, 4)):
                 close(maps[f"teacher/{layer}/{number}"], expected[layer][0, place])
+
+
+def test_classes_of_the_images_name_those_of_a_network_that_has_as_many(folder: Path) -> None:
+    for classes, named in ((6, True), (9, False)):
+        weights = f"{classes}.safetensors"
+        save_safetensors(weights, CifarResNet(20, classes).state_dict())
+        line = f"explain --teacher resnet20 --weights {weights} --data images --size 16 --count 2"
+        assert main([*line.split(), "--out", str(classes)]) == 0
+        results = json.loads(Path(f"{classes}/results.json").read_text())
+        for row in results["images"].values():
+            assert row["teacher"]["class"].startswith("c") == named
 
 
 @pytest.mark.parametrize("option", ["--layers", "--classes"])

@@ -56,6 +56,15 @@ def test_shapes_give_batches_of_three_different_splits() -> None:
     assert np.array_equal(batch.pixels, data.train_set.pixels[batch.ids.numpy()])
 
 
+def test_cifar_is_downloaded_by_one_process_before_the_others_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("camdistill.data.modules.cifar", lambda *a, **k: asked.append((a, k)))
+    CIFARData("cifar100", tmp_path, download=True).prepare_data()
+    assert asked == [(("cifar100", tmp_path, "train"), {"download": True})]
+
+
 def test_shapes_with_an_impossible_size_are_told_at_once() -> None:
     with pytest.raises(UserError, match="size"):
         ShapesData(size=33)

@@ -256,6 +256,19 @@ def test_moved_maps_equal_grid_sample_also_for_fractional_shifts() -> None:
     assert torch.allclose(view_maps(maps, view, flipped=False).double(), expected, atol=1e-5)
 
 
+def test_autocast_changes_neither_images_nor_maps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (6, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    maps = torch.randn(6, 5, 5, generator=generator)
+    view = draw_view(Augment("resized", flip=True), torch.arange(6), (16, 16), seed=0, epoch=0)
+    for images in (pixels, pixels / 255):
+        with torch.autocast("cpu", torch.bfloat16):
+            moved, shifted = view_images(images, view), view_maps(maps, view, flipped=False)
+        assert moved.dtype == images.dtype
+        assert torch.equal(moved, view_images(images, view))
+        assert torch.equal(shifted, view_maps(maps, view, flipped=False))
+
+
 def test_maps_of_the_flipped_image_need_only_the_box() -> None:
     maps = torch.randn(6, 8, 6, generator=generator())
     view = View(torch.arange(6) % 2 == 0, boxes_inside(6))

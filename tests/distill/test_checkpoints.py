@@ -78,6 +78,32 @@ def test_path_that_climbs_is_taken_as_it_is(
     assert load(folder / "climbing.safetensors").teacher is None
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"student": "shallow_cnn"},
+        {"teacher": None},
+        {"pairs": [["stage2", "layer3"]]},
+        {"pairs": 3},
+        {"mean": ["a", "b", "c"]},
+        {"std": [1.0]},
+        {"classes": "six"},
+        {"mean_map_by_layer": {"stage2": [[1.0], [1.0, 2.0]]}},
+        {"mean_map_by_layer": []},
+        {"class_names": 6},
+    ],
+)
+def test_experiment_that_makes_no_sense_is_told(
+    folder: Path, damage: dict[str, object], tmp_path: Path
+) -> None:
+    found = read_weights(STUDENT)
+    settings = json.loads(found.metadata["camdistill"]) | damage
+    path = tmp_path / "odd.safetensors"
+    save_safetensors(path, found.state, {"camdistill": json.dumps(settings)})
+    with pytest.raises(UserError, match=r"the experiment in '.*odd\.safetensors' can't be read"):
+        load(path)
+
+
 def test_student_works_without_its_teacher(folder: Path, images: Tensor) -> None:
     expected = load(STUDENT)(images)
     shutil.move("teacher.safetensors", "moved.safetensors")

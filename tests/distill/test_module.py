@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from torch import Tensor
 
 from camdistill import tags
@@ -22,6 +23,7 @@ from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain
 from camdistill.measure.fidelity import flatten
 from camdistill.networks.teachers import NetworkSpec
+from camdistill.report.callbacks import MapGrids
 from camdistill.report.tensorboard import TensorBoardLogger, scalars
 
 Explainer = Callable[..., DistilledExplainer]
@@ -487,6 +489,30 @@ def test_explained_images_are_those_of_compare(
     top = explain(module.student, found.images01, ["stage4"], found.teacher_classes)
     torch.testing.assert_close(found.student_maps_by_layer["stage4"], top.maps["stage4"])
     assert not math.isnan(float(found.teacher_maps_by_layer["layer3"].sum()))
+
+
+def test_one_layer_of_the_teacher_may_be_matched_twice(
+    explainer: Explainer, shapes: Data, trainer_of: Trainers, tmp_path: Path
+) -> None:
+    pairs = [LayerPair("stage3", "layer3"), LayerPair("stage4", "layer3")]
+    logger = TensorBoardLogger(tmp_path, version="run")
+    module = explainer(transfer=Transfer(pairs=pairs))
+    trainer_of(MapGrids(images=2), logger=logger, limit_train_batches=1).fit(module, shapes())
+    assert module.table is not None
+    assert module.table.layers == ("stage3", "stage4")
+    found = EventAccumulator(str(tmp_path / "run"))
+    found.Reload()
+    assert {tags.grid("stage3"), tags.grid("stage4")} <= set(found.Tags()["tensors"])
+
+
+def test_names_of_other_classes_are_not_the_networks(
+    explainer: Explainer, trainer_of: Trainers, tmp_path: Path
+) -> None:
+    for names, expected in ((tuple("abcdefgh"), list("abcdefgh")), (("cat", "dog"), [])):
+        module = explainer(ce=0.0, cached=False)
+        trainer = trainer_of(limit_train_batches=1, limit_val_batches=0)
+        trainer.fit(module, Relabelled(lambda labels: labels % 2, names))
+        assert module.experiment()["class_names"] == expected
 
 
 def test_default_student_takes_the_teachers_classes_and_normalisation(teacher_file: Path) -> None:

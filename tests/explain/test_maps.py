@@ -80,6 +80,28 @@ def test_resize_is_differentiable_in_half_precision(maps: torch.Tensor) -> None:
     assert half.grad is not None
 
 
+def test_resize_is_float32_under_autocast(maps: torch.Tensor) -> None:
+    single = maps.float()
+    for size in ((4, 5), (12, 4), (3, 8)):
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = resize(single, size)
+        assert cast.dtype == torch.float32
+        assert torch.equal(cast, resize(single, size))
+
+
+def test_resize_of_half_precision_is_averaged_in_float32(maps: torch.Tensor) -> None:
+    half = maps.bfloat16()
+    assert torch.equal(resize(half, (4, 5)), resize(half.float(), (4, 5)).bfloat16())
+
+
+def test_resize_can_be_differentiated_after_a_first_use_under_inference_mode() -> None:
+    with torch.inference_mode():
+        resize(torch.ones(1, 11, 7), (5, 3))  # a ratio that no other test has
+    maps = torch.ones(1, 11, 7, requires_grad=True)
+    resize(maps, (5, 3)).sum().backward()
+    assert maps.grad is not None
+
+
 def test_fuse_equals_numpy(maps: torch.Tensor) -> None:
     coarse = maps[:, ::2, ::2]
     stack = np.stack([maps.numpy(), upsample(coarse, (6, 8)).numpy()])

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import hashlib
 import json
+import os
 import pickle
 import stat
 import zipfile
@@ -321,6 +322,13 @@ def test_missing_file_offers_its_neighbour(tmp_path: Path) -> None:
         read_weights(tmp_path / "resnet2.pth")
     with pytest.raises(UserError, match="there is no folder"):
         read_weights(tmp_path / "nowhere" / "w.pth")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipe_that_may_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not a file"):
+        read_weights(tmp_path / "pipe")
 
 
 def test_folder_offers_its_files(tmp_path: Path) -> None:

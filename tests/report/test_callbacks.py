@@ -2,6 +2,7 @@ import io
 import math
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -78,6 +79,8 @@ class Tiny(LightningModule):
             batch.labels,
             {"layer2": teacher, "layer3": teacher},
             {"stage4": 2 * teacher, "stage5": torch.zeros_like(teacher)},
+            [("stage4", "layer2"), ("stage5", "layer3")],
+            3,
         )
 
 
@@ -199,6 +202,28 @@ def test_pages_say_how_to_read_and_what_ran(tmp_path: Path) -> None:
     assert "localhost:6006/?" in page.decode()
     ((_, (config,)),) = events(tmp_path, tags.CONFIG)
     assert config.decode() == "```yaml\nbeta: 1.0\n```"
+
+
+def test_front_page_holds_the_cards_of_what_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, cards in (("student", tags.STUDENT_CARDS), ("teacher", tags.CLASSIFIER_CARDS)):
+        monkeypatch.setattr(Tiny, "cards", cards, raising=False)
+        fit(tmp_path / name, [RunText()], epochs=1)
+        ((_, (page,)),) = events(tmp_path / name, tags.HOW_TO_READ)
+        link = unquote(page.decode().partition("?")[2].partition("#")[0])
+        assert all(f'"{card}"' in link for card in cards)
+        assert ("loss_val" in link) == (name == "teacher")
+
+
+def test_captions_name_classes_by_the_datas_names_where_these_are_the_networks() -> None:
+    first = torch.tensor([1])
+    found = MapComparison(torch.zeros(1, 3, 8, 8), first, first, first, {}, {}, [], 3)
+    caption = module._caption
+    assert caption(found, 0, ("a", "b", "c"), 0.5)[:3] == ("b", "teacher: b", "student: b")
+    others = caption(found, 0, ("cat", "dog"), 0.5)
+    assert others[:3] == ("dog", "teacher: class 1", "student: class 1")
+    assert caption(found, 0, (), 0.5)[0] == "class 1"
 
 
 def test_config_file_of_the_run_is_shown_if_there_is_one(tmp_path: Path) -> None:

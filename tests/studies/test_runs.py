@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy.stats import t
 
 from camdistill.errors import UserError
@@ -64,6 +65,21 @@ def test_a_study_runs_what_is_missing_and_what_changed(
     path.write_text(path.read_text().replace("lr: 0.05", "lr: 0.01"))
     run_study(Study(path, {"maps": {}}, [0], study.folder))
     assert ran == ["maps/seed_0/version_1"]
+
+
+def test_a_study_of_a_classifier_is_refused_before_it_trains(
+    config: Config, tmp_path: Path, ran: list[str]
+) -> None:
+    path = config()
+    whole = yaml.safe_load(path.read_text())
+    whole["model"] = {
+        "class_path": "camdistill.distill.classifier.Classifier",
+        "init_args": {"network": {"name": "resnet20"}},
+    }
+    path.write_text(yaml.safe_dump(whole))
+    with pytest.raises(UserError, match="trains a Classifier; a study compares students"):
+        run_study(Study(path, {"a": {}}, [0], tmp_path / "study"))
+    assert ran == []
 
 
 def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(

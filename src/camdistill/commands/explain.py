@@ -17,6 +17,7 @@ from camdistill.explain.gradcam import Explanation, last_layer
 from camdistill.explain.gradcam import explain as explain_network
 from camdistill.measure.fidelity import map_scores
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
+from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher
 from camdistill.report.figures import Row, map_panel, save_png
 from camdistill.report.results import Cell, text_table, write_atomically, write_results
@@ -60,6 +61,11 @@ class Pair:
     student: OtherGrid | None
     scores: dict[str, float]
 
+    @property
+    def place(self) -> str:
+        """The layers as `--layers` takes them: stage3:layer2, or layer2 of a network alone."""
+        return ":".join(layer for layer in reversed(self.layers) if layer)
+
 
 def explain(
     checkpoint: Path | None = None,
@@ -97,7 +103,8 @@ def explain(
     shown = _networks(checkpoint, teacher, weights, trust)
     found = images_from(images, data, count=count, size=size or shown.size)
     shown = replace(shown, pairs=_pairs(shown, layers, found.images[:1]))
-    names = shown.classes or found.classes
+    fitting = len(found.classes) == head_size(shown.teacher.network)
+    names = shown.classes or (found.classes if fitting else ())
     chosen = [_class_number(name, names) for name in classes]
     told, own = _explanations(shown, found.images, chosen)
     rows: dict[str, dict[str, object]] = {}
@@ -109,7 +116,7 @@ def explain(
         path = out / f"{index:03d}_{stem[-60:]}"
         panel = _write_image(path, name, found.images[index].numpy(), pairs, said, shown.first)
         overview.append(panel[0]._replace(caption=[Path(name).name[-20:], *panel[0].caption[1:]]))
-        maps = {f"{pair.layers[0]}/{pair.class_name}": pair.scores for pair in pairs if pair.scores}
+        maps = {f"{pair.place}/{pair.class_name}": pair.scores for pair in pairs if pair.scores}
         rows[name] = {**said, **({"maps": maps} if maps else {})}
     abreast = 2 if len(overview) > 1 else 1
     save_png(out / "overview.png", map_panel(overview, abreast=abreast, first=shown.first))
@@ -246,7 +253,7 @@ def _write_image(
     """Writes an image's panel and its raw maps; returns the panel's rows."""
     rows, arrays = [], {}
     for pair in pairs:
-        caption = [":".join(layer for layer in reversed(pair.layers) if layer), pair.class_name]
+        caption = [pair.place, pair.class_name]
         caption += [f"Pearson {pair.scores['pearson']:.2f}"] if pair.scores else []
         rows.append(Row(image, pair.teacher, pair.student, caption))
         arrays[f"{first}/{pair.layers[0]}/{pair.class_name}"] = pair.teacher

@@ -196,6 +196,10 @@ class CIFARData(ImageData):
         self.download = download
         self.val_fraction = val_fraction
 
+    def prepare_data(self) -> None:
+        """Download in one process, before the others look for the files."""
+        cifar(self.dataset, self.root, "train", download=self.download)
+
     def _fit_sets(self) -> tuple[ImageSet, ImageSet]:
         whole = cifar(self.dataset, self.root, "train", download=self.download)
         return carve(whole, self.val_fraction, self.split_seed)

@@ -83,8 +83,9 @@ def uniforms(ids: Labels, count: int, *, seed: int, epoch: int) -> Float[Tensor,
 
     Integer arithmetic only, so every device gives the same bits.
     """
-    key = torch.tensor([_signed(seed), _signed(epoch)], dtype=torch.int64)
-    key = _mixed(_mixed(key[:1] + _GOLDEN) + key[1:]).to(ids.device)
+    words = torch.tensor([_signed(seed), _signed(epoch)], dtype=torch.int64)
+    # a Python number: bringing a tensor to a GPU would make every step wait for it
+    key = int(_mixed(_mixed(words[:1] + _GOLDEN) + words[1:]))
     # id + 1: splitmix of an all-zero state is zero
     rows = _mixed(key + (ids.to(torch.int64) + 1) * _GOLDEN)
     columns = torch.arange(1, count + 1, device=ids.device) * _GOLDEN
@@ -94,7 +95,8 @@ def uniforms(ids: Labels, count: int, *, seed: int, epoch: int) -> Float[Tensor,
 
 def identity_view(n: int, device: torch.device | str | None = None) -> View:
     """The view that changes nothing."""
-    box = torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).repeat(n, 1)
+    box = torch.zeros(n, 4, device=device)
+    box[:, 2:] = 1
     return View(torch.zeros(n, dtype=torch.bool, device=device), box, shift=True)
 
 
@@ -120,7 +122,7 @@ def draw_view(
     if augment.crop == "pad":
         reach = augment.padding
         shifts = torch.floor(u[:, 1:3] * (2 * reach + 1)) - reach
-        corner = shifts / torch.tensor([height, width], device=ids.device)
+        corner = torch.stack([shifts[:, 0] / height, shifts[:, 1] / width], dim=1)
         return View(flip, torch.cat([corner, view.box[:, 2:]], dim=1), shift=True)
     low, high = augment.scale
     area = low + (high - low) * u[:, 3]
@@ -159,9 +161,10 @@ def view_images(
     exact = images if images.is_floating_point() else images.float()
     # channels and rows as one axis: one matrix product for each image instead of three
     batch, channels = images.shape[:2]
-    narrow = exact.reshape(batch, channels * height, width) @ horizontal.to(exact).mT
-    wide = narrow.view(batch, channels, height, columns).transpose(1, 2)
-    moved = vertical.to(exact) @ wide.reshape(batch, height, channels * columns)
+    with torch.autocast(images.device.type, enabled=False):  # bf16 is too coarse for 256 levels
+        narrow = exact.reshape(batch, channels * height, width) @ horizontal.to(exact).mT
+        wide = narrow.view(batch, channels, height, columns).transpose(1, 2)
+        moved = vertical.to(exact) @ wide.reshape(batch, height, channels * columns)
     moved = moved.view(batch, rows, channels, columns).transpose(1, 2).contiguous()
     if images.is_floating_point():
         return moved
@@ -208,7 +211,8 @@ def view_maps(maps: Maps, view: View, *, flipped: bool) -> Maps:
     horizontal = _resampling(left, box_width, width, width, outside="edge")
     if not flipped:
         horizontal = torch.where(view.flip[:, None, None], horizontal.flip(-1), horizontal)
-    return vertical.to(maps) @ maps @ horizontal.to(maps).mT
+    with torch.autocast(maps.device.type, enabled=False):
+        return vertical.to(maps) @ maps @ horizontal.to(maps).mT
 
 
 def _resampling(

@@ -206,7 +206,11 @@ class TeacherCache:
         return TeacherCache(self.plan, self.folder, ids, rows, arrays)
 
     def lookup(
-        self, ids: Labels, flip: Bool[Tensor, "batch"], quantity: Quantity = "grad_cam"
+        self,
+        ids: Labels,
+        flip: Bool[Tensor, "batch"],
+        quantity: Quantity = "grad_cam",
+        layers: Sequence[str] | None = None,
     ) -> tuple[Logits, dict[str, Tensor]]:
         """The teacher's logits and maps of some images, on the device of the ids.
 
@@ -214,6 +218,7 @@ class TeacherCache:
             ids: The images' numbers.
             flip: True asks for the mirrored image; its maps are those of the mirrored image.
             quantity: Which maps.
+            layers: Of which layers; None is all that are stored.
 
         Returns:
             Logits, and by layer float32 maps [B, h, w] ([B, C, h, w] for "class_maps").
@@ -222,8 +227,11 @@ class TeacherCache:
             ValueError: For something that is not stored. (Held in a GPU's memory, the cache answers
                 NaN logits to an unknown id instead: raising would wait for the device.)
         """
+        wanted = self.plan.layers if layers is None else tuple(dict.fromkeys(layers))
         if quantity not in self.plan.quantities:
             raise ValueError(f"{quantity!r} is not stored; there are {self.plan.quantities}")
+        if unknown := sorted(set(wanted) - set(self.plan.layers)):
+            raise ValueError(f"{unknown} are not stored; there are {self.plan.layers}")
         device = ids.device
         ids, flip = ids.to(self._ids.device), flip.to(self._ids.device)
         place = torch.searchsorted(self._ids, ids).clamp_(max=len(self._ids) - 1)
@@ -237,7 +245,8 @@ class TeacherCache:
         logits = self._arrays["logits"].flatten(0, 1)[index]
         logits = torch.where(known[:, None], logits, torch.full_like(logits, torch.nan))
         maps_by_layer = {}
-        for number, layer in enumerate(self.plan.layers):
+        for layer in wanted:
+            number = self.plan.layers.index(layer)
             packed, scale = (
                 self._arrays[f"{quantity}/{number}{part}"].flatten(0, 1)[index]
                 for part in ("", "/scale")

@@ -1,7 +1,8 @@
 """Trained networks as files, and back: `load` gives a network that classifies and explains."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from camdistill.networks.teachers import (
     NetworkSpec,
     Preprocessed,
     Teacher,
+    Triple,
     build,
     normalisation,
 )
@@ -82,19 +84,17 @@ class Explainer(nn.Module):
         return explain(self.network, images, layers, classes, score=score, grad=grad)
 
 
-def save(module: DistilledExplainer | Classifier, path: Path, classes: Sequence[str] = ()) -> str:
+def save(module: DistilledExplainer | Classifier, path: Path) -> str:
     """Writes what was trained as a small safetensors file, the experiment in its metadata.
 
     Args:
         module: Trained; of a `DistilledExplainer` the student is kept, never the teacher.
         path: The file.
-        classes: Names of the classes.
 
     Returns:
         The file's sha256.
     """
-    settings = {**module.experiment(), "class_names": list(classes)}
-    metadata = {**module.fitted.metadata(), SETTINGS: json.dumps(settings)}
+    metadata = {**module.fitted.metadata(), SETTINGS: json.dumps(module.experiment())}
     return save_safetensors(path, module.fitted.network.state_dict(), metadata)
 
 
@@ -120,18 +120,24 @@ def load(
     weights = read_weights(path)
     settings = _settings(weights)
     allowed = (*SAFE_PACKAGES, *trust)
-    spec = _spec(settings["student" if "student" in settings else "network"])
+    with _readable(weights.path):
+        spec = _spec(settings["student" if "student" in settings else "network"])
+        told = _spec(settings["teacher"]) if "student" in settings else None
+        pairs = [(str(a), str(b), float(w)) for a, b, w in settings.get("pairs", [])]
+        means = _mean_maps(settings)
+        names = [str(name) for name in settings.get("class_names", [])]
     own = _network(spec, weights, settings, allowed).eval()
     found, missing = None, ""
-    if "student" in settings:
-        found, missing = _teacher(settings, weights.path, teacher, allowed)
+    if told is not None:
+        expected = settings.get("teacher_sha256")
+        found, missing = _teacher(told, expected, weights.path, teacher, allowed)
     return Explainer(
         own,
         teacher=found,
         teacher_missing=missing,
-        pairs=[(str(a), str(b), float(w)) for a, b, w in settings.get("pairs", [])],
-        classes=settings.get("class_names", ()),
-        mean_map_by_layer=_mean_maps(settings),
+        pairs=pairs,
+        classes=names,
+        mean_map_by_layer=means,
         settings=settings,
         sha256=weights.sha256,
     )
@@ -153,7 +159,8 @@ def restore(module: DistilledExplainer | Classifier, path: str | Path) -> None:
         module.network = _network(module.spec, weights, settings, None)
         return
     load_state(module.student.network, weights)
-    module.mean_map_by_layer = _mean_maps(settings)
+    with _readable(weights.path):
+        module.mean_map_by_layer = _mean_maps(settings)
 
 
 def _network(
@@ -163,11 +170,32 @@ def _network(
     allowed: Sequence[str] | None,
 ) -> Preprocessed:
     """What was trained, with its weights and its normalisation."""
-    network = build(replace(spec, weights=None), classes=settings.get("classes"), allowed=allowed)
+    with _readable(weights.path):
+        classes = None if settings.get("classes") is None else int(settings["classes"])
+        known = {"mean", "std"} <= set(settings)
+        moments = (_triple(settings["mean"]), _triple(settings["std"])) if known else None
+    network = build(replace(spec, weights=None), classes=classes, allowed=allowed)
     load_state(network, weights)
-    if {"mean", "std"} <= set(settings):
-        return Preprocessed(network, settings["mean"], settings["std"])
-    return Preprocessed(network, *normalisation(spec, weights))
+    return Preprocessed(network, *(moments or normalisation(spec, weights)))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What a damaged or foreign experiment makes its readers raise, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"the experiment in '{path}' can't be read ({type(error).__name__}: {error}); copy the "
+            "file again"
+        ) from error
+
+
+def _triple(values: Sequence[float]) -> Triple:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
 
 
 def _mean_maps(settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -182,40 +210,35 @@ def _settings(weights: WeightFile) -> dict[str, Any]:
             f"'{weights.path}' has weights but no experiment of camdistill in it; to use it as a "
             "teacher name its network too: --teacher resnet56 --weights FILE"
         )
-    try:
+    with _readable(weights.path):
         settings = json.loads(text)
         if not isinstance(settings, dict) or not {"student", "network"} & set(settings):
             raise ValueError("no network in it")
-    except ValueError as error:
-        raise UserError(
-            f"the experiment in '{weights.path}' can't be read ({error}); copy the file again"
-        ) from error
     return settings
 
 
 def _spec(settings: Mapping[str, Any]) -> NetworkSpec:
-    try:
-        return NetworkSpec(
-            name=str(settings["name"]),
-            weights=settings.get("weights"),
-            args=dict(settings.get("args") or {}),
-            mean=tuple(settings.get("mean", NetworkSpec.mean)),
-            std=tuple(settings.get("std", NetworkSpec.std)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"a checkpoint's network can't be read ({error}); copy the file again"
-        ) from error
+    weights = settings.get("weights")
+    return NetworkSpec(
+        name=str(settings["name"]),
+        weights=None if weights is None else str(weights),
+        args=dict(settings.get("args") or {}),
+        mean=_triple(settings.get("mean", NetworkSpec.mean)),
+        std=_triple(settings.get("std", NetworkSpec.std)),
+    )
 
 
 def _teacher(
-    settings: Mapping[str, Any], path: Path, given: str | Path | None, allowed: Sequence[str]
+    spec: NetworkSpec,
+    expected: str | None,
+    path: Path,
+    given: str | Path | None,
+    allowed: Sequence[str],
 ) -> tuple[Teacher | None, str]:
     """The teacher, or why there is none: the student's own output needs no teacher."""
-    spec = _spec(settings["teacher"])
     if given is not None:
         return Teacher(replace(spec, weights=str(given)), allowed=allowed), ""
-    expected, missing = settings.get("teacher_sha256"), ""
+    missing = ""
     for place in _places(spec.weights, path):
         try:
             found = Teacher(replace(spec, weights=place), allowed=allowed)

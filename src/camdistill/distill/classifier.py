@@ -32,6 +32,8 @@ class Classifier(Training):
         seed: Of the start and of the views.
     """
 
+    cards = tags.CLASSIFIER_CARDS
+
     def __init__(
         self,
         network: NetworkSpec,

@@ -40,8 +40,10 @@ class MapComparison(NamedTuple):
         labels: -1 where there is none.
         teacher_classes: The teacher's top class, of which all maps are.
         student_classes: The student's top class.
-        teacher_maps_by_layer: Raw maps by the teacher's layer, in the order of the pairs.
-        student_maps_by_layer: Raw maps by the student's layer, in the same order.
+        teacher_maps_by_layer: Raw maps by the teacher's layer.
+        student_maps_by_layer: Raw maps by the student's layer.
+        pairs: The student's layer and the teacher's; one of the teacher's may stand in several.
+        class_count: How many classes the networks know, which needn't be the labels'.
     """
 
     images01: Images
@@ -50,6 +52,8 @@ class MapComparison(NamedTuple):
     student_classes: Labels
     teacher_maps_by_layer: dict[str, Maps]
     student_maps_by_layer: dict[str, Maps]
+    pairs: list[tuple[str, str]]
+    class_count: int
 
 
 @torch.no_grad()
@@ -106,7 +110,7 @@ def mean_maps(
     return {layer: (maps / len(images)).cpu() for layer, maps in total.items()}
 
 
-def for_pictures(batch: Batch, images: Images, found: Comparison) -> MapComparison:
+def for_pictures(batch: Batch, images: Images, found: Comparison, pairs: Pairs) -> MapComparison:
     """A comparison as pictures need it."""
     return MapComparison(
         images.cpu(),
@@ -115,4 +119,6 @@ def for_pictures(batch: Batch, images: Images, found: Comparison) -> MapComparis
         found.student_logits.argmax(1).cpu(),
         {layer: maps.cpu() for layer, maps in found.teacher_maps_by_layer.items()},
         {layer: maps.cpu() for layer, maps in found.student_maps_by_layer.items()},
+        [(own, teacher) for own, teacher, _ in pairs],
+        found.teacher_logits.shape[1],
     )

@@ -111,9 +111,7 @@ def map_distance(
         student_maps, teacher_maps = relu(student_maps), relu(teacher_maps)
     student_maps, teacher_maps = _wide(student_maps), _wide(teacher_maps)
     if student_maps.shape[-2:] != teacher_maps.shape[-2:]:
-        grid = (teacher_maps.shape[-2], teacher_maps.shape[-1])
-        with torch.autocast(student_maps.device.type, enabled=False):
-            student_maps = resize(student_maps, grid)
+        student_maps = resize(student_maps, (teacher_maps.shape[-2], teacher_maps.shape[-1]))
     if kind == "pearson":
         distance = 1 - pearson(student_maps, teacher_maps)
         told = teacher_maps.amax((1, 2)) > teacher_maps.amin((1, 2))

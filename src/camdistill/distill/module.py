@@ -64,6 +64,8 @@ class DistilledExplainer(Training):
         seed: Of the student's start and of the views.
     """
 
+    cards = tags.STUDENT_CARDS
+
     def __init__(
         self,
         teacher: NetworkSpec,
@@ -183,7 +185,7 @@ class DistilledExplainer(Training):
     def explain_images(self, batch: Batch) -> MapComparison:
         """A few images with the maps of both networks, for pictures."""
         images = as_images(batch.pixels)
-        return for_pictures(batch, images, self.compare(images))
+        return for_pictures(batch, images, self.compare(images), self.pairs)
 
     def results(self) -> dict[str, object]:
         """What the test measured, with 95 % intervals over the test images."""

@@ -28,7 +28,14 @@ EXPERIMENT = "camdistill"  # a checkpoint's key of what `experiment` says
 
 
 class Training(LightningModule, ABC):
-    """The plumbing around a training step; what is learnt stands in the two modules that use it."""
+    """The plumbing around a training step; what is learnt stands in the two modules that use it.
+
+    Attributes:
+        cards: Tags of what one looks at first: TensorBoard's front page and table of settings.
+        settings: The experiment's, as JSON has them.
+    """
+
+    cards: tuple[str, ...] = ()
 
     def __init__(
         self, optimisation: Optimisation, augment: Augment, *, ema: float | None, seed: int
@@ -48,6 +55,12 @@ class Training(LightningModule, ABC):
     @abstractmethod
     def fitted(self) -> Preprocessed:
         """The network that is trained, with its normalisation."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the network's classes; empty where the data have none, or other classes."""
+        names = getattr(getattr(self._trainer, "datamodule", None), "classes", ())
+        return list(names) if len(names) == head_size(self.fitted.network) else []
 
     @property
     def progress(self) -> float:
@@ -132,8 +145,7 @@ class Training(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the experiment's settings and the state of torch's generators (dropout needs it)."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "classes", ())
-        checkpoint[EXPERIMENT] = json.dumps({**self.experiment(), "class_names": list(names)})
+        checkpoint[EXPERIMENT] = json.dumps(self.experiment())
         checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state()
@@ -141,7 +153,8 @@ class Training(LightningModule, ABC):
     def experiment(self) -> dict[str, Any]:
         """Everything that a checkpoint needs to say to be used without its config, as JSON."""
         wanted = {name: json.loads(text) for name, text in self.fitted.metadata().items()}
-        return {**self.settings, **wanted, "classes": head_size(self.fitted.network)}
+        classes = {"classes": head_size(self.fitted.network), "class_names": self.class_names}
+        return {**self.settings, **wanted, **classes}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of something else; notes where the generators were."""

@@ -4,6 +4,7 @@ All take maps of shape [..., h, w] and treat every map on its own; all are diffe
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -62,15 +63,18 @@ def resize(maps: AnyMaps, size: tuple[int, int]) -> OnGrid:
     """Bring maps to another grid: bilinear where it grows, area-weighted where it shrinks.
 
     An axis that shrinks is averaged over each new cell (exactly, whatever the ratio, so the mean of
-    the map is kept); an axis that grows is interpolated with `align_corners=False`.
+    the map is kept); an axis that grows is interpolated with `align_corners=False`. Half precision
+    is averaged in float32, and autocast changes nothing.
     """
     height, width = maps.shape[-2:]
     smaller = (min(size[0], height), min(size[1], width))
-    if smaller[0] < height:
-        maps = _averaging(height, smaller[0], maps) @ maps
-    if smaller[1] < width:
-        maps = maps @ _averaging(width, smaller[1], maps).T
-    return maps if smaller == tuple(size) else _interpolate(maps, size)
+    wide = maps if maps.dtype == torch.float64 else maps.float()
+    with torch.autocast(maps.device.type, enabled=False):  # a matrix product would be in bf16
+        if smaller[0] < height:
+            wide = _averaging(height, smaller[0], wide.dtype, wide.device) @ wide
+        if smaller[1] < width:
+            wide = wide @ _averaging(width, smaller[1], wide.dtype, wide.device).T
+    return _interpolate(wide, size).to(maps.dtype)
 
 
 def fuse(
@@ -105,9 +109,14 @@ def _interpolate(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return grown.reshape(*maps.shape[:-2], *size)
 
 
-def _averaging(before: int, after: int, like: Tensor) -> Tensor:
-    """Rows are new cells: the share of each old cell in the new one's length."""
-    edges = torch.arange(after + 1, dtype=torch.float64) * before / after
-    cells = torch.arange(before, dtype=torch.float64)
-    overlap = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
-    return (overlap.clamp(min=0) * after / before).to(like.device, like.dtype)
+@lru_cache(maxsize=64)
+def _averaging(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows are new cells: the share of each old cell in the new one's length.
+
+    Kept, because a training step asks for the same one each time, and bringing it to a GPU waits.
+    """
+    with torch.inference_mode(False):  # so that a later step can take part in a graph with it
+        edges = torch.arange(after + 1, dtype=torch.float64) * before / after
+        cells = torch.arange(before, dtype=torch.float64)
+        overlap = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
+        return (overlap.clamp(min=0) * after / before).to(device, dtype)

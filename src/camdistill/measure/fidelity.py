@@ -117,8 +117,7 @@ def map_scores(student_maps: Maps, teacher_maps: Float[Tensor, "batch rows colum
     student, teacher = relu(student_maps.float()), relu(teacher_maps.float())
     blank, told = _constant(student), ~_constant(teacher)
     if student.shape[-2:] != teacher.shape[-2:]:
-        with torch.autocast(student.device.type, enabled=False):
-            student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
+        student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
         blank = blank | _constant(student)
     values = [measure(student, teacher) for measure in (pearson, spearman, cosine)]
     nan = torch.full_like(values[0], torch.nan)

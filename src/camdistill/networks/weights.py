@@ -122,6 +122,8 @@ def _demand_file(path: Path) -> None:
         names = [name for name in names if name.endswith(SUFFIXES)] or names
         inside = f"give a file; {nearest('', names)}" if names else "it has no file: give another"
         raise UserError(f"'{path}' is a folder, not a file of weights; {inside}")
+    if path.exists() and not path.is_file():  # a device or a pipe may never end
+        raise UserError(f"'{path}' is not a file; give a file of weights")
     if not path.exists():
         if not path.parent.is_dir():
             raise UserError(f"no file '{path}': there is no folder '{path.parent}'; check the path")

@@ -124,11 +124,9 @@ class MapGrids(Callback):
         self, comparison: MapComparison, names: tuple[str, ...], step: int
     ) -> dict[str, Picture]:
         panels = {}
-        for (teacher_layer, teacher_maps), (layer, student_maps) in zip(
-            comparison.teacher_maps_by_layer.items(),
-            comparison.student_maps_by_layer.items(),
-            strict=True,
-        ):
+        for layer, teacher_layer in comparison.pairs:
+            teacher_maps = comparison.teacher_maps_by_layer[teacher_layer]
+            student_maps = comparison.student_maps_by_layer[layer]
             scores = map_scores(student_maps, teacher_maps).pearson.tolist()
             rows = [
                 Row(
@@ -150,7 +148,7 @@ class RunText(Callback):
     """Writes what each card means, a link to the front page, and the run's configuration.
 
     The configuration is the run folder's `config.yaml` where the command line wrote one, otherwise
-    the hyper-parameters of module and data.
+    the settings of the module and the hyper-parameters of the data.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,10 +157,13 @@ class RunText(Callback):
             return
         for logger in tensorboards(trainer):
             file = Path(logger.log_dir) / "config.yaml"
-            settings = {**pl_module.hparams, **getattr(_data(trainer), "hparams", {})}
+            own = getattr(pl_module, "settings", pl_module.hparams)
+            settings = {**own, **getattr(_data(trainer), "hparams", {})}
             page = file.read_text(encoding="utf-8") if file.exists() else settings_page(settings)
             logger.log_text(tags.CONFIG, f"```yaml\n{page.rstrip()}\n```")
-            link = f"[The cards that matter, on top]({front_page_url(run=logger.run)})"
+            cards = getattr(pl_module, "cards", tags.STUDENT_CARDS)
+            page_url = front_page_url(scalars=cards, run=logger.run)
+            link = f"[The cards that matter, on top]({page_url})"
             here = f" (with `tensorboard --logdir {logger.save_dir}` at its usual port)."
             logger.log_text(tags.HOW_TO_READ, f"{link}{here}\n\n{tags.how_to_read()}")
 
@@ -311,18 +312,19 @@ def _epoch(trainer: Trainer) -> str:
 def _caption(
     comparison: MapComparison, n: int, names: tuple[str, ...], score: float
 ) -> tuple[str, ...]:
-    def name(index: int) -> str:
-        return names[index] if index < len(names) else f"class {index}"
+    def name(index: int, known: tuple[str, ...]) -> str:
+        return known[index] if index < len(known) else f"class {index}"
 
+    own = names if len(names) == comparison.class_count else ()
     label, teacher, student = (
         int(classes[n])
         for classes in (comparison.labels, comparison.teacher_classes, comparison.student_classes)
     )
     pearson = "no map" if score != score else f"pearson {score:.3f}"
     return (
-        name(label) if label >= 0 else "no label",
-        f"teacher: {name(teacher)}",
-        f"student: {name(student)}",
+        name(label, names) if label >= 0 else "no label",
+        f"teacher: {name(teacher, own)}",
+        f"student: {name(student, own)}",
         pearson,
     )
 

@@ -32,7 +32,6 @@ from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from camdistill import tags
 
 Picture = UInt8[np.ndarray, "height width 3"]
-HPARAM_METRICS = (tags.ACCURACY_STUDENT, tags.AGREEMENT, tags.PEARSON, tags.SKILL, tags.LOSS_VAL)
 MAX_STEP = 2**62
 
 
@@ -59,7 +58,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         version: str | int | None = None,
         *,
         sub_dir: str | None = None,
-        hparam_metrics: Sequence[str] = HPARAM_METRICS,
+        hparam_metrics: Sequence[str] = tags.STUDENT_CARDS,
         flush_secs: int = 30,
     ) -> None:
         super().__init__(
@@ -175,7 +174,7 @@ def logged_step(trainer: Trainer) -> int:
 
 def front_page_url(
     *,
-    scalars: Sequence[str] = (tags.ACCURACY_STUDENT, tags.AGREEMENT, tags.PEARSON, tags.LOSS_VAL),
+    scalars: Sequence[str] = tags.STUDENT_CARDS,
     pictures: Sequence[str] = (),
     run: str = ".",
     base: str = "http://localhost:6006",

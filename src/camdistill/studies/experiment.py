@@ -175,7 +175,10 @@ class Experiment(LightningCLI):
             # Lightning logs a test at step 0, where a run's lines would break off.
             alone = self.subcommand if self.subcommand != "fit" else None
             kwargs["logger"] = TensorBoardLogger(
-                self.folder.parent, version=self.folder.name, sub_dir=alone
+                self.folder.parent,
+                version=self.folder.name,
+                sub_dir=alone,
+                hparam_metrics=getattr(self.model, "cards", ()),
             )
             ours += [MapGrids(), RunText(), ResumedEvents(), Throughput()]
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
@@ -205,7 +208,7 @@ class Experiment(LightningCLI):
         kind = "student" if isinstance(self.model, DistilledExplainer) else "network"
         path = self.folder / f"{kind}.safetensors"
         if self.trainer.is_global_zero:
-            save(self.model, path, getattr(self.datamodule, "classes", ()))
+            save(self.model, path)
         return path
 
     def write_results(self) -> dict[str, object]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pytorch_lightning.utilities import rank_zero_only
 
+from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError, nearest
 from camdistill.measure.fidelity import FidelityTable, intervals
 from camdistill.measure.intervals import FloatArray, Interval, paired_interval, seed_interval
@@ -30,6 +31,7 @@ class Study:
         arms: Command-line overrides by arm, such as `{"kd": {"model.beta": 0}}`.
         seeds: Paired: each arm starts from the same student and sees the same views.
         folder: Where runs and results go.
+        overrides: Options of all arms, as on the command line: `--trainer.max_epochs=1`.
     """
 
     config: Path
@@ -84,6 +86,11 @@ def run_study(
         if on_run is not None:
             on_run(arm, seed, number, len(jobs))
         experiment = Experiment(study.arguments(arm, seed), run=False, go_on=True)
+        if not isinstance(experiment.model, DistilledExplainer):
+            raise UserError(
+                f"{study.config} trains a {type(experiment.model).__name__}; a study compares "
+                "students: give a config of a DistilledExplainer, or train it with `camdistill fit`"
+            )
         results = experiment.fit_and_test()
         runs[arm][str(seed)] = {
             "arguments": study.arguments(arm, seed),
