@@ -55,6 +55,8 @@ def module(images: ImageSet, folder: Path, *, cached: bool, **options: Any) -> S
         built._caches["train"] = TeacherCache.open_or_build(
             built.teacher, images, layers, root=folder, precision="bfloat16"
         )
+    else:
+        built._live = [built.teacher.fused((32, 32))]
     return built
 
 

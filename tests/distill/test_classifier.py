@@ -111,7 +111,7 @@ def test_weights_for_other_classes_get_a_new_head(
 def test_what_is_saved_is_what_loads(shapes: Data, trainer_of: Trainers, tmp_path: Path) -> None:
     module, data = Classifier(SMALL), shapes()
     trainer_of().fit(module, data)
-    save(module, tmp_path / "a.safetensors", data.classes)
+    save(module, tmp_path / "a.safetensors")
     found = load(tmp_path / "a.safetensors")
     images = data.val_set.batch(np.arange(8)).pixels.float() / 255  # type: ignore[union-attr]
     with torch.no_grad():

@@ -1,13 +1,16 @@
-"""What the teacher says: in which precision it is kept."""
+"""What the teacher says: in which precision it is kept, and who says it when it is live."""
 
 from collections.abc import Callable
 
 import pytest
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
 
 from camdistill.data.modules import ShapesData
 from camdistill.distill.module import DistilledExplainer
 from camdistill.distill.transfer import LayerPair, Transfer
+from camdistill.explain.gradcam import explain
 
 Explainer = Callable[..., DistilledExplainer]
 Data = Callable[..., ShapesData]
@@ -16,11 +19,12 @@ INNER = Transfer(pairs=[LayerPair("stage2", "layer1"), LayerPair()])
 
 
 class Look(Callback):
-    """Notes what the first step finds: the precision of caches."""
+    """Notes what the first step finds: the precision of caches, and the live teacher."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DistilledExplainer)
         self.precisions = {name: c.plan.precision for name, c in pl_module._caches.items()}
+        self.live = list(pl_module._live)
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,25 @@ def test_only_the_last_layer_is_kept_in_bfloat16(
     trainer = trainer_of(look, precision=trained, limit_train_batches=1, limit_val_batches=0)
     trainer.fit(explainer(transfer=transfer), shapes())
     assert look.precisions == {"train": kept, "val": kept}
+
+
+def test_live_teacher_is_fused_says_the_same_and_is_nobodys_part(
+    explainer: Explainer, shapes: Data, trainer_of: Trainers
+) -> None:
+    look, layers = Look(), ["layer1.0.bn1", "layer2.0.relu#0", "layer3"]
+    pairs = [LayerPair(f"stage{n + 2}", layer) for n, layer in enumerate(layers)]
+    module = explainer(cached=False, transfer=Transfer(pairs=pairs))
+    trainer_of(look, limit_train_batches=1, limit_val_batches=0).fit(module, shapes())
+    (live,) = look.live
+    norms = [name for name, m in live.network.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms == ["layer1.0.bn1"], "the one whose own output is asked for"
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    told, expected = (explain(teacher, images, layers) for teacher in (live, module.teacher))
+    torch.testing.assert_close(told.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    for layer in layers:
+        largest = float(expected.maps[layer].abs().max())
+        torch.testing.assert_close(
+            told.maps[layer], expected.maps[layer], rtol=1e-3, atol=1e-3 * largest
+        )
+    assert live not in list(module.modules())
+    assert module._live == []

@@ -307,8 +307,7 @@ def _build(
 ) -> None:
     count, start = len(image_set), time.monotonic()
     size = (image_set.pixels.shape[2], image_set.pixels.shape[3])
-    quick = teacher.fused(size, keep=[layer.split("#")[0] for layer in plan.layers])
-    quick = quick.to(memory_format=torch.channels_last)
+    quick = teacher.fused(size, keep=plan.layers).to(memory_format=torch.channels_last)
     log.info("teacher cache: %d of %d images to make", count - draft.done, count)
     noted = start
     try:

@@ -100,6 +100,7 @@ class DistilledExplainer(Training):
         self.mean_map_by_layer: dict[str, Tensor] = {}
         self.table: FidelityTable | None = None
         self._caches: dict[str, TeacherCache] = {}
+        self._live: list[Teacher] = []  # in a list, so that it isn't one of the module's own
         self._meter: FidelityMeter | None = None
         self._labels_count = True
         self.image_size: tuple[int, int] = (0, 0)
@@ -138,7 +139,8 @@ class DistilledExplainer(Training):
         cache, quantity = self._caches.get("train"), self.transfer.quantity
         if cache is not None:
             return cached_targets(cache, batch.ids, view, layers, quantity=quantity)
-        return live_targets(self.teacher, images, layers, quantity=quantity, p=self.transfer.p)
+        teacher = self._live[0] if self._live else self.teacher
+        return live_targets(teacher, images, layers, quantity=quantity, p=self.transfer.p)
 
     def student_quantities(
         self, images: Images, classes: Labels
@@ -215,7 +217,7 @@ class DistilledExplainer(Training):
         self._name_pairs(torch.zeros(1, 3, *data.size, device=self.device))
 
     def on_fit_start(self) -> None:
-        """Asks the teacher about all images once, or finds what it said before."""
+        """Asks the teacher about all images once, finds what it said before, or makes it fast."""
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
@@ -223,14 +225,15 @@ class DistilledExplainer(Training):
             self._caches["train"] = self._cache(data.train_set, "training images", flips=True)
             self._caches["val"] = self._cache(data.val_set, "validation images", flips=False)
             self.mean_map_by_layer = self._caches["train"].mean_map_by_layer
-        elif not self.mean_map_by_layer:
-            self.mean_map_by_layer = mean_maps(
-                self.teacher, data.train_set, [teacher for _, teacher, _ in self.pairs]
-            )
+            return
+        layers = [teacher for _, teacher, _ in self.pairs]
+        self._live = [self.teacher.fused(data.size, keep=layers)]
+        if not self.mean_map_by_layer:
+            self.mean_map_by_layer = mean_maps(self._live[0], data.train_set, layers)
 
     def teardown(self, stage: str) -> None:
         """The next loop may have other images."""
-        self._caches = {}
+        self._caches, self._live = {}, []
 
     def experiment(self) -> dict[str, Any]:
         """Adds what the training found out: the layers, the teacher's file and its mean maps."""

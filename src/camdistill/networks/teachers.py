@@ -319,9 +319,10 @@ class Teacher(Preprocessed):
 
         Args:
             size: Height and width in pixels of the images it will see.
-            keep: Layers whose own outputs must stay what they are.
+            keep: Layers whose own outputs must stay what they are, at whatever call.
         """
-        network = fused(self.network, size, keep, self.mean.shape[1])
+        modules = {layer.partition("#")[0] for layer in keep}
+        network = fused(self.network, size, modules, self.mean.shape[1])
         copy = type(self).of(network, self.mean.flatten().tolist(), self.std.flatten().tolist())
         copy.spec, copy.sha256 = self.spec, self.sha256
         return copy.to(self.mean.device)
