@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camdistill.explain.compare import cosine, l1, l2, pearson, skill, spearman
+from camdistill.explain.compare import cosine, l1, l2, pearson, spearman
 
 
 @pytest.fixture
@@ -106,11 +106,3 @@ def test_correlations_ignore_scale_and_offset(scale: float, offset: float, seed:
     torch.testing.assert_close(pearson(scale * a + offset, b), pearson(a, b))
     torch.testing.assert_close(spearman(scale * a + offset, b), spearman(a, b))
     torch.testing.assert_close(cosine(scale * a, b), cosine(a, b))
-
-
-def test_skill_is_1_for_perfect_0_for_the_mean_map() -> None:
-    baseline = torch.tensor([0.8, 0.9])
-    assert skill(torch.ones(2), baseline).item() == pytest.approx(1)
-    assert skill(baseline, baseline).item() == pytest.approx(0)
-    assert skill(torch.tensor([0.9, 0.95]), baseline).item() == pytest.approx(0.5)
-    assert torch.isnan(skill(torch.ones(2), torch.ones(2)))

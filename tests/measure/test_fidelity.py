@@ -10,7 +10,6 @@ import scipy.stats
 import torch
 from torch import Tensor, multiprocessing
 
-from camdistill.explain.compare import skill
 from camdistill.explain.maps import resize
 from camdistill.measure.fidelity import (
     FidelityMeter,
@@ -28,7 +27,7 @@ from camdistill.measure.intervals import (
     paired_interval,
     resampled_means,
     seed_interval,
-    skill_interval,
+    skill_of_means,
 )
 
 PAIRS = {"stage2": "layer2", "stage5": "layer3"}
@@ -197,7 +196,8 @@ def test_summary_has_the_keys_of_the_results_and_their_means() -> None:
     assert values["student.pearson"] == pytest.approx(own.pearson.mean().item(), rel=1e-5)
     assert values["student.pearson"] == values["student.layers.stage5.pearson"]
     assert values["controls.mean_map.spearman"] == pytest.approx(base.spearman.mean().item())
-    assert values["student.skill"] == pytest.approx(float(skill(own.cosine, base.cosine)), rel=1e-4)
+    gone = 1 - (1 - own.cosine.mean().item()) / (1 - base.cosine.mean().item())
+    assert values["student.skill"] == pytest.approx(gone, rel=1e-4)
     assert values["controls.mean_map.skill"] == 0
     json.dumps(summary(table), allow_nan=False)
 
@@ -368,11 +368,19 @@ def test_resampled_means_leave_holes_out_of_each_column() -> None:
     np.testing.assert_allclose(drawn, np.nanmean(values[rows], axis=1))
 
 
-def test_skill_interval_holds_the_skill_and_shares_resamples() -> None:
+def test_skill_is_1_for_perfect_0_for_the_mean_map() -> None:
+    assert skill_of_means(1.0, 0.85) == pytest.approx(1)
+    assert skill_of_means(0.85, 0.85) == pytest.approx(0)
+    assert skill_of_means(0.925, 0.85) == pytest.approx(0.5)
+    assert skill_of_means(0.7, 0.85) == pytest.approx(-1)
+
+
+def test_intervals_of_skill_share_the_resamples_of_both_cosines() -> None:
     generator = np.random.default_rng(0)
     base = generator.uniform(0.7, 0.95, 400)
     cosines = 1 - 0.5 * (1 - base)  # half of the error of every image is gone
-    found = skill_interval(cosines, base, seed=1)
+    columns = {"student.layers.a.cosine": cosines, "controls.mean_map.layers.a.cosine": base}
+    found = intervals(FidelityTable(np.arange(400), columns, ("a",)), seed=1)["student.skill"]
     assert found.low == pytest.approx(0.5)
     assert found.high == pytest.approx(0.5)
 

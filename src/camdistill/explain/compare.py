@@ -53,23 +53,6 @@ def l1(maps: Maps, reference: Maps) -> PerImage:
     return (_unit(vectors) - _unit(others)).abs().sum(1)
 
 
-def skill(
-    cosines: Float[Tensor, "images"], baseline_cosines: Float[Tensor, "images"]
-) -> Float[Tensor, ""]:
-    """How much of the baseline's error is gone: 1 - (1 - mean cos(P, T)) / (1 - mean cos(M, T)).
-
-    Args:
-        cosines: Of student and teacher, per image.
-        baseline_cosines: Of the mean teacher map M and the teacher, for the same images.
-
-    Returns:
-        1 for perfect maps, 0 for maps no better than the mean map, negative for worse; NaN where
-        the mean map is perfect itself.
-    """
-    left = 1 - baseline_cosines.mean()
-    return torch.where(left > 0, 1 - (1 - cosines.mean()) / left, torch.nan)
-
-
 def _pair(maps: Maps, reference: Maps) -> tuple[Vectors, Vectors]:
     if maps.shape != reference.shape:
         raise ValueError(

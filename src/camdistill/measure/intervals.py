@@ -46,22 +46,6 @@ def paired_interval(
     return interval(difference, seed, level=level, resamples=resamples)
 
 
-def skill_interval(
-    cosines: FloatArray,
-    baseline_cosines: FloatArray,
-    seed: int = 0,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-) -> Interval:
-    """Percentile bootstrap interval of skill, images resampled with both of their cosines."""
-    both = np.stack([cosines, baseline_cosines], 1).astype(np.float64)
-    both = both[~np.isnan(both).any(1)]
-    drawn = resampled_means(both, seed, resamples)
-    value = float(skill_of_means(both[:, 0].mean(), both[:, 1].mean()))
-    return percentiles(value, skill_of_means(drawn[:, 0], drawn[:, 1]), level)
-
-
 def seed_interval(values: FloatArray | list[float], *, level: float = 0.95) -> Interval:
     """Student's t-interval of a mean over seeds; the bounds of a single seed are NaN."""
     runs = np.asarray(values, np.float64)
