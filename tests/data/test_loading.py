@@ -202,18 +202,26 @@ def test_a_run_killed_in_an_epoch_goes_on_with_its_next_batch(
     assert run(tmp_path / "broken", resume=True, every_step=every_step) == whole[saved:]
 
 
-def _report(rank: int, folder: str) -> None:
+def _report(rank: int, folder: str, attempt: int) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/meet{attempt}", rank=rank, world_size=2
     )
     loader = Loader(numbered(7), Order(7, 4, train=False))
     torch.save([(b.ids, b.counted) for b in loader], f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_rank_and_world_are_those_of_torch_distributed(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_report, (str(tmp_path),), nprocs=2)
+    # On a busy machine gloo's handshake itself fails now and then; that is not what is tested.
+    for attempt in range(3):
+        try:
+            torch.multiprocessing.spawn(_report, (str(tmp_path), attempt), nprocs=2)
+            break
+        except torch.multiprocessing.ProcessRaisedException as error:
+            if attempt == 2 or "connectFullMesh" not in str(error):
+                raise
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert [[ids.tolist() for ids, _ in rank] for rank in found] == [
         [[0, 1], [4, 5]],

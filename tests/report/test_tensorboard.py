@@ -206,6 +206,10 @@ def tensorboard_of(folder: Path, load_fast: str) -> Iterator[str]:
             yield url
         finally:
             server.terminate()
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 @pytest.mark.slow
