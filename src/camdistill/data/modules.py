@@ -1,6 +1,7 @@
 """LightningDataModules: procedural shapes, CIFAR, any image folder."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from camdistill.data.shapes import Shapes
 from camdistill.errors import UserError
 
 
-class ImageData(pl.LightningDataModule):
+class ImageData(pl.LightningDataModule, ABC):
     """What all data have in common: three sets, one order, batches of `camdistill.types.Batch`.
 
     Attributes:
@@ -40,13 +41,13 @@ class ImageData(pl.LightningDataModule):
         self.val_set: ImageSet | None = None
         self.test_set: ImageSet | None = None
 
+    @abstractmethod
     def _fit_sets(self) -> tuple[ImageSet, ImageSet]:
         """The training set (before `limit`) and the validation set."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _held_out_set(self) -> ImageSet:
         """The test set."""
-        raise NotImplementedError
 
     def setup(self, stage: str) -> None:
         """Load what a stage needs: the test set is touched by test and predict alone."""
