@@ -19,7 +19,8 @@ from camdistill.measure.fidelity import map_scores
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher
-from camdistill.report.figures import Row, map_panel, save_png
+from camdistill.report.figures.maps import Row, map_panel
+from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import Cell, text_table, write_atomically, write_results
 from camdistill.types import Images
 

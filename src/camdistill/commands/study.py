@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from camdistill.report.figures import interval_chart, save_png
+from camdistill.report.figures.intervals import interval_chart
+from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import text_table
 from camdistill.studies.runs import Study, run_study
 

@@ -1,15 +1,12 @@
 import hashlib
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
-from camdistill.measure.intervals import Interval
-from camdistill.report.figures import Row, interval_chart, map_panel, overlay, save_png
+from camdistill.report.figures.maps import Row, map_panel, overlay
 
 VIRIDIS, RED_BLUE = mpl.colormaps["viridis"], mpl.colormaps["RdBu_r"]
 MAGENTA = (255, 0, 255)
@@ -180,32 +177,3 @@ def test_nothing_to_draw_is_a_programmers_mistake() -> None:
         map_panel([])
     with pytest.raises(ValueError, match="1 or 3 channels, not 4"):
         map_panel([Row(black(channels=4), np.eye(2, dtype=np.float32))])
-    with pytest.raises(ValueError, match="at least one arm"):
-        interval_chart({})
-
-
-def test_interval_chart_draws_longer_lines_for_wider_intervals() -> None:
-    def ink(half: float) -> int:
-        table = {
-            "CE": {"accuracy": Interval(0.5, 0.5 - half, 0.5 + half)},
-            "KD": {"accuracy": Interval(0.5, 0.1, 0.9)},
-        }
-        picture = interval_chart(table, title="t", references={"accuracy": 0.7})
-        return int((np.abs(picture.astype(int) - (0x3B, 0x52, 0x8B)) < 40).all(-1).sum())
-
-    assert ink(0.3) > ink(0.1) > ink(0.01)
-
-
-def test_interval_chart_takes_unknown_intervals_and_missing_measures() -> None:
-    table = {
-        "one seed": {"accuracy": Interval(0.5, float("nan"), float("nan"))},
-        "KD": {"accuracy": Interval(0.6, 0.5, 0.7), "skill": Interval(0.1, 0.0, 0.2)},
-    }
-    assert interval_chart(table).shape[2] == 3
-
-
-def test_png_keeps_every_pixel(tmp_path: Path) -> None:
-    picture = np.random.default_rng(5).integers(0, 256, (9, 4, 3), np.uint8)
-    path = save_png(tmp_path / "new" / "a.png", picture)
-    assert np.array_equal(np.asarray(Image.open(path)), picture)
-    assert [file.name for file in path.parent.iterdir()] == ["a.png"]

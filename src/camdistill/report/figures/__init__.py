@@ -1,0 +1,1 @@
+"""Arrays in, pictures out; the only modules that know matplotlib."""
