@@ -7,10 +7,13 @@ from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import text_table
 from camdistill.studies.runs import Study, run_study
 
+# What an option of a run may be: a value, or a list as model.transfer.pairs is.
+Setting = bool | int | float | str | list[dict[str, str | float]] | None
+
 
 def study(
     base: Path,
-    arms: dict[str, dict[str, bool | int | float | str | None]],
+    arms: dict[str, dict[str, Setting]],
     seeds: list[int] = [0, 1, 2],  # noqa: B006  (never changed; jsonargparse shows it)
     out: Path = Path("runs/study"),
     overrides: list[str] = [],  # noqa: B006

@@ -1,6 +1,7 @@
 """Arms times seeds from one config: trained one after the other, resumed from one results file."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,4 +206,5 @@ def _write(path: Path, results: Mapping[str, object]) -> None:
 
 
 def _text(value: object) -> str:
-    return "null" if value is None else str(value)
+    """A value as the command line takes it."""
+    return json.dumps(value) if isinstance(value, list | dict | None) else str(value)

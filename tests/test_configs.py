@@ -1,0 +1,53 @@
+"""Every config that ships is one that the command line takes, down to each arm of a study."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from camdistill.commands.parsing import call
+from camdistill.commands.study import study
+from camdistill.studies.experiment import Experiment
+from camdistill.studies.runs import Study
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OF_STUDIES = [path for path in CONFIGS if "arms" in yaml.safe_load(path.read_text())]
+OF_RUNS = [path for path in CONFIGS if path not in OF_STUDIES]
+
+
+@pytest.fixture(autouse=True)
+def _parse_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stops before networks and data are made: their files aren't here."""
+    monkeypatch.setattr(Experiment, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(Experiment, "_run_subcommand", lambda self, name: None)
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("path", OF_RUNS, ids=lambda path: path.stem)
+def test_config_of_a_run_parses(path: Path) -> None:
+    Experiment(["fit", "-c", str(path)])
+
+
+@pytest.mark.parametrize("path", OF_STUDIES, ids=lambda path: path.stem)
+def test_config_of_a_study_parses_with_every_arm(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Study] = []
+
+    def note(whole: Study, **_: object) -> dict[str, object]:
+        asked.append(whole)
+        raise InterruptedError
+
+    monkeypatch.setattr("camdistill.commands.study.run_study", note)
+    with pytest.raises(InterruptedError):
+        call(study, ["study", "-c", str(path)])
+    (whole,) = asked
+    for arm in whole.arms:
+        Experiment(whole.arguments(arm, whole.seeds[0]), run=False)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_says_how_to_run_it(path: Path) -> None:
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("Command: " in line for line in comments), f"{path} names no command"
