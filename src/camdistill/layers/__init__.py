@@ -1,0 +1,1 @@
+"""What a layer does: statistics of one sweep, receptive fields, filters, patches, units."""

@@ -1,0 +1,155 @@
+"""The weights themselves: first filters as they act on pixels, sizes and histograms by layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from camdistill.errors import UserError
+from camdistill.explain.request import wide
+from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
+from camdistill.networks.fusion import fold, foldable
+from camdistill.networks.teachers import Preprocessed
+from camdistill.types import Images
+
+BINS = 64
+
+
+@dataclass(frozen=True)
+class FilterBank:
+    """Filters of a convolution.
+
+    Attributes:
+        layer: The convolution's name.
+        weights: [K, C, h, w].
+        folded: The batch normalisation whose scale is in them; empty where there is none.
+        per_pixel: Whether they act on pixels in [0, 1]: the input's standard deviation is in them.
+    """
+
+    layer: str
+    weights: Float[Tensor, "units channels height width"]
+    folded: str = ""
+    per_pixel: bool = False
+
+    @property
+    def norms(self) -> Float[Tensor, "units"]:
+        """Length of each filter as a vector."""
+        norms: Tensor = wide(self.weights).flatten(1).norm(dim=1)
+        return norms
+
+
+def first_filters(network: nn.Module, images: Images) -> FilterBank:
+    """Filters of the first convolution that runs, with the normalisations around it folded in.
+
+    What they say is then the change of a unit, in standard deviations that its batch normalisation
+    makes, when a pixel changes by 1 (black to white).
+
+    Args:
+        network: Bare or wrapped; a `Preprocessed` one tells the images' standard deviation.
+        images: As the network takes them; the first is run.
+
+    Raises:
+        UserError: The network has no two-dimensional convolution that runs on the images.
+    """
+    inner = bare(network)
+    ran: list[str] = []
+    convolutions = [
+        name for name in layer_names(network) if isinstance(inner.get_submodule(name), nn.Conv2d)
+    ]
+
+    def note(name: str, output: object) -> None:
+        ran.append(name)
+
+    with undisturbed(network):
+        with visiting(network, convolutions, note, required=False):
+            plain(network)(images[:1])
+        if not ran:
+            raise UserError(
+                f"{type(inner).__name__} runs no two-dimensional convolution on these images, so "
+                "there are no filters to show"
+            )
+        prepared = images[:1]
+        if isinstance(network, Preprocessed):
+            prepared = network.normalise(prepared)
+        pairs = dict(foldable(inner, prepared))
+    conv = inner.get_submodule(ran[0])
+    assert isinstance(conv, nn.Conv2d), "they were chosen as such"
+    norm = pairs.get(ran[0], "")
+    if norm:
+        conv = fold(conv, inner.get_submodule(norm))  # type: ignore[arg-type]
+    weights = conv.weight.detach().clone()
+    known = isinstance(network, Preprocessed) and network.std.shape[1] == weights.shape[1]
+    if known:
+        assert isinstance(network, Preprocessed), "just asked"
+        weights = weights / network.std.to(weights)
+    return FilterBank(ran[0], weights, norm, known)
+
+
+@dataclass(frozen=True)
+class WeightSummary:
+    """The weights of one layer.
+
+    Attributes:
+        count: How many numbers.
+        mean: Their mean.
+        std: Their standard deviation.
+        norms: Length of each unit's weights as a vector, [K].
+        counts: Histogram over equal bins from -`limit` to `limit`.
+        limit: The largest magnitude.
+        nonfinite: Numbers that are NaN or infinite; in none of the above.
+    """
+
+    count: int
+    mean: float
+    std: float
+    norms: Float[Tensor, "units"]
+    counts: Int[Tensor, "bins"]
+    limit: float
+    nonfinite: int = 0
+
+
+def weight_summaries(network: nn.Module) -> dict[str, WeightSummary]:
+    """Every convolution's and linear layer's weights, by layer in the order of definition."""
+    inner = bare(network)
+    layers = {name: inner.get_submodule(name) for name in layer_names(network)}
+    return {
+        name: summarised(layer.weight.detach())
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    }
+
+
+def summarised(weights: Float[Tensor, "units *rest"]) -> WeightSummary:
+    """Moments, norms and histogram of weights whose first axis is units."""
+    rows = wide(weights).flatten(1).double().cpu()
+    finite = rows[torch.isfinite(rows)]
+    limit = float(finite.abs().max()) if len(finite) else 0.0
+    spread = limit or 1.0
+    # Where each falls: the last bin's right edge belongs to it.
+    places = ((finite / spread + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
+    return WeightSummary(
+        count=rows.numel(),
+        mean=float(finite.mean()) if len(finite) else float("nan"),
+        std=float(finite.std(correction=0)) if len(finite) else float("nan"),
+        norms=rows.norm(dim=1),
+        counts=torch.bincount(places, minlength=BINS),
+        limit=limit,
+        nonfinite=rows.numel() - len(finite),
+    )
+
+
+def weight_rows(summaries: Mapping[str, WeightSummary]) -> dict[str, dict[str, object]]:
+    """The summaries as plain numbers, by layer."""
+    return {
+        name: {
+            "count": found.count,
+            "mean": found.mean,
+            "std": found.std,
+            "limit": found.limit,
+            "nonfinite": found.nonfinite,
+            "norms": found.norms.tolist(),
+        }
+        for name, found in summaries.items()
+    }

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from camdistill.errors import UserError
+from camdistill.layers.filters import first_filters, summarised, weight_summaries
+from camdistill.networks.students import ShallowCNN
+from camdistill.networks.teachers import Preprocessed
+
+
+def _randomised(network: nn.Module, generator: torch.Generator) -> nn.Module:
+    for value in network.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    return network.eval()
+
+
+def test_first_filters_are_the_change_of_the_normalised_unit_by_a_pixel(
+    generator: torch.Generator,
+) -> None:
+    network = Preprocessed(
+        _randomised(ShallowCNN(3, (4,), (1,)), generator), (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+    ).double()
+    bank = first_filters(network, torch.rand(1, 3, 8, 8, dtype=torch.float64))
+    assert (bank.layer, bank.folded, bank.per_pixel) == ("stage1.conv", "stage1.bn", True)
+    # Finite difference of the unit before its ReLU, exact as it is linear.
+    grey = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64)
+    for channel, row, column in [(0, 0, 0), (1, 2, 1), (2, 1, 2)]:
+        brighter = grey.clone()
+        brighter[0, channel, 3 + row, 3 + column] += 1
+        stage = network.network.stage1
+        units = [stage.bn(stage.conv(network.normalise(x))) for x in (grey, brighter)]
+        difference = (units[1] - units[0])[0, :, 4, 4]
+        assert torch.allclose(bank.weights[:, channel, row, column], difference)
+
+
+def test_filters_of_a_bare_network_are_in_its_own_units(generator: torch.Generator) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    bank = first_filters(network, torch.rand(1, 1, 8, 8, generator=generator))
+    assert torch.equal(bank.weights, network[0].weight)
+    assert bank.folded == ""
+    assert not bank.per_pixel
+    assert torch.allclose(bank.norms, network[0].weight.flatten(1).pow(2).sum(1).sqrt())
+
+
+def test_network_without_a_convolution_is_a_users_mistake() -> None:
+    with pytest.raises(UserError, match="Sequential runs no two-dimensional convolution"):
+        first_filters(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2))
+
+
+def test_histogram_of_weights_is_numpys(generator: torch.Generator) -> None:
+    weights = torch.randn(8, 3, 3, 3, generator=generator, dtype=torch.float64)
+    found = summarised(weights)
+    edges = np.linspace(-found.limit, found.limit, len(found.counts) + 1)
+    counts, _ = np.histogram(weights.numpy(), edges)
+    assert found.counts.tolist() == counts.tolist()
+    assert found.count == weights.numel() == found.counts.sum()
+    assert np.isclose(found.mean, weights.numpy().mean())
+    assert np.isclose(found.std, weights.numpy().std())
+    assert np.allclose(found.norms, np.linalg.norm(weights.numpy().reshape(8, -1), axis=1))
+
+
+def test_weights_that_are_not_numbers_are_counted_and_left_out() -> None:
+    weights = torch.tensor([[1.0, float("nan")], [float("inf"), -2.0]])
+    found = summarised(weights)
+    assert found.nonfinite == 2
+    assert found.counts.sum() == 2
+    assert (found.mean, found.limit) == (-0.5, 2.0)
+
+
+def test_dead_layer_has_all_its_weights_in_the_middle() -> None:
+    found = summarised(torch.zeros(4, 3))
+    assert found.limit == 0
+    assert found.counts.argmax() == len(found.counts) // 2
+
+
+def test_summaries_name_every_layer_with_weights() -> None:
+    assert list(weight_summaries(ShallowCNN(3, (4, 4), (1, 2)))) == [
+        "stage1.conv",
+        "stage2.conv",
+        "linear",
+    ]

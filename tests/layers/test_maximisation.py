@@ -1,0 +1,79 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from camdistill.errors import UserError
+from camdistill.layers.maximisation import COLOURS, maximised, painted
+from camdistill.networks.students import ShallowCNN
+
+
+def test_painted_is_the_formula_in_numpy(generator: torch.Generator) -> None:
+    spectrum = torch.randn(2, 3, 6, 5, 2, generator=generator, dtype=torch.float64)
+    found = painted(torch.view_as_complex(spectrum), (2, 3, 6, 8)).numpy()
+    z = spectrum.numpy()[..., 0] + 1j * spectrum.numpy()[..., 1]
+    rows, columns = np.fft.fftfreq(6)[:, None], np.fft.rfftfreq(8)[None]
+    frequency = np.maximum(np.sqrt(rows**2 + columns**2), 1 / 8)
+    flat = np.fft.irfft2(z * math.sqrt(48) / frequency, s=(6, 8)) / 4
+    colours = COLOURS.numpy().astype(np.float64)
+    mix = colours / np.linalg.norm(colours, axis=0).max()
+    mixed = np.einsum("dc,ncij->ndij", mix, flat)
+    assert np.allclose(found, 1 / (1 + np.exp(-mixed)), atol=1e-6)
+
+
+class Planted(nn.Module):
+    """Unit 0 wants vertical stripes, unit 1 their opposite, before a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, (1, 4), bias=False)
+        self.relu = nn.ReLU(inplace=True)
+        kernel = torch.tensor([1.0, 1.0, -1.0, -1.0])
+        self.layer.weight.data = torch.stack([kernel, -kernel]).view(2, 1, 1, 4)
+
+    def forward(self, images):
+        return self.relu(self.layer(images) - 3.0).mean((2, 3))
+
+
+def test_image_reaches_what_no_larger_value_is_possible_for() -> None:
+    found = maximised(
+        Planted(), "layer", [0, 1], size=(16, 16), channels=1, steps=200, natural=[1.0, 4.0]
+    )
+    # Two pixels at 1, two at 0: at most 2.
+    assert (found.reached > 1.9).all()
+    assert (found.reached <= 2).all()
+    assert torch.allclose(found.ratio, found.reached / torch.tensor([1.0, 4.0]))
+    response = nn.functional.conv2d(found.images, Planted().layer.weight)
+    best = torch.stack([response[n, n].amax() for n in range(2)])
+    assert torch.allclose(found.reached, best)
+
+
+def test_same_seed_same_images_and_units_don_t_disturb_each_other() -> None:
+    network = ShallowCNN(3, (4, 5), (1, 2))
+    settings = {"size": (16, 16), "steps": 4, "robust": False}
+    both = maximised(network, "stage2.bn", [1, 3], **settings)
+    again = maximised(network, "stage2.bn", [1, 3], **settings)
+    assert torch.equal(both.images, again.images)
+    alone = maximised(network, "stage2.bn", [1], **settings)
+    assert torch.allclose(alone.images[0], both.images[0], atol=1e-5)
+
+
+def test_robust_images_stay_in_range_and_at_their_size() -> None:
+    network = ShallowCNN(3, (4, 5), (1, 2))
+    found = maximised(network, "stage1.bn", [0], size=(20, 12), steps=3)
+    assert found.images.shape == (1, 3, 20, 12)
+    assert 0 <= float(found.images.min()) <= float(found.images.max()) <= 1
+    assert math.isnan(float(found.ratio[0]))
+
+
+def test_network_is_left_as_it_was_also_after_an_error() -> None:
+    network = ShallowCNN(3, (4, 5), (1, 2)).train()
+    network.linear.weight.requires_grad_(False)
+    with pytest.raises(UserError, match="no unit 9"):
+        maximised(network, "stage1.bn", [9], size=(8, 8), steps=1)
+    assert network.training
+    assert network.stage1.conv.weight.requires_grad
+    assert not network.linear.weight.requires_grad
+    assert network.stage1.conv.weight.grad is None
