@@ -1,15 +1,22 @@
 """What the teacher says: in which precision it is kept, and who says it when it is live."""
 
 from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
+from camdistill.data.datasets import shapes_set
 from camdistill.data.modules import ShapesData
+from camdistill.data.shapes import Shapes
+from camdistill.distill.cache import TeacherCache
 from camdistill.distill.module import DistilledExplainer
+from camdistill.distill.targets import shared_cache
 from camdistill.distill.transfer import LayerPair, Transfer
+from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain
 
 Explainer = Callable[..., DistilledExplainer]
@@ -71,3 +78,52 @@ def test_live_teacher_is_fused_says_the_same_and_is_nobodys_part(
         )
     assert live not in list(module.modules())
     assert module._live == []
+
+
+def one_of_two(said: list[bool], *, first: bool) -> Trainer:
+    """One of two processes' trainers; what the first broadcasts reaches the second."""
+
+    def broadcast(value: bool) -> bool:
+        if first:
+            said.append(value)
+        return said[0]
+
+    trainer = Mock(spec=Trainer, is_global_zero=first, precision="32-true")
+    trainer.strategy.broadcast = broadcast
+    return trainer
+
+
+def test_a_teacher_that_fails_stops_all_processes_at_once(
+    explainer: Explainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> TeacherCache:
+        raise OSError("the disk is gone")
+
+    def ask(*, first: bool) -> TeacherCache:
+        return shared_cache(
+            one_of_two(said, first=first),
+            explainer().teacher,
+            shapes_set(Shapes("train", 4)),
+            ["layer3"],
+            what="training images",
+            root=tmp_path,
+            quantities=[],
+            flips=False,
+            p=2.0,
+        )
+
+    said: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherCache, "open_or_build", broken)
+        with pytest.raises(OSError, match="the disk is gone"):
+            ask(first=True)
+        assert said == [False]
+        with pytest.raises(UserError, match=r"first process could not .* training images"):
+            ask(first=False)
+    said.clear()
+    assert torch.equal(
+        *(
+            ask(first=first).lookup(torch.arange(4), torch.zeros(4, dtype=torch.bool))[0]
+            for first in (True, False)
+        )
+    )

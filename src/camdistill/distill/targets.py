@@ -1,6 +1,6 @@
 """What the teacher says of a batch: asked now, or read from its cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from camdistill.data.datasets import ImageSet
 from camdistill.data.views import View, view_maps
 from camdistill.distill.cache import Precision, Quantity, TeacherCache
 from camdistill.distill.transfer import quantity_maps
+from camdistill.errors import UserError
 from camdistill.explain.gradcam import last_layer
 from camdistill.networks.teachers import Teacher
 from camdistill.types import Images, Labels, Logits
@@ -89,24 +90,41 @@ def shared_cache(
         quantities: Besides Grad-CAMs.
         flips: Whether mirrored images are asked about too.
         p: Power of attention maps.
+
+    Raises:
+        UserError: The process that asks failed, which raises its own error.
     """
-    if not trainer.is_global_zero:
-        trainer.strategy.barrier()
-    with Progress(disable=not trainer.is_global_zero, transient=True) as bar:
-        task = bar.add_task(f"Asking the teacher about {what}", total=None)
-        cache = TeacherCache.open_or_build(
+    precision = _precision(trainer, teacher, images, layers)
+
+    def opened(progress: Callable[[int, int], None] | None = None) -> TeacherCache:
+        return TeacherCache.open_or_build(
             teacher,
             images,
             layers,
             root=root,
             quantities=quantities,
             flips=flips,
-            precision=_precision(trainer, teacher, images, layers),
+            precision=precision,
             p=p,
-            progress=lambda done, count: bar.update(task, completed=done, total=count),
+            progress=progress,
         )
-    if trainer.is_global_zero:
-        trainer.strategy.barrier()
+
+    if not trainer.is_global_zero:
+        if not trainer.strategy.broadcast(False):
+            raise UserError(
+                f"the first process could not get the teacher's answers about {what}; what it "
+                "printed says why"
+            )
+        return opened()
+    whole = False
+    try:
+        with Progress(transient=True) as bar:
+            task = bar.add_task(f"Asking the teacher about {what}", total=None)
+            cache = opened(lambda done, count: bar.update(task, completed=done, total=count))
+        whole = True
+    finally:
+        # After a failure too, or the others would wait until their group's time is over.
+        trainer.strategy.broadcast(whole)
     return cache
 
 
