@@ -1,0 +1,392 @@
+"""What a sweep tells: plain frozen data, on the CPU, that needs no network to be read.
+
+A **layer** of a summary is one call of one module, under the name that people use for it: a
+residual block "layer1.0", a stage "stage2", a ReLU "relu", and "relu#1" where a module is called
+twice. A **point** says which tensor a number is of, without doubt: network, path, number of the
+call, and whether it goes into the module ("pre") or comes out of it ("post").
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Side = Literal["pre", "post"]
+
+
+class Point(NamedTuple):
+    """One tensor of a forward.
+
+    Attributes:
+        network: "teacher", "student" or what the sweep was told.
+        path: Dotted name inside the bare network.
+        call: Number of the call, from 0.
+        side: "pre" is what the module is given, "post" what it gives.
+    """
+
+    network: str
+    path: str
+    call: int
+    side: Side
+
+    def __str__(self) -> str:
+        return f"{self.network}/{self.path}#{self.call}/{self.side}"
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often which value occurs, in bins that are the same for every tensor.
+
+    `layers.histograms` has the edges (`edges`), the buckets in log10 units (`log10_buckets`) and
+    the quantiles (`quantile`).
+
+    Attributes:
+        point: Of which tensor.
+        counts: Per bin, negative values from the largest magnitude up, zero, positive ones; a
+            bin is an eighth of an octave.
+        nan: Values that are not a number.
+        below: Values that are minus infinity.
+        above: Values that are infinity.
+    """
+
+    point: Point
+    counts: Int[Tensor, "bins"]
+    nan: int = 0
+    below: int = 0
+    above: int = 0
+
+    @property
+    def nonfinite(self) -> int:
+        """Values that are no finite number."""
+        return self.nan + self.below + self.above
+
+    @property
+    def finite(self) -> int:
+        """Values in the bins."""
+        return int(self.counts.sum())
+
+    @property
+    def total(self) -> int:
+        """Every value that was seen."""
+        return self.finite + self.nonfinite
+
+    @property
+    def zeros(self) -> int:
+        """Values that are exactly 0."""
+        return int(self.counts[len(self.counts) // 2])
+
+    @property
+    def negatives(self) -> int:
+        """Finite values below 0."""
+        return int(self.counts[: len(self.counts) // 2].sum())
+
+    @property
+    def zero_share(self) -> float:
+        """Zeros among the finite values; NaN without any."""
+        return self.zeros / self.finite if self.finite else float("nan")
+
+
+@dataclass(frozen=True)
+class Units:
+    """What each channel of a layer's output does.
+
+    Attributes:
+        images: How many the numbers are of; an image with a value that is not finite counts only
+            in the histogram.
+        cells: Values of a channel in one image.
+        mean: Over all values.
+        variance: Over all values, divided by their number.
+        largest: Over all values.
+        active: Share of values above 0.
+        image_active: Share of images in which a value is above 0.
+        saturated: Share of values at 99 % of an activation's bound or beyond (sigmoid, tanh,
+            ReLU6); None where there is no bound.
+        dead: Channels that gave 0 everywhere.
+        nearly_dead: Channels above 0 in fewer than one image in a thousand, but not never; empty
+            for a layer that gives negative values.
+        always_on: Channels above 0 at more than 99.9 % of places, so that their ReLU does nothing;
+            empty for a layer that gives negative values.
+        bound: 3/N: of how many images, at most (95 % confidence), a channel may be active that was
+            so in none of N.
+        duplicates: Pairs of channels with the same course over images: (channel, channel,
+            correlation), the most alike first.
+    """
+
+    images: int
+    cells: int
+    mean: Float[Tensor, "channels"]
+    variance: Float[Tensor, "channels"]
+    largest: Float[Tensor, "channels"]
+    active: Float[Tensor, "channels"]
+    image_active: Float[Tensor, "channels"]
+    saturated: Float[Tensor, "channels"] | None
+    dead: tuple[int, ...]
+    nearly_dead: tuple[int, ...]
+    always_on: tuple[int, ...]
+    bound: float
+    duplicates: tuple[tuple[int, int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How few carry the activity: 0 is evenly spread, 1 is one alone.
+
+    Population and lifetime sparsity are (1 - mean(r)^2 / mean(r^2)) / (1 - 1/n) of a channel's
+    spatial means r (Vinje and Gallant 2000); of |r| where a layer gives negative values.
+
+    Attributes:
+        population: Among the channels of an image, averaged over images.
+        lifetime: Among the images of a channel, by channel; NaN for one that is 0 throughout.
+        hoyer: Of all values of the layer together (Hoyer 2004): (sqrt(n) - L1/L2) / (sqrt(n) - 1).
+        blank: Images without any activity, which population sparsity leaves out.
+    """
+
+    population: float
+    lifetime: Float[Tensor, "channels"]
+    hoyer: float
+    blank: int
+
+    @property
+    def lifetime_mean(self) -> float:
+        """Over channels that are ever active; NaN without any."""
+        return float(self.lifetime.nanmean())
+
+
+@dataclass(frozen=True)
+class Rank:
+    """In how many directions a layer's spatial means vary over images.
+
+    Attributes:
+        effective: exp of the entropy of the normalised singular values (Roy and Vetterli 2007);
+            of a matrix's singular values, not of its covariance's eigenvalues.
+        participation: (sum of eigenvalues)^2 / sum of their squares.
+        saturation: Smallest share of the directions that holds 99 % of the variance.
+        possible: min(channels, images - 1): what `effective` could be at most.
+        eigenvalues: Of the covariance, the largest first.
+    """
+
+    effective: float
+    participation: float
+    saturation: float
+    possible: int
+    eigenvalues: Float[Tensor, "channels"]
+
+
+@dataclass(frozen=True)
+class Top:
+    """Where each channel is most active, at most once in an image, the strongest first.
+
+    Attributes:
+        values: NaN beyond the number of images.
+        images: The images' numbers (`Batch.ids`); -1 beyond the number of images.
+        rows: On the layer's grid.
+        columns: On the layer's grid.
+    """
+
+    values: Float[Tensor, "channels top"]
+    images: Int[Tensor, "channels top"]
+    rows: Int[Tensor, "channels top"]
+    columns: Int[Tensor, "channels top"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How well a linear readout of a layer's spatial means tells the label.
+
+    Attributes:
+        accuracy: Each batch is predicted by ridge regression on those before it.
+        chance: Share of the commonest label among the images predicted.
+        untrained: Of the same layer in the same network with random weights; NaN if not asked.
+        images: How many were predicted.
+    """
+
+    accuracy: float
+    chance: float
+    untrained: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Cams:
+    """What Grad-CAM looks like at a layer, for the class that the first network finds likeliest.
+
+    Attributes:
+        scale: Median over images of the largest value of the ReLU map, times the number of cells,
+            which makes layers comparable: logits.
+        scale_low: First quartile of the same.
+        scale_high: Third quartile of the same.
+        zero_share: Share of images whose ReLU map is 0 everywhere.
+        images: How many were explained.
+    """
+
+    scale: float
+    scale_low: float
+    scale_high: float
+    zero_share: float
+    images: int
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A layer of one network.
+
+    Attributes:
+        network: As in `Sweep.networks`.
+        name: What people call it; unique in its network.
+        order: Place among the network's layers of this sweep, from 0.
+        depth: `order` as a share, in [0, 1].
+        shape: Channels, height and width of the output; (1, 1) for a vector.
+        post: Histogram of the output: after the non-linearity.
+        pre: Histogram of what the layer's last non-linearity was given; None without one.
+        units, sparsity, rank, top: Of the output.
+        probe: None if not asked for.
+        cams: None if not asked for, or where the output has no spatial size.
+    """
+
+    network: str
+    name: str
+    order: int
+    depth: float
+    shape: tuple[int, int, int]
+    post: Histogram
+    pre: Histogram | None
+    units: Units
+    sparsity: Sparsity
+    rank: Rank
+    top: Top
+    probe: Probe | None = None
+    cams: Cams | None = None
+
+    @property
+    def channels(self) -> int:
+        """Number of units."""
+        return self.shape[0]
+
+    @property
+    def rectified(self) -> bool:
+        """Whether no value is below 0."""
+        return self.post.negatives == 0
+
+    @property
+    def title(self) -> str:
+        """Network, layer, and of which tensor the numbers are: "student stage2 (post, 128 x 8x8)".
+
+        Many a plot of others leaves open whether it is before or after the non-linearity.
+        """
+        channels, height, width = self.shape
+        return f"{self.network} {self.name} ({self.post.point.side}, {channels} x {height}x{width})"
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which channel of a teacher's layer each channel of a student's layer follows.
+
+    Attributes:
+        teacher: Name of the layer.
+        student: Name of the layer.
+        best: The teacher's channel that correlates most, over images, of spatial means; -1 for a
+            channel that doesn't vary.
+        correlation: With that channel.
+        partner: A one-to-one assignment with the largest sum of correlations (Li et al. 2016); -1
+            where there are more student's channels than teacher's.
+        partner_correlation: With that channel; NaN without one.
+        images: How many the correlations are of.
+    """
+
+    teacher: str
+    student: str
+    best: Int[Tensor, "student_channels"]
+    correlation: Float[Tensor, "student_channels"]
+    partner: Int[Tensor, "student_channels"]
+    partner_correlation: Float[Tensor, "student_channels"]
+    images: int
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Linear CKA between all layers of all networks (Kornblith et al. 2019; Nguyen et al. 2021).
+
+    The estimator is unbiased for any batch: independent layers have 0 on average, and single
+    values may be below 0.
+
+    Attributes:
+        layers: (network, name) of each row and column.
+        cka: NaN where it can't be told; `reasons` says why.
+        reasons: By (row, column), row <= column.
+        images: How many took part; a batch of fewer than 4 can't.
+        batches: In how many groups.
+    """
+
+    layers: tuple[tuple[str, str], ...]
+    cka: Float[Tensor, "layers layers"]
+    reasons: Mapping[tuple[int, int], str]
+    images: int
+    batches: int
+
+    def between(self, rows: str, columns: str) -> Float[Tensor, "row_layers column_layers"]:
+        """The part of the matrix that compares two networks, or one with itself."""
+        networks = [network for network, _ in self.layers]
+        chosen = [torch.tensor([name == wanted for name in networks]) for wanted in (rows, columns)]
+        return self.cka[chosen[0]][:, chosen[1]]
+
+    def names(self, network: str) -> tuple[str, ...]:
+        """The layers of a network, in the order of `between`."""
+        return tuple(name for whose, name in self.layers if whose == network)
+
+
+@dataclass(frozen=True)
+class CamSimilarity:
+    """How alike two networks' Grad-CAM maps are, of the same class.
+
+    Attributes:
+        teacher: Names of its layers.
+        student: Names of its layers.
+        cosine: Mean over images of the cosine of ReLU maps on the smaller of the two grids; 0 for
+            an image of which one map is blank.
+        images: How many were explained.
+    """
+
+    teacher: tuple[str, ...]
+    student: tuple[str, ...]
+    cosine: Float[Tensor, "teacher_layers student_layers"]
+    images: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Everything that one pass over a data set told.
+
+    Attributes:
+        networks: Layers by network, in the order in which they run; the first network is the one
+            that the second is compared with ("teacher", then "student").
+        images: How many were seen.
+        used: By statistic ("histogram", "units", "top", "cka", "matching", "probe", "grad_cam"),
+            how many images it used at most; a layer that met values which are not finite says its
+            own number.
+        similarity: None if not asked for.
+        matches: For each student's layer, with the teacher's layers it was compared with.
+        cam_similarity: None with one network, or if not asked for.
+        notes: What a reader must know: what was sampled, what was left out and why.
+    """
+
+    networks: Mapping[str, tuple[LayerSummary, ...]]
+    images: int
+    used: Mapping[str, int]
+    similarity: Similarity | None = None
+    matches: tuple[Match, ...] = ()
+    cam_similarity: CamSimilarity | None = None
+    notes: tuple[str, ...] = ()
+
+    def layer(self, network: str, name: str) -> LayerSummary:
+        """One layer.
+
+        Raises:
+            KeyError: There is none of this name.
+        """
+        found = [layer for layer in self.networks[network] if layer.name == name]
+        if not found:
+            raise KeyError(f"no layer {name!r} of {network!r} in this sweep")
+        return found[0]
