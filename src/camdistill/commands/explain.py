@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from camdistill.commands.networks import Shown, networks_from
 from camdistill.commands.sources import images_from
-from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import Explanation, last_layer
 from camdistill.explain.gradcam import explain as explain_network
 from camdistill.measure.fidelity import map_scores
-from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
 from camdistill.networks.heads import head_size
-from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher
 from camdistill.report.figures.maps import Row, map_panel
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import Cell, text_table, write_atomically, write_results
@@ -27,29 +25,6 @@ from camdistill.types import Images
 Grid = Float[np.ndarray, "height width"]
 OtherGrid = Float[np.ndarray, "other_height other_width"]
 CHUNK = 32  # images in one forward
-
-
-@dataclass(frozen=True)
-class Shown:
-    """The networks that are explained.
-
-    Attributes:
-        teacher: Its top class is explained, of both networks.
-        student: Beside it, or None.
-        pairs: Layers of (teacher, student); the student's is empty where there is none.
-        classes: Names of the classes; empty when unknown.
-        size: Side of the images that the networks were trained on, in pixels.
-        sha256: Of the files that were read.
-        first: What the first network is: a student whose teacher is missing stands in its place.
-    """
-
-    teacher: Preprocessed
-    student: Preprocessed | None
-    pairs: list[tuple[str, str]]
-    classes: tuple[str, ...]
-    size: int
-    sha256: dict[str, str | None]
-    first: str = "teacher"
 
 
 @dataclass(frozen=True)
@@ -101,7 +76,7 @@ def explain(
         trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
             paths may come from.
     """
-    shown = _networks(checkpoint, teacher, weights, trust)
+    shown = networks_from(checkpoint, teacher, weights, trust)
     found = images_from(images, data, count=count, size=size or shown.size)
     shown = replace(shown, pairs=_pairs(shown, layers, found.images[:1]))
     fitting = len(found.classes) == head_size(shown.teacher.network)
@@ -126,34 +101,6 @@ def explain(
     print(text_table({name: _flat(row) for name, row in rows.items()}, corner="image"))
     print(f"\n{out / 'overview.png'} shows all; panels, raw maps (.npz), results.json beside it")
     return results
-
-
-def _networks(
-    checkpoint: Path | None, teacher: str | None, weights: str | None, trust: Sequence[str]
-) -> Shown:
-    if checkpoint is not None and teacher is None:
-        return _of_checkpoint(load(checkpoint, trust=trust, teacher=weights))
-    if teacher is None or checkpoint is not None:
-        raise UserError(
-            "give either --checkpoint FILE (a student with its teacher), or --teacher NAME and "
-            "--weights (a network alone)"
-        )
-    alone = Teacher(NetworkSpec(teacher, weights))
-    size = 32 if isinstance(alone.network, CifarResNet | WideResNet) else 224
-    return Shown(alone, None, [], (), size, {"teacher": alone.sha256})
-
-
-def _of_checkpoint(found: Explainer) -> Shown:
-    size = int(found.settings.get("size", [224])[0])
-    sha256: dict[str, str | None] = {"checkpoint": found.sha256}
-    if found.teacher is None:
-        if found.teacher_missing:
-            print(f"No teacher, so the student alone: {found.teacher_missing}\n")
-        first = "student" if "student" in found.settings else "network"
-        return Shown(found.network, None, [], found.classes, size, sha256, first)
-    pairs = [(teacher, student) for student, teacher, _ in found.pairs]
-    sha256["teacher"] = found.teacher.sha256
-    return Shown(found.teacher, found.network, pairs, found.classes, size, sha256)
 
 
 def _pairs(shown: Shown, layers: Sequence[str], image: Images) -> list[tuple[str, str]]:

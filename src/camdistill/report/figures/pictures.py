@@ -11,6 +11,7 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -89,6 +90,12 @@ class Sheet:
         )
         for (place, align), word in zip(places, words, strict=True):
             self.write(place, y + 11, word, colour="0.35", points=7.5, align=align)
+
+    def axes(self, x: int, y: int, width: int, height: int) -> Axes:
+        """Axes whose frame is these pixels; labels go around it."""
+        wide = round(self._figure.get_figwidth() * DPI)
+        left, bottom = x / wide, 1 - (y + height) / self._height
+        return self._figure.add_axes((left, bottom, width / wide, height / self._height))
 
     def picture(self) -> Picture:
         """The page as it is now."""

@@ -1,0 +1,66 @@
+"""Networks for a command: a checkpoint's student and teacher, or any network alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from camdistill.distill.checkpoints import Explainer, load
+from camdistill.errors import UserError
+from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The networks that are explained.
+
+    Attributes:
+        teacher: Its top class is explained, of both networks.
+        student: Beside it, or None.
+        pairs: Layers of (teacher, student); the student's is empty where there is none.
+        classes: Names of the classes; empty when unknown.
+        size: Side of the images that the networks were trained on, in pixels.
+        sha256: Of the files that were read.
+        first: What the first network is: a student whose teacher is missing stands in its place.
+    """
+
+    teacher: Preprocessed
+    student: Preprocessed | None
+    pairs: list[tuple[str, str]]
+    classes: tuple[str, ...]
+    size: int
+    sha256: dict[str, str | None]
+    first: str = "teacher"
+
+
+def networks_from(
+    checkpoint: Path | None, teacher: str | None, weights: str | None, trust: Sequence[str]
+) -> Shown:
+    """The networks that a command line names.
+
+    Raises:
+        UserError: Neither or both ways are named, or what is named can't be loaded.
+    """
+    if checkpoint is not None and teacher is None:
+        return _of_checkpoint(load(checkpoint, trust=trust, teacher=weights))
+    if teacher is None or checkpoint is not None:
+        raise UserError(
+            "give either --checkpoint FILE (a student with its teacher), or --teacher NAME and "
+            "--weights (a network alone)"
+        )
+    alone = Teacher(NetworkSpec(teacher, weights))
+    size = 32 if isinstance(alone.network, CifarResNet | WideResNet) else 224
+    return Shown(alone, None, [], (), size, {"teacher": alone.sha256})
+
+
+def _of_checkpoint(found: Explainer) -> Shown:
+    size = int(found.settings.get("size", [224])[0])
+    sha256: dict[str, str | None] = {"checkpoint": found.sha256}
+    if found.teacher is None:
+        if found.teacher_missing:
+            print(f"No teacher, so the student alone: {found.teacher_missing}\n")
+        first = "student" if "student" in found.settings else "network"
+        return Shown(found.network, None, [], found.classes, size, sha256, first)
+    pairs = [(teacher, student) for student, teacher, _ in found.pairs]
+    sha256["teacher"] = found.teacher.sha256
+    return Shown(found.teacher, found.network, pairs, found.classes, size, sha256)

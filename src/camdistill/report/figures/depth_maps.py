@@ -1,0 +1,136 @@
+"""One image's maps at all layers, of several networks, on scales that can be compared."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from camdistill.report.figures.maps import overlay
+from camdistill.report.figures.pictures import (
+    GAP,
+    LINE,
+    MARGIN,
+    SEQUENTIAL,
+    Grid,
+    Picture,
+    Sheet,
+    as_bytes,
+    coloured,
+    enlarged,
+)
+
+ACROSS = 10  # maps in a line
+
+
+class LayerMap(NamedTuple):
+    """A layer's map.
+
+    Attributes:
+        layer: Its name.
+        values: In logit units: the raw map times its number of cells, so that layers of all
+            resolutions can be compared.
+    """
+
+    layer: str
+    values: Grid
+
+
+def depth_panel(
+    image: Float[np.ndarray, "channels height width"],
+    maps: Mapping[str, Sequence[LayerMap]],
+    *,
+    title: str = "",
+    lines: Sequence[str] = (),
+    size: int = 84,
+) -> Picture:
+    """Maps through depth: one row a network and method, the first layer left.
+
+    Colours are shares of each map's own maximum, so that every map can be read; the bar below it is
+    that maximum on one scale for the whole page, with the number.
+
+    Args:
+        image: In [0, 1].
+        maps: By what they are ("teacher, Grad-CAM").
+        title: In bold on top.
+        lines: Words under it: classes, what stands out.
+        size: Longest side of a tile.
+    """
+    rows = [
+        (name if not start else "", layers[start : start + ACROSS])
+        for name, layers in maps.items()
+        for start in range(0, len(layers), ACROSS)
+    ]
+    if not rows:
+        raise ValueError("a panel needs at least one layer")
+    across = max(len(layers) for _, layers in rows)
+    height, width = image.shape[1:]
+    factor = size / max(height, width)
+    tall, wide = (max(round(length * factor), 1) for length in (height, width))
+    pitch = LINE + tall + 10 + LINE + GAP
+    step = max(wide, 80) + GAP
+    top = MARGIN + LINE + 2 + LINE * len(lines) + GAP
+    left = MARGIN + wide + 2 * GAP
+    heads = LINE * len(maps)
+    words = max([7 * len(title), *(6 * len(line) for line in lines), 0]) + 2 * MARGIN
+    sheet = Sheet(
+        max(left + across * step + MARGIN, words),
+        top + len(rows) * pitch + heads + 2 * LINE + MARGIN,
+    )
+    sheet.write(MARGIN, MARGIN, title, bold=True, points=9.5)
+    for number, line in enumerate(lines):
+        sheet.write(MARGIN, MARGIN + LINE + 2 + number * LINE, line, colour="0.35")
+    peak = max((_peak(one.values) for layers in maps.values() for one in layers), default=0.0)
+    y = top
+    sheet.paste(MARGIN, y + 2 * LINE, as_bytes(enlarged(image, tall, wide)))
+    sheet.write(MARGIN, y + 2 * LINE + tall + 1, "image", colour="0.35", points=7.0)
+    for name, layers in rows:
+        if name:
+            sheet.write(left, y, name, bold=True)
+            y += LINE
+        for place, one in enumerate(layers):
+            _layer(sheet, left + place * step, y, image, one, (tall, wide), peak)
+        y += pitch
+    share = ("0", "map / its own maximum", "1")
+    sheet.bar(left, y + 2, min(3 * step, across * step - GAP), SEQUENTIAL, share)
+    sheet.write(
+        left + 3 * step + 2 * GAP, y, "bar below a map: its maximum, one scale for all (logits)",
+        colour="0.35", points=7.5,
+    )  # fmt: skip
+    return sheet.picture()
+
+
+def _layer(
+    sheet: Sheet,
+    x: int,
+    y: int,
+    image: Float[np.ndarray, "channels height width"],
+    one: LayerMap,
+    tile: tuple[int, int],
+    highest: float,
+) -> None:
+    tall, wide = tile
+    finite = np.where(np.isfinite(one.values), one.values, np.nan).astype(np.float64)
+    own = _peak(one.values)
+    share = np.maximum(finite, 0) / own if own > 0 else np.maximum(finite, 0) * 0
+    sheet.write(x, y, _shortened(one.layer), colour="0.35", points=7.0)
+    sheet.paste(x, y + LINE - 2, overlay(image, share, tall, wide))
+    length = round(wide * own / highest) if highest > 0 else 0
+    if length:
+        sheet.paste(x, y + LINE + tall + 1, np.tile(_BAR, (5, length, 1)))
+    rows, columns = one.values.shape
+    note = f"{own:.2g}" if own > 0 else "blank"
+    note = note if np.isfinite(one.values).all() else "NaN"
+    sheet.write(x, y + LINE + tall + 8, f"{note}   {rows}x{columns}", colour="0.35", points=6.5)
+
+
+_BAR = as_bytes(coloured(np.full((1, 1), 0.25), SEQUENTIAL))
+
+
+def _shortened(layer: str, most: int = 14) -> str:
+    return layer if len(layer) <= most else f"…{layer[-most + 1 :]}"
+
+
+def _peak(values: Grid) -> float:
+    finite = values[np.isfinite(values)]
+    return max(float(finite.max()), 0.0) if finite.size else 0.0

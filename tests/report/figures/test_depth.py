@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+
+from camdistill.report.figures.depth import (
+    LogHistogram,
+    Profile,
+    _ends,
+    profile_chart,
+    ridge_chart,
+    similarity_chart,
+)
+
+
+def _ink(picture: np.ndarray) -> float:
+    return float((picture.min(-1) < 200).mean())
+
+
+def test_profile_draws_each_network_in_its_colour_and_gaps_for_nan() -> None:
+    depth = np.array([0.0, 50.0, 100.0])
+    both = {
+        "active": {
+            "teacher": Profile(depth, np.array([0.1, 0.5, 0.9])),
+            "student": Profile(depth, np.array([0.9, 0.5, 0.1])),
+        }
+    }
+    picture = profile_chart(both, title="t")
+    blue = (np.abs(picture.astype(int) - [59, 82, 139]).max(-1) < 12).sum()
+    orange = (np.abs(picture.astype(int) - [225, 98, 47]).max(-1) < 12).sum()
+    assert blue > 200
+    assert orange > 200
+    broken = {"active": {"teacher": Profile(depth, np.array([0.1, np.nan, 0.9]))}}
+    whole = {"active": {"teacher": Profile(depth, np.array([0.1, 0.5, 0.9]))}}
+    assert _ink(profile_chart(broken)) < _ink(profile_chart(whole))
+
+
+def test_profile_of_nothing_finite_is_still_a_chart() -> None:
+    depth = np.array([0.0, 100.0])
+    profile_chart({"active": {"teacher": Profile(depth, np.full(2, np.nan))}})
+
+
+def test_ridges_end_where_the_values_end() -> None:
+    edges = np.linspace(-3, 2, 51)
+    counts = np.zeros(50)
+    counts[20:30] = 1000
+    counts[0] = 1  # one value in ten thousand does not stretch the axis
+    low, high = _ends({"teacher": {"a": LogHistogram(edges, counts, 0.5)}})
+    assert low == pytest.approx(edges[20], abs=0.11)
+    assert high == pytest.approx(edges[30] + 0.1, abs=0.11)
+
+
+def test_dead_layer_and_nan_have_their_words_and_no_curve() -> None:
+    edges = np.linspace(-3, 2, 51)
+    dead = LogHistogram(edges, np.zeros(50), 1.0, nonfinite=3)
+    picture = ridge_chart({"teacher": {"a": dead, "b": dead}}, title="t")
+    red = (np.abs(picture.astype(int) - [214, 39, 40]).max(-1) < 40).sum()
+    assert red > 10
+
+
+def test_similarity_chart_shows_nan_as_grey() -> None:
+    values = np.array([[1.0, 0.0], [np.nan, 0.5]])
+    picture = similarity_chart(values, ["a", "b"], ["c", "d"], title="CKA")
+    greys = (picture == 204).all(-1).sum()
+    yellows = (np.abs(picture.astype(int) - [253, 231, 36]).max(-1) < 3).sum()
+    assert greys > 300
+    assert yellows > 300
+
+
+def test_charts_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one statistic"):
+        profile_chart({})
+    with pytest.raises(ValueError, match="at least one network"):
+        ridge_chart({})
