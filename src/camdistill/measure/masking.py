@@ -1,0 +1,102 @@
+"""An image seen through its map: average drop and its kin, which are easily fooled.
+
+They multiply the image by the min-max normalised map, so they reward a map for being large: on
+ladders of ever worse maps the average drop ranks backwards, and the map of all ones but one pixel
+has a drop of about 0 (Poppi et al. 2021, https://arxiv.org/abs/2104.10252, "Fake-CAM"). They are
+here because papers report them. Don't rank explainers by them.
+
+A constant map lets nothing through: its image is black.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from camdistill.explain.compare import pearson
+from camdistill.explain.maps import normalise
+from camdistill.perturb.asking import logits_of
+from camdistill.perturb.ranks import demand_finite
+from camdistill.types import Images, Labels, Maps, PerImage
+
+Explain = Callable[[nn.Module, Images, Labels], Maps]
+"""Maps at the images' resolution, of one class an image."""
+
+
+class Masked(NamedTuple):
+    """What the map lets through, and what it leaves.
+
+    Attributes:
+        average_drop: max(0, p - q) / p with p the class's probability and q that of the image times
+            the map; lower (Chattopadhay et al. 2018, https://arxiv.org/abs/1710.11063).
+        increase: 1 where q > p, else 0; higher (same).
+        average_gain: max(0, q - p) / (1 - p); higher (Zhang et al. 2024, Opti-CAM).
+        drop_in_deletion: (p - d) / p with d that of the image times (1 - map); higher (Jung and Oh
+            2021, https://arxiv.org/abs/2108.09670).
+    """
+
+    average_drop: PerImage
+    increase: PerImage
+    average_gain: PerImage
+    drop_in_deletion: PerImage
+
+
+def masked(network: nn.Module, images: Images, classes: Labels, maps: Maps) -> Masked:
+    """Average drop, increase, gain and drop in deletion; the module says why not to trust them.
+
+    Args:
+        network: In eval mode.
+        images: In [0, 1], where 0 is what a map of 0 lets through.
+        classes: Whose probability is watched.
+        maps: At the images' resolution.
+    """
+    share = _share(maps, images)
+    before = _probability(network, images, classes)
+    through = _probability(network, images * share, classes)
+    left = _probability(network, images * (1 - share), classes)
+    return Masked(
+        average_drop=(before - through).clamp(min=0) / before,
+        increase=(through > before).to(before),
+        average_gain=(through - before).clamp(min=0) / (1 - before).clamp(min=1e-12),
+        drop_in_deletion=(before - left) / before,
+    )
+
+
+def adcc(
+    network: nn.Module, images: Images, classes: Labels, maps: Maps, explain: Explain
+) -> PerImage:
+    """Harmonic mean of coherency, 1 - complexity and 1 - average drop; higher, in [0, 1].
+
+    Poppi et al. 2021, https://arxiv.org/abs/2104.10252, eq. 5. Coherency is (1 + Pearson) / 2 of
+    the map and the map of the image seen through it, for the same class (their released code takes
+    the confidence of another class where the top class changes); complexity is the map's mean.
+    0 where any of the three is.
+    """
+    share = _share(maps, images)
+    again = explain(network, images * share, classes)
+    demand_finite(again)
+    coherency = (1 + pearson(maps, again)) / 2
+    before = _probability(network, images, classes)
+    through = _probability(network, images * share, classes)
+    drop = (before - through).clamp(min=0) / before
+    simplicity = 1 - share.mean((1, 2, 3))
+    parts = torch.stack([coherency.to(drop), simplicity.to(drop), 1 - drop])
+    some = (parts > 0).all(0)
+    return torch.where(some, 3 / (1 / parts.clamp(min=1e-12)).sum(0), 0)
+
+
+def _share(maps: Maps, images: Images) -> Float[Tensor, "batch 1 height width"]:
+    if len(maps) != len(images) or maps.shape[1:] != images.shape[2:]:
+        raise ValueError(
+            f"maps {list(maps.shape)} for images {list(images.shape)}: "
+            "`explain.maps.upsample` them first"
+        )
+    demand_finite(maps)
+    return normalise(maps).to(images.dtype)[:, None]
+
+
+def _probability(network: nn.Module, images: Images, classes: Labels) -> PerImage:
+    likely = logits_of(network, images).softmax(1).gather(1, classes[:, None])[:, 0]
+    return likely.clamp(min=torch.finfo(likely.dtype).tiny)

@@ -1,0 +1,103 @@
+"""What a network says of changed images: many changes an image, in forwards of bounded size."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from camdistill.errors import UserError
+from camdistill.perturb.imputers import Filler
+from camdistill.types import Images, Labels, Logits
+
+Changes = Bool[Tensor, "#batch changes height width"]
+"""True where an image is removed; a first axis of 1 is the same for all images."""
+Shown = Images | Filler
+"""What stands where an image was removed: pictures, one an image, or a callable that fills in."""
+
+_PIXELS_ON_CPU, _PIXELS_ELSEWHERE = 2**18, 2**22  # of one forward: 256 or 4096 images of 32 x 32
+
+
+class Scores(NamedTuple):
+    """Of one class an image, for each of its changes."""
+
+    logits: Float[Tensor, "batch changes"]
+    probabilities: Float[Tensor, "batch changes"]
+
+
+def logits_of(network: nn.Module, images: Images) -> Logits:
+    """The network's logits, in float32 (float64 for float64), without a graph.
+
+    Raises:
+        UserError: The network is in train mode, or gives no logits.
+    """
+    _demand_settled(network)
+    with torch.no_grad():
+        parts = [_asked(network, part) for part in torch.split(images, _at_once(images))]
+    return torch.cat(parts)
+
+
+def changed_scores(
+    network: nn.Module,
+    images: Images,
+    classes: Labels,
+    removed: Changes,
+    shown: Shown,
+) -> Scores:
+    """Asks the network about every change of every image.
+
+    Args:
+        network: In eval mode.
+        images: In [0, 1] for a network that normalises them itself.
+        classes: Whose score is told, one an image.
+        removed: The changes.
+        shown: What stands where an image was removed.
+    """
+    _demand_settled(network)
+    count, changes = len(images), removed.shape[1]
+    logits, probabilities = [], []
+    pairs = torch.arange(count * changes, device=images.device)
+    with torch.no_grad():
+        for part in torch.split(pairs, _at_once(images)):
+            image, change = part // changes, part % changes
+            holes = removed[image if len(removed) > 1 else torch.zeros_like(image), change]
+            originals = images[image]
+            if isinstance(shown, Tensor):
+                asked = torch.where(holes[:, None], shown[image], originals)
+            else:
+                asked = shown(originals, holes)
+            answer = _asked(network, asked)
+            column = classes[image, None]
+            logits.append(answer.gather(1, column))
+            probabilities.append(answer.softmax(1).gather(1, column))
+    return Scores(
+        torch.cat(logits).view(count, changes), torch.cat(probabilities).view(count, changes)
+    )
+
+
+def _asked(network: nn.Module, images: Images) -> Logits:
+    output = network(images)
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
+        gave = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise UserError(
+            f"{type(network).__name__} gives {gave}, not logits [{len(images)}, classes]: "
+            "wrap it so that it returns its logits"
+        )
+    return output if output.dtype == torch.float64 else output.float()
+
+
+def _at_once(images: Images) -> int:
+    pixels = _PIXELS_ON_CPU if images.device.type == "cpu" else _PIXELS_ELSEWHERE
+    return max(1, pixels // images[0, 0].numel()) if len(images) else 1
+
+
+def _demand_settled(network: nn.Module) -> None:
+    """A network in train mode answers by chance, and by what else is in the batch."""
+    for name, module in network.named_modules():
+        if module.training and isinstance(module, _BatchNorm | _DropoutNd):
+            raise UserError(
+                f"'{name}' is in train mode, so the same image gets different answers: call "
+                ".eval() on the network first"
+            )
