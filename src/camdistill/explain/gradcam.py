@@ -7,7 +7,7 @@ Z = h w cells and a score S of each image:
     map_ij  = sum_k alpha_k A_kij         (eq. 2, without its ReLU: `explain.maps.relu`)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from camdistill.errors import UserError
-from camdistill.explain.closed_form import Verdict, Verdicts, linear_path, proven_head
-from camdistill.explain.recording import Seen, recordable, recorded_forward, version_of
+from camdistill.explain.alphas import alphas_by_gradient, closed_maps
+from camdistill.explain.closed_form import Verdicts, proven_head
+from camdistill.explain.graph import linear_path
+from camdistill.explain.recording import Seen, recordable, recorded_forward
 from camdistill.explain.request import (
     Classes,
     Grad,
     Request,
     Score,
     asked_classes,
-    columns,
     demand_known,
     demand_separate_images,
     score_columns,
     wide,
 )
+from camdistill.explain.tokens import Layout, are_tokens
 from camdistill.networks.capture import bare, plain, structure, undisturbed, visiting
 from camdistill.types import Activations, Images
 
-# Gradients in float16 below 6e-8 are 0; as S is scaled and alpha scaled back, they aren't.
-HALF_SCALE = 1024.0
 # Modules that only pass on what the layer before them gave, smaller or thinned out.
 PASSING = (
     nn.AdaptiveAvgPool2d,
@@ -73,9 +73,23 @@ def grad_cam(
     *,
     score: Score = "logit",
     grad: Grad = "none",
+    layout: Layout = "auto",
+    logits: Callable[..., Tensor] | None = None,
+    memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
     """Raw Grad-CAM maps by layer; `explain` says all, and gives logits and activations too."""
-    return explain(network, images, layers, classes, score=score, grad=grad).maps
+    found = explain(
+        network,
+        images,
+        layers,
+        classes,
+        score=score,
+        grad=grad,
+        layout=layout,
+        logits=logits,
+        memory=memory,
+    )
+    return found.maps
 
 
 def explain(
@@ -87,6 +101,9 @@ def explain(
     score: Score = "logit",
     grad: Grad = "none",
     maps: bool = True,
+    layout: Layout = "auto",
+    logits: Callable[..., Tensor] | None = None,
+    memory: int | None = None,
 ) -> Explanation:
     """Grad-CAM of any layers, with the logits and activations of the same forward.
 
@@ -111,6 +128,11 @@ def explain(
             is a constant, so that gradients of a map flow through A alone; with "full" the map is
             differentiated completely.
         maps: False leaves out the maps, and with them any backward.
+        layout: Where units and cells are in the layers' outputs. "auto" knows convolutional
+            networks, transformers with tokens, and Swin; see `explain.tokens`.
+        logits: Takes the logits out of an output that is a tuple or dict.
+        memory: Bytes that gradients of several classes may take at once. None is 32 MiB on a CPU,
+            512 MiB elsewhere.
 
     Returns:
         The explanation. alpha is a gradient of the scores' sum over the batch: in train mode,
@@ -120,20 +142,20 @@ def explain(
     Raises:
         UserError: If a layer, a class or the network can't be explained as asked.
     """
-    demand_known(score, classes, grad)
+    demand_known(score, classes, grad, layout)
     if not images.is_floating_point():
         raise UserError(f"images are {images.dtype}: give floats, such as pixels / 255")
     if grad == "none":
         demand_separate_images(network, len(images))
     if layers is None:
-        names: tuple[str, ...] = (last_layer(network, images),)
+        names: tuple[str, ...] = (last_layer(network, images, score=score, logits=logits),)
     else:
         names = (layers,) if isinstance(layers, str) else tuple(dict.fromkeys(layers))
     with torch.inference_mode(False), torch.set_grad_enabled(grad != "none"):
         images = recordable(images)
         if isinstance(classes, Tensor):
             classes = recordable(classes)
-        ask = Request(network, images, names, classes, score, grad, maps)
+        ask = Request(network, images, names, classes, score, grad, maps, layout, logits, memory)
         found = _explained(ask, record=grad != "none")
         if found is None and grad == "none":
             # The network switches the graph off itself somewhere; record all of it.
@@ -148,12 +170,20 @@ def explain(
     return found
 
 
-def last_layer(network: nn.Module, images: Images) -> str:
+def last_layer(
+    network: nn.Module,
+    images: Images,
+    *,
+    score: Score = "logit",
+    logits: Callable[..., Tensor] | None = None,
+) -> str:
     """The last spatial layer before the head, found by running the network on one image.
 
-    It is the module that is last to finish with an output [B, K, h, w] of more than one cell,
-    pooling, dropout and identities aside; of nested modules that finish together, the outermost.
-    ResNets: "layer4" (CIFAR: "layer3"); VGG and DenseNet: "features".
+    It is the module that is last to finish with an output [B, K, h, w] (or a Swin's [B, h, w, K])
+    of more than one cell, pooling, dropout and identities aside; of nested modules that finish
+    together, the outermost. ResNets: "layer4" (CIFAR: "layer3"); VGG and DenseNet: "features".
+    Where tokens come after it, it is the last of them of the final width whose patches the score
+    reads: with a class token that is the normalisation before the last attention.
 
     Raises:
         UserError: If no module gives such an output.
@@ -162,11 +192,14 @@ def last_layer(network: nn.Module, images: Images) -> str:
     known = _LAST_LAYERS.setdefault(inner, {})
     key = (tuple(images.shape[1:]), structure(inner))
     if key not in known:
-        finished: list[str] = []
+        finished: list[tuple[str, torch.Size]] = []
+        size = (images.shape[-2], images.shape[-1])
 
         def note(name: str, output: object) -> None:
-            if isinstance(output, Tensor) and output.dim() == 4 and output[0, 0].numel() > 1:
-                finished.append(name)
+            if isinstance(output, Tensor) and (
+                (output.dim() == 4 and output[0, 0].numel() > 1) or are_tokens(output, size)
+            ):
+                finished.append((name, output.shape))
 
         names = [n for n, part in inner.named_modules() if n and not isinstance(part, PASSING)]
         with undisturbed(network), visiting(network, names, note, required=False):
@@ -176,7 +209,13 @@ def last_layer(network: nn.Module, images: Images) -> str:
                 f"{type(inner).__name__} has no layer with a spatial output for images of "
                 f"{images.shape[-2]}x{images.shape[-1]}: give larger images, or another network"
             )
-        known[key] = finished[-1]
+        known[key], shape = finished[-1]
+        if len(shape) == 3:
+            alike = [name for name, other in finished if other == shape]
+            with undisturbed(network):
+                ask = explain(network, images[:1], alike, score=score, logits=logits)
+            read = [name for name in dict.fromkeys(alike) if ask.maps[name].count_nonzero()]
+            known[key] = read[-1] if read else known[key]
     return known[key]
 
 
@@ -192,18 +231,14 @@ def _explained(ask: Request, *, record: bool) -> Explanation | None:
     """
     verdicts = Verdicts(bare(ask.network), ask.images.shape[1:])
     output, seen, heads = recorded_forward(ask, verdicts, record)
-    for name, layer in seen.items():
-        if version_of(layer.activations) != layer.version:
-            raise UserError(
-                f"layer '{name}' is overwritten in place by what follows it: ask for the layer "
-                "that overwrites it"
-            )
+    if ask.maps and not _intact(ask, seen, verdicts):
+        return _explained(ask, record=record)
     with torch.autocast(ask.images.device.type, enabled=False):
         classes = asked_classes(ask, output)
         found: dict[str, Tensor] | None = {}
         if ask.maps:
-            weights = _closed_weights(seen, heads, verdicts, output)
-            found = _maps(ask, output, classes, seen, weights)
+            _judge(seen, heads, verdicts, output)
+            found = _maps(ask, output, classes, seen, verdicts)
         if found is None:
             return None
         logits = output if isinstance(output, Tensor) else score_columns(ask, output, classes)[:, 0]
@@ -215,115 +250,66 @@ def _explained(ask: Request, *, record: bool) -> Explanation | None:
     return Explanation(logits, classes, found, activations)
 
 
-def _closed_weights(
+def _intact(ask: Request, seen: dict[str, Seen], verdicts: Verdicts) -> bool:
+    """Whether no layer's output was lost to an in-place operation; learns where copies are needed.
+
+    The first forward goes on with copies and sees which of them are overwritten; later ones copy
+    only there. Code that does now what it didn't do then is found by the version, and run again.
+    """
+    intact = True
+    for name, layer in seen.items():
+        if layer.is_overwritten and layer.passed is None:
+            intact = False
+            if ask.grad != "none":
+                raise UserError(
+                    f"layer '{name}' is overwritten in place by what follows it: ask for the layer "
+                    "that overwrites it"
+                )
+        if layer.is_overwritten or verdicts[name].overwritten is None:
+            verdicts.learn(name, overwritten=layer.is_overwritten)
+    return intact
+
+
+def _judge(
     seen: dict[str, Seen],
     heads: dict[str, tuple[nn.Module, Node]],
     verdicts: Verdicts,
     output: object,
-) -> dict[str, Tensor]:
-    """The head's weight [C, K] of every layer that has a closed form; judges new layers."""
+) -> None:
+    """Decides which layers have a closed form, where that isn't known or no longer so."""
     for name, layer in seen.items():
         if not isinstance(output, Tensor) or output.dim() != 2:
-            verdicts[name] = Verdict(None)
+            verdicts.learn(name, judged=True, head=None)
         elif not output.requires_grad:
             continue
-        elif layer.probe is not None and verdicts[name] is None:
-            verdicts[name] = Verdict(proven_head(output, layer.source, layer.probe, heads))
+        elif layer.probe is not None and not verdicts[name].judged:
+            head = proven_head(output, layer.source, layer.probe, heads)
+            verdicts.learn(name, judged=True, head=head)
         elif layer.probe is None and layer.source[0] and not linear_path(output, layer.source):
             # There is a graph, so look again: code may do at one step what it didn't at another.
-            verdicts[name] = Verdict(None)
-    weights = {name: verdicts.weight(name) for name in seen}
-    return {name: wide(weight) for name, weight in weights.items() if weight is not None}
+            verdicts.learn(name, head=None)
 
 
 def _maps(
-    ask: Request,
-    output: object,
-    classes: Tensor,
-    seen: dict[str, Seen],
-    weights: dict[str, Tensor],
+    ask: Request, output: object, classes: Tensor, seen: dict[str, Seen], verdicts: Verdicts
 ) -> dict[str, Tensor] | None:
     """Maps by layer; None if a score doesn't depend on a layer."""
-    alphas = _alphas_by_gradient(
-        ask, output, classes, {name: seen[name] for name in seen if name not in weights}
-    )
+    weights = {name: verdicts.weight(name) for name in seen}
+    others = {name: layer for name, layer in seen.items() if weights[name] is None}
+    alphas = alphas_by_gradient(ask, output, classes, others, verdicts)
     if alphas is None:
         return None
     found = {}
     for name in ask.names:
-        layer = seen[name]
+        layer, weight = seen[name], weights[name]
         activations = wide(layer.activations).flatten(2)
         with torch.set_grad_enabled(ask.grad != "none"):
-            if name in weights:
-                assert isinstance(output, Tensor), "a closed form has logits"
-                weight = weights[name] if ask.grad == "full" else weights[name].detach()
-                rows = _closed_maps(ask, output, classes, weight, activations) / layer.cells
-            else:
+            if weight is None:
                 rows = torch.bmm(alphas[name], activations)
+            else:
+                assert isinstance(output, Tensor), "a closed form has logits"
+                weight = wide(weight if ask.grad == "full" else weight.detach())
+                rows = closed_maps(ask, output, classes, weight, activations) / layer.count
         spatial = rows.view(*rows.shape[:2], *layer.activations.shape[2:])
         found[name] = spatial if classes.dim() == 2 else spatial[:, 0]
     return found
-
-
-def _alphas_by_gradient(
-    ask: Request, output: object, classes: Tensor, layers: dict[str, Seen]
-) -> dict[str, Tensor] | None:
-    """Channel weights [B, N, K] by layer, from one backward a class for all layers."""
-    if not layers:
-        return {}
-    asked = [s.activations if s.probe is None else s.probe for s in layers.values()]
-    half = any(layer.activations.dtype == torch.float16 for layer in layers.values())
-    scale = HALF_SCALE if half else 1.0
-    full = ask.grad == "full"
-    with torch.enable_grad():
-        scores = score_columns(ask, output, classes)
-        if not scores.requires_grad:
-            return None
-        rows: list[tuple[Tensor | None, ...]] = []
-        totals = (scores * scale).sum(0).unbind()
-        for number, total in enumerate(totals, start=1):
-            keep = ask.grad != "none" or number < len(totals)
-            rows.append(
-                torch.autograd.grad(
-                    total, asked, retain_graph=keep, create_graph=full, allow_unused=True
-                )
-            )
-        alphas = {}
-        for (name, layer), gradients in zip(layers.items(), zip(*rows, strict=True), strict=True):
-            known = [gradient for gradient in gradients if gradient is not None]
-            if len(known) < len(gradients):
-                return None
-            if layer.probe is None:
-                known = [wide(gradient).sum((2, 3)) for gradient in known]
-            alpha = torch.stack(known, 1) / (scale * layer.cells)
-            alphas[name] = alpha if full else alpha.detach()
-    return alphas
-
-
-def _closed_maps(
-    ask: Request, logits: Tensor, classes: Tensor, weight: Tensor, activations: Tensor
-) -> Tensor:
-    """Z times the maps [B, N, h w], by the chain rule through logits = weight mean(A) + bias."""
-    chosen = columns(classes)
-    if ask.score == "logit" and 2 * chosen.shape[1] > len(weight):
-        every = torch.einsum("ck,bkp->bcp", weight, activations)
-        return every.gather(1, chosen[..., None].expand(-1, -1, every.shape[2]))
-    full = ask.grad == "full"
-    if ask.score == "logit":
-        alpha = weight[chosen]
-    elif ask.score == "probability":
-        # d softmax_c / d y = p_c (e_c - p)
-        likely = wide(logits if full else logits.detach()).softmax(1)
-        alpha = likely.gather(1, chosen)[..., None] * (weight[chosen] - (likely @ weight)[:, None])
-    else:
-        with torch.enable_grad():
-            free = logits if full and logits.requires_grad else logits.detach().requires_grad_()
-            scores = score_columns(ask, free, classes)
-            slope = None
-            if scores.requires_grad:
-                total = scores.sum()
-                (slope,) = torch.autograd.grad(total, free, create_graph=full, allow_unused=True)
-        if slope is None:
-            raise UserError("the score callable's result doesn't depend on the network's output")
-        alpha = (wide(slope) @ weight)[:, None]
-    return torch.bmm(alpha, activations)

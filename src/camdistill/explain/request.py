@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from camdistill.errors import UserError
+from camdistill.explain.tokens import Kind, Layout
 from camdistill.networks.capture import bare
 from camdistill.types import Images
 
@@ -29,6 +30,9 @@ class Request:
     score: Score
     grad: Grad
     maps: bool
+    layout: Layout = "auto"
+    logits: Callable[..., Tensor] | None = None
+    memory: int | None = None
 
 
 def score_columns(ask: Request, output: object, classes: Tensor) -> Float[Tensor, "batch asked"]:
@@ -90,12 +94,12 @@ def demand_logits(ask: Request, output: object) -> Tensor:
     gave = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
     raise UserError(
         f"{type(bare(ask.network)).__name__} gives {gave}, not logits "
-        f"[{len(ask.images)}, classes]: give score=, a function of that output which returns one "
-        "score an image"
+        f"[{len(ask.images)}, classes]: give logits=, a function that takes them out of it, or "
+        "score=, a function of that output which returns one score an image"
     )
 
 
-def demand_known(score: Score, classes: Classes, grad: Grad) -> None:
+def demand_known(score: Score, classes: Classes, grad: Grad, layout: Layout) -> None:
     """Refuse words that mean nothing, before anything runs."""
     if isinstance(score, str) and score not in ("logit", "probability"):
         raise UserError(f"no score '{score}'; there are: 'logit', 'probability', or a callable")
@@ -106,6 +110,11 @@ def demand_known(score: Score, classes: Classes, grad: Grad) -> None:
         )
     if grad not in ("none", "activations", "full"):
         raise UserError(f"no grad '{grad}'; there are: 'none', 'activations', 'full'")
+    if isinstance(layout, str) and layout not in get_args(Kind):
+        raise UserError(
+            f"no layout '{layout}'; there are: 'auto', 'channels_first', 'channels_last', "
+            "'tokens', or a callable"
+        )
 
 
 def demand_separate_images(network: nn.Module, count: int) -> None:

@@ -1,0 +1,197 @@
+"""How much each unit counts for each score: by one backward for all layers, or a head's weights."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from camdistill.errors import UserError
+from camdistill.explain.closed_form import Verdicts, is_mean
+from camdistill.explain.graph import Behind
+from camdistill.explain.recording import Seen
+from camdistill.explain.request import Grad, Request, columns, score_columns, wide
+from camdistill.networks.capture import bare
+
+# Gradients in float16 below 6e-8 are 0; as S is scaled and alpha scaled back, they aren't.
+HALF_SCALE = 1024.0
+# What gradients of several classes may take at once. A CPU is fastest while they fit its caches:
+# ResNet-56 at batch 16, 10 classes, all stages took 192 ms two at once, 219 ms ten at once.
+CPU_MEMORY, OTHER_MEMORY = 2**25, 2**29
+# So many tensors of the largest layer's size live in a backward (measured on ResNet-18: 6.1).
+ALIVE = 7
+
+
+def alphas_by_gradient(
+    ask: Request, output: object, classes: Tensor, layers: dict[str, Seen], verdicts: Verdicts
+) -> dict[str, Tensor] | None:
+    """Channel weights [B, N, K] by layer, all layers from one backward.
+
+    Several classes go back together, as many as the request's memory allows.
+
+    Returns:
+        None if a score doesn't depend on a layer.
+    """
+    if not layers:
+        return {}
+    half = any(layer.output.dtype == torch.float16 for layer in layers.values())
+    scale = HALF_SCALE if half else 1.0
+    full = ask.grad == "full"
+    with torch.enable_grad():
+        scores = score_columns(ask, output, classes) * scale
+        if not scores.requires_grad:
+            return None
+        behind = Behind(scores, [layer.source for layer in layers.values()])
+        places = [_place(name, layer, behind, verdicts) for name, layer in layers.items()]
+        if ask.grad == "none" and not _demand_separate(ask, scores, layers, places, verdicts):
+            return None
+        gradients = _gradients(ask, scores, places, behind, layers, verdicts)
+        if gradients is None:
+            return None
+        alphas = {}
+        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+            alpha = _summed(layer, gradient).movedim(0, 1) / (scale * layer.count)
+            alphas[name] = alpha if full else alpha.detach()
+    return alphas
+
+
+def _place(name: str, layer: Seen, behind: Behind, verdicts: Verdicts) -> GradientEdge:
+    """Where to ask for a layer's gradient: at its spatial mean if the scores read only that."""
+    if layer.probe is None:
+        return get_gradient_edge(layer.output)
+    if verdicts[name].pooled is not False:
+        pooled = behind.funnel(layer.source, layer.probe.numel())
+        if verdicts[name].pooled is None:
+            verdicts.learn(name, pooled=pooled is not None and is_mean(pooled, layer.probe))
+        if verdicts[name].pooled and pooled is not None:
+            return pooled
+    return get_gradient_edge(layer.probe)
+
+
+def _summed(layer: Seen, gradient: Tensor) -> Tensor:
+    """A gradient [N, B, ...] asked at a layer's place, summed over cells: [N, B, K]."""
+    if layer.probe is not None:
+        return wide(gradient).flatten(2)
+    cells = gradient if layer.cells is None else layer.cells(gradient)
+    return wide(cells).sum((-2, -1))
+
+
+def _demand_separate(
+    ask: Request,
+    scores: Tensor,
+    layers: dict[str, Seen],
+    places: Sequence[GradientEdge],
+    verdicts: Verdicts,
+) -> bool:
+    """Refuse layers behind which images are mixed; False if a score doesn't depend on a layer.
+
+    One gradient serves all images where none changes another's score. So the first image's score
+    must have a gradient of exactly 0 at all others; looked at once, for one more backward.
+    """
+    unsure = [place for place, name in enumerate(layers) if not verdicts[name].separate]
+    if not unsure or len(ask.images) == 1:
+        return True
+    asked = [places[place] for place in unsure]
+    found = torch.autograd.grad(scores[0].sum(), asked, retain_graph=True, allow_unused=True)
+    for place, gradient in zip(unsure, found, strict=True):
+        name = list(layers)[place]
+        if gradient is None:
+            return False
+        # What isn't a number would not be one alone either.
+        if bool(gradient[1:].nan_to_num().count_nonzero()):
+            raise UserError(
+                f"{type(bare(ask.network)).__name__} mixes the images of a batch behind layer "
+                f"'{name}': give one image at a time"
+            )
+        verdicts.learn(name, separate=True)
+    return True
+
+
+def _gradients(
+    ask: Request,
+    scores: Tensor,
+    places: Sequence[GradientEdge],
+    behind: Behind,
+    layers: dict[str, Seen],
+    verdicts: Verdicts,
+) -> list[Tensor] | None:
+    """The gradients [N, ...] of every column's sum at the places."""
+    totals = scores.sum(0)
+    at_once = _at_once(ask, behind) if len(totals) > 1 else 1
+    if at_once > 1 and all(verdicts[name].batched for name in layers):
+        try:
+            return _in_chunks(totals, places, at_once, ask.grad)
+        except RuntimeError:
+            for name in layers:  # an operation that knows no batch of gradients
+                verdicts.learn(name, batched=False)
+    return _in_chunks(totals, places, 1, ask.grad)
+
+
+def _at_once(ask: Request, behind: Behind) -> int:
+    """How many classes' gradients fit into the memory."""
+    default = CPU_MEMORY if ask.images.device.type == "cpu" else OTHER_MEMORY
+    memory = default if ask.memory is None else ask.memory
+    return max(1, memory // (ALIVE * behind.largest_bytes()))
+
+
+def _in_chunks(
+    totals: Tensor, places: Sequence[GradientEdge], at_once: int, grad: Grad
+) -> list[Tensor] | None:
+    rows = torch.eye(len(totals), dtype=totals.dtype, device=totals.device)
+    parts: list[tuple[Tensor | None, ...]] = []
+    for start in range(0, len(rows), at_once):
+        several = at_once > 1
+        found = torch.autograd.grad(
+            [totals],
+            places,
+            [rows[start : start + at_once] if several else rows[start]],
+            retain_graph=several or grad != "none" or start + 1 < len(rows),
+            create_graph=grad == "full",
+            allow_unused=True,
+            is_grads_batched=several,
+        )
+        parts.append(found if several else tuple(_single(gradient) for gradient in found))
+    columns_by_place = []
+    for place in zip(*parts, strict=True):
+        known = [part for part in place if part is not None]
+        if len(known) < len(place):
+            return None
+        columns_by_place.append(torch.cat(known))
+    return columns_by_place
+
+
+def _single(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient[None]
+
+
+def closed_maps(
+    ask: Request, logits: Tensor, classes: Tensor, weight: Tensor, activations: Tensor
+) -> Tensor:
+    """Z times the maps [B, N, h w], by the chain rule through logits = weight mean(A) + bias."""
+    chosen = columns(classes)
+    if ask.score == "logit" and 2 * chosen.shape[1] > len(weight):
+        every = torch.einsum("ck,bkp->bcp", weight, activations)
+        return every.gather(1, chosen[..., None].expand(-1, -1, every.shape[2]))
+    if ask.score == "logit":
+        alpha = weight[chosen]
+    elif ask.score == "probability":
+        # d softmax_c / d y = p_c (e_c - p)
+        likely = wide(logits if ask.grad == "full" else logits.detach()).softmax(1)
+        alpha = likely.gather(1, chosen)[..., None] * (weight[chosen] - (likely @ weight)[:, None])
+    else:
+        alpha = (_slope(ask, logits, classes) @ weight)[:, None]
+    return torch.bmm(alpha, activations)
+
+
+def _slope(ask: Request, logits: Tensor, classes: Tensor) -> Tensor:
+    """The callable score's gradient by the logits, [B, C]."""
+    full = ask.grad == "full"
+    slope = None
+    with torch.enable_grad():
+        free = logits if full and logits.requires_grad else logits.detach().requires_grad_()
+        scores = score_columns(ask, free, classes)
+        if scores.requires_grad:
+            (slope,) = torch.autograd.grad(scores.sum(), free, create_graph=full, allow_unused=True)
+    if slope is None:
+        raise UserError("the score callable's result doesn't depend on the network's output")
+    return wide(slope)

@@ -1,0 +1,125 @@
+"""Reading autograd's graph between a layer and the scores: what was done there, and where.
+
+An edge is a place in the graph: an operation and the number of its output. A layer's source is the
+edge of its output.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Collection
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+Edge = tuple[Node | None, int]
+
+# Operations that move or average numbers, or multiply them by something else's.
+LINEAR = {
+    "AdaptiveAvgPool2DBackward",
+    "AddmmBackward",
+    "AliasBackward",
+    "AsStridedBackward",
+    "AvgPool2DBackward",
+    "CloneBackward",
+    "ConvolutionBackward",
+    "LinearBackward",
+    "MeanBackward",
+    "MkldnnAdaptiveAvgPool2DBackward",
+    "MmBackward",
+    "PermuteBackward",
+    "ReshapeAliasBackward",
+    "SelectBackward",
+    "SliceBackward",
+    "SqueezeBackward",
+    "TBackward",
+    "ToCopyBackward",
+    "TransposeBackward",
+    "UnsafeViewBackward",
+    "UnsqueezeBackward",
+    "ViewBackward",
+    "_TapBackward",
+}
+# What may stand between a parameter and the operation that uses it.
+RELAYOUTS = {"TBackward", "ToCopyBackward", "TransposeBackward", "ViewBackward"}
+PARAMETER = "torch::autograd::AccumulateGrad"
+
+
+class Behind:
+    """Everything between the scores and some layers.
+
+    Args:
+        scores: With a graph.
+        sources: The layers' edges, where the search ends.
+    """
+
+    def __init__(self, scores: Tensor, sources: Collection[Edge]) -> None:
+        self.users: dict[Edge, list[Node]] = defaultdict(list)
+        ends = {node for node, _ in sources}
+        assert scores.grad_fn is not None, "scores have a graph"
+        waiting, met = [scores.grad_fn], {scores.grad_fn}
+        while waiting:
+            node = waiting.pop()
+            for behind, number in node.next_functions:
+                if behind is None:
+                    continue
+                self.users[behind, number].append(node)
+                if behind not in met and behind not in ends:
+                    met.add(behind)
+                    waiting.append(behind)
+        self.nodes = met
+
+    def largest_bytes(self) -> int:
+        """Size of the largest tensor that some operation gave, parameters aside."""
+        nodes = [node for node in self.nodes if not _is_parameter(node)]
+        gave = [one for node in nodes for one in node._input_metadata]
+        return max((math.prod(one.shape) * int(one.dtype.itemsize) for one in gave), default=1)
+
+    def funnel(self, source: Edge, elements: int) -> GradientEdge | None:
+        """Where a layer has been pooled, if the scores read nothing else of it.
+
+        That is an edge of so many elements, reached from the layer by a chain of linear operations
+        each of which is the only user of the one before.
+        """
+        edge = source
+        while len(users := self.users[edge]) == 1:
+            node = users[0]
+            if _operation(node) not in LINEAR or _inputs(node) != [edge]:
+                return None
+            if len(node._input_metadata) != 1:
+                return None
+            edge = node, 0
+            if math.prod(node._input_metadata[0].shape) == elements:
+                return GradientEdge(node, 0)
+        return None
+
+
+def linear_path(logits: Tensor, source: Edge) -> list[Node] | None:
+    """The operations from a layer to the logits if they are one chain of linear ones, else None."""
+    edge: Edge = (logits.grad_fn, 0)
+    path: list[Node] = []
+    while edge != source:
+        node = edge[0]
+        if node is None or _operation(node) not in LINEAR:
+            return None
+        path.append(node)
+        others = _inputs(node)
+        if len(others) != 1:
+            return None
+        edge = others[0]
+    return path
+
+
+def _inputs(node: Node) -> list[Edge]:
+    """Where an operation's inputs come from, parameters aside."""
+    return [edge for edge in node.next_functions if not _is_parameter(edge[0])]
+
+
+def _operation(node: Node) -> str:
+    return node.name().rstrip("0123456789")
+
+
+def _is_parameter(node: Node | None) -> bool:
+    """Whether nothing but a parameter (or something without gradient) is behind a node."""
+    while node is not None and _operation(node) in RELAYOUTS:
+        node = node.next_functions[0][0]
+    return node is None or node.name() == PARAMETER

@@ -1,0 +1,156 @@
+"""What the tests of the engine share: networks, a plain reference, what must not change."""
+
+import copy
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from camdistill.explain import closed_form
+from camdistill.explain.closed_form import Verdict
+from camdistill.networks.students import ShallowCNN
+
+
+def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A network with random weights and random batch statistics."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = build()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                nn.init.uniform_(module.running_mean, -0.3, 0.3)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.uniform_(module.bias, -0.3, 0.3)
+    return network
+
+
+def student() -> nn.Module:
+    return seeded(lambda: ShallowCNN(4, channels=(6, 8, 10), strides=(1, 2, 1)))
+
+
+def out_of_place(network: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(network)
+    for module in twin.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    return twin
+
+
+def same(values: Tensor) -> Tensor:
+    return values
+
+
+def reference(
+    network: nn.Module,
+    images: Tensor,
+    layers: list[str],
+    classes: Tensor | None = None,
+    score: Callable[[Tensor], Tensor] = same,
+    create_graph: bool = False,
+    cells: Callable[[Tensor], Tensor] = same,
+) -> dict[str, Tensor]:
+    """Plain autograd at a layer's last call; a copy goes on, for functional in-place ReLUs."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Tensor) -> Tensor:
+        outputs[name] = output
+        return output.clone()
+
+    handles = [
+        network.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: keep(name, output)
+        )
+        for name in layers
+    ]
+    logits = network(images)
+    for handle in handles:
+        handle.remove()
+    classes = logits.argmax(1) if classes is None else classes
+    total = score(logits).gather(1, classes[:, None]).sum()
+    found = {}
+    for name in layers:
+        (gradient,) = torch.autograd.grad(
+            total, outputs[name], retain_graph=True, create_graph=create_graph
+        )
+        gradient = cells(gradient)
+        if gradient.dtype in (torch.bfloat16, torch.float16):
+            gradient = gradient.float()
+        weighted = gradient.mean((2, 3), keepdim=True) * cells(outputs[name])
+        found[name] = weighted.sum(1) if create_graph else weighted.sum(1).detach()
+    return found
+
+
+def verdicts_of(network: nn.Module, layer: str) -> list[Verdict]:
+    known = closed_form._VERDICTS.get(network, {})
+    return [verdict for (name, _, _), verdict in known.items() if name == layer]
+
+
+def head_of(network: nn.Module, layer: str) -> object:
+    """What was decided of a layer: a head's name, None, or "undecided"."""
+    heads = {verdict.head for verdict in verdicts_of(network, layer) if verdict.judged}
+    return heads.pop() if len(heads) == 1 else (heads or "undecided")
+
+
+def close(ours: Tensor, true: Tensor, bound: float = 1e-12) -> None:
+    assert ours.shape == true.shape
+    assert (ours - true).abs().max() <= bound * true.abs().max()
+
+
+def state_of(network: nn.Module) -> tuple[object, ...]:
+    tensors = {name: value.clone() for name, value in network.state_dict().items()}
+    modes = [module.training for module in network.modules()]
+    flags = [p.requires_grad for p in network.parameters()]
+    return tensors, modes, flags, torch.get_rng_state(), torch.is_grad_enabled()
+
+
+def untouched(network: nn.Module, before: tuple[object, ...]) -> None:
+    tensors, modes, flags, random, recording = before
+    assert all(torch.equal(tensors[name], v) for name, v in network.state_dict().items())
+    assert [module.training for module in network.modules()] == modes
+    assert [p.requires_grad for p in network.parameters()] == flags
+    assert torch.equal(random, torch.get_rng_state())
+    assert torch.is_grad_enabled() == recording
+    assert all(p.grad is None for p in network.parameters())
+    for module in network.modules():
+        assert not module._forward_hooks
+        assert not module._backward_hooks
+        assert not module._forward_pre_hooks
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside take at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if id(storage) not in given:
+                self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+        def freed() -> None:
+            self.known.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, freed)
+
+
+def _storages(values: object) -> list[torch.UntypedStorage]:
+    return [one.untyped_storage() for one in tree_leaves(values) if isinstance(one, Tensor)]
