@@ -1,9 +1,10 @@
 """Tensor aliases with their shapes; axes are (batch, channels or units, height, width)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 Pixels = UInt8[Tensor, "batch channels height width"]
 Images = Float[Tensor, "batch channels height width"]
@@ -13,6 +14,10 @@ Activations = Float[Tensor, "batch units height width"]
 Maps = Float[Tensor, "batch height width"]
 ClassMaps = Float[Tensor, "batch classes height width"]
 PerImage = Float[Tensor, "batch"]
+Masks = Bool[Tensor, "batch height width"]
+
+Explain = Callable[[nn.Module, Images, Labels], Maps]
+"""Raw maps at the images' resolution, of one class an image."""
 
 
 class Batch(NamedTuple):

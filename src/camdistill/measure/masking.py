@@ -8,7 +8,6 @@ here because papers report them. Don't rank explainers by them.
 A constant map lets nothing through: its image is black.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,10 +18,7 @@ from camdistill.explain.compare import pearson
 from camdistill.explain.maps import normalise
 from camdistill.perturb.asking import logits_of
 from camdistill.perturb.ranks import demand_finite
-from camdistill.types import Images, Labels, Maps, PerImage
-
-Explain = Callable[[nn.Module, Images, Labels], Maps]
-"""Maps at the images' resolution, of one class an image."""
+from camdistill.types import Explain, Images, Labels, Maps, PerImage
 
 
 class Masked(NamedTuple):

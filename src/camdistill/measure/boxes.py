@@ -1,0 +1,87 @@
+"""Weakly supervised localisation: a box from a map, as in the Grad-CAM paper.
+
+Boxes are (xmin, ymin, xmax, ymax), inclusive pixels. Selvaraju et al. 2017, section 4.1: the map at
+15 % of its maximum, the largest connected part, the box around it, right at an IoU of 0.5.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from camdistill.perturb.ranks import demand_finite
+from camdistill.types import Maps, Masks, PerImage
+
+Boxes = Float[Tensor, "batch 4"]
+
+
+def box_of(maps: Maps, threshold: float = 0.15) -> Boxes:
+    """The box around the largest connected part of the map; NaN where nothing is positive.
+
+    Args:
+        maps: Raw; the negative part doesn't count.
+        threshold: Share of each map's own maximum.
+    """
+    demand_finite(maps)
+    peak = maps.amax((1, 2), keepdim=True)
+    return box_around(_largest_part((maps >= threshold * peak) & (peak > 0)))
+
+
+def box_around(masks: Masks) -> Boxes:
+    """The smallest box that holds a mask; NaN for an empty one."""
+    found = []
+    for along in (masks.any(1), masks.any(2)):
+        ticks = torch.arange(along.shape[1], device=along.device).float()
+        low = torch.where(along, ticks, torch.inf).amin(1)
+        high = torch.where(along, ticks, -torch.inf).amax(1)
+        found.append(torch.stack([low, high], 1))
+    (xmin, xmax), (ymin, ymax) = (pair.unbind(1) for pair in found)
+    boxes = torch.stack([xmin, ymin, xmax, ymax], 1)
+    return torch.where(masks.flatten(1).any(1)[:, None], boxes, torch.nan)
+
+
+def box_iou(boxes: Boxes, others: Boxes) -> PerImage:
+    """Intersection over union of two boxes, in [0, 1]; NaN where one is."""
+    low = torch.maximum(boxes[:, :2], others[:, :2])
+    high = torch.minimum(boxes[:, 2:], others[:, 2:])
+    both = (high - low + 1).clamp(min=0).prod(1)
+    areas = [(box[:, 2:] - box[:, :2] + 1).prod(1) for box in (boxes, others)]
+    return both / (areas[0] + areas[1] - both)
+
+
+def localisation_error(
+    maps: Maps, boxes: Boxes, threshold: float = 0.15, correct: Bool[Tensor, "batch"] | None = None
+) -> PerImage:
+    """1 where the map's box misses the object's (IoU below 0.5), else 0; lower.
+
+    Args:
+        maps: Raw, at the boxes' resolution, of the class that is located.
+        boxes: The objects'; NaN where there is none, and NaN is what such an image gets.
+        threshold: Share of each map's maximum: 0.15 in the paper. Sweep it, as the best one differs
+            between explainers.
+        correct: Where the class is right: a wrong one is an error, whatever the box (the paper's
+            top-1 and top-5 errors). None asks for the box alone.
+    """
+    overlap = box_iou(box_of(maps, threshold), boxes)
+    right = torch.nan_to_num(overlap, nan=0.0) >= 0.5
+    if correct is not None:
+        right = right & correct
+    return torch.where(boxes.isnan().any(1), torch.nan, (~right).float())
+
+
+def _largest_part(masks: Masks) -> Masks:
+    """Of the parts that touch by sides or corners, the one of most pixels (the first of equals)."""
+    count, height, width = masks.shape
+    own = torch.arange(1, height * width + 1, device=masks.device, dtype=torch.float32)
+    marks = own.view(1, height, width) * masks
+    # Each part takes over its highest number, one pixel further at each step.
+    while True:
+        spread = F.max_pool2d(marks[:, None], 3, stride=1, padding=1)[:, 0] * masks
+        if torch.equal(spread, marks):
+            break
+        marks = spread
+    part: Int[Tensor, "batch pixels"] = marks.flatten(1).long()
+    sizes = torch.zeros(count, height * width + 1, device=masks.device)
+    sizes.scatter_add_(1, part, torch.ones_like(sizes[:, 1:]))
+    sizes[:, 0] = 0
+    return (part == sizes.argmax(1, keepdim=True)).view(masks.shape) & masks

@@ -1,0 +1,92 @@
+"""Maps that must lose, maps that must win, and a ladder of ever worse ones.
+
+A metric that puts one of the former above an explainer says so of itself. All are at the images'
+resolution.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from camdistill.perturb.imputers import blurred
+from camdistill.types import Images, Maps, Masks
+
+RUNGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def random_maps(images: Images, generator: torch.Generator) -> Maps:
+    """Independent uniform noise."""
+    shape = (len(images), *images.shape[2:])
+    return torch.rand(shape, generator=generator, device=generator.device).to(images.device)
+
+
+def smooth_random_maps(images: Images, generator: torch.Generator, cells: int = 4) -> Maps:
+    """Noise as smooth as a map of 4 x 4 cells: what a coarse layer without knowledge would give."""
+    shape = (len(images), 1, cells, cells)
+    drawn = torch.rand(shape, generator=generator, device=generator.device).to(images.device)
+    size = (images.shape[2], images.shape[3])
+    return F.interpolate(drawn, size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def edges(images: Images) -> Maps:
+    """Sobel's gradient magnitude of the mean over channels: a map of the image alone."""
+    grey = (images if images.dtype == torch.float64 else images.float()).mean(1, keepdim=True)
+    padded = F.pad(grey, (1, 1, 1, 1), mode="replicate")
+    across = grey.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    kernels = torch.stack([across, across.T])[:, None]
+    return F.conv2d(padded, kernels).square().sum(1).sqrt()
+
+
+def centre(images: Images) -> Maps:
+    """A Gaussian in the middle, its sigma a quarter of the sides: people photograph objects so."""
+    rows, columns = (
+        torch.linspace(-1, 1, length, device=images.device) for length in images.shape[2:]
+    )
+    bump = torch.exp(-2 * (rows[:, None].square() + columns[None].square()))
+    return bump.expand(len(images), -1, -1)
+
+
+def inverted(maps: Maps) -> Maps:
+    """The map with its sign turned: worse than chance wherever the map is better."""
+    return -maps
+
+
+def blurred_copy(maps: Maps) -> Maps:
+    """The map blurred, sigma an eighth of its side: no new information.
+
+    Removal metrics that leave a smooth border like it better than the map.
+    """
+    return blurred(maps[:, None])[:, 0]
+
+
+def mask_maps(masks: Masks) -> Maps:
+    """A mask as a map: the object's is the oracle, the distractor's must lose."""
+    return masks.float()
+
+
+def ladder(
+    maps: Maps, generator: torch.Generator, rungs: Sequence[float] = RUNGS
+) -> Float[Tensor, "rungs batch height width"]:
+    """Ever worse copies of a map: more and more of smooth noise that knows nothing is mixed in.
+
+    Map and noise are brought to the same mean and spread first, so that the order is one of
+    knowledge and not of size. A metric is put to the test by whether it finds the order.
+
+    Args:
+        maps: As good as can be had: the oracle's, or an explainer's.
+        generator: Of the noise; all rungs of an image share it.
+        rungs: Share of the noise, from 0, the map itself, to 1, noise alone.
+    """
+    noise = smooth_random_maps(maps[:, None], generator, cells=8)
+    own, other = _standard(maps), _standard(noise)
+    return torch.stack([(1 - rung) * own + rung * other for rung in rungs])
+
+
+def _standard(maps: Maps) -> Maps:
+    wide = maps if maps.dtype == torch.float64 else maps.float()
+    centred = wide - wide.mean((1, 2), keepdim=True)
+    spread = centred.square().mean((1, 2), keepdim=True).sqrt()
+    return centred / torch.where(spread > 0, spread, 1)

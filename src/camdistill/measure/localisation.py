@@ -1,0 +1,132 @@
+"""Does a map lie on the object? Needs masks or boxes; equals faithfulness only where the network
+looks at the object, so put an intervention beside it.
+
+Maps are at the masks' resolution. An image without ground truth is NaN: there is nothing to say.
+A blank map points nowhere and is worth 0 where energy or a threshold counts; where the order
+counts its pixels are in an order of chance, as all equal values are.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from camdistill.explain.maps import normalise, relu
+from camdistill.perturb.ranks import Ranks, demand_finite
+from camdistill.types import Maps, Masks, PerImage
+
+
+def relevance_rank_accuracy(order: Ranks, masks: Masks) -> PerImage:
+    """Share of the mask among as many first pixels as the mask has; higher, in [0, 1].
+
+    Arras et al. 2022, https://arxiv.org/abs/2003.07258, eq. 2. Chance is the mask's share.
+    """
+    area = masks.flatten(1).sum(1)
+    hits = ((order < area[:, None, None]) & masks).flatten(1).sum(1)
+    return _known(hits / area.clamp(min=1), masks)
+
+
+def top_precision(order: Ranks, masks: Masks, count: int) -> PerImage:
+    """Share of the first `count` pixels that lie in the mask; higher, in [0, 1]."""
+    hits = ((order < count) & masks).flatten(1).sum(1)
+    return _known(hits / count, masks)
+
+
+def pointing_game(order: Ranks, masks: Masks, tolerance: float | int = 0) -> PerImage:
+    """1 if the map's largest pixel lies in the mask, or near it, else 0; higher.
+
+    Zhang et al. 2018, https://arxiv.org/abs/1608.00507, section 4.1. Of equal largest pixels one is
+    drawn (Quantus counts a hit if any of them is in the mask, so a near-constant map always hits).
+
+    Args:
+        order: `ranks` of the maps.
+        masks: Ground truth.
+        tolerance: In pixels; 15 in the paper, of images of about 500 pixels.
+    """
+    height, width = masks.shape[1:]
+    place = (order == 0).flatten(1).float().argmax(1)
+    y, x = place // width, place % width
+    rows = torch.arange(height, device=masks.device)[None, :, None] - y[:, None, None]
+    columns = torch.arange(width, device=masks.device)[None, None, :] - x[:, None, None]
+    near = rows.square() + columns.square() <= tolerance**2
+    return _known((near & masks).flatten(1).any(1).float(), masks)
+
+
+def energy_pointing_game(maps: Maps, masks: Masks) -> PerImage:
+    """Share of the map's positive part that lies in the mask; higher, in [0, 1].
+
+    Wang et al. 2020, https://arxiv.org/abs/1910.01279, section 4.3. Chance is the mask's share of
+    the image: see `energy_lift`.
+    """
+    demand_finite(maps)
+    positive = relu(normalise(_wide(maps), "max"))
+    total = positive.sum((1, 2))
+    inside = (positive * masks).sum((1, 2))
+    return _known(torch.where(total > 0, inside / torch.where(total > 0, total, 1), 0), masks)
+
+
+def energy_lift(maps: Maps, masks: Masks) -> PerImage:
+    """Energy in the mask over the mask's share of the image: 1 is chance; higher."""
+    share = masks.flatten(1).float().mean(1)
+    return energy_pointing_game(maps, masks) / share.clamp(min=1e-12)
+
+
+def iou(maps: Maps, masks: Masks, threshold: float | None = 0.5) -> PerImage:
+    """Intersection over union of the mask and the thresholded map; higher, in [0, 1].
+
+    Args:
+        maps: Any scale.
+        masks: Ground truth.
+        threshold: Of the min-max normalised map; None takes each image's best of 0.05, 0.1, ...,
+            0.95, which flatters every map alike.
+    """
+    demand_finite(maps)
+    share = normalise(_wide(maps))
+    steps = [step / 20 for step in range(1, 20)] if threshold is None else [threshold]
+    found = []
+    for step in steps:
+        taken = share > step
+        both = (taken & masks).flatten(1).sum(1)
+        found.append(both / (taken | masks).flatten(1).sum(1).clamp(min=1))
+    return _known(torch.stack(found).amax(0), masks)
+
+
+def average_precision(maps: Maps, masks: Masks) -> PerImage:
+    """Mean precision over the mask's pixels in the map's order; higher, in [0, 1].
+
+    Equal values form one step, as in scikit-learn; chance is the mask's share. It tells maps apart
+    where the area under the ROC, which most pixels decide, is high for all.
+    """
+    demand_finite(maps)
+    values, inside = _wide(maps).flatten(1), masks.flatten(1)
+    rising, order = values.sort(1)
+    count = values.shape[1]
+    # Of each value: how many pixels are at least as large, and how many of them are inside.
+    taken = count - torch.searchsorted(rising, rising)
+    below = torch.cumsum(inside.gather(1, order).to(values.dtype), 1)
+    area = inside.sum(1, keepdim=True)
+    before = torch.cat([torch.zeros_like(below[:, :1]), below], 1).gather(1, count - taken)
+    precision = (area - before) / taken
+    hits = (precision * inside.gather(1, order)).sum(1)
+    return _known(hits / area[:, 0].clamp(min=1), masks)
+
+
+def inside_outside(maps: Maps, masks: Masks) -> PerImage:
+    """Mean of the positive part inside the mask over that outside; 1 is chance; higher.
+
+    Selvaraju et al. 2017, section 8.1, of captions. Infinite where all of it is inside; 0 for a
+    blank map.
+    """
+    demand_finite(maps)
+    positive = relu(normalise(_wide(maps), "max"))
+    inside = (positive * masks).sum((1, 2)) / masks.flatten(1).sum(1).clamp(min=1)
+    outside = (positive * ~masks).sum((1, 2)) / (~masks).flatten(1).sum(1).clamp(min=1)
+    return _known(torch.where(inside > 0, inside / outside, 0), masks)
+
+
+def _known(values: Tensor, masks: Masks) -> PerImage:
+    told = masks.flatten(1).any(1)
+    return torch.where(told, values.to(torch.get_default_dtype()), torch.nan)
+
+
+def _wide(maps: Maps) -> Float[Tensor, "batch height width"]:
+    return maps if maps.dtype == torch.float64 else maps.float()

@@ -1,0 +1,149 @@
+"""Does a map depend on what the network learned, and on the class? Gates, not rankings.
+
+Adebayo et al. 2018, https://arxiv.org/abs/1810.03292, in the forms of Hedström et al. 2024,
+https://arxiv.org/abs/2401.06465: from the first layer on, without absolute values, and without the
+trained network's own map in the mean (of which Quantus 0.6 takes 1.0 into every score).
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from camdistill.explain.compare import spearman
+from camdistill.networks.capture import bare
+from camdistill.perturb.ranks import demand_finite
+from camdistill.types import Explain, Images, Labels, Logits, Maps, PerImage
+
+BINS = 100
+
+
+def smooth_randomisation(
+    explain: Explain,
+    network: nn.Module,
+    images: Images,
+    classes: Labels,
+    generator: torch.Generator,
+    *,
+    samples: int = 10,
+    noise: float = 0.1,
+) -> dict[str, PerImage]:
+    """Rank correlation of the map with that of ever more randomised networks; lower is a pass.
+
+    Maps are means over noisy copies of the image, as the noise of single maps looks like change.
+
+    Args:
+        explain: Gives the maps.
+        network: In eval mode; not changed.
+        images: In [0, 1].
+        classes: Whose maps they are, whatever a randomised network says.
+        generator: Of the weights and of the noise, the same noise for all networks.
+        samples: Noisy copies of each image; 1 with `noise=0` is the plain test.
+        noise: Standard deviation, as a share of the images' range.
+
+    Returns:
+        By layer: this layer and all before it are randomised.
+    """
+    span = float(images.max() - images.min())
+    shape = (samples, *images.shape)
+    drawn = torch.randn(shape, generator=generator, device=generator.device)
+    noisy = images + noise * span * drawn.to(images)
+
+    def mean_map(asked: nn.Module) -> Maps:
+        total = torch.stack([explain(asked, copies, classes) for copies in noisy]).mean(0)
+        demand_finite(total)
+        return total
+
+    trained = mean_map(network)
+    return {
+        layer: spearman(mean_map(changed), trained)
+        for layer, changed in _randomised(network, generator)
+    }
+
+
+def efficient_randomisation(
+    explain: Explain,
+    network: nn.Module,
+    images: Images,
+    classes: Labels,
+    generator: torch.Generator,
+) -> PerImage:
+    """Relative rise of the map's entropy when all layers are randomised; higher is a pass.
+
+    (H(random) - H(trained)) / H(trained), H of a histogram of 100 bins over the map's own range.
+    NaN where the trained network's map is constant.
+    """
+    before = _histogram_entropy(explain(network, images, classes))
+    *_, (_, changed) = _randomised(network, generator)
+    after = _histogram_entropy(explain(changed, images, classes))
+    return torch.where(before > 0, (after - before) / torch.where(before > 0, before, 1), torch.nan)
+
+
+def random_logit(
+    explain: Explain,
+    network: nn.Module,
+    images: Images,
+    classes: Labels,
+    logits: Logits,
+    generator: torch.Generator,
+) -> PerImage:
+    """Rank correlation of the map with that of another class, drawn at random; lower is a pass.
+
+    Sixt et al. 2020, https://arxiv.org/abs/1912.09818. 1 where the map is the same for all classes.
+    """
+    number = logits.shape[1]
+    if number < 2:
+        raise ValueError("there is no other class to draw: the network has one")
+    shift = torch.randint(
+        1, number, classes.shape, generator=generator, device=generator.device
+    ).to(classes.device)
+    own = explain(network, images, classes)
+    other = explain(network, images, (classes + shift) % number)
+    for maps in (own, other):
+        demand_finite(maps)
+    return spearman(own, other)
+
+
+def _randomised(network: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, nn.Module]]:
+    """One copy whose layers are drawn again one after the other, from the input on.
+
+    Convolutions and linear layers get torch's initial distribution, normalisations their initial
+    scale and shift; running statistics are no parameters and stay.
+    """
+    changed = copy.deepcopy(network)
+    layers = {
+        name: module
+        for name, module in bare(changed).named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    if not layers:
+        raise ValueError("the network has no parameters to randomise")
+    for name, module in layers.items():
+        with torch.no_grad():
+            _redraw(module, generator)
+        yield name, changed
+
+
+def _redraw(module: nn.Module, generator: torch.Generator) -> None:
+    """Uniform within 1 / sqrt(fan-in), as torch draws convolutions and linear layers."""
+    weight = next((p for p in module.parameters(recurse=False) if p.dim() > 1), None)
+    for name, parameter in module.named_parameters(recurse=False):
+        if weight is None:
+            parameter.fill_(1.0 if name == "weight" else 0.0)
+        else:
+            bound = weight[0].numel() ** -0.5
+            drawn = torch.rand(parameter.shape, generator=generator, device=generator.device)
+            parameter.copy_(bound * (2 * drawn - 1))
+
+
+def _histogram_entropy(maps: Maps) -> PerImage:
+    demand_finite(maps)
+    values = (maps if maps.dtype == torch.float64 else maps.float()).flatten(1)
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    span = torch.where(high > low, high - low, 1)
+    bins = ((values - low) / span * BINS).long().clamp(max=BINS - 1)
+    counts = torch.zeros(len(values), BINS, device=values.device, dtype=values.dtype)
+    counts.scatter_add_(1, bins, torch.ones_like(values))
+    nats: Tensor = torch.special.entr(counts / values.shape[1]).sum(1)
+    return nats

@@ -1,0 +1,95 @@
+"""How far a map moves when its image hardly does.
+
+A constant map never moves, so these gate explainers and don't rank them: such a map is NaN here, a
+failure to be counted. The class is held, so that a changed prediction is not a changed map.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from camdistill.perturb.ranks import demand_finite
+from camdistill.types import Explain, Images, Labels, Maps, PerImage
+
+
+def max_sensitivity(
+    explain: Explain,
+    network: nn.Module,
+    images: Images,
+    classes: Labels,
+    generator: torch.Generator,
+    *,
+    radius: float = 0.02,
+    samples: int = 10,
+) -> PerImage:
+    """Largest relative change of the map over nearby images, ||a(x') - a(x)|| / ||a(x)||; lower.
+
+    Yeh et al. 2019, https://arxiv.org/abs/1901.09392, definition 3, estimated from samples.
+
+    Args:
+        explain: Gives the maps.
+        network: In eval mode.
+        images: In [0, 1].
+        classes: Whose maps they are.
+        generator: Draws the nearby images.
+        radius: Largest change of a pixel, in the images' units.
+        samples: Nearby images of each image.
+    """
+    maps, largest = _maps(explain, network, images, classes), None
+    for nearby in _nearby(images, radius, samples, generator):
+        change = _norm(_maps(explain, network, nearby, classes) - maps)
+        largest = change if largest is None else torch.maximum(largest, change)
+    assert largest is not None, "there is at least one sample"
+    return _of_speaking(largest / _norm(maps), maps)
+
+
+def local_lipschitz(
+    explain: Explain,
+    network: nn.Module,
+    images: Images,
+    classes: Labels,
+    generator: torch.Generator,
+    *,
+    radius: float = 0.02,
+    samples: int = 10,
+) -> PerImage:
+    """Largest ||a(x') - a(x)|| / ||x' - x|| over nearby images; lower.
+
+    Alvarez-Melis and Jaakkola 2018, https://arxiv.org/abs/1806.08049, eq. 2. Each map is first
+    divided by ||a(x)||, or the number would be the map's unit.
+    """
+    maps, largest = _maps(explain, network, images, classes), None
+    for nearby in _nearby(images, radius, samples, generator):
+        change = _norm(_maps(explain, network, nearby, classes) - maps)
+        ratio = change / _norm(nearby - images).clamp(min=1e-12)
+        largest = ratio if largest is None else torch.maximum(largest, ratio)
+    assert largest is not None, "there is at least one sample"
+    return _of_speaking(largest / _norm(maps), maps)
+
+
+def _maps(explain: Explain, network: nn.Module, images: Images, classes: Labels) -> Maps:
+    maps = explain(network, images, classes)
+    demand_finite(maps)
+    return maps if maps.dtype == torch.float64 else maps.float()
+
+
+def _nearby(
+    images: Images, radius: float, samples: int, generator: torch.Generator
+) -> Iterator[Images]:
+    if radius <= 0 or samples < 1:
+        raise ValueError(f"radius {radius} and samples {samples}: both must be above 0")
+    for _ in range(samples):
+        drawn = torch.rand(images.shape, generator=generator, device=generator.device)
+        yield images + radius * (2 * drawn - 1).to(images)
+
+
+def _norm(values: Float[Tensor, "batch ..."]) -> PerImage:
+    norm: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    return norm
+
+
+def _of_speaking(values: PerImage, maps: Maps) -> PerImage:
+    constant = maps.amax((1, 2)) == maps.amin((1, 2))
+    return torch.where(constant, torch.nan, values)
