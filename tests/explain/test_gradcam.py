@@ -1,7 +1,7 @@
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -567,14 +567,51 @@ def test_batch_of_one_equals_batch_of_many_and_order_does_not_matter(images: Ten
         close(grad_cam(network, images[1:2], [name])[name], whole[name][1:2])
 
 
-def test_wrapped_networks_give_the_maps_of_the_bare_one(small: Tensor) -> None:
-    network = student().double().eval()
-    true = grad_cam(network, small, ["stage1", "stage3"], 1)
-    for wrapped in (torch.compile(network, backend="eager"), nn.DataParallel(network)):
-        for grad in ("none", "full"):
-            found = grad_cam(wrapped, small, ["stage1", "stage3"], 1, grad=grad)
-            for name, values in found.items():
-                close(values.detach(), true[name])
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, as DDP wants one."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def wrap(network: nn.Module, kind: str) -> nn.Module:
+    if kind == "method":
+        network.compile(backend="eager")
+        return network
+    if kind == "DDP":
+        return nn.parallel.DistributedDataParallel(network)
+    if kind == "DataParallel":
+        return nn.DataParallel(network)
+    compiled = torch.compile(network, backend="eager" if kind == "compiled DDP" else kind)
+    return nn.parallel.DistributedDataParallel(compiled) if kind == "compiled DDP" else compiled
+
+
+@pytest.mark.parametrize(
+    "kind", ["eager", "aot_eager", "method", "DataParallel", "DDP", "compiled DDP"]
+)
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.usefixtures("one_process")
+def test_wrapped_networks_give_the_maps_of_the_bare_one(
+    small: Tensor, kind: str, called: bool
+) -> None:
+    network = seeded(  # without the checks of shapes in our own, which can't be compiled
+        lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(True), nn.Conv2d(5, 6, 3), Pooled(6))
+    )
+    network.double().eval()
+    names = ["0", "1", "2"]
+    true = grad_cam(copy.deepcopy(network), small, names, 1)
+    wrapped = wrap(network, kind)
+    if called:
+        wrapped(small)
+    for grad in ("none", "full", "none"):
+        with torch.no_grad():
+            found = grad_cam(wrapped, small, names, 1, grad=grad)
+        for name, values in found.items():
+            close(values.detach(), true[name])
+    torch.testing.assert_close(wrapped(small), explain(wrapped, small).logits)
+    assert head_of(network, "2") == "3.fc"
 
 
 def test_maps_can_be_left_out(small: Tensor) -> None:
