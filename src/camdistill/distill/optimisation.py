@@ -1,12 +1,13 @@
 """How parameters are fitted: one small recipe, shared by students and teachers."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from camdistill.errors import UserError
 
@@ -56,20 +57,31 @@ class Optimisation:
         fallen = (progress - self.warmup) / (1 - self.warmup)
         return END + (1 - END) * (1 + math.cos(math.pi * min(fallen, 1.0))) / 2
 
+    def optimiser_of(
+        self, decayed: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> torch.optim.Optimizer:
+        """The optimiser alone, for a loop that sets the rate itself.
+
+        Args:
+            decayed: Weights, which decay.
+            others: Norms and biases, which don't.
+        """
+        groups = [
+            {"params": list(decayed), "weight_decay": self.weight_decay},
+            {"params": list(others), "weight_decay": 0.0},
+        ]
+        if self.optimiser == "sgd":
+            return torch.optim.SGD(
+                groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0
+            )
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))
+
     def configure(self, network: nn.Module, steps: int) -> OptimizerLRSchedulerConfig:
         """What `configure_optimizers` returns for a network that is fitted for so many steps."""
         parameters = [p for p in network.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimiser: torch.optim.Optimizer
-        if self.optimiser == "sgd":
-            optimiser = torch.optim.SGD(
-                groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0
-            )
-        else:
-            optimiser = torch.optim.AdamW(groups, lr=self.lr, betas=(self.momentum, 0.999))
+        optimiser = self.optimiser_of(
+            [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: self.rate(step / max(steps, 1))
         )
