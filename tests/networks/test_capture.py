@@ -191,3 +191,22 @@ def test_structure_changes_with_modules_modes_and_hooks(network: nn.Module) -> N
     network.fc.register_forward_hook(lambda *_: None)
     seen.add(structure(network))
     assert len(seen) == 4
+
+
+def test_a_look_before_a_call_sees_what_an_in_place_layer_overwrites(
+    images: torch.Tensor,
+) -> None:
+    network = Twice(inplace=True).eval()
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(name: str, given: object) -> None:
+        assert isinstance(given, torch.Tensor)
+        seen[name] = given.clone()
+
+    with visiting(network, ["relu#0", "relu#1"], lambda *_: None, before=look):
+        network(images)
+    first = network.bn(network.conv(images))
+    torch.testing.assert_close(seen["relu#0"], first, rtol=0, atol=0)
+    torch.testing.assert_close(seen["relu#1"], first.relu() - 0.3, rtol=0, atol=0)
+    assert seen["relu#0"].min() < 0
+    assert hooks(network) == 0

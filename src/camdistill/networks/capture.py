@@ -16,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from camdistill.errors import UserError, nearest
 
 Visit = Callable[[str, object], Tensor | None]
+Look = Callable[[str, object], None]
 
 
 def bare(network: nn.Module) -> nn.Module:
@@ -75,7 +76,12 @@ def capture(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Ten
 
 @contextmanager
 def visiting(
-    network: nn.Module, layers: Iterable[str], visit: Visit, *, required: bool = True
+    network: nn.Module,
+    layers: Iterable[str],
+    visit: Visit,
+    *,
+    before: Look | None = None,
+    required: bool = True,
 ) -> Iterator[None]:
     """Call `visit(name, output)` whenever a layer has run inside the block.
 
@@ -87,6 +93,8 @@ def visiting(
         network: Bare or wrapped.
         layers: Names, see the module's docstring.
         visit: What to do.
+        before: What to do with a layer's first argument before the layer runs, and overwrites it
+            if it works in place.
         required: Whether it is an error that a layer didn't run.
 
     Raises:
@@ -105,10 +113,17 @@ def visiting(
                 output = output if changed is None else changed
         return output
 
+    def entering(module: nn.Module, arguments: tuple[object, ...]) -> None:
+        for name, call in wanted[module]:
+            if before is not None and call in (None, calls[module]):
+                before(name, arguments[0] if arguments else None)
+
     with ExitStack() as stack:
         stack.enter_context(_uncompiled(network))
         for module in wanted:
             stack.callback(module.register_forward_hook(hook).remove)
+            if before is not None:
+                stack.callback(module.register_forward_pre_hook(entering).remove)
         yield
     if required:
         for module, places in wanted.items():

@@ -1,0 +1,148 @@
+"""Grad-CAM at every layer of two networks: how large, how often blank, how alike.
+
+The raw scale of maps differs by hundreds between a stem and the last block, mainly because alpha
+is a mean over the cells. Times the number of cells it is in logits: for a network of convolutions
+and ReLUs without biases, the sum of gradient times activation is the logit at every layer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from camdistill.explain.gradcam import explain
+from camdistill.explain.request import wide
+from camdistill.layers.histograms import HistogramCounts, middle
+from camdistill.layers.points import Layer
+from camdistill.layers.state import counts, zeros
+from camdistill.layers.summary import Cams, CamSimilarity, Point
+from camdistill.networks.capture import undisturbed
+from camdistill.types import Images
+
+Maps = Float[Tensor, "_ _ _"]  # of sizes that differ from layer to layer
+
+
+@dataclass(frozen=True)
+class CamSums:
+    """Sums over the images explained.
+
+    Attributes:
+        images: How many; those with a map that is not finite are left out.
+        scales: Histogram of the maxima in logits, by layer, the first network's first.
+        zero: Images with a blank map, by layer.
+        cosine: Sums of cosines, rows of the first network and columns of the second; empty with
+            one network.
+    """
+
+    images: Int[Tensor, ""]
+    scales: Int[Tensor, "layers all_bins"]
+    zero: Int[Tensor, "layers"]
+    cosine: Float[Tensor, "rows columns"]
+
+    @classmethod
+    def empty(cls, layers: Sequence[int]) -> "CamSums":
+        """Of no image, for networks with so many layers."""
+        rows, columns = (layers[0], layers[1]) if len(layers) == 2 else (0, 0)
+        raw = HistogramCounts.empty().raw.expand(sum(layers), -1).clone()
+        return cls(counts(), raw, counts(sum(layers)), zeros(rows, columns))
+
+    @classmethod
+    def of(cls, maps: Sequence[Sequence[Maps]]) -> "CamSums":
+        """Of a batch's raw maps by network and layer."""
+        finite = torch.stack(
+            [torch.isfinite(layer).flatten(1).all(1) for network in maps for layer in network]
+        ).all(0)
+        maps = [[layer[finite] for layer in network] for network in maps]
+        every = [layer for network in maps for layer in network]
+        peaks = [wide(layer).flatten(1).amax(1).clamp_min(0) * layer[0].numel() for layer in every]
+        return cls(
+            torch.tensor(len(every[0])),
+            torch.stack([HistogramCounts.of(peak.cpu()).raw for peak in peaks]),
+            torch.stack([(peak == 0).sum().cpu() for peak in peaks]),
+            _cosines(maps[0], maps[1]) if len(maps) == 2 else zeros(0, 0),
+        )
+
+    def merged(self, other: "CamSums") -> "CamSums":
+        """Of both."""
+        return CamSums(
+            self.images + other.images,
+            self.scales + other.scales,
+            self.zero + other.zero,
+            self.cosine + other.cosine,
+        )
+
+    def cams(self, layer: int, point: Point) -> Cams:
+        """What is told of a layer."""
+        images = int(self.images)
+        if images == 0:
+            return Cams(torch.nan, torch.nan, torch.nan, torch.nan, 0)
+        scales = HistogramCounts(self.scales[layer], counts(2)).histogram(point)
+        low, scale, high = (middle(scales, share) for share in (0.25, 0.5, 0.75))
+        return Cams(scale, low, high, int(self.zero[layer]) / images, images)
+
+    def similarity(self, rows: Sequence[str], columns: Sequence[str]) -> CamSimilarity:
+        """What is told of two networks."""
+        images = int(self.images)
+        cosine = self.cosine / images if images else self.cosine + torch.nan
+        return CamSimilarity(tuple(rows), tuple(columns), cosine, images)
+
+
+def layer_maps(
+    networks: Mapping[str, nn.Module], layers: Mapping[str, Sequence[Layer]], images: Images
+) -> list[list[Maps]]:
+    """Raw maps by network and layer, all of the first network's top class.
+
+    A network with another number of outputs explains its own top class.
+    """
+    found: list[list[Maps]] = []
+    classes: Tensor | None = None
+    outputs = -1
+    for name, network in networks.items():
+        keys = [layer.key for layer in layers[name]]
+        with undisturbed(network):
+            if classes is not None and outputs != _outputs(network, images):
+                explanation = explain(network, images, keys)
+            else:
+                explanation = explain(network, images, keys, classes)
+        if classes is None:
+            classes, outputs = explanation.classes, explanation.logits.shape[1]
+        found.append([explanation.maps[key] for key in keys])
+    return found
+
+
+def has_maps(layer: Layer) -> bool:
+    """Whether Grad-CAM has a place to point to."""
+    return layer.shape[1] * layer.shape[2] > 1
+
+
+def _outputs(network: nn.Module, images: Images) -> int:
+    shape = explain(network, images[:1], [], maps=False).logits.shape
+    return shape[1]
+
+
+def _cosines(first: Sequence[Maps], second: Sequence[Maps]) -> Float[Tensor, "rows columns"]:
+    """Sums over images of the cosine of ReLU maps, on the smaller grid of each pair."""
+    total = zeros(len(first), len(second))
+    sizes = {(int(one.shape[1]), int(one.shape[2])) for one in (*first, *second)}
+    for size in sizes:
+        rows, columns = _directions(first, size), _directions(second, size)
+        sums = torch.einsum("rbp,cbp->rc", rows, columns).cpu().double()
+        for row, one in enumerate(first):
+            for column, two in enumerate(second):
+                if min(one.shape[1:], two.shape[1:]) == size:
+                    total[row, column] = sums[row, column]
+    return total
+
+
+def _directions(maps: Sequence[Maps], size: tuple[int, int]) -> Float[Tensor, "layers batch cells"]:
+    """ReLU maps at a size, of unit length; blank ones stay 0."""
+    resized = [
+        F.adaptive_avg_pool2d(wide(layer).clamp_min(0)[:, None], size).flatten(1) for layer in maps
+    ]
+    # Normalised by the peak first, so that small maps don't underflow.
+    whole = torch.stack(resized)
+    whole = whole / whole.amax(2, keepdim=True).clamp_min(torch.finfo(whole.dtype).tiny)
+    return F.normalize(whole, dim=2)

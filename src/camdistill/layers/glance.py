@@ -1,0 +1,69 @@
+"""What one forward of one network leaves behind."""
+
+from collections.abc import Mapping
+
+from jaxtyping import Int
+from torch import Tensor
+
+from camdistill.errors import UserError
+from camdistill.layers.histograms import HistogramCounts
+from camdistill.layers.plan import Plan
+from camdistill.layers.points import Layer
+from camdistill.layers.similarity import gram
+from camdistill.layers.state import State
+from camdistill.layers.top import TopKeys
+from camdistill.layers.units import Reduced, UnitSums, reduced, spatial
+from camdistill.networks.capture import tensor
+
+
+class Glance:
+    """Reduces each layer's tensor as it comes by; keeps small numbers by image alone.
+
+    Layers finish in the order of the plan, which was found by running the network.
+    """
+
+    def __init__(
+        self, network: str, plan: Plan, seen: Mapping[str, State], ids: Int[Tensor, "batch"]
+    ) -> None:
+        self.network, self.plan, self.seen, self.ids = network, plan, seen, ids
+        self.layers = {layer.key: layer for layer in plan.layers[network]}
+        self.states: dict[str, State] = {}
+        self.numbers: list[Reduced] = []
+        self.grams: list[Tensor] = []
+
+    def before(self, key: str, given: object) -> None:
+        """What a layer is given, before it may overwrite it."""
+        layer = self.layers[key]
+        if layer.activated:
+            self.states[self._key(layer, "pre")] = _counted(tensor(key, given))
+
+    def after(self, key: str, gave: object) -> None:
+        """What a layer gave."""
+        layer = self.layers[key]
+        output = spatial(self._checked(layer, tensor(key, gave)))
+        numbers = reduced(output, rectified=layer.rectified, bound=layer.bound)
+        self.numbers.append(numbers)
+        self.states[self._key(layer, "units")] = UnitSums.of(numbers)
+        before = self.seen[top := self._key(layer, "top")]
+        assert isinstance(before, TopKeys), "planned"
+        self.states[top] = TopKeys.of(output, numbers.largest, self.ids, numbers.sound, before)
+        if not layer.relu:
+            self.states[self._key(layer, "post")] = _counted(output)
+        if self.plan.options.cka:
+            self.grams.append(gram(output))
+
+    def _checked(self, layer: Layer, output: Tensor) -> Tensor:
+        if output.shape[:2] != (len(self.ids), layer.shape[0]):
+            raise UserError(
+                f"layer '{layer.name}' gives {list(output.shape)} for {len(self.ids)} images, not "
+                f"[{len(self.ids)}, {layer.shape[0]}, ...]: leave it out by --layers"
+            )
+        return output
+
+    def _key(self, layer: Layer, what: str) -> str:
+        return f"{self.network}/{layer.name}/{what}"
+
+
+def _counted(values: Tensor) -> HistogramCounts:
+    found = HistogramCounts.of(values)
+    return HistogramCounts(found.raw.cpu(), found.infinite.cpu())

@@ -1,0 +1,217 @@
+"""Which layers a sweep looks at, found by running the network on an image.
+
+By default these are the network's blocks and the non-linearities outside them: a residual
+network's stem and residual blocks, the stages of a student, each ReLU of a VGG. A block is a
+module of its own class that holds convolutions and no other such block.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from camdistill.errors import UserError, nearest
+from camdistill.networks.capture import bare, plain, undisturbed, visiting
+from camdistill.types import Images
+
+RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus)
+NON_LINEARITIES = (
+    *RECTIFIERS,
+    *(nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.Softsign),
+)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of one module, and where its tensors are read.
+
+    Attributes:
+        name: What people call it: the block's path, or the module's, with "#1" where it is called
+            more than once.
+        path: Of the module whose output is read; a block that ends in a ReLU module is read there.
+        call: Which call of that module.
+        activated: Whether that module is a non-linearity, so that its input is read too.
+        shape: Channels, height and width of the output; (1, 1) for a vector.
+        rectified: Whether the module is known to give no negative values.
+        relu: Whether it is a plain ReLU: the input's histogram then tells the output's.
+        bound: The largest magnitude that the module can give; None if there is none.
+    """
+
+    name: str
+    path: str
+    call: int
+    activated: bool
+    shape: tuple[int, int, int]
+    rectified: bool = False
+    relu: bool = False
+    bound: float | None = None
+
+    @property
+    def key(self) -> str:
+        """As `networks.capture` names the call."""
+        return f"{self.path}#{self.call}"
+
+
+@dataclass
+class _Event:
+    """A call that gave a tensor, and what stands behind it."""
+
+    path: str
+    call: int
+    module: nn.Module
+    output: Tensor
+    version: int
+    activation: "_Event | None" = None
+
+    @property
+    def block(self) -> bool:
+        container = not isinstance(self.module, nn.Sequential)
+        return container and any(
+            isinstance(part, CONVOLUTIONS) for part in self.module.modules() if part != self.module
+        )
+
+
+def find_layers(
+    network: nn.Module, images: Images, patterns: Sequence[str] | None = None
+) -> tuple[Layer, ...]:
+    """The layers that are meant, in the order in which they run.
+
+    Args:
+        network: Bare or wrapped.
+        images: As the network takes them; the first is run.
+        patterns: Names or patterns as of a shell: "layer3.*", "stage?", "layer1.0.relu#1"; without
+            a call's number every call is meant. None is what the module's docstring says.
+
+    Raises:
+        UserError: If a pattern fits no layer, or the network has no layers to look at.
+    """
+    events = _events(network, images)
+    if patterns is None:
+        chosen = _default(events)
+    else:
+        calls = Counter(event.path for event in events)
+        names = {id(event): _name(event.path, event.call, calls) for event in events}
+        wanted: set[int] = set()
+        for pattern in patterns:
+            fits = {
+                id(event)
+                for event in events
+                if any(
+                    fnmatchcase(name, pattern)
+                    for name in (event.path, f"{event.path}#{event.call}")
+                )
+            }
+            if not fits:
+                known = nearest(pattern, dict.fromkeys(names.values()))
+                raise UserError(
+                    f"no layer '{pattern}' in {type(bare(network)).__name__}; {known}. "
+                    "Patterns such as 'layer3.*' work too"
+                )
+            wanted |= fits
+        chosen = [event for event in events if id(event) in wanted]
+    if not chosen:
+        raise UserError(
+            f"{type(bare(network)).__name__} has no convolution and no non-linearity as a module: "
+            "name layers by --layers"
+        )
+    return _layers(chosen, events)
+
+
+def all_layers(network: nn.Module, images: Images) -> tuple[Layer, ...]:
+    """Every call of every module that gives a tensor [B, C, h, w] or [B, C]."""
+    return find_layers(network, images, ["*"])
+
+
+def _events(network: nn.Module, images: Images) -> list[_Event]:
+    inner = bare(network)
+    # A module that stands in two places has two names; it is one layer, under the first.
+    modules = {path: module for path, module in inner.named_modules() if path}
+    calls: Counter[str] = Counter()
+    found: list[_Event] = []
+
+    def note(path: str, output: object) -> None:
+        call, calls[path] = calls[path], calls[path] + 1
+        if not isinstance(output, Tensor) or output.dim() not in (2, 4) or not len(output):
+            return
+        event = _Event(path, call, modules[path], output, output._version)
+        if isinstance(event.module, NON_LINEARITIES):
+            event.activation = event
+        else:
+            # A block whose output is a non-linearity's, untouched since.
+            same = (
+                other.activation
+                for other in reversed(found)
+                if other.output is output and other.version == output._version
+            )
+            event.activation = next(same, None) if list(event.module.children()) else None
+        found.append(event)
+
+    with undisturbed(network), visiting(network, modules, note, required=False):
+        plain(network)(images[:1])
+    return found
+
+
+def _default(events: list[_Event]) -> list[_Event]:
+    candidates = [event for event in events if event.block and event.output.dim() == 4]
+    paths = {event.path for event in candidates}
+    blocks = [
+        event
+        for event in candidates
+        if not any(other.startswith(f"{event.path}.") for other in paths)
+    ]
+    inside = tuple({f"{event.path}." for event in blocks})
+    outside = [
+        event
+        for event in events
+        if isinstance(event.module, NON_LINEARITIES) and not event.path.startswith(inside)
+    ]
+    chosen = {id(event) for event in (*blocks, *outside)}
+    if not chosen:
+        return [event for event in events if isinstance(event.module, CONVOLUTIONS)]
+    return [event for event in events if id(event) in chosen]
+
+
+def _layers(chosen: list[_Event], events: list[_Event]) -> tuple[Layer, ...]:
+    calls = Counter(event.path for event in events)
+    order = {id(event): number for number, event in enumerate(events)}
+    layers: dict[int, Layer] = {}
+    blocks: set[int] = set()
+    for event in chosen:
+        read = event.activation or event
+        # Of several names for one tensor the innermost block's is the one that people know.
+        place = order[id(read)]
+        if place in blocks or (place in layers and event is read):
+            continue
+        if event is not read:
+            blocks.add(place)
+        module = read.module
+        layers[place] = Layer(
+            name=_name(event.path, event.call, calls),
+            path=read.path,
+            call=read.call,
+            activated=read is event.activation,
+            shape=_shape(read.output),
+            rectified=isinstance(module, RECTIFIERS),
+            relu=type(module) is nn.ReLU,
+            bound=_bound(module),
+        )
+    return tuple(layers[place] for place in sorted(layers))
+
+
+def _shape(output: Tensor) -> tuple[int, int, int]:
+    sizes = (*output.shape[1:], 1, 1)
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _name(path: str, call: int, calls: Counter[str]) -> str:
+    return f"{path}#{call}" if calls[path] > 1 else path
+
+
+def _bound(module: nn.Module) -> float | None:
+    if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+        return float(max(abs(module.min_val), abs(module.max_val)))
+    return 1.0 if isinstance(module, nn.Sigmoid | nn.Hardsigmoid | nn.Tanh | nn.Softsign) else None

@@ -1,0 +1,162 @@
+"""From a sweep's states to what they tell."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from camdistill.layers.cams import CamSums
+from camdistill.layers.histograms import HistogramCounts
+from camdistill.layers.plan import Plan
+from camdistill.layers.points import Layer
+from camdistill.layers.probes import ProbeSums
+from camdistill.layers.similarity import FEWEST, CkaSums, MatchSums
+from camdistill.layers.state import Seen, State
+from camdistill.layers.summary import Cams, Histogram, LayerSummary, Match, Point, Probe, Sweep
+from camdistill.layers.top import TopKeys
+from camdistill.layers.units import UnitSums
+
+Kind = TypeVar("Kind", bound=State)
+
+
+def told(plan: Plan, states: Mapping[str, State]) -> Sweep:
+    """Everything that the states tell, in plain data."""
+    images = int(_state(states, "seen", Seen).images)
+    networks = {name: _layers(plan, states, name) for name in plan.networks}
+    used = {"histogram": images}
+    counts = [layer.units.images for layers in networks.values() for layer in layers]
+    used |= {"units": max(counts), "top": max(counts)}
+    similarity, cam_similarity = None, None
+    matches: tuple[Match, ...] = ()
+    if plan.options.cka:
+        names = [(name, layer.name) for name in plan.networks for layer in plan.layers[name]]
+        similarity = _state(states, "cka", CkaSums).similarity(names)
+        used["cka"] = similarity.images
+    if plan.matched:
+        sums = _state(states, "match", MatchSums)
+        first, second = ([one.name for one in plan.layers[name]] for name in plan.networks)
+        matches = sums.matches(first, second, plan.pairs)
+        used["matching"] = int(sums.images)
+    if plan.options.probes:
+        told_images = [
+            one.probe.images for layers in networks.values() for one in layers if one.probe
+        ]
+        used["probe"] = max(told_images)
+    if plan.options.explained:
+        cams = _state(states, "cams", CamSums)
+        used["grad_cam"] = int(cams.images)
+        if len(plan.networks) == 2:
+            rows, columns = (
+                [layer.name for layer in plan.explained(name)] for name in plan.networks
+            )
+            cam_similarity = cams.similarity(rows, columns)
+    return Sweep(
+        networks, images, used, similarity, matches, cam_similarity, _notes(plan, networks, used)
+    )
+
+
+def _layers(plan: Plan, states: Mapping[str, State], network: str) -> tuple[LayerSummary, ...]:
+    layers = plan.layers[network]
+    probes = _probes(plan, states, network)
+    cams = _cams(plan, states, network)
+    found = []
+    for order, layer in enumerate(layers):
+        key = f"{network}/{layer.name}"
+        pre, post = _histograms(layer, states, network)
+        sums = _state(states, f"{key}/units", UnitSums)
+        found.append(
+            LayerSummary(
+                network=network,
+                name=layer.name,
+                order=order,
+                depth=order / (len(layers) - 1) if len(layers) > 1 else 1.0,
+                shape=layer.shape,
+                post=post,
+                pre=pre,
+                units=sums.units(rectified=post.negatives == 0, bounded=layer.bound is not None),
+                sparsity=sums.sparsity(),
+                rank=sums.rank(),
+                top=_state(states, f"{key}/top", TopKeys).top(layer.shape[2]),
+                probe=probes[order] if probes else None,
+                cams=cams.get(layer.name),
+            )
+        )
+    return tuple(found)
+
+
+def _histograms(
+    layer: Layer, states: Mapping[str, State], network: str
+) -> tuple[Histogram | None, Histogram]:
+    key = f"{network}/{layer.name}"
+    given = Point(network, layer.path, layer.call, "pre")
+    gave = Point(network, layer.path, layer.call, "post")
+    pre = _state(states, f"{key}/pre", HistogramCounts) if layer.activated else None
+    if layer.relu and pre is not None:
+        post = pre.rectified()
+    else:
+        post = _state(states, f"{key}/post", HistogramCounts)
+    return pre.histogram(given) if pre else None, post.histogram(gave)
+
+
+def _probes(plan: Plan, states: Mapping[str, State], network: str) -> list[Probe]:
+    if not plan.options.probes:
+        return []
+    trained = _state(states, f"{network}/probe", ProbeSums)
+    fresh = _state(states, f"{network}/untrained", ProbeSums)
+    chance, held = trained.chance(), len(trained.held_labels)
+    accuracies = zip(trained.accuracies(), fresh.accuracies(), strict=True)
+    return [Probe(accuracy, chance, untrained, held) for accuracy, untrained in accuracies]
+
+
+def _cams(plan: Plan, states: Mapping[str, State], network: str) -> dict[str, Cams]:
+    if not plan.options.explained:
+        return {}
+    sums = _state(states, "cams", CamSums)
+    place = plan.networks.index(network)
+    before = sum(len(plan.explained(name)) for name in plan.networks[:place])
+    return {
+        layer.name: sums.cams(before + number, Point(network, layer.path, layer.call, "post"))
+        for number, layer in enumerate(plan.explained(network))
+    }
+
+
+def _notes(
+    plan: Plan, networks: Mapping[str, tuple[LayerSummary, ...]], used: Mapping[str, int]
+) -> tuple[str, ...]:
+    notes = []
+    for network, layers in networks.items():
+        for layer in layers:
+            lost = used["histogram"] - layer.units.images
+            if lost:
+                notes.append(
+                    f"{network} {layer.name}: {lost} of {used['histogram']} images have values "
+                    "that are not finite; they count in the histogram alone"
+                )
+        partial = [layer.name for layer in layers if not layer.cams]
+        if plan.options.explained and partial:
+            notes.append(f"{network}: no Grad-CAM at {', '.join(partial)}, a single cell each")
+    if plan.options.cka and used["cka"] < used["histogram"]:
+        notes.append(
+            f"CKA uses {used['cka']} of {used['histogram']} images: those that are finite at every "
+            f"layer, in batches of {FEWEST} or more"
+        )
+    if plan.matched and any(len(part) < len(plan.layers[plan.networks[0]]) for part in plan.pairs):
+        width = len(plan.pairs[0])
+        notes.append(
+            f"units are matched with the {width} layers nearest in depth, to bound the memory"
+        )
+    if plan.options.probes:
+        notes.append(
+            f"probes are tested on {used['probe']} held-out images, chosen by their numbers, and "
+            "fitted on the other labelled ones"
+        )
+    if plan.options.explained:
+        notes.append(
+            f"Grad-CAM is of {used['grad_cam']} of {used['histogram']} images, chosen by their "
+            "numbers"
+        )
+    return tuple(notes)
+
+
+def _state(states: Mapping[str, State], key: str, kind: type[Kind]) -> Kind:
+    state = states[key]
+    assert isinstance(state, kind), f"{key} is a {type(state).__name__}"
+    return state

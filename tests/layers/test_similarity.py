@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from camdistill.layers.similarity import CkaSums, MatchSums, compared, gram
+
+NAMES = [("teacher", "a"), ("teacher", "b"), ("student", "c")]
+
+
+def hsic(first: np.ndarray, second: np.ndarray) -> float:
+    """Song et al. 2012, eq. 5, term by term."""
+    n = len(first)
+    k, m = (x @ x.T * (1 - np.eye(n)) for x in (first, second))
+    ones = np.ones(n)
+    return (
+        np.trace(k @ m)
+        + (ones @ k @ ones) * (ones @ m @ ones) / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (ones @ k @ m @ ones)
+    ) / (n * (n - 3))
+
+
+def features(seed: int, images: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(images, 6, generator=generator, dtype=torch.float64)
+    second = first[:, :3] + torch.randn(images, 3, generator=generator, dtype=torch.float64)
+    return [first, second, second.relu() + 4]
+
+
+def sums(layers: list[torch.Tensor], sound: torch.Tensor | None = None) -> CkaSums:
+    if sound is None:
+        sound = torch.ones(len(layers[0]), dtype=torch.bool)
+    return CkaSums.of([gram(layer) for layer in layers], sound)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.lists(st.integers(4, 11), min_size=1, max_size=4))
+def test_streaming_equals_the_formula_batch_by_batch(seed: int, sizes: list[int]) -> None:
+    batches = [features(seed + number, size) for number, size in enumerate(sizes)]
+    state = CkaSums.empty(3)
+    for batch in batches:
+        state = state.merged(sums(batch))
+
+    def mean(row: int, column: int) -> float:
+        return sum(len(b[0]) * hsic(b[row].numpy(), b[column].numpy()) for b in batches)
+
+    found = state.similarity(NAMES)
+    assert (found.images, found.batches) == (sum(sizes), len(sizes))
+    for row in range(3):
+        for column in range(3):
+            own = mean(row, row) * mean(column, column)
+            if mean(row, row) > 1e-6 and mean(column, column) > 1e-6:
+                expected = mean(row, column) / own**0.5
+                assert float(found.cka[row, column]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_closed_form_of_uncorrelated_features() -> None:
+    """CKA of X = Z A, Y = Z B for white Z is |A'B|^2 / (|AA'| |BB'|) (Kornblith 2019, eq. 5)."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2000, 4, generator=generator, dtype=torch.float64)
+    a = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    b = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    state = CkaSums.empty(2)
+    for part in z.split(250):
+        state = state.merged(sums([part @ a, part @ b]))
+    expected = (a.T @ b).norm() ** 2 / ((a @ a.T).norm() * (b @ b.T).norm())
+    found = float(state.similarity(NAMES[:2]).cka[0, 1])
+    assert found == pytest.approx(float(expected), abs=0.02)
+
+
+def test_rotation_and_scale_change_nothing_and_a_layer_is_itself() -> None:
+    layer, other, _ = features(0, 40)
+    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator()))[0]
+    found = sums([layer, 7 * layer @ turn + 3, other]).similarity(NAMES).cka
+    assert float(found[0, 1]) == pytest.approx(1)
+    assert float(found[0, 2]) == pytest.approx(float(found[1, 2]))
+    torch.testing.assert_close(found.diagonal(), torch.ones(3, dtype=torch.float64))
+
+
+def test_independent_layers_have_none_even_in_small_batches() -> None:
+    """Biased CKA is 0.6 to 0.9 here."""
+    generator = torch.Generator().manual_seed(0)
+    state = CkaSums.empty(2)
+    for _ in range(200):
+        state = state.merged(sums([torch.randn(8, 64, generator=generator) for _ in range(2)]))
+    assert abs(float(state.similarity(NAMES[:2]).cka[0, 1])) < 0.03
+
+
+def test_where_there_is_no_cka_the_reason_is_told() -> None:
+    few = sums([one[:3] for one in features(0, 5)]).similarity(NAMES)
+    assert few.cka.isnan().all()
+    assert few.reasons[0, 2] == "no batch had 4 sound images or more"
+    first, second, _ = features(0, 20)
+    constant = torch.full((20, 8), 0.3)
+    found = sums([first, second, constant]).similarity(NAMES)
+    assert found.reasons.keys() == {(0, 2), (1, 2), (2, 2)}
+    assert found.reasons[0, 2] == "student c is the same for every image"
+    assert found.cka[:, 2].isnan().all()
+    assert found.cka[:2, :2].isfinite().all()
+
+
+def test_broken_images_are_left_out_and_a_small_last_batch_does_no_harm() -> None:
+    layers = features(3, 12)
+    broken = [one.clone() for one in layers]
+    broken[1][5] = torch.nan
+    sound = torch.arange(12) != 5
+    expected = sums([one[sound] for one in layers]).similarity(NAMES)
+    last = [one[:2] for one in features(4, 5)]
+    found = sums(broken, sound).merged(sums(last)).similarity(NAMES)
+    torch.testing.assert_close(found.cka, expected.cka)
+    assert found.images == 11
+
+
+def test_grams_are_the_same_in_every_layout(generator: torch.Generator) -> None:
+    output = torch.randn(5, 3, 4, 6, generator=generator)
+    expected = output.flatten(1).double() @ output.flatten(1).double().T
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = gram(output.contiguous(memory_format=layout))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_between_takes_the_part_of_two_networks() -> None:
+    found = sums(features(0, 10)).similarity(NAMES)
+    torch.testing.assert_close(found.between("teacher", "student"), found.cka[:2, 2:])
+    assert found.names("teacher") == ("a", "b")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 29))
+def test_matches_equal_numpys_correlations_of_everything_stored(seed: int, cut: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    teacher = [torch.rand(30, c, generator=generator, dtype=torch.float64) for c in (4, 3)]
+    student = [teacher[1][:, [2, 0]] + 0.01 * torch.rand(30, 2, generator=generator).double()]
+    pairs = (range(0, 2),)
+    every = torch.ones(30, dtype=torch.bool)
+
+    def part(rows: slice) -> MatchSums:
+        return MatchSums.of(
+            [one[rows] for one in teacher], [one[rows] for one in student], pairs, every[rows]
+        )
+
+    state = (
+        MatchSums.empty([4, 3], [2], pairs).merged(part(slice(cut))).merged(part(slice(cut, 30)))
+    )
+    matches = state.matches(["a", "b"], ["s"], pairs)
+    for layer, match in zip(teacher, matches, strict=True):
+        size = layer.shape[1]
+        table = np.corrcoef(layer.numpy().T, student[0].numpy().T)[:size, size:]
+        assert match.best.tolist() == table.argmax(0).tolist()
+        np.testing.assert_allclose(match.correlation, table.max(0), rtol=1e-9)
+        np.testing.assert_allclose(
+            match.partner_correlation, table[match.partner.numpy(), [0, 1]], rtol=1e-9
+        )
+    assert matches[1].best.tolist() == [2, 0]
+    assert matches[1].images == 30
+
+
+def test_a_unit_that_never_varies_follows_none() -> None:
+    teacher = [torch.rand(10, 3, generator=torch.Generator()).double()]
+    student = [torch.cat([teacher[0][:, 1:2], torch.full((10, 1), 0.7).double()], 1)]
+    every = torch.ones(10, dtype=torch.bool)
+    (match,) = MatchSums.of(teacher, student, (range(1),), every).matches(["t"], ["s"], (range(1),))
+    assert match.best.tolist() == [1, -1]
+
+
+def test_pairs_are_all_if_they_fit_else_the_nearest_in_depth() -> None:
+    assert compared([4] * 6, [4] * 3, 1 << 20) == (range(6),) * 3
+    few = compared([4] * 6, [4] * 3, 8 * 3 * 2 * 16)
+    assert [len(part) for part in few] == [2, 2, 2]
+    assert few[0] == range(0, 2)
+    assert few[2] == range(4, 6)
+    assert [len(part) for part in compared([1000] * 6, [1000] * 2, 1)] == [1, 1]
