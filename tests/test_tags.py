@@ -9,10 +9,13 @@ CONSTANTS = [
     for name, value in vars(tags).items()
     if name.isupper() and isinstance(value, str) and "/" in value and not name.startswith("_")
 ]
-OF_LAYER = [tags.pearson, tags.spearman, tags.cosine, tags.skill, tags.grid]
+OF_LAYER = [
+    *(tags.pearson, tags.spearman, tags.cosine, tags.skill, tags.grid),
+    *(tags.log10, tags.unit_cards, tags.feature_maps),
+]
 
 
-@pytest.mark.parametrize("tag", CONSTANTS)
+@pytest.mark.parametrize("tag", [*CONSTANTS, *tags.PROFILES])
 def test_every_tag_has_one_slash_a_numbered_group_and_a_description(tag: str) -> None:
     assert re.fullmatch(r"\d_[a-z]+/[a-z_]+", tag)
     assert len(tags.describe(tag)) > 10
@@ -24,7 +27,7 @@ def test_tags_of_layers_have_one_slash_no_sign_of_a_pattern_and_name_their_layer
     make, layer: str
 ) -> None:
     tag = make(layer)
-    assert re.fullmatch(r"2_maps/[\w.-]+", tag)
+    assert re.fullmatch(r"\d_[a-z]+/[\w.-]+", tag)
     assert tags.describe(tag).startswith(f"Layer {tag.split('_', 2)[2]}. ")
 
 
@@ -43,6 +46,13 @@ def test_tests_have_their_own_group_and_keep_the_description() -> None:
 
 def test_foreign_tags_have_no_description() -> None:
     assert tags.describe("epoch") == tags.describe("9_test/epoch") == tags.describe("a/b") == ""
+
+
+def test_page_of_some_groups_names_no_others() -> None:
+    page = tags.how_to_read([tags.PROFILE, tags.UNITS])
+    assert "`3_profile/dead`" in page
+    assert "`7_units/cards_<layer>`" in page
+    assert "`1_overview/" not in page
 
 
 def test_page_names_every_card() -> None:

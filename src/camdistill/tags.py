@@ -6,6 +6,7 @@ one layer are made by functions; every other tag is a constant.
 """
 
 import re
+from collections.abc import Collection
 
 OVERVIEW, MAPS = "1_overview", "2_maps"
 PROFILE, ACTIVATIONS, FILTERS = "3_profile", "4_activations", "5_filters"
@@ -117,6 +118,135 @@ _GRID = _stem(
     " difference, red is where the student looks more, blue where the teacher does.",
 )
 
+# Against depth: the step is the layer's depth in percent, not a training step.
+_DEPTH = " Step: depth in percent, 0 the first layer and 100 the last; a run a network."
+_PROFILES = {
+    "active": "Share of values above 0 after the non-linearity.",
+    "dead": "Share of units that gave 0 everywhere. Of a student it is an alarm; of a teacher a"
+    " property. None in N images still allows a rate of 3/N.",
+    "nearly_dead": "Share of units above 0 in fewer than one image in a thousand, but not never.",
+    "always_on": "Share of units above 0 at more than 99.9 % of places: their ReLU does nothing.",
+    "population_sparsity": "How few units carry an image (Vinje and Gallant 2000), averaged over"
+    " images. 0: all alike; 1: one alone.",
+    "lifetime_sparsity": "In how few images a unit is active, averaged over units. 0: in all alike;"
+    " 1: in one alone.",
+    "hoyer": "Sparsity of all values together (Hoyer 2004). 0: evenly spread; 1: one alone.",
+    "effective_rank": "In how many directions the layer's spatial means vary (exp of the singular"
+    " values' entropy; Roy and Vetterli 2007), as a share of what was possible.",
+    "participation": "Participation ratio of the same directions, as a share of what was possible.",
+    "saturation": "Smallest share of directions that holds 99 % of the variance.",
+    "largest": "The largest value anywhere.",
+    "probe": "Accuracy of a linear readout of the layer's spatial means, each batch predicted from"
+    " those before it.",
+    "probe_untrained": "The same of the network with random weights: what the architecture gives.",
+    "cam_scale": "Grad-CAM's largest value times the number of cells, in logits: median over"
+    " images.",
+    "cam_blank": "Share of images whose Grad-CAM is 0 everywhere at this layer.",
+}
+PROFILES = tuple(_tag(f"{PROFILE}/{name}", text + _DEPTH) for name, text in _PROFILES.items())
+WEIGHT_NORM = _tag(f"{FILTERS}/norm", "Median length of the layer's filters as vectors." + _DEPTH)
+BEST_CKA = _tag(
+    f"{SIMILARITY}/best_cka",
+    "CKA with the most similar layer of the other network. 1: the same up to rotation and scale."
+    + _DEPTH,
+)
+MATCHED = _tag(
+    f"{SIMILARITY}/matched",
+    "Mean correlation of a student's unit with the teacher's unit that it follows best." + _DEPTH,
+)
+
+# Histograms whose step is the layer's number: the card shows the whole network, one ridge a layer.
+RIDGE = _tag(
+    f"{ACTIVATIONS}/ridge",
+    "Values above 0 after the non-linearity, in powers of ten (0 is 1, -2 is 0.01). Step: number of"
+    " the layer. Zeros are left out; their share is `zeros`.",
+)
+RIDGE_BEFORE = _tag(
+    f"{ACTIVATIONS}/ridge_before_relu",
+    "Values given to the non-linearity, as shares of the magnitude that 99.9 % of them stay below:"
+    " what is left of 0 a ReLU cuts away. Step: number of the layer.",
+)
+ZEROS = _tag(f"{ACTIVATIONS}/zeros", "Share of values that are exactly 0." + _DEPTH)
+NONFINITE = _tag(
+    f"{ACTIVATIONS}/nonfinite", "Values that are NaN or infinite; 0 is healthy." + _DEPTH
+)
+WEIGHTS_RIDGE = _tag(
+    f"{FILTERS}/weights",
+    "Weights in units of the layer's largest magnitude. Step: number of the layer.",
+)
+
+# Pictures of an analysis.
+FINDINGS = _tag(f"{OVERVIEW}/findings", "What stands out, the most serious first.")
+LAYERS = _tag(f"{OVERVIEW}/layers", "Every layer's numbers, in a table a network.")
+PROFILE_CHART = _tag(
+    f"{OVERVIEW}/profiles", "The statistics of `3_profile` against depth, all networks together."
+)
+CKA_CHART = _tag(
+    f"{SIMILARITY}/cka",
+    "Linear CKA (unbiased, in minibatches) of every teacher's layer with every student's layer."
+    " Equal depth should be bright; a dark row is a layer that the student has nothing of.",
+)
+CAM_CHART = _tag(
+    f"{SIMILARITY}/cam_cosine",
+    "Mean cosine of the two networks' Grad-CAM maps, of the same class, layer by layer.",
+)
+RIDGE_CHART = _tag(
+    f"{ACTIVATIONS}/ridges", "Activations above 0 of all layers; the share of zeros at the right."
+)
+FIRST_SHAPE = _tag(
+    f"{FILTERS}/first_shape",
+    "The first convolution's filters, each by its own largest weight: zero is grey.",
+)
+FIRST_SIZE = _tag(
+    f"{FILTERS}/first_size",
+    "The same filters on one scale: a weak or dead filter stays grey. Norms are below.",
+)
+WEIGHTS_CHART = _tag(
+    f"{FILTERS}/weights_through_depth",
+    "Every layer's weights, and the lengths of its filters.",
+)
+THROUGH_DEPTH = _tag(
+    f"{MAPS}/through_depth",
+    "Maps of one image at all layers of all networks; the bar is the map's maximum in logits."
+    " Step: number of the image.",
+)
+
+_LOG10 = _stem(
+    f"{ACTIVATIONS}/log10_",
+    "Values above 0 after the non-linearity, in powers of ten, on the same images each epoch.",
+)
+_UNITS = _stem(
+    f"{UNITS}/cards_",
+    "Cards of some units: the pieces of images that excite each most, cut to what it sees, their"
+    " mean, an image made to excite it (what it reached before the ReLU, and as a multiple of the"
+    " largest value in the data: above 1 it is further than anything there), the histogram of its"
+    " activations, what it responds to.",
+)
+_FEATURES = _stem(
+    f"{UNITS}/maps_",
+    "Feature maps of one image: the units whose weight in Grad-CAM is largest.",
+)
+
+
+def profile(name: str) -> str:
+    """Tag of a statistic against depth."""
+    return f"{PROFILE}/{name}"
+
+
+def log10(layer: str) -> str:
+    """Tag of one layer's histogram while training."""
+    return _LOG10 + _clean(layer)
+
+
+def unit_cards(layer: str) -> str:
+    """Tag of one layer's unit cards."""
+    return _UNITS + _clean(layer)
+
+
+def feature_maps(layer: str) -> str:
+    """Tag of one layer's feature maps."""
+    return _FEATURES + _clean(layer)
+
 
 def pearson(layer: str) -> str:
     """Tag of one layer pair's Pearson correlation."""
@@ -165,10 +295,14 @@ def describe(tag: str) -> str:
     return "" if stem is None else f"Layer {tag.removeprefix(stem)}. {_OF_LAYERS[stem]}"
 
 
-def how_to_read() -> str:
-    """A Markdown page that says what each card means."""
-    rows = [f"| `{tag}` | {text} |" for tag, text in _DESCRIPTIONS.items()]
-    rows += [f"| `{stem}<layer>` | {text} |" for stem, text in _OF_LAYERS.items()]
+def how_to_read(groups: Collection[str] = ()) -> str:
+    """A Markdown page that says what each card means; of some groups, or of all."""
+    told = _DESCRIPTIONS | {f"{stem}<layer>": text for stem, text in _OF_LAYERS.items()}
+    rows = [
+        f"| `{tag}` | {text} |"
+        for tag, text in told.items()
+        if not groups or tag.partition("/")[0] in groups
+    ]
     return "\n".join(
         [
             "A **map** says where in the image a network finds evidence for a class (Grad-CAM). The"

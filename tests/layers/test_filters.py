@@ -5,6 +5,8 @@ from torch import nn
 
 from camdistill.errors import UserError
 from camdistill.layers.filters import first_filters, summarised, weight_summaries
+from camdistill.layers.histograms import edges
+from camdistill.layers.summary import Point
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
 
@@ -49,30 +51,35 @@ def test_network_without_a_convolution_is_a_users_mistake() -> None:
         first_filters(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2))
 
 
-def test_histogram_of_weights_is_numpys(generator: torch.Generator) -> None:
-    weights = torch.randn(8, 3, 3, 3, generator=generator, dtype=torch.float64)
-    found = summarised(weights)
-    edges = np.linspace(-found.limit, found.limit, len(found.counts) + 1)
-    counts, _ = np.histogram(weights.numpy(), edges)
-    assert found.counts.tolist() == counts.tolist()
-    assert found.count == weights.numel() == found.counts.sum()
-    assert np.isclose(found.mean, weights.numpy().mean())
-    assert np.isclose(found.std, weights.numpy().std())
-    assert np.allclose(found.norms, np.linalg.norm(weights.numpy().reshape(8, -1), axis=1))
+POINT = Point("student", "conv", 0, "post")
+
+
+def test_summary_of_weights_is_numpys(generator: torch.Generator) -> None:
+    weights = torch.randn(8, 3, 3, 3, generator=generator)
+    found = summarised(weights, POINT)
+    own = weights.double().numpy()
+    assert found.count == weights.numel() == found.signed.finite == found.sizes.finite
+    assert np.isclose(found.mean, own.mean())
+    assert np.isclose(found.std, own.std())
+    assert np.isclose(found.limit, np.abs(own).max())
+    assert np.allclose(found.norms, np.linalg.norm(own.reshape(8, -1), axis=1))
+    counts, _ = np.histogram(np.abs(own), edges().numpy())
+    assert found.sizes.counts.tolist() == counts.tolist()
+    assert found.signed.negatives == (own < 0).sum()
 
 
 def test_weights_that_are_not_numbers_are_counted_and_left_out() -> None:
     weights = torch.tensor([[1.0, float("nan")], [float("inf"), -2.0]])
-    found = summarised(weights)
-    assert found.nonfinite == 2
-    assert found.counts.sum() == 2
+    found = summarised(weights, POINT)
+    assert found.signed.nonfinite == 2
+    assert found.signed.finite == 2
     assert (found.mean, found.limit) == (-0.5, 2.0)
 
 
-def test_dead_layer_has_all_its_weights_in_the_middle() -> None:
-    found = summarised(torch.zeros(4, 3))
+def test_dead_layer_is_all_zeros() -> None:
+    found = summarised(torch.zeros(4, 3), POINT)
     assert found.limit == 0
-    assert found.counts.argmax() == len(found.counts) // 2
+    assert found.sizes.zero_share == 1.0
 
 
 def test_summaries_name_every_layer_with_weights() -> None:

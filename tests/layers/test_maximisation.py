@@ -50,6 +50,16 @@ def test_image_reaches_what_no_larger_value_is_possible_for() -> None:
     assert torch.allclose(found.reached, best)
 
 
+def test_a_unit_that_is_off_is_excited_by_its_relus_input() -> None:
+    found = maximised(
+        Planted(), "relu", [1], before=True, size=(16, 16), channels=1, steps=150, robust=False
+    )
+    # The convolution gives at most 2, and 3 is taken away.
+    assert -1.2 < float(found.reached) <= -1.0
+    off = maximised(Planted(), "relu", [1], size=(16, 16), channels=1, steps=5, robust=False)
+    assert float(off.reached) == 0.0
+
+
 def test_same_seed_same_images_and_units_don_t_disturb_each_other() -> None:
     network = ShallowCNN(3, (4, 5), (1, 2))
     settings = {"size": (16, 16), "steps": 4, "robust": False}

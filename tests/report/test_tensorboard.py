@@ -18,6 +18,7 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 from tensorboard.backend.event_processing import event_accumulator as ea
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
 from camdistill import tags
@@ -86,6 +87,52 @@ def test_picture_keeps_every_pixel(tmp_path: Path) -> None:
     assert found.SummaryMetadata(tags.grid("layer3")).plugin_data.plugin_name == "images"
 
 
+def test_histogram_comes_back_as_it_was_counted(tmp_path: Path) -> None:
+    logger = logger_in(tmp_path)
+    edges = np.array([-2.0, -1.5, -1.0, 0.0, 0.5, 1.0])
+    counts = np.array([0, 3, 0, 5, 0])
+    logger.log_histogram(tags.RIDGE, edges, counts, 7)
+    logger.save()
+    found = events(Path(logger.log_dir))
+    (event,) = found.Tensors(tags.RIDGE)
+    assert event.step == 7
+    assert make_ndarray(event.tensor_proto).tolist() == [
+        [-1.5, -1.0, 3.0],
+        [-1.0, 0.0, 0.0],
+        [0.0, 0.5, 5.0],
+    ]
+    meaning = found.SummaryMetadata(tags.RIDGE)
+    assert meaning.plugin_data.plugin_name == "histograms"
+    assert meaning.summary_description == tags.describe(tags.RIDGE)
+
+
+def test_histogram_of_nothing_or_with_nan_blanks_no_card(tmp_path: Path) -> None:
+    logger = logger_in(tmp_path)
+    logger.log_histogram(tags.RIDGE, np.array([0.0, 1.0, 2.0]), np.zeros(2), 0)
+    broken = np.array([0.0, 1.0, np.inf, np.nan])
+    logger.log_histogram(tags.RIDGE, broken, np.array([4.0, 1.0, np.nan]), 1)
+    logger.save()
+    first, second = events(Path(logger.log_dir)).Tensors(tags.RIDGE)
+    assert make_ndarray(first.tensor_proto).tolist() == [[0.0, 0.0, 0.0]]
+    assert make_ndarray(second.tensor_proto).tolist() == [[0.0, 1.0, 4.0]]
+
+
+def test_layout_names_charts_whose_patterns_fit_their_tags_alone(tmp_path: Path) -> None:
+    logger = logger_in(tmp_path)
+    chosen = [tags.profile("dead"), tags.profile("nearly_dead")]
+    logger.log_layout({"Units": {"silent": chosen}})
+    logger.save()
+    found = events(Path(logger.log_dir))
+    (event,) = found.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(make_ndarray(event.tensor_proto).item())
+    (category,) = layout.category
+    (chart,) = category.chart
+    assert (category.title, chart.title) == ("Units", "silent")
+    known = [*tags.PROFILES, "3_profile/dead_and_more"]
+    fitting = [tag for tag in known if any(re.match(p, tag) for p in chart.multiline.tag)]
+    assert sorted(fitting) == sorted(chosen)
+
+
 def test_text_comes_back(tmp_path: Path) -> None:
     logger = logger_in(tmp_path)
     logger.log_text(tags.HOW_TO_READ, "| ä | b |\n|---|---|")
@@ -152,7 +199,9 @@ def test_nothing_is_written_by_other_ranks(tmp_path: Path, monkeypatch: pytest.M
 
 def test_front_page_link_names_each_card_as_tensorboard_wants_it() -> None:
     url = front_page_url(
-        scalars=["1_overview/loss_val"], pictures=["2_maps/grid_layer3"], run="shapes/seed0"
+        scalars=["1_overview/loss_val"],
+        pictures=[("2_maps/grid_layer3", "shapes/seed0")],
+        histograms=[("4_activations/ridge", "teacher")],
     )
     parts = urllib.parse.urlparse(url)
     query = urllib.parse.parse_qs(parts.query)
@@ -166,6 +215,11 @@ def test_front_page_link_names_each_card_as_tensorboard_wants_it() -> None:
             "tag": "2_maps/grid_layer3",
             "runId": "defaultExperimentId/shapes/seed0",
             "sample": 0,
+        },
+        {
+            "plugin": "histograms",
+            "tag": "4_activations/ridge",
+            "runId": "defaultExperimentId/teacher",
         },
     ]
     assert not set(url) & set(' "{}[]'), "Markdown and terminals would cut the link"

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
@@ -22,6 +24,7 @@ class Shown:
         size: Side of the images that the networks were trained on, in pixels.
         sha256: Of the files that were read.
         first: What the first network is: a student whose teacher is missing stands in its place.
+        channels: Of the images that the networks take: 3, or 1 for their mean.
     """
 
     teacher: Preprocessed
@@ -31,6 +34,7 @@ class Shown:
     size: int
     sha256: dict[str, str | None]
     first: str = "teacher"
+    channels: int = 3
 
 
 def networks_from(
@@ -50,7 +54,24 @@ def networks_from(
         )
     alone = Teacher(NetworkSpec(teacher, weights))
     size = 32 if isinstance(alone.network, CifarResNet | WideResNet) else 224
-    return Shown(alone, None, [], (), size, {"teacher": alone.sha256})
+    channels, sha256 = _channels(alone.network), {"teacher": alone.sha256}
+    if channels == 1:
+        # The spec has three numbers, of red, green and blue.
+        mean, std = (float(value.mean()) for value in (alone.mean, alone.std))
+        alone = Teacher.of(alone.network, [mean], [std])
+    return Shown(alone, None, [], (), size, sha256, channels=channels)
+
+
+def _channels(network: nn.Module) -> int:
+    """Of the images that a network takes: what its first convolution reads."""
+    convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
+    channels = convolutions[0].in_channels if convolutions else 3
+    if channels not in (1, 3):
+        raise UserError(
+            f"{type(network).__name__} takes images of {channels} channels; give a network for "
+            "colour (3) or grey (1) images"
+        )
+    return channels
 
 
 def _of_checkpoint(found: Explainer) -> Shown:

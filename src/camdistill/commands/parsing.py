@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import get_args, get_origin
 
 from jsonargparse import ArgumentParser
@@ -29,7 +29,7 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     parser = CommandParser(prog=f"camdistill {name}", allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
     parser.add_function_arguments(command, as_group=False)
-    words = with_lists(given, _lists(command))
+    words = with_lists(with_flags(given, _flags(command)), _lists(command))
     chosen = parser.parse_args(words).as_dict()
     chosen.pop("config", None)
     return command(**chosen)
@@ -57,6 +57,30 @@ def with_lists(arguments: Sequence[str], lists: Mapping[str, type]) -> list[str]
         text = f"[{', '.join(values)}]" if numbers else json.dumps(values)
         done.append(f"{option}={values[0] if whole else text}")
     return done
+
+
+def with_flags(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
+    """A command line whose switches need no value: `--list-layers` becomes `--list_layers=true`.
+
+    Args:
+        arguments: The words; hyphens in the names of switches are fine.
+        flags: Names of the switches, with underscores.
+    """
+    done = []
+    for place, word in enumerate(arguments):
+        name = word.removeprefix("--").replace("-", "_")
+        following = arguments[place + 1] if place + 1 < len(arguments) else ""
+        bare = word.startswith("--") and name in flags
+        if bare and following.lower() not in ("true", "false"):
+            done.append(f"--{name}=true")
+        else:
+            done.append(f"--{name}" if bare else word)
+    return done
+
+
+def _flags(command: Callable[..., object]) -> list[str]:
+    kinds = inspect.signature(command).parameters.items()
+    return [name for name, one in kinds if one.annotation is bool]
 
 
 def _lists(command: Callable[..., object]) -> dict[str, type]:

@@ -1,5 +1,6 @@
 """Images for a command: files, folders or a data set."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from camdistill.data.datasets import ImageSet
+from camdistill.data.datasets import ImageSet, Positions
 from camdistill.data.decode import decode
 from camdistill.data.folders import scan
 from camdistill.data.modules import CIFARData, FolderData, ImageData, ShapesData
+from camdistill.data.shapes import Shapes
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.types import Images
@@ -31,11 +33,75 @@ def images_from(paths: Sequence[Path], data: str | None, *, count: int, size: in
     if count < 1:
         raise UserError(f"count is {count}; give 1 or more images")
     if data is not None:
-        return _of_set(_test_set(data, size), count)
+        return _of_set(_test_set(data, size)[0], count)
     files = [file for path in paths for file in _files(path)]
     chosen = [files[place] for place in _spread(len(files), count)]
     pixels = np.stack([decode(file, size)[0] for file in chosen])
     return ShownImages(as_images(torch.from_numpy(pixels)), _names(chosen), ())
+
+
+class Source(NamedTuple):
+    """A set of images for a command that looks at many.
+
+    Attributes:
+        images: All of them; ids are the positions in the set.
+        order: Positions of those that are looked at, in an order that has nothing to do with
+            classes.
+        name: What they are, for titles.
+        shapes: Where images are procedural, what draws them.
+    """
+
+    images: ImageSet
+    order: Positions
+    name: str
+    shapes: Shapes | None = None
+
+
+def source_from(
+    paths: Sequence[Path], data: str | None, *, count: int, size: int, seed: int = 0
+) -> Source:
+    """At most `count` images of files and folders or of a data set's test split, spread evenly.
+
+    Args:
+        paths: Files and folders.
+        data: shapes, cifar10, cifar100 or an image folder.
+        count: At most so many.
+        size: Side in pixels.
+        seed: Of the order.
+
+    Raises:
+        UserError: Neither or both are given, or there is no image.
+    """
+    if bool(paths) == (data is not None):
+        raise UserError("give either --data shapes|cifar10|FOLDER or --images FILE_OR_FOLDER ...")
+    if count < 1:
+        raise UserError(f"count is {count}; give 1 or more images")
+    if data is not None:
+        images, shapes = _test_set(data, size)
+        name = f"the test images of {data}"
+    else:
+        files = [file for path in paths for file in _files(path)]
+        files = [files[place] for place in _spread(len(files), count)]
+        images, shapes = _set_of(files, size), None
+        name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files and folders"
+    places = np.arange(len(images), dtype=np.int64)
+    # A set's ids may be those of a larger one; here an id shall find its image.
+    images = dataclasses.replace(images, ids=places)
+    order = np.random.default_rng(seed).permutation(_spread(len(images), count))
+    return Source(images, order, name, shapes)
+
+
+def _set_of(files: Sequence[Path], size: int) -> ImageSet:
+    pixels = np.stack([decode(file, size)[0] for file in files])
+    count = len(files)
+    return ImageSet(
+        pixels=pixels,
+        labels=np.full(count, -1, np.int64),
+        ids=np.arange(count, dtype=np.int64),
+        names=_names(files),
+        classes=(),
+        fingerprint="",
+    )
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -58,10 +124,12 @@ def _files(path: Path) -> list[Path]:
     return [found.path(position) for position in range(len(found))]
 
 
-def _test_set(data: str, size: int) -> ImageSet:
+def _test_set(data: str, size: int) -> tuple[ImageSet, Shapes | None]:
     module: ImageData
+    shapes = None
     if data == "shapes":
         module = ShapesData(size=size)
+        shapes = module.shapes("test")
     elif data in ("cifar10", "cifar100"):
         module = CIFARData("cifar10" if data == "cifar10" else "cifar100")
     else:
@@ -69,7 +137,7 @@ def _test_set(data: str, size: int) -> ImageSet:
     module.prepare_data()
     module.setup("test")
     assert module.test_set is not None, "setup made it"
-    return module.test_set
+    return module.test_set, shapes
 
 
 def _of_set(images: ImageSet, count: int) -> ShownImages:

@@ -1,20 +1,21 @@
 """The weights themselves: first filters as they act on pixels, sizes and histograms by layer."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.request import wide
+from camdistill.layers.histograms import HistogramCounts
+from camdistill.layers.summary import Histogram, Point
 from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
 from camdistill.networks.fusion import fold, foldable
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Images
-
-BINS = 64
 
 
 @dataclass(frozen=True)
@@ -96,47 +97,53 @@ class WeightSummary:
         mean: Their mean.
         std: Their standard deviation.
         norms: Length of each unit's weights as a vector, [K].
-        counts: Histogram over equal bins from -`limit` to `limit`.
         limit: The largest magnitude.
-        nonfinite: Numbers that are NaN or infinite; in none of the above.
+        signed: Histogram of the weights.
+        sizes: Histogram of their magnitudes.
     """
 
     count: int
     mean: float
     std: float
     norms: Float[Tensor, "units"]
-    counts: Int[Tensor, "bins"]
     limit: float
-    nonfinite: int = 0
+    signed: Histogram
+    sizes: Histogram
 
 
-def weight_summaries(network: nn.Module) -> dict[str, WeightSummary]:
-    """Every convolution's and linear layer's weights, by layer in the order of definition."""
+def weight_summaries(network: nn.Module, name: str = "network") -> dict[str, WeightSummary]:
+    """Every convolution's and linear layer's weights, by layer in the order of definition.
+
+    Args:
+        network: Bare or wrapped.
+        name: What the network is called.
+    """
     inner = bare(network)
-    layers = {name: inner.get_submodule(name) for name in layer_names(network)}
+    layers = {path: inner.get_submodule(path) for path in layer_names(network)}
     return {
-        name: summarised(layer.weight.detach())
-        for name, layer in layers.items()
+        path: summarised(layer.weight.detach(), Point(name, path, 0, "post"))
+        for path, layer in layers.items()
         if isinstance(layer, nn.Conv2d | nn.Linear)
     }
 
 
-def summarised(weights: Float[Tensor, "units *rest"]) -> WeightSummary:
-    """Moments, norms and histogram of weights whose first axis is units."""
+def summarised(weights: Float[Tensor, "units *rest"], point: Point) -> WeightSummary:
+    """Moments, norms and histograms of weights whose first axis is units.
+
+    Args:
+        weights: Numbers that are not finite count in the histograms alone, and in a norm.
+        point: What the histograms are called.
+    """
     rows = wide(weights).flatten(1).double().cpu()
     finite = rows[torch.isfinite(rows)]
-    limit = float(finite.abs().max()) if len(finite) else 0.0
-    spread = limit or 1.0
-    # Where each falls: the last bin's right edge belongs to it.
-    places = ((finite / spread + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
     return WeightSummary(
         count=rows.numel(),
-        mean=float(finite.mean()) if len(finite) else float("nan"),
-        std=float(finite.std(correction=0)) if len(finite) else float("nan"),
+        mean=float(finite.mean()) if len(finite) else math.nan,
+        std=float(finite.std(correction=0)) if len(finite) else math.nan,
         norms=rows.norm(dim=1),
-        counts=torch.bincount(places, minlength=BINS),
-        limit=limit,
-        nonfinite=rows.numel() - len(finite),
+        limit=float(finite.abs().max()) if len(finite) else 0.0,
+        signed=HistogramCounts.of(rows.float()).histogram(point),
+        sizes=HistogramCounts.of(rows.float().abs()).histogram(point),
     )
 
 
@@ -148,7 +155,7 @@ def weight_rows(summaries: Mapping[str, WeightSummary]) -> dict[str, dict[str, o
             "mean": found.mean,
             "std": found.std,
             "limit": found.limit,
-            "nonfinite": found.nonfinite,
+            "nonfinite": found.signed.nonfinite,
             "norms": found.norms.tolist(),
         }
         for name, found in summaries.items()

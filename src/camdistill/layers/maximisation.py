@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.request import wide
-from camdistill.networks.capture import capture, plain
+from camdistill.networks.capture import bare, plain, tensor, visiting
 from camdistill.types import Images, PerImage
 
 # How colours of natural images vary together: the square root of their covariance over ImageNet,
@@ -59,6 +59,7 @@ def maximised(
     layer: str,
     units: Sequence[int],
     *,
+    before: bool = False,
     size: tuple[int, int],
     channels: int = 3,
     natural: Sequence[float] | None = None,
@@ -72,8 +73,9 @@ def maximised(
 
     Args:
         network: Takes images in [0, 1]; left as it is.
-        layer: A layer before the ReLU, such as "layer3.0.bn2"; see `networks.capture`.
+        layer: A layer; see `networks.capture`.
         units: Channels.
+        before: Whether what the layer is given is meant, not what it gives: say so of a ReLU.
         size: Height and width of the images.
         channels: 3 (decorrelated colours) or another number (independent).
         natural: The units' largest activations at this layer over natural images.
@@ -86,7 +88,7 @@ def maximised(
     Raises:
         UserError: The layer has no such unit.
     """
-    device = next(network.parameters()).device
+    device = next((weight.device for weight in bare(network).parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     shape = (len(units), channels, *size)
     frequencies = (size[0], size[1] // 2 + 1)
@@ -99,7 +101,7 @@ def maximised(
         for step in range(steps):
             images = painted(torch.view_as_complex(spectrum), shape)
             moved = _moved(images, generator) if robust else images
-            outputs = _outputs(network, layer, moved, picks)
+            outputs = _outputs(network, layer, moved, picks, before)
             middle = outputs[..., outputs.shape[2] // 2, outputs.shape[3] // 2]
             loss = -middle[chosen, picks].sum()
             optimiser.zero_grad()
@@ -109,7 +111,7 @@ def maximised(
                 on_step(step + 1)
         with torch.no_grad():
             images = painted(torch.view_as_complex(spectrum), shape)
-            outputs = _outputs(network, layer, images, picks)
+            outputs = _outputs(network, layer, images, picks, before)
             reached = outputs[chosen, picks].amax((1, 2))
     known = torch.full((len(units),), math.nan)
     if natural is not None:
@@ -136,15 +138,27 @@ def painted(
     return torch.sigmoid(flat)
 
 
-def _outputs(network: nn.Module, layer: str, images: Tensor, units: Tensor) -> Tensor:
-    with capture(network, [layer]) as outputs:
+def _outputs(network: nn.Module, layer: str, images: Tensor, units: Tensor, before: bool) -> Tensor:
+    seen: list[Tensor] = []
+
+    def entering(name: str, given: object) -> None:
+        if before:
+            seen.append(tensor(name, given).clone())  # the layer may overwrite it
+
+    def leaving(name: str, output: object) -> Tensor | None:
+        if not before:
+            seen.append(tensor(name, output))
+            return seen[-1].clone()
+        return None
+
+    with visiting(network, [layer], leaving, before=entering):
         plain(network)(images)
-    found: Tensor = wide(outputs[layer])
+    found = wide(seen[-1])
     if found.dim() == 2:
         found = found[..., None, None]
     if found.dim() != 4 or int(units.max()) >= found.shape[1] or int(units.min()) < 0:
         raise UserError(
-            f"layer '{layer}' gives {list(outputs[layer].shape)}, so it has no unit "
+            f"layer '{layer}' gives {list(seen[-1].shape)}, so it has no unit "
             f"{int(units.max())}: choose units of a layer [B, K, h, w]"
         )
     return found
@@ -153,10 +167,11 @@ def _outputs(network: nn.Module, layer: str, images: Tensor, units: Tensor) -> T
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
     """Eval mode and no gradient of weights, put back afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
-    asked = [(weight, weight.requires_grad) for weight in network.parameters()]
+    inner = bare(network)  # a teacher doesn't count its network among its modules
+    modes = [(module, module.training) for module in inner.modules()]
+    asked = [(weight, weight.requires_grad) for weight in inner.parameters()]
     try:
-        network.eval()
+        inner.eval()
         for weight, _ in asked:
             weight.requires_grad_(False)
         yield

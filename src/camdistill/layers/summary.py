@@ -316,15 +316,15 @@ class Similarity:
         layers: (network, name) of each row and column.
         cka: NaN where it can't be told; `reasons` says why.
         reasons: By (row, column), row <= column.
-        images: How many took part; a group of fewer than 4 can't.
-        groups: In how many groups of at most 64.
+        images: How many took part; a batch of fewer than 4 can't.
+        batches: In how many groups.
     """
 
     layers: tuple[tuple[str, str], ...]
     cka: Float[Tensor, "layers layers"]
     reasons: Mapping[tuple[int, int], str]
     images: int
-    groups: int
+    batches: int
 
     def between(self, rows: str, columns: str) -> Float[Tensor, "row_layers column_layers"]:
         """The part of the matrix that compares two networks, or one with itself."""

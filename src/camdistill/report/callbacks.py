@@ -162,7 +162,7 @@ class RunText(Callback):
             page = file.read_text(encoding="utf-8") if file.exists() else settings_page(settings)
             logger.log_text(tags.CONFIG, f"```yaml\n{page.rstrip()}\n```")
             cards = getattr(pl_module, "cards", tags.STUDENT_CARDS)
-            page_url = front_page_url(scalars=cards, run=logger.run)
+            page_url = front_page_url(scalars=cards)
             link = f"[The cards that matter, on top]({page_url})"
             here = f" (with `tensorboard --logdir {logger.save_dir}` at its usual port)."
             logger.log_text(tags.HOW_TO_READ, f"{link}{here}\n\n{tags.how_to_read()}")

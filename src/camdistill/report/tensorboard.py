@@ -7,6 +7,7 @@ card's description only for these.
 import io
 import json
 import os
+import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 import yaml
-from jaxtyping import UInt8
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import TensorBoardLogger as LightningTensorBoardLogger
@@ -22,11 +23,13 @@ from pytorch_lightning.utilities import rank_zero_only
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.histogram.metadata import create_summary_metadata as histogram_metadata
 from tensorboard.plugins.image.metadata import create_summary_metadata as image_metadata
 from tensorboard.plugins.scalar.metadata import create_summary_metadata as scalar_metadata
 from tensorboard.plugins.text.metadata import create_summary_metadata as text_metadata
 from tensorboard.util.tensor_util import make_ndarray, make_tensor_proto
 from torch import Tensor
+from torch.utils.tensorboard.summary import custom_scalars
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from camdistill import tags
@@ -129,6 +132,42 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         self.experiment.flush()
 
     @rank_zero_only
+    def log_histogram(
+        self,
+        tag: str,
+        edges: Float[np.ndarray, "bins_and_one"],
+        counts: Shaped[np.ndarray, "bins"],
+        step: int,
+    ) -> None:
+        """Writes counts between edges; empty bins at both ends are left out.
+
+        TensorBoard draws 30 equal bins over the range of all steps, whatever is written: give edges
+        on the axis that shall be seen (powers of ten), and few empty decades. A value that is not
+        finite would blank the card at every step, so such bins are dropped.
+        """
+        limits = np.stack([edges[:-1], edges[1:], counts], axis=1).astype(np.float64)
+        kept = limits[np.isfinite(limits).all(1)]
+        used = np.flatnonzero(kept[:, 2])
+        kept = kept[used[0] : used[-1] + 1] if len(used) else np.zeros((1, 3))
+        self._write(
+            tag, make_tensor_proto(kept), histogram_metadata(None, tags.describe(tag)), step
+        )
+
+    @rank_zero_only
+    def log_layout(self, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Writes the Custom Scalars tab: charts of several tags, by category and by name."""
+        layout = {
+            category: {
+                name: ["Multiline", [f"{re.escape(tag)}$" for tag in chosen]]
+                for name, chosen in named.items()
+            }
+            for category, named in charts.items()
+        }
+        writer = self.experiment._get_file_writer()
+        assert writer is not None
+        writer.add_summary(custom_scalars(layout))  # type: ignore[no-untyped-call]
+
+    @rank_zero_only
     def log_text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Writes a Markdown page."""
         proto = make_tensor_proto(np.array([markdown.encode()], dtype=object))
@@ -175,23 +214,28 @@ def logged_step(trainer: Trainer) -> int:
 def front_page_url(
     *,
     scalars: Sequence[str] = tags.STUDENT_CARDS,
-    pictures: Sequence[str] = (),
-    run: str = ".",
+    pictures: Sequence[tuple[str, str]] = (),
+    histograms: Sequence[tuple[str, str]] = (),
     base: str = "http://localhost:6006",
 ) -> str:
     """A link to TensorBoard with the cards that matter pinned on top, unsmoothed.
 
     Args:
         scalars: Tags of charts; they show all runs.
-        pictures: Tags of pictures; they belong to one run.
-        run: The run's name as TensorBoard shows it: its folder below --logdir, "." for that itself.
+        pictures: Tags of pictures, each with its run: the run's folder below --logdir, "." for that
+            itself.
+        histograms: Tags of histograms, likewise.
         base: Where TensorBoard listens.
     """
     cards: list[dict[str, str | int]] = [{"plugin": "scalars", "tag": tag} for tag in scalars]
     cards += [
         # Without the experiment's name TensorBoard ignores the card.
-        {"plugin": "images", "tag": tag, "runId": f"defaultExperimentId/{run}", "sample": 0}
-        for tag in pictures
+        {"plugin": "images", "tag": tag, "runId": f"defaultExperimentId/{whose}", "sample": 0}
+        for tag, whose in pictures
+    ]
+    cards += [
+        {"plugin": "histograms", "tag": tag, "runId": f"defaultExperimentId/{whose}"}
+        for tag, whose in histograms
     ]
     pinned = json.dumps(cards, separators=(",", ":"))
     query = urlencode({"smoothing": 0, "pinnedCards": pinned}, quote_via=quote)
@@ -202,6 +246,16 @@ def settings_page(settings: Mapping[str, object]) -> str:
     """Settings as YAML, without what frameworks add for themselves."""
     plain = {name: _plain(value) for name, value in settings.items() if not name.startswith("_")}
     return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def written(folder: Path) -> dict[str, str]:
+    """A run's tags, each with the plugin that shows it: "scalars", "images", "text" and so on."""
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 1})
+    events.Reload()
+    return {
+        tag: str(events.SummaryMetadata(tag).plugin_data.plugin_name)
+        for tag in events.Tags()["tensors"]
+    }
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

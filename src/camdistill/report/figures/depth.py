@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from camdistill.report.figures.pictures import SEQUENTIAL, Picture, rendered
@@ -49,6 +51,7 @@ def profile_chart(
     notes: Mapping[str, str] | None = None,
     columns: int = 3,
     ranges: Mapping[str, tuple[float, float]] | None = None,
+    graded: bool = False,
 ) -> Picture:
     """One chart a statistic, against depth, all networks on the same axes.
 
@@ -58,6 +61,7 @@ def profile_chart(
         notes: A line below a statistic's name: its meaning or unit.
         columns: Charts in a row.
         ranges: Ends of a statistic's axis, where they are known.
+        graded: Whether lines are stages of one network, so that colours go from dark to bright.
     """
     if not table:
         raise ValueError("a chart needs at least one statistic")
@@ -71,10 +75,10 @@ def profile_chart(
         hspace=0.55, wspace=0.24,
     )  # fmt: skip
     names = list(dict.fromkeys(name for lines in table.values() for name in lines))
+    shades = _shades(names, graded)
     for axes, (statistic, lines) in zip(grid.flat, table.items(), strict=False):
         for name, line in lines.items():
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            axes.plot(*line, "o-", color=colour, markersize=3, linewidth=1.5)
+            axes.plot(*line, "o-", color=shades[name], markersize=3, linewidth=1.5)
         axes.set_title(statistic, fontsize=9, loc="left", weight="bold", pad=15)
         note = (notes or {}).get(statistic, "")
         axes.text(0, 1.04, note, transform=axes.transAxes, fontsize=7, color="0.4")
@@ -88,7 +92,7 @@ def profile_chart(
     for axes in grid[-1]:
         axes.set_xlabel("depth (% of layers)", fontsize=8)
     figure.text(0.12 / wide, 1 - 0.22 / tall, title, fontsize=10.5, weight="bold", va="center")
-    _legend(figure, names, wide, tall)
+    _legend(figure, shades, wide, tall)
     return rendered(figure)
 
 
@@ -255,15 +259,30 @@ def _plain(axes: Axes) -> None:
         axes.spines[side].set_color("0.7")
 
 
-def _legend(figure: Figure, names: Sequence[str], wide: float, tall: float) -> None:
-    for place, name in enumerate(names):
+def _shades(names: Sequence[str], graded: bool) -> dict[str, str]:
+    if not graded:
+        return {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
+    # The brightest end of viridis is lost on white.
+    levels = np.linspace(0, 0.85, len(names))
+    return {
+        name: to_hex(mpl.colormaps[SEQUENTIAL](level))
+        for name, level in zip(names, levels, strict=True)
+    }
+
+
+def _legend(figure: Figure, shades: Mapping[str, str], wide: float, tall: float) -> None:
+    """Names at the top right; of many the first and the last."""
+    shown = list(shades) if len(shades) <= 4 else [next(iter(shades)), list(shades)[-1]]
+    right = wide - 0.2
+    for name in reversed(shown):
         figure.text(
-            1 - (0.2 + 0.95 * (len(names) - 1 - place)) / wide,
+            right / wide,
             1 - 0.22 / tall,
             f"● {name}",
-            color=COLOURS[place % len(COLOURS)],
+            color=shades[name],
             fontsize=9.5,
             weight="bold",
             ha="right",
             va="center",
         )
+        right -= 0.35 + 0.09 * len(name)

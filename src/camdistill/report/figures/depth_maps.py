@@ -119,7 +119,7 @@ def _layer(
     if length:
         sheet.paste(x, y + LINE + tall + 1, np.tile(_BAR, (5, length, 1)))
     rows, columns = one.values.shape
-    note = f"{own:.2g}" if own > 0 else "blank"
+    note = (f"{own:.0f}" if own >= 10 else f"{own:.2g}") if own > 0 else "blank"
     note = note if np.isfinite(one.values).all() else "NaN"
     sheet.write(x, y + LINE + tall + 8, f"{note}   {rows}x{columns}", colour="0.35", points=6.5)
 

@@ -1,0 +1,175 @@
+"""`analyze`: every layer of a network, or of a student and its teacher, opened."""
+
+import functools
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import Progress, TaskID
+from torch import nn
+
+from camdistill.commands.networks import Shown, networks_from
+from camdistill.commands.sources import Source, source_from
+from camdistill.data.concepts import shape_concepts
+from camdistill.errors import UserError
+from camdistill.layers.close_up import Closeness
+from camdistill.layers.points import all_layers, find_layers
+from camdistill.networks.heads import head_size
+from camdistill.report.layer_report import LayerReport
+from camdistill.report.opening import Opening, Step, Subject
+from camdistill.report.results import Cell, text_table
+
+STAGES = {"sweep": "every layer, all images", "maps": "maps through depth", "units": "units"}
+
+
+def analyze(
+    checkpoint: Path | None = None,
+    teacher: str | None = None,
+    weights: str | None = None,
+    data: str | None = None,
+    images: list[Path] = [],  # noqa: B006  (never changed; jsonargparse shows it)
+    layers: list[str] = [],  # noqa: B006
+    list_layers: bool = False,
+    count: int = 2000,
+    size: int | None = None,
+    units: list[str] = [],  # noqa: B006
+    cards: int = 4,
+    steps: int = 256,
+    pictures: int = 6,
+    probes: bool = False,
+    out: Path = Path("runs/analyze"),
+    trust: list[str] = [],  # noqa: B006
+) -> dict[str, object]:
+    """Opens every layer: statistics, filters, units and maps, in TensorBoard and as files.
+
+    With a checkpoint the student stands beside its teacher. `camdistill report --run OUT` shows it.
+
+    Args:
+        checkpoint: A student (or classifier) of ours: .safetensors or .ckpt.
+        teacher: A network alone, by name or class path: resnet50, resnet56, package.module.Network.
+        weights: Of that network: a file, or DEFAULT for torchvision's. With a checkpoint: where
+            the teacher's file is now.
+        data: Images: shapes, cifar10, cifar100, or an image folder; its test images.
+        images: In place of data: image files or folders.
+        layers: Layers by name or pattern: layer3, 'layer1.*', 'stage?'. Default: blocks, and
+            non-linearities outside them.
+        list_layers: Show the layers that there are, and do nothing.
+        count: At most so many images, spread evenly.
+        size: Side in pixels that images are scaled and cut to. Default: the training images'.
+        units: Units to look at closely, such as stage3:17. Default: those that know a concept, or
+            are the most selective.
+        cards: Units of a layer that are looked at closely; 0 for none.
+        steps: Steps of the images made to excite units; 0 makes none.
+        pictures: Images that are shown at all layers.
+        probes: Whether labels are read out at each layer, here and in an untrained copy.
+        out: Folder for the report.
+        trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
+            paths may come from.
+    """
+    started = time.monotonic()
+    for name, number in {"cards": cards, "steps": steps, "pictures": pictures}.items():
+        if number < 0:
+            raise UserError(f"{name} is {number}; give 0 (none) or more")
+    shown = networks_from(checkpoint, teacher, weights, trust)
+    networks: dict[str, nn.Module] = {shown.first: shown.teacher}
+    if shown.student is not None:
+        networks["student"] = shown.student
+    if list_layers:
+        return _listed(networks, size or shown.size, shown.channels)
+    source = source_from(images, data, count=count, size=size or shown.size)
+    subject = _subject(source, shown)
+    opening = Opening(
+        networks, subject, LayerReport(out, tuple(networks)), layers, _chosen_units(units)
+    )
+    with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
+        opening.on_step = _shown_in(progress)
+        stage = "the sweep"
+        try:
+            opening.sweep(probes=probes)
+            stage = "the filters"
+            opening.filters()
+            stage = "the maps through depth"
+            opening.through_depth(pictures)
+            stage = "the look at units"
+            if cards or units:
+                opening.close_up(Closeness(cards, steps))
+        except KeyboardInterrupt:
+            if opening.found is None:
+                raise
+            opening.stopped(stage)
+    assert opening.found is not None, "swept"
+    seconds = time.monotonic() - started
+    results = opening.report.finish(opening.found, seconds=seconds, sha256=shown.sha256)
+    _tell(opening, out)
+    return results
+
+
+def _subject(source: Source, shown: Shown) -> Subject:
+    fitting = len(source.images.classes) == head_size(shown.teacher.network)
+    masks = None
+    if source.shapes is not None:
+        masks = functools.partial(shape_concepts, source.shapes)
+    return Subject(
+        source.images,
+        source.order,
+        source.name,
+        masks,
+        shown.classes or (source.images.classes if fitting else ()),
+        shown.channels,
+    )
+
+
+def _chosen_units(words: Sequence[str]) -> dict[str, list[int]]:
+    """`stage3:17` as a layer and a unit."""
+    chosen: dict[str, list[int]] = {}
+    for word in words:
+        layer, mark, unit = word.rpartition(":")
+        if not mark or not unit.isdecimal():
+            raise UserError(f"unit '{word}': give a layer and a number, such as stage3:17")
+        chosen.setdefault(layer, []).append(int(unit))
+    return chosen
+
+
+def _shown_in(progress: Progress) -> Step:
+    tasks: dict[str, TaskID] = {}
+
+    def step(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = progress.add_task(STAGES[stage], total=total)
+        progress.update(tasks[stage], completed=done)
+
+    return step
+
+
+def _listed(networks: Mapping[str, nn.Module], size: int, channels: int) -> dict[str, object]:
+    """Prints the layers that there are; those that are looked at by default have a star."""
+    found: dict[str, object] = {}
+    for name, network in networks.items():
+        example = torch.zeros(1, channels, size, size)
+        chosen = {layer.key for layer in find_layers(network, example)}
+        rows: dict[str, dict[str, Cell]] = {}
+        for layer in all_layers(network, example):
+            units, height, width = layer.shape
+            rows[layer.name] = {
+                "units": units,
+                "grid": f"{height}x{width}",
+                "by default": "yes" if layer.key in chosen else "",
+            }
+        print(f"{text_table(rows, corner=name)}\n")
+        found[name] = list(rows)
+    return found
+
+
+def _tell(opening: Opening, out: Path) -> None:
+    """Prints what stands out, and where everything is."""
+    found = opening.found
+    assert found is not None, "swept"
+    if found.unfinished:
+        print(f"Partial report: {found.unfinished}.\n")
+    if found.findings:
+        print(f"What stands out ({found.sweep.images:,} images of {found.data}):")
+        print("\n".join(f"  {sentence}" for sentence in found.findings))
+    print(f"\n{out / 'report.md'} explains every card; pictures/ and results.json beside it")
+    print(f"TensorBoard: camdistill report --run {out}")

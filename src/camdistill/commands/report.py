@@ -1,0 +1,58 @@
+"""`report`: TensorBoard on a run, and the link to its front page."""
+
+import threading
+from pathlib import Path
+
+from tensorboard import program
+
+from camdistill import tags
+from camdistill.errors import UserError
+from camdistill.report.layer_report import REPORT, front_page
+from camdistill.report.tensorboard import front_page_url, written
+
+
+def report(
+    run: Path,
+    port: int | None = None,
+    host: str = "localhost",
+) -> None:
+    """Starts TensorBoard on a folder and prints the link to its front page; Ctrl-C stops it.
+
+    Args:
+        run: A run's folder, or a folder of runs: what fit, study or analyze wrote.
+        port: Where it listens. Default: 6006, or the next that is free.
+        host: Which machines may look: localhost, or 0.0.0.0 for all.
+    """
+    if not run.is_dir() or not any(run.rglob("events.out.tfevents.*")):
+        raise UserError(
+            f"no TensorBoard events in '{run}'; give a folder that fit, study or analyze wrote"
+        )
+    options = ["--logdir", str(run), "--host", host, "--samples_per_plugin", "images=100,text=100"]
+    server = program.TensorBoard()
+    server.configure(argv=["", *options, *(["--port", str(port)] if port is not None else [])])
+    try:
+        url = server.launch()
+    except program.TensorBoardServerException as error:
+        raise UserError(f"TensorBoard doesn't start: {error}; give another --port") from None
+    link = front_page(run, url) if (run / REPORT).is_dir() else _training_page(run, url)
+    print(f"TensorBoard shows {run}. The cards that matter, on top:\n\n  {link}\n")
+    print("Ctrl-C stops it.", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("\nStopped.")
+
+
+def _training_page(run: Path, base: str) -> str:
+    """Of a training run, or of several: the scalars that matter, and the maps of the first."""
+    folders = sorted({file.parent for file in run.rglob("events.out.tfevents.*")})
+    known = {folder.relative_to(run).as_posix(): written(folder) for folder in folders}
+    told = {tag for found in known.values() for tag in found}
+    cards = [tag for tag in (*tags.STUDENT_CARDS, *tags.CLASSIFIER_CARDS) if tag in told]
+    maps = [
+        (tag, name)
+        for name, found in known.items()
+        for tag, kind in found.items()
+        if kind == "images"
+    ]
+    return front_page_url(scalars=cards, pictures=maps[:2], base=base)

@@ -1,0 +1,36 @@
+"""All that is known of the layers of one or two networks: what the report is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from camdistill.layers.filters import FilterBank, WeightSummary
+from camdistill.layers.portraits import Portrait
+from camdistill.layers.summary import Sweep
+from camdistill.layers.through_depth import ThroughDepth
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One sweep and what was looked at more closely afterwards; parts may be missing.
+
+    Attributes:
+        sweep: Of all images.
+        classes: Names of the classes; empty when unknown.
+        findings: What stands out, in sentences, the most serious first.
+        filters: First filters, by network.
+        weights: By network, then by layer.
+        pictures: Single images at all layers.
+        portraits: By network, then by layer.
+        data: What the images are, for titles.
+        unfinished: Why parts are missing; empty when everything was done.
+    """
+
+    sweep: Sweep
+    data: str
+    classes: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+    filters: Mapping[str, FilterBank] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, WeightSummary]] = field(default_factory=dict)
+    pictures: tuple[ThroughDepth, ...] = ()
+    portraits: Mapping[str, Mapping[str, tuple[Portrait, ...]]] = field(default_factory=dict)
+    unfinished: str = ""

@@ -1,0 +1,89 @@
+"""What units add to a class's logit, at any layers of a few images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from camdistill.errors import UserError
+from camdistill.explain.gradcam import explain
+from camdistill.explain.request import Classes, wide
+from camdistill.types import Images, Labels
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A layer's activations and the gradients of a class's logit there.
+
+    Attributes:
+        activations: [B, K, h, w].
+        gradients: Likewise.
+    """
+
+    activations: Float[Tensor, "batch units height width"]
+    gradients: Float[Tensor, "batch units height width"]
+
+    @property
+    def alphas(self) -> Float[Tensor, "batch units"]:
+        """Grad-CAM's weights: the gradients' mean over cells."""
+        return self.gradients.mean((2, 3))
+
+    @property
+    def grad_cam(self) -> Float[Tensor, "batch height width"]:
+        """Grad-CAM times the number of cells, in logits: layers of all resolutions compare."""
+        cells = self.gradients[0, 0].numel()
+        return torch.einsum("bk,bkij->bij", self.alphas, self.activations) * cells
+
+    @property
+    def layer_cam(self) -> Float[Tensor, "batch height width"]:
+        """LayerCAM (Jiang et al. 2021, eq. 2 and 3) times the number of cells, in logits too.
+
+        Each cell by its own gradient: at early layers, where a unit's gradients differ from cell to
+        cell, their mean says little.
+        """
+        cells = self.gradients[0, 0].numel()
+        return (self.gradients.clamp_min(0) * self.activations).sum(1) * cells
+
+    def strongest(self, image: int, count: int) -> Int[Tensor, "chosen"]:
+        """Units with the largest alpha in one image, the largest first."""
+        units = self.alphas.shape[1]
+        return self.alphas[image].abs().topk(min(count, units)).indices
+
+
+def contributions(
+    network: nn.Module, images: Images, layers: Sequence[str], classes: Classes = None
+) -> tuple[Float[Tensor, "batch classes"], Labels, dict[str, Contribution]]:
+    """Activations and gradients of layers, from one forward and one backward.
+
+    Args:
+        network: In eval mode, bare or wrapped.
+        images: As the network takes them.
+        layers: See `networks.capture`.
+        classes: One class an image; None is each image's own top class.
+
+    Returns:
+        Logits, classes, and what each layer contributes, on the CPU in float32.
+
+    Raises:
+        UserError: A class has no gradient at one of the layers.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        # Frozen weights alone would record no graph.
+        asked = images.detach().clone().requires_grad_()
+        found = explain(network, asked, layers, classes, grad="activations", maps=False)
+        chosen = found.logits.gather(1, found.classes.view(-1, 1)).sum()
+        outputs = [found.activations[layer] for layer in layers]
+        gradients = torch.autograd.grad(chosen, outputs, allow_unused=True)
+    by_layer = {}
+    for layer, output, gradient in zip(layers, outputs, gradients, strict=True):
+        if gradient is None:
+            raise UserError(
+                f"the logits don't depend on layer '{layer}': ask for layers that they are "
+                "computed from"
+            )
+        by_layer[layer] = Contribution(
+            wide(output.detach()).float().cpu(), wide(gradient.detach()).float().cpu()
+        )
+    return found.logits.detach().float().cpu(), found.classes.detach().cpu(), by_layer

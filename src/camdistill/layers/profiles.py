@@ -1,0 +1,137 @@
+"""A sweep's numbers in rows: statistics against depth, and everything by layer."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from camdistill.layers.summary import LayerSummary, Sweep
+
+
+class Profile(NamedTuple):
+    """A statistic of every layer of one network that has it, in the order of depth.
+
+    Attributes:
+        layers: Names.
+        depth: In percent: 0 the first layer, 100 the last.
+        values: NaN where it isn't defined.
+    """
+
+    layers: tuple[str, ...]
+    depth: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+_STATISTICS: dict[str, Callable[[LayerSummary], float | None]] = {
+    "active": lambda layer: float(layer.units.active.double().mean()),
+    "dead": lambda layer: _share(len(layer.units.dead), layer.channels),
+    "nearly_dead": lambda layer: _share(len(layer.units.nearly_dead), layer.channels),
+    "always_on": lambda layer: _share(len(layer.units.always_on), layer.channels),
+    "population_sparsity": lambda layer: layer.sparsity.population,
+    "lifetime_sparsity": lambda layer: layer.sparsity.lifetime_mean,
+    "hoyer": lambda layer: layer.sparsity.hoyer,
+    "effective_rank": lambda layer: layer.rank.effective / max(layer.rank.possible, 1),
+    "participation": lambda layer: layer.rank.participation / max(layer.rank.possible, 1),
+    "saturation": lambda layer: layer.rank.saturation,
+    "largest": lambda layer: float(layer.units.largest.max()),
+    "probe": lambda layer: None if layer.probe is None else layer.probe.accuracy,
+    "probe_untrained": lambda layer: None if layer.probe is None else layer.probe.untrained,
+    "cam_scale": lambda layer: None if layer.cams is None else layer.cams.scale,
+    "cam_blank": lambda layer: None if layer.cams is None else layer.cams.zero_share,
+    "zeros": lambda layer: layer.post.zero_share,
+    "nonfinite": lambda layer: float(layer.post.nonfinite),
+}
+
+
+def profiles(sweep: Sweep) -> dict[str, dict[str, Profile]]:
+    """Every statistic against depth, by statistic, then by network.
+
+    Statistics that no layer has (probes that weren't asked for) are left out.
+    """
+    table: dict[str, dict[str, Profile]] = {}
+    for name, statistic in _STATISTICS.items():
+        for network, layers in sweep.networks.items():
+            found = [(layer, statistic(layer)) for layer in layers]
+            known = [(layer, value) for layer, value in found if value is not None]
+            if any(not math.isnan(value) for _, value in known):
+                table.setdefault(name, {})[network] = _profile(known)
+    return table | _of_similarity(sweep)
+
+
+def _profile(found: list[tuple[LayerSummary, float]]) -> Profile:
+    return Profile(
+        tuple(layer.name for layer, _ in found),
+        tuple(100 * layer.depth for layer, _ in found),
+        tuple(float(value) for _, value in found),
+    )
+
+
+def _of_similarity(sweep: Sweep) -> dict[str, dict[str, Profile]]:
+    """The best CKA of each layer with the other network, and the units' best correlations."""
+    table: dict[str, dict[str, Profile]] = {}
+    names = list(sweep.networks)
+    if sweep.similarity is not None and len(names) == 2:
+        between = sweep.similarity.between(*names)
+        for network, values in ((names[0], between), (names[1], between.T)):
+            best = values.nan_to_num(-math.inf).max(1).values.tolist()
+            layers = {layer.name: layer for layer in sweep.networks[network]}
+            rows = zip(sweep.similarity.names(network), best, strict=True)
+            table.setdefault("best_cka", {})[network] = _profile(
+                [
+                    (layers[name], value if math.isfinite(value) else math.nan)
+                    for name, value in rows
+                ]
+            )
+    if sweep.matches:
+        best_match: dict[str, float] = {}
+        for match in sweep.matches:
+            mean = float(match.correlation.double().nanmean())
+            best_match[match.student] = max(best_match.get(match.student, -math.inf), mean)
+        known = [(sweep.layer(names[1], name), value) for name, value in best_match.items()]
+        table["matched"] = {names[1]: _profile(sorted(known, key=lambda row: row[0].order))}
+    return table
+
+
+def rows_by_layer(sweep: Sweep) -> dict[str, dict[str, dict[str, object]]]:
+    """What `results.json` says of every layer, by network, then by layer."""
+    return {
+        network: {layer.name: _row(layer) for layer in layers}
+        for network, layers in sweep.networks.items()
+    }
+
+
+def _row(layer: LayerSummary) -> dict[str, object]:
+    units = layer.units
+    numbers: Mapping[str, object] = {
+        name: value
+        for name, statistic in _STATISTICS.items()
+        if (value := statistic(layer)) is not None
+    }
+    return {
+        "point": str(layer.post.point),
+        "depth": layer.depth,
+        "shape": list(layer.shape),
+        "images": units.images,
+        "rate_bound": units.bound,
+        "rectified": layer.rectified,
+        **numbers,
+        "effective_rank_absolute": layer.rank.effective,
+        "rank_possible": layer.rank.possible,
+        "dead_units": list(units.dead),
+        "nearly_dead_units": list(units.nearly_dead),
+        "always_on_units": list(units.always_on),
+        "duplicates": [list(pair) for pair in units.duplicates],
+        "unit_mean": _rounded(units.mean),
+        "unit_active": _rounded(units.active),
+        "unit_largest": _rounded(units.largest),
+    }
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    """Six digits: as many as float32 has."""
+    return [float(f"{value:.6g}") for value in values.tolist()]

@@ -1,0 +1,123 @@
+"""One image at all layers of all networks: maps and feature maps of the first network's class."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from camdistill.layers.contributions import contributions
+from camdistill.layers.summary import LayerSummary
+from camdistill.types import Images
+
+CHUNK = 8  # images in one backward
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One image at one layer.
+
+    Attributes:
+        grad_cam: Raw, in logits.
+        layer_cam: Likewise.
+        units: Those with the largest alpha, the largest first.
+        alphas: Theirs.
+        features: Their activations.
+    """
+
+    grad_cam: Float[Tensor, "rows columns"]
+    layer_cam: Float[Tensor, "rows columns"]
+    units: tuple[int, ...]
+    alphas: tuple[float, ...]
+    features: Float[Tensor, "chosen rows columns"]
+
+
+@dataclass(frozen=True)
+class ThroughDepth:
+    """One image.
+
+    Attributes:
+        image: In [0, 1].
+        name: What it is called.
+        explained: The class that all maps are of: the first network's top class.
+        tops: Each network's own top class and its probability.
+        views: By network, then by layer in the order of depth.
+    """
+
+    image: Float[Tensor, "channels height width"]
+    name: str
+    explained: int
+    tops: Mapping[str, tuple[int, float]]
+    views: Mapping[str, Mapping[str, LayerView]]
+
+
+def spatial(layers: Sequence[LayerSummary], most: int) -> list[str]:
+    """Names of layers with more than one cell, evenly spread over depth, the last among them."""
+    names = [layer.name for layer in layers if layer.shape[1] * layer.shape[2] > 1]
+    if len(names) <= most:
+        return names
+    return [names[round(place * (len(names) - 1) / max(most - 1, 1))] for place in range(most)]
+
+
+def stage_ends(layers: Sequence[LayerSummary], most: int) -> list[str]:
+    """The last layer of each resolution: at most so many, the deepest."""
+    last: dict[tuple[int, int], str] = {}
+    for layer in layers:
+        if layer.shape[1] * layer.shape[2] > 1:
+            last[layer.shape[1], layer.shape[2]] = layer.name
+    return list(last.values())[-most:]
+
+
+def through_depth(
+    networks: Mapping[str, nn.Module],
+    images: Images,
+    names: Sequence[str],
+    layers: Mapping[str, Sequence[str]],
+    *,
+    features: int = 16,
+) -> list[ThroughDepth]:
+    """Maps of some images at the chosen layers of all networks.
+
+    Args:
+        networks: By name; the first says of which class maps are.
+        images: As all networks take them.
+        names: What the images are called.
+        layers: By network.
+        features: Feature maps kept of a layer.
+    """
+    found: list[ThroughDepth] = []
+    for start in range(0, len(images), CHUNK):
+        part = images[start : start + CHUNK]
+        classes: Tensor | None = None
+        tops: dict[str, list[tuple[int, float]]] = {}
+        views: dict[str, list[dict[str, LayerView]]] = {}
+        for network, model in networks.items():
+            logits, chosen, by_layer = contributions(model, part, layers[network], classes)
+            classes = chosen if classes is None else classes
+            likely = logits.softmax(1).max(1)
+            tops[network] = list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
+            views[network] = [{} for _ in part]
+            for layer, one in by_layer.items():
+                # Once for all images, not once an image.
+                maps, cams, alphas = one.grad_cam, one.layer_cam, one.alphas
+                for row in range(len(part)):
+                    units = one.strongest(row, features)
+                    views[network][row][layer] = LayerView(
+                        maps[row],
+                        cams[row],
+                        tuple(units.tolist()),
+                        tuple(alphas[row, units].tolist()),
+                        one.activations[row, units],
+                    )
+        assert classes is not None, "there is at least one network"
+        for row, image in enumerate(part):
+            found.append(
+                ThroughDepth(
+                    image.detach().cpu(),
+                    names[start + row],
+                    int(classes[row]),
+                    {network: tops[network][row] for network in networks},
+                    {network: views[network][row] for network in networks},
+                )
+            )
+    return found

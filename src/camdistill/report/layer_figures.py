@@ -1,0 +1,307 @@
+"""An analysis as pictures, each under its tag."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from camdistill import tags
+from camdistill.layers.analysis import Analysis
+from camdistill.layers.filters import FilterBank, WeightSummary
+from camdistill.layers.histograms import octaves
+from camdistill.layers.portraits import Portrait
+from camdistill.layers.profiles import profiles
+from camdistill.layers.summary import Histogram
+from camdistill.layers.through_depth import LayerView, ThroughDepth
+from camdistill.report.figures.depth import (
+    LogHistogram,
+    Profile,
+    profile_chart,
+    ridge_chart,
+    similarity_chart,
+)
+from camdistill.report.figures.depth_maps import LayerMap, depth_panel
+from camdistill.report.figures.pictures import SEQUENTIAL, Picture
+from camdistill.report.figures.tiles import (
+    Bar,
+    Tile,
+    filter_tiles,
+    map_tiles,
+    patch_tile,
+    tile_grid,
+)
+from camdistill.report.figures.units import PATCH, SIDE, UnitCard, unit_sheet
+
+SHOWN_FILTERS = 128
+FEW = 1000  # values in the fullest bin
+DECADES = np.linspace(-6.0, 4.0, 81)  # an eighth of a decade each
+_UNIT_RANGE = (
+    *("active", "dead", "population_sparsity", "lifetime_sparsity", "effective_rank"),
+    *("saturation", "probe", "best_cka", "matched", "cam_blank"),
+)
+
+
+def charts(found: Analysis) -> Iterator[tuple[str, Picture]]:
+    """What a sweep alone gives: (tag, picture)."""
+    images = f"{found.sweep.images:,} images of {found.data}"
+    table = profiles(found.sweep)
+    shown = {
+        name: {network: _drawn(line) for network, line in lines.items()}
+        for name, lines in table.items()
+        if name in _CHARTED
+    }
+    yield (
+        tags.PROFILE_CHART,
+        profile_chart(
+            {_CHARTED[name][0]: lines for name, lines in shown.items()},
+            title=f"Layers through depth, {images}",
+            notes=dict(_CHARTED.values()),
+            ranges={_CHARTED[name][0]: (0.0, 1.0) for name in _UNIT_RANGE},
+        ),
+    )
+    ridges = {
+        network: {layer.name: log_histogram(layer.post) for layer in layers}
+        for network, layers in found.sweep.networks.items()
+        if layers
+    }
+    title = f"Activations after the non-linearity, {images}"
+    yield tags.RIDGE_CHART, ridge_chart(ridges, title=title)
+    yield from _similarities(found)
+
+
+_CHARTED = {
+    "active": ("active", "share of values above 0"),
+    "dead": ("dead units", "share that is 0 on every image"),
+    "population_sparsity": ("population sparsity", "1: one unit carries an image"),
+    "lifetime_sparsity": ("lifetime sparsity", "1: a unit is active in one image alone"),
+    "effective_rank": ("effective rank", "share of what was possible"),
+    "saturation": ("saturation", "share of directions with 99 % of the variance"),
+    "cam_scale": ("Grad-CAM, largest value", "logits, median over images"),
+    "best_cka": ("CKA with the other network", "its most similar layer"),
+    "matched": ("units followed", "mean correlation with the best teacher's unit"),
+    "probe": ("linear probe", "accuracy of a readout of spatial means"),
+    "largest": ("largest value", "over all units and images"),
+    "cam_blank": ("blank Grad-CAM", "share of images"),
+}
+
+
+def _similarities(found: Analysis) -> Iterator[tuple[str, Picture]]:
+    names = list(found.sweep.networks)
+    similarity = found.sweep.similarity
+    if similarity is not None:
+        first, last = names[0], names[-1]
+        note = (
+            f"linear CKA, unbiased, {similarity.images:,} images in {similarity.batches} batches; "
+            "0 is unrelated"
+        )
+        yield (
+            tags.CKA_CHART,
+            similarity_chart(
+                np.asarray(similarity.between(first, last), np.float64),
+                similarity.names(first),
+                similarity.names(last),
+                title="Which layers are alike",
+                note=note,
+                row_axis=first,
+                column_axis=last,
+            ),
+        )
+    cams = found.sweep.cam_similarity
+    if cams is not None:
+        yield (
+            tags.CAM_CHART,
+            similarity_chart(
+                np.asarray(cams.cosine, np.float64),
+                cams.teacher,
+                cams.student,
+                title="Which layers look at the same places",
+                note=f"cosine of Grad-CAM maps of the same class, {cams.images:,} images",
+                row_axis=names[0],
+                column_axis=names[-1],
+            ),
+        )
+
+
+def filter_pictures(network: str, bank: FilterBank) -> Iterator[tuple[str, Picture]]:
+    """The first filters by shape and by size."""
+    weights = bank.weights.float().cpu().numpy()
+    count = len(weights)
+    shown = weights[:SHOWN_FILTERS]
+    norms = bank.norms.cpu().numpy()
+    dead = set(np.flatnonzero(norms <= 1e-3 * np.median(norms)).tolist())
+    lines = [_filter_words(bank)]
+    if count > SHOWN_FILTERS:
+        lines.append(f"the first {SHOWN_FILTERS} of {count}")
+    name = f"{network} {bank.layer}, {count} filters of {weights.shape[2]}x{weights.shape[3]}"
+    bar = Bar("RdBu_r", ("-", "0", "+")) if weights.shape[1] == 1 else None
+    yield (
+        tags.FIRST_SHAPE,
+        tile_grid(
+            filter_tiles(shown, marked=dead),
+            title=f"{name}: shape",
+            lines=[*lines, "each by its own largest weight; grey is zero"],
+            bar=bar,
+        ),
+    )
+    yield (
+        tags.FIRST_SIZE,
+        tile_grid(
+            filter_tiles(shown, shared=True, marked=dead),
+            title=f"{name}: size",
+            lines=[*lines, "all on one scale; below: unit and norm; red: as good as zero"],
+            bar=bar,
+        ),
+    )
+
+
+def _filter_words(bank: FilterBank) -> str:
+    words = f"{bank.folded} folded in" if bank.folded else "as stored"
+    if bank.weights.shape[1] not in (1, 3):
+        return f"{words}; {bank.weights.shape[1]} channels as three principal components"
+    return f"{words}; per pixel in [0, 1]" if bank.per_pixel else words
+
+
+def weight_picture(weights: Mapping[str, Mapping[str, WeightSummary]]) -> Picture:
+    """Magnitudes of all weights of every layer, as ridges."""
+    ridges = {
+        network: {layer: log_histogram(summary.sizes) for layer, summary in layers.items()}
+        for network, layers in weights.items()
+    }
+    return ridge_chart(ridges, title="Weights by layer", axis="magnitude of a weight")
+
+
+def depth_picture(picture: ThroughDepth, classes: Sequence[str]) -> Picture:
+    """One image's maps at all layers."""
+    first = next(iter(picture.views))
+    told = [
+        f"{network}: {_class(top, classes)} {likely:.2f}"
+        for network, (top, likely) in picture.tops.items()
+    ]
+    explained = _class(picture.explained, classes)
+    rows = {}
+    for network, layers in picture.views.items():
+        rows[f"{network}, Grad-CAM"] = _maps(layers, "grad_cam")
+        rows[f"{network}, LayerCAM"] = _maps(layers, "layer_cam")
+    return depth_panel(
+        picture.image.float().numpy(),
+        rows,
+        title=f"{picture.name}: why {explained}? ({first}'s class)",
+        lines=["   ".join(told)],
+    )
+
+
+def _maps(layers: Mapping[str, LayerView], method: str) -> list[LayerMap]:
+    return [
+        LayerMap(name, (view.grad_cam if method == "grad_cam" else view.layer_cam).numpy())
+        for name, view in layers.items()
+    ]
+
+
+def feature_picture(
+    network: str, layer: str, picture: ThroughDepth, classes: Sequence[str]
+) -> Picture:
+    """Feature maps of one image: the units with the largest alpha."""
+    view = picture.views[network][layer]
+    image = picture.image.float().numpy()
+    tiles = [patch_tile(image, size=64, note="image")]
+    notes = [
+        f"{unit}: {alpha * view.features[0].numel():+.2g}"
+        for unit, alpha in zip(view.units, view.alphas, strict=True)
+    ]
+    tiles += map_tiles(view.features.numpy(), notes)
+    rows, columns = view.features.shape[1:]
+    return tile_grid(
+        tiles,
+        title=f"{network} {layer}: feature maps of {picture.name}",
+        lines=[
+            f"the units that weigh most for {_class(picture.explained, classes)}; {rows}x{columns}",
+            "below: unit, and the logit's change if it were 1 everywhere",
+        ],
+        bar=Bar(SEQUENTIAL, ("0", "activation / its own maximum", "1")),
+    )
+
+
+def unit_picture(found: Sequence[Portrait], notes: Mapping[int, Sequence[str]]) -> Picture:
+    """Cards of some units of one layer.
+
+    Args:
+        found: The portraits.
+        notes: What stands out of a unit, by unit.
+    """
+    cards = [card_of(portrait, notes.get(portrait.unit, ())) for portrait in found]
+    return unit_sheet(cards, abreast=2 if len(cards) > 1 else 1)
+
+
+def card_of(portrait: Portrait, notes: Sequence[str] = ()) -> UnitCard:
+    """A portrait as a card."""
+    values = portrait.values.numpy()
+    sees = "the whole image" if portrait.seen is None else "{}x{} pixels".format(*portrait.seen)
+    active = float((values > 0).mean())
+    words = f"active at {100 * active:.1f} % of places; largest {portrait.natural:.3g}"
+    patches = [
+        patch_tile(
+            patch.pixels.numpy(),
+            size=PATCH,
+            inside=patch.inside.numpy(),
+            region=None if patch.region is None else patch.region.numpy(),
+            note=f"{patch.value:.3g}",
+        )
+        for patch in portrait.patches
+    ]
+    beside: list[tuple[str, Tile]] = []
+    if portrait.mean is not None:
+        mean = patch_tile(
+            portrait.mean.pixels.numpy(), size=SIDE, inside=portrait.mean.inside.numpy()
+        )
+        beside.append((f"mean of the {len(portrait.patches)}", mean))
+    if portrait.made is not None:
+        ratio = portrait.reached / portrait.natural if portrait.natural > 0 else float("nan")
+        note = f"reached {portrait.reached:.3g}"
+        note += f" ({ratio:.1f}x)" if ratio == ratio else ""
+        beside.append(
+            ("made to excite it", patch_tile(portrait.made.numpy(), size=SIDE, note=note))
+        )
+    return UnitCard(
+        title=f"{portrait.network} {portrait.layer}, unit {portrait.unit}",
+        lines=[f"sees {sees}; {words}", *notes],
+        patches=patches,
+        beside=beside,
+        histogram=_of_values(portrait.values),
+        concepts=portrait.concepts,
+    )
+
+
+def log_histogram(histogram: Histogram) -> LogHistogram:
+    """A sweep's histogram as the figures want it."""
+    edges, counts = octaves(histogram)
+    if not len(counts):
+        edges, counts = torch.tensor([-1.0, 1.0]), counts.new_zeros(1)
+    if int(counts.max()) < FEW:
+        # Half octaves instead of eighths: chance would make a comb of few values.
+        padded = torch.nn.functional.pad(counts, (0, -len(counts) % 4))
+        counts = padded.view(-1, 4).sum(1)
+        edges = torch.cat([edges[:-1:4], edges[-1:]])
+    zeros = histogram.zero_share
+    return LogHistogram(
+        edges.double().numpy(),
+        counts.double().numpy(),
+        zeros if zeros == zeros else 0.0,
+        histogram.nonfinite,
+    )
+
+
+def _of_values(values: torch.Tensor) -> LogHistogram:
+    finite = values[torch.isfinite(values)].double().numpy()
+    counts, _ = np.histogram(np.log10(finite[finite > 0]), DECADES)
+    zeros = float((finite == 0).mean()) if finite.size else 0.0
+    return LogHistogram(DECADES, counts.astype(float), zeros, values.numel() - finite.size)
+
+
+def _drawn(line: object) -> Profile:
+    assert hasattr(line, "depth"), "a profile of layers"
+    assert hasattr(line, "values"), "a profile of layers"
+    return Profile(np.asarray(line.depth, np.float64), np.asarray(line.values, np.float64))
+
+
+def _class(number: int, names: Sequence[str]) -> str:
+    return names[number] if number < len(names) else f"class {number}"

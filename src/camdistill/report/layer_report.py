@@ -1,0 +1,259 @@
+"""An analysis as a folder: TensorBoard's events, the same pictures as PNG, a page, results.json.
+
+The parts are written as they are found, so that a report that was stopped holds what was done.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from camdistill import tags
+from camdistill.layers.analysis import Analysis
+from camdistill.layers.filters import FilterBank, WeightSummary, weight_rows
+from camdistill.layers.histograms import octaves, quantile, rebinned
+from camdistill.layers.portraits import Portrait
+from camdistill.layers.profiles import profiles, rows_by_layer
+from camdistill.layers.summary import Histogram, LayerSummary
+from camdistill.layers.through_depth import ThroughDepth
+from camdistill.report.figures.pictures import Picture, save_png
+from camdistill.report.layer_figures import (
+    charts,
+    depth_picture,
+    feature_picture,
+    filter_pictures,
+    unit_picture,
+    weight_picture,
+)
+from camdistill.report.layer_page import GROUPS, findings_page, layers_page, report_page
+from camdistill.report.results import write_atomically, write_results
+from camdistill.report.tensorboard import TensorBoardLogger, front_page_url
+
+REPORT = "report"  # the run of what belongs to no network alone
+_TAGS = {"best_cka": tags.BEST_CKA, "matched": tags.MATCHED, "zeros": tags.ZEROS}
+_TAGS |= {"nonfinite": tags.NONFINITE}
+LAYOUT = {
+    "Units": {
+        "silent and always on": [
+            tags.profile(name) for name in ("dead", "nearly_dead", "always_on")
+        ],
+        "sparsity": [
+            tags.profile(name) for name in ("population_sparsity", "lifetime_sparsity", "hoyer")
+        ],
+    },
+    "Directions": {
+        "rank": [tags.profile(name) for name in ("effective_rank", "participation", "saturation")],
+        "probe": [tags.profile("probe"), tags.profile("probe_untrained")],
+    },
+    "Teacher and student": {"alike": [tags.BEST_CKA, tags.MATCHED]},
+}
+
+
+class LayerReport:
+    """Writes a report, part by part.
+
+    Attributes:
+        folder: Where.
+        files: Pictures written so far, by tag.
+    """
+
+    def __init__(self, folder: Path, networks: tuple[str, ...]) -> None:
+        self.folder = folder
+        self.files: dict[str, list[str]] = {}
+        for run in (REPORT, *networks):
+            # An earlier report in this folder would be drawn into the same charts.
+            for file in (folder / run).glob("events.out.tfevents.*"):
+                file.unlink()
+        self._loggers = {
+            run: TensorBoardLogger(folder, name="", version=run) for run in (REPORT, *networks)
+        }
+
+    def show(self, tag: str, picture: Picture, run: str = REPORT, step: int = 0) -> None:
+        """Writes one picture, for TensorBoard and as a file."""
+        self._loggers[run].log_picture(tag, picture, step)
+        parts = [tag, *([run] if run != REPORT else []), *([str(step)] if step else [])]
+        name = re.sub(r"[^\w.-]", "-", "-".join(parts))
+        save_png(self.folder / "pictures" / f"{name}.png", picture)
+        self.files.setdefault(tag, []).append(f"pictures/{name}.png")
+
+    def sweep(self, found: Analysis) -> None:
+        """What a sweep gives: profiles, ridges, charts, findings."""
+        for name, lines in profiles(found.sweep).items():
+            tag = _TAGS.get(name, tags.profile(name))
+            for network, line in lines.items():
+                for depth, value in zip(line.depth, line.values, strict=True):
+                    if not math.isnan(value):
+                        self._loggers[network].log_metrics({tag: value}, round(depth))
+        for network, layers in found.sweep.networks.items():
+            for layer in layers:
+                self._ridge(network, layer)
+        for tag, picture in charts(found):
+            self.show(tag, picture)
+        self._loggers[REPORT].log_layout(LAYOUT)
+        self._loggers[REPORT].log_text(tags.FINDINGS, findings_page(found))
+
+    def _ridge(self, network: str, layer: LayerSummary) -> None:
+        edges, counts = octaves(layer.post)
+        if len(counts):
+            self._loggers[network].log_histogram(
+                tags.RIDGE, edges.numpy(), counts.numpy(), layer.order
+            )
+        if layer.pre is not None and layer.pre.finite:
+            self._loggers[network].log_histogram(
+                tags.RIDGE_BEFORE, *standardised(layer.pre), layer.order
+            )
+
+    def weights(self, weights: Mapping[str, Mapping[str, WeightSummary]]) -> None:
+        """Every layer's weights and norms."""
+        for network, layers in weights.items():
+            last = max(len(layers) - 1, 1)
+            for number, summary in enumerate(layers.values()):
+                norm = float(summary.norms.median())
+                if math.isfinite(norm):
+                    step = round(100 * number / last)
+                    self._loggers[network].log_metrics({tags.WEIGHT_NORM: norm}, step)
+                edges = np.linspace(-1.0, 1.0, 61)
+                scaled = torch.from_numpy(edges) * (summary.limit or 1.0)
+                # The largest is the last bin's, not beyond it.
+                scaled[-1] = math.nextafter(float(scaled[-1]), math.inf)
+                counts = rebinned(summary.signed, scaled).numpy()
+                self._loggers[network].log_histogram(tags.WEIGHTS_RIDGE, edges, counts, number)
+        self.show(tags.WEIGHTS_CHART, weight_picture(weights))
+
+    def filters(self, network: str, bank: FilterBank) -> None:
+        """First filters."""
+        for tag, picture in filter_pictures(network, bank):
+            self.show(tag, picture, network)
+
+    def picture(self, number: int, picture: ThroughDepth, classes: tuple[str, ...]) -> None:
+        """One image at all layers; of the first one its feature maps too."""
+        self.show(tags.THROUGH_DEPTH, depth_picture(picture, classes), step=number)
+        if number:
+            return
+        for network, layers in picture.views.items():
+            for layer in layers:
+                shown = feature_picture(network, layer, picture, classes)
+                self.show(tags.feature_maps(layer), shown, network)
+
+    def portraits(self, network: str, layer: str, found: tuple[Portrait, ...]) -> None:
+        """Cards of units."""
+        self.show(tags.unit_cards(layer), unit_picture(found, {}), network)
+
+    def finish(
+        self,
+        found: Analysis,
+        *,
+        seconds: float | None = None,
+        sha256: Mapping[str, str | None] | None = None,
+    ) -> dict[str, object]:
+        """Writes the page and the numbers, closes the events; gives back the numbers."""
+        page = f"[The cards that matter, on top]({self.link()})\n\n{tags.how_to_read(GROUPS)}"
+        self._loggers[REPORT].log_text(tags.HOW_TO_READ, page)
+        self._loggers[REPORT].log_text(tags.FINDINGS, findings_page(found), 1)
+        self._loggers[REPORT].log_text(tags.LAYERS, layers_page(found))
+        for logger in self._loggers.values():
+            logger.finalize("success")
+        text = report_page(found, self.files)
+        write_atomically(self.folder / "report.md", text.encode())
+        results = analysis_results(found)
+        write_results(self.folder / "results.json", results, seconds=seconds, sha256=sha256)
+        return results
+
+    def link(self, base: str = "http://localhost:6006") -> str:
+        """The front page of this report."""
+        return front_page(self.folder, base)
+
+
+def front_page(folder: Path, base: str = "http://localhost:6006") -> str:
+    """A link to TensorBoard with a report's best cards on top."""
+    runs = [
+        run.name
+        for run in sorted(folder.iterdir())
+        if run.is_dir() and run.name != REPORT and any(run.glob("events.out.tfevents.*"))
+    ]
+    # The teacher first, whatever the alphabet says.
+    runs.sort(key=lambda run: run != "teacher")
+    two = len(runs) > 1
+    return front_page_url(
+        scalars=[tags.profile("active"), tags.profile("effective_rank")],
+        pictures=[
+            (tags.PROFILE_CHART, REPORT),
+            *([(tags.CKA_CHART, REPORT)] if two else []),
+            (tags.RIDGE_CHART, REPORT),
+            (tags.THROUGH_DEPTH, REPORT),
+            *((tags.FIRST_SHAPE, run) for run in runs),
+        ],
+        histograms=[(tags.RIDGE, run) for run in runs],
+        base=base,
+    )
+
+
+def standardised(before: Histogram) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and counts of 60 bins: shares of the magnitude that 99.9 % of the values stay below."""
+    low, high = quantile(before, 0.0005)[0], quantile(before, 0.9995)[1]
+    spread = max(abs(low), abs(high)) or 1.0
+    edges = np.linspace(-1.0, 1.0, 61)
+    return edges, rebinned(before, torch.from_numpy(edges) * spread).numpy()
+
+
+def analysis_results(found: Analysis) -> dict[str, object]:
+    """What `results.json` holds."""
+    sweep = found.sweep
+    results: dict[str, object] = {
+        "n": sweep.images,
+        "data": found.data,
+        "used": dict(sweep.used),
+        "notes": list(sweep.notes),
+        "unfinished": found.unfinished,
+        "findings": list(found.findings),
+        "networks": rows_by_layer(sweep),
+        "weights": {network: weight_rows(rows) for network, rows in found.weights.items()},
+    }
+    if sweep.similarity is not None:
+        results["cka"] = {
+            "layers": [list(pair) for pair in sweep.similarity.layers],
+            "values": sweep.similarity.cka,
+            "images": sweep.similarity.images,
+            "batches": sweep.similarity.batches,
+        }
+    if sweep.cam_similarity is not None:
+        results["cam_cosine"] = {
+            "teacher": list(sweep.cam_similarity.teacher),
+            "student": list(sweep.cam_similarity.student),
+            "values": sweep.cam_similarity.cosine,
+            "images": sweep.cam_similarity.images,
+        }
+    results["matches"] = [
+        {
+            "teacher": match.teacher,
+            "student": match.student,
+            "best": match.best,
+            "correlation": match.correlation,
+            "partner": match.partner,
+            "partner_correlation": match.partner_correlation,
+            "images": match.images,
+        }
+        for match in sweep.matches
+    ]
+    results["units"] = {
+        network: {
+            layer: [_unit_row(one) for one in portraits] for layer, portraits in layers.items()
+        }
+        for network, layers in found.portraits.items()
+    }
+    return results
+
+
+def _unit_row(one: Portrait) -> dict[str, object]:
+    return {
+        "unit": one.unit,
+        "sees": one.seen,
+        "images": [patch.image for patch in one.patches],
+        "values": [patch.value for patch in one.patches],
+        "reached": one.reached,
+        "natural": one.natural,
+        "concepts": [list(concept) for concept in one.concepts],
+    }

@@ -1,0 +1,155 @@
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from camdistill.cli import main
+from camdistill.networks.students import ShallowCNN
+from camdistill.networks.weights import save_safetensors
+
+QUICK = ["--count", "24", "--steps", "2", "--cards", "1", "--pictures", "1"]
+
+
+@pytest.fixture
+def shallow(tmp_path: Path) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ShallowCNN(8, (4, 6), (1, 2))
+    arguments = {"mean": "[0.5, 0.5, 0.5]", "std": "[0.25, 0.25, 0.25]"}
+    path = tmp_path / "network.safetensors"
+    save_safetensors(path, network.state_dict(), arguments)
+    return path
+
+
+def _checkpoint(trained: Path) -> Path:
+    (path,) = trained.rglob("student.safetensors")
+    return path
+
+
+def test_checkpoint_is_analysed_beside_its_teacher(
+    trained: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(trained)
+    out = tmp_path / "out"
+    images = str(trained / "images" / "test")
+    given = ["--checkpoint", str(_checkpoint(trained)), "--images", images, "--out", str(out)]
+    assert main(["analyze", *given, *QUICK]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["networks"]) == {"teacher", "student"}
+    assert results["n"] == 24
+    assert set(results["networks"]["student"]) == {"stage1", "stage2"}
+    assert set(results["units"]["student"]) == {"stage1", "stage2"}
+    assert set(results["sha256"]) == {"teacher", "checkpoint"}
+    for run in ("report", "teacher", "student"):
+        assert list((out / run).glob("events.out.tfevents.*"))
+    told = capsys.readouterr().out
+    assert f"camdistill report --run {out}" in told
+
+
+def test_chosen_layers_and_units_are_looked_at_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["camdistill"])
+    given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(tmp_path / "out")]
+    chosen = ["--layers", "layer1.*.relu", "layer3", "--units", "layer3:5", "layer3:2"]
+    assert main(["analyze", *given, *QUICK, *chosen]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    layers = list(results["networks"]["teacher"])
+    assert layers[-1] == "layer3"
+    assert layers[:2] == ["layer1.0.relu#0", "layer1.0.relu#1"]
+    assert [one["unit"] for one in results["units"]["teacher"]["layer3"]] == [5, 2]
+
+
+class Grey(nn.Module):
+    """Takes one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 4, 3, 2), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU()
+        )
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, images):
+        assert images.shape[1] == 1
+        return self.head(self.features(images).mean((2, 3)))
+
+
+def test_any_network_by_class_path_also_of_grey_images(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(__file__).read_text()
+    body = source[source.index("class Grey") : source.index("def test_any_network")]
+    (tmp_path / "grey_network.py").write_text(f"import torch\nfrom torch import nn\n\n\n{body}")
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["--teacher", "grey_network.Grey", "--size", "32", "--data", "shapes"]
+    assert main(["analyze", *given, *QUICK, "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["networks"]["teacher"]) == ["features.1", "features.3"]
+
+
+def test_layers_are_listed_without_any_images(tmp_path: Path, capsys) -> None:
+    assert main(["analyze", "--teacher", "resnet20", "--list-layers"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"layer1\.0\.relu#0 +16 +32x32", told)
+    assert re.search(r"layer3\.2 +64 +8x8 +yes", told)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--teacher", "resnet20"], "give either --data"),
+        (["--data", "shapes"], "give either --checkpoint FILE"),
+        (["--teacher", "resnet20", "--data", "shapes", "--layers", "layr3"], "no layer 'layr3'"),
+        (["--teacher", "resnet20", "--data", "shapes", "--units", "layer3"], "unit 'layer3'"),
+        (
+            ["--teacher", "resnet20", "--data", "shapes", "--units", "layer9:1"],
+            "no layer 'layer9' is looked at",
+        ),
+        (
+            ["--teacher", "resnet20", "--data", "shapes", "--units", "layer3.2:64"],
+            "layer3.2 has no unit 64; it has 0 to 63",
+        ),
+        (["--teacher", "resnet20", "--data", "shapes", "--count", "0"], "count is 0"),
+        (["--teacher", "resnet20", "--data", "shapes", "--cards", "-1"], "cards is -1"),
+        (["--teacher", "resnet20", "--images", "nowhere"], "no file or folder 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line(given: list[str], told: str, tmp_path: Path, capsys) -> None:
+    quick = [word for word in QUICK if "--count" not in given or word not in ("--count", "24")]
+    if "--cards" in given:
+        quick = ["--count", "24"]
+    assert main(["analyze", *quick, *given, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_report_of_a_folder_without_events_is_a_mistake(tmp_path: Path, capsys) -> None:
+    assert main(["report", "--run", str(tmp_path)]) == 2
+    assert "no TensorBoard events" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_report_prints_the_front_page_and_stops_cleanly(trained: Path) -> None:
+    command = [sys.executable, "-m", "camdistill", "report", "--run", str(trained), "--port", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            lines = iter(server.stdout.readline, "")
+            link = next(line.strip() for line in lines if "pinnedCards" in line)
+            assert re.match(r"http://localhost:\d+/\?smoothing=0&pinnedCards=.*#timeseries$", link)
+            assert "1_overview%2Fagreement" in link
+            next(line for line in lines if "Ctrl-C" in line)
+            server.send_signal(signal.SIGINT)
+            out, error = server.communicate(timeout=30)
+        finally:
+            server.kill()
+    assert server.returncode == 0
+    assert "Stopped." in out
+    assert "Traceback" not in error

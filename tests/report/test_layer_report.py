@@ -1,0 +1,220 @@
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+from torch import nn
+
+from camdistill import tags
+from camdistill.layers.histograms import octaves
+from camdistill.layers.profiles import profiles
+from camdistill.networks.students import ShallowCNN
+from camdistill.report.layer_report import LAYOUT, LayerReport, front_page, standardised
+from camdistill.report.opening import Opening
+from camdistill.report.tensorboard import scalars
+
+
+def _events(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    found.Reload()
+    return found
+
+
+def _pictures(events: EventAccumulator, tag: str) -> dict[int, np.ndarray]:
+    found = {}
+    for event in events.Tensors(tag):
+        content = make_ndarray(event.tensor_proto)[2]
+        found[event.step] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    return found
+
+
+def test_every_card_of_the_sweep_exists_in_the_run_of_its_network(opened: Opening) -> None:
+    folder = opened.report.folder
+    known = {run: set(_events(folder / run).Tags()["tensors"]) for run in ("teacher", "student")}
+    for run, network in (("teacher", "teacher"), ("student", "student")):
+        expected = {tags.RIDGE, tags.RIDGE_BEFORE, tags.WEIGHTS_RIDGE, tags.WEIGHT_NORM}
+        expected |= {tags.FIRST_SHAPE, tags.FIRST_SIZE, tags.ZEROS, tags.NONFINITE}
+        expected |= {tags.profile(name) for name in ("active", "dead", "effective_rank", "hoyer")}
+        expected |= {tags.BEST_CKA, tags.profile("cam_scale"), tags.profile("cam_blank")}
+        expected |= {tags.feature_maps(layer) for layer in opened.found.pictures[0].views[network]}
+        expected |= {tags.unit_cards(layer) for layer in opened.found.portraits[network]}
+        assert expected <= known[run], expected - known[run]
+    assert tags.MATCHED in known["student"]
+    report = set(_events(folder / "report").Tags()["tensors"])
+    assert report == {
+        *(tags.PROFILE_CHART, tags.RIDGE_CHART, tags.CKA_CHART, tags.CAM_CHART),
+        *(tags.WEIGHTS_CHART, tags.THROUGH_DEPTH, tags.FINDINGS, tags.HOW_TO_READ, tags.LAYERS),
+        "custom_scalars__config__",
+    }
+
+
+def test_profiles_are_drawn_at_their_depth_in_percent(opened: Opening) -> None:
+    for network in ("teacher", "student"):
+        read = scalars(opened.report.folder / network)
+        for name in ("active", "population_sparsity", "effective_rank"):
+            line = profiles(opened.found.sweep)[name][network]
+            expected = [
+                (round(depth), pytest.approx(value, rel=1e-6))
+                for depth, value in zip(line.depth, line.values, strict=True)
+                if not math.isnan(value)
+            ]
+            assert read[tags.profile(name)] == expected
+    active = opened.found.sweep.layer("student", "stage1").units.active
+    assert read[tags.profile("active")][0] == (0, pytest.approx(float(active.mean()), rel=1e-5))
+
+
+def test_ridges_hold_the_counts_of_the_sweep_with_the_layers_number_as_step(
+    opened: Opening,
+) -> None:
+    for network, layers in opened.found.sweep.networks.items():
+        events = _events(opened.report.folder / network)
+        read = {
+            event.step: make_ndarray(event.tensor_proto) for event in events.Tensors(tags.RIDGE)
+        }
+        assert set(read) == {layer.order for layer in layers}
+        for layer in layers:
+            edges, counts = octaves(layer.post)
+            assert np.array_equal(read[layer.order][:, 2], counts.numpy())
+            assert np.allclose(read[layer.order][:, 0], edges[:-1].numpy())
+            assert np.allclose(read[layer.order][:, 1], edges[1:].numpy())
+            assert np.isfinite(read[layer.order]).all()
+
+
+def test_pictures_in_events_are_those_of_the_files(opened: Opening) -> None:
+    folder = opened.report.folder
+    for run in ("report", "teacher", "student"):
+        events = _events(folder / run)
+        for tag in events.Tags()["tensors"]:
+            if events.SummaryMetadata(tag).plugin_data.plugin_name != "images":
+                continue
+            for step, picture in _pictures(events, tag).items():
+                parts = [tag, *([run] if run != "report" else []), *([str(step)] if step else [])]
+                name = re.sub(r"[^\w.-]", "-", "-".join(parts))
+                file = folder / "pictures" / f"{name}.png"
+                assert np.array_equal(np.asarray(Image.open(file).convert("RGB")), picture), name
+                assert (picture.min(-1) < 200).mean() > 0.002, f"{name} is blank"
+    assert set(_pictures(_events(folder / "report"), tags.THROUGH_DEPTH)) == {0, 1, 2}
+
+
+def test_every_tag_has_its_meaning_in_the_events(opened: Opening) -> None:
+    for run in ("report", "teacher", "student"):
+        events = _events(opened.report.folder / run)
+        for tag in events.Tags()["tensors"]:
+            if tag != "custom_scalars__config__":
+                assert events.SummaryMetadata(tag).summary_description == tags.describe(tag) != ""
+
+
+def test_layout_names_only_tags_that_exist(opened: Opening) -> None:
+    known = {tag for run in ("teacher", "student") for tag in scalars(opened.report.folder / run)}
+    named = [tag for charts in LAYOUT.values() for chosen in charts.values() for tag in chosen]
+    missing = {tag for tag in named if tag not in known}
+    assert missing == {tags.profile("probe"), tags.profile("probe_untrained")}, "not asked for"
+
+
+def test_page_names_every_picture_and_results_hold_the_numbers(opened: Opening) -> None:
+    folder = opened.report.folder
+    page = (folder / "report.md").read_text()
+    files = {path.name for path in (folder / "pictures").iterdir()}
+    assert set(re.findall(r"!\[[^\]]*\]\(pictures/([^)]+)\)", page)) == files
+    results = json.loads((folder / "results.json").read_text())
+    row = results["networks"]["student"]["stage2"]
+    layer = opened.found.sweep.layer("student", "stage2")
+    assert row["dead_units"] == list(layer.units.dead)
+    assert row["active"] == pytest.approx(float(layer.units.active.mean()))
+    assert results["n"] == opened.found.sweep.images
+    cka = np.array(results["cka"]["values"], float)
+    assert np.allclose(cka, opened.found.sweep.similarity.cka, equal_nan=True)
+    assert {"machine", "versions"} <= set(results)
+
+
+def test_front_page_pins_cards_that_exist(opened: Opening) -> None:
+    import urllib.parse
+
+    url = front_page(opened.report.folder)
+    query = urllib.parse.parse_qs(urllib.parse.urlparse(url).query)
+    for card in json.loads(query["pinnedCards"][0]):
+        runs = ["teacher", "student"]
+        if "runId" in card:
+            runs = [card["runId"].removeprefix("defaultExperimentId/")]
+        for run in runs:
+            events = _events(opened.report.folder / run)
+            assert events.SummaryMetadata(card["tag"]).plugin_data.plugin_name == card["plugin"]
+
+
+def test_values_before_the_relu_are_binned_about_zero(opened: Opening) -> None:
+    before = opened.found.sweep.layer("student", "stage1").pre
+    edges, counts = standardised(before)
+    assert edges[30] == 0.0
+    assert counts[:30].sum() == pytest.approx(before.negatives, rel=0.01)
+    assert 0.99 * before.finite <= counts.sum() <= before.finite
+
+
+class Broken(nn.Module):
+    """Gives NaN for some images, from its second layer on; its third is dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ShallowCNN(8, (4, 5, 5), (1, 2, 2))
+        self.inner.stage3.bn.bias.data.fill_(-100.0)
+
+    def forward(self, images):
+        hidden = self.inner.stage1(images)
+        bad = (images.mean((1, 2, 3)) > 0.5).nonzero().flatten()
+        hidden = hidden.index_fill(0, bad, float("nan"))
+        hidden = self.inner.stage3(self.inner.stage2(hidden))
+        return self.inner.linear(hidden.mean((2, 3)))
+
+
+def test_nan_and_dead_layers_leave_no_card_blank_and_are_counted(tmp_path: Path, subject) -> None:
+    network = Broken().eval()
+    opening = Opening({"network": network}, subject, LayerReport(tmp_path, ("network",)))
+    opening.sweep()
+    opening.filters()
+    opening.report.finish(opening.found)
+    layer = opening.found.sweep.layer("network", "inner.stage2")
+    assert layer.post.nonfinite > 0
+    read = scalars(tmp_path / "network")
+    assert read[tags.NONFINITE][1][1] == layer.post.nonfinite
+    assert all(math.isfinite(value) for line in read.values() for _, value in line)
+    events = _events(tmp_path / "network")
+    for tag in (tags.RIDGE, tags.RIDGE_BEFORE, tags.WEIGHTS_RIDGE):
+        for event in events.Tensors(tag):
+            assert np.isfinite(make_ndarray(event.tensor_proto)).all()
+    assert read[tags.profile("dead")][-1] == (100, 1.0)
+    assert "NaN" not in json.dumps(json.loads((tmp_path / "results.json").read_text()))
+
+
+def test_sweep_that_is_stopped_gives_a_partial_report_that_says_so(tmp_path: Path, subject) -> None:
+    network = ShallowCNN(8, (4, 5), (1, 2)).eval()
+    report = LayerReport(tmp_path, ("network",))
+    opening = Opening({"network": network}, replace(subject), report)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    opening.on_step = stop
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        opening.sweep()
+    assert opening.found is not None
+    opening.report.finish(opening.found)
+    assert "This report is partial: stopped after" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["unfinished"]
+    assert tags.RIDGE in _events(tmp_path / "network").Tags()["tensors"]
+
+
+def test_report_written_again_replaces_the_earlier_events(tmp_path: Path, subject) -> None:
+    network = ShallowCNN(8, (4, 5), (1, 2)).eval()
+    for _ in range(2):
+        report = LayerReport(tmp_path, ("network",))
+        opening = Opening({"network": network}, subject, report)
+        opening.sweep()
+        report.finish(opening.found)
+    assert len(scalars(tmp_path / "network")[tags.profile("active")]) == 2
