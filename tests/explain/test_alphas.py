@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from cam_oracles import (
-    LiveBytes,
     close,
     head_of,
     out_of_place,
@@ -18,6 +17,7 @@ from cam_oracles import (
     untouched,
     verdicts_of,
 )
+from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -8,7 +8,6 @@ from itertools import product
 import pytest
 import torch
 from cam_oracles import (
-    LiveBytes,
     close,
     head_of,
     out_of_place,
@@ -19,6 +18,7 @@ from cam_oracles import (
     untouched,
     verdicts_of,
 )
+from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.densenet import DenseNet

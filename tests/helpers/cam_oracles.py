@@ -1,13 +1,10 @@
 """What the tests of the engine share: networks, a plain reference, what must not change."""
 
 import copy
-import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from camdistill.explain import closed_form
 from camdistill.explain.closed_form import Verdict
@@ -119,38 +116,3 @@ def untouched(network: nn.Module, before: tuple[object, ...]) -> None:
         assert not module._forward_hooks
         assert not module._backward_hooks
         assert not module._forward_pre_hooks
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside take at any moment."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        given = {id(storage) for storage in _storages((args, kwargs))}
-        for storage in _storages(result):
-            if id(storage) not in given:
-                self._count(storage)
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-        def freed() -> None:
-            self.known.discard(key)
-            self.now -= size
-
-        weakref.finalize(storage, freed)
-
-
-def _storages(values: object) -> list[torch.UntypedStorage]:
-    return [one.untyped_storage() for one in tree_leaves(values) if isinstance(one, Tensor)]

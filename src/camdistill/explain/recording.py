@@ -1,6 +1,7 @@
 """One forward that can be asked for gradients at its layers, and leaves nothing behind."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
@@ -11,9 +12,10 @@ from torch.autograd.graph import Node
 from camdistill.errors import UserError
 from camdistill.explain.closed_form import Verdicts, possible_heads
 from camdistill.explain.graph import Edge
+from camdistill.explain.norms import light_norms
 from camdistill.explain.request import Request, wide
 from camdistill.explain.tokens import cells_of
-from camdistill.networks.capture import plain, tensor, visiting
+from camdistill.networks.capture import parts, plain, tensor, visiting
 
 Cells = Callable[[Tensor], Tensor] | None
 
@@ -109,18 +111,30 @@ def recorded_forward(
         if isinstance(output, Tensor) and output.grad_fn is not None:
             ran[name] = possible[name], output.grad_fn
 
-    network = plain(ask.network) if ask.grad == "none" else ask.network
-    with visiting(network, ask.names, visit), visiting(network, possible, note, required=False):
-        stale = {}
-        if ask.grad == "none" and ask.maps:
-            state = chain(network.named_parameters(), network.named_buffers())
-            stale = {name: value.clone() for name, value in state if value.is_inference()}
-        if stale:
-            # Tensors made under inference_mode can't take part in a graph; their copies can.
-            output: object = torch.func.functional_call(network, stale, (ask.images,))
-        else:
-            output = network(ask.images)
+    light = ask.maps and ask.grad == "none" and any(verdicts[n].head is None for n in ask.names)
+    with (
+        visiting(ask.network, ask.names, visit),
+        visiting(ask.network, possible, note, required=False),
+        light_norms(verdicts.inner) if light else nullcontext(),
+    ):
+        output = _output(ask)
     return output if ask.logits is None else ask.logits(output), seen, ran
+
+
+def _output(ask: Request) -> object:
+    if ask.grad != "none":
+        return ask.network(ask.images)
+    network = plain(ask.network)
+    if ask.maps and any(
+        value is not None and value.is_inference()
+        for part in parts(network)
+        for value in (*part._parameters.values(), *part._buffers.values())
+    ):
+        # Tensors made under inference_mode can't take part in a graph; their copies can.
+        state = chain(network.named_parameters(), network.named_buffers())
+        stale = {name: value.clone() for name, value in state if value.is_inference()}
+        return torch.func.functional_call(network, stale, (ask.images,))
+    return network(ask.images)
 
 
 def _tap(layer: Seen, *, copy: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from camdistill.errors import UserError
 from camdistill.explain.tokens import Kind, Layout
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import bare, parts
 from camdistill.types import Images
 
 Grad = Literal["none", "activations", "full"]
@@ -119,20 +119,26 @@ def demand_known(score: Score, classes: Classes, grad: Grad, layout: Layout) -> 
 
 def demand_separate_images(network: nn.Module, count: int) -> None:
     """Refuse what mixes images: one gradient serves all where none changes another's score."""
-    for name, module in bare(network).named_modules():
-        if not isinstance(module, _BatchNorm):
-            continue
-        if module.training:
-            raise UserError(
-                f"'{name}' is in train mode, where batch normalisation mixes the images of a "
-                "batch: call .eval() on the network first (grad='full' and 'activations' are for "
-                "a training step)"
-            )
-        if module.running_mean is None and count > 1:
-            raise UserError(
-                f"'{name}' keeps no running statistics, so batch normalisation mixes the images "
-                "of a batch even in eval mode: give one image at a time"
-            )
+    inner = bare(network)
+    if not any(_mixes(module, count) for module in parts(inner)):
+        return
+    name, module = next(one for one in inner.named_modules() if _mixes(one[1], count))
+    if module.training:
+        raise UserError(
+            f"'{name}' is in train mode, where batch normalisation mixes the images of a "
+            "batch: call .eval() on the network first (grad='full' and 'activations' are for "
+            "a training step)"
+        )
+    raise UserError(
+        f"'{name}' keeps no running statistics, so batch normalisation mixes the images "
+        "of a batch even in eval mode: give one image at a time"
+    )
+
+
+def _mixes(module: nn.Module, count: int) -> bool:
+    return isinstance(module, _BatchNorm) and (
+        module.training or (module.running_mean is None and count > 1)
+    )
 
 
 def wide(values: Tensor) -> Tensor:

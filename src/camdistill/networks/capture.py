@@ -175,6 +175,18 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+def parts(network: nn.Module) -> list[nn.Module]:
+    """Every module once, the network itself first; `modules()` is three times as slow."""
+    found = {network: None}
+    waiting = [network]
+    while waiting:
+        for part in waiting.pop()._modules.values():
+            if part is not None and part not in found:
+                found[part] = None
+                waiting.append(part)
+    return list(found)
+
+
 def structure(network: nn.Module) -> int:
     """A fingerprint of what a network is made of and of its modes.
 
@@ -189,7 +201,7 @@ def structure(network: nn.Module) -> int:
                 len(module._forward_hooks),
                 len(module._forward_pre_hooks),
             )
-            for module in network.modules()
+            for module in parts(network)
         )
     )
 
@@ -212,11 +224,13 @@ def _is_compiled(network: nn.Module) -> bool:
 
 
 def _uncompiled(network: nn.Module) -> AbstractContextManager[object]:
-    parts = [network]
-    while (inner := _inside(parts[-1])) is not None:
-        parts.append(inner)
-    parts += parts[-1].modules()
-    if any(_is_compiled(part) or part._compiled_call_impl is not None for part in parts):
+    layered = [network]
+    while (inner := _inside(layered[-1])) is not None:
+        layered.append(inner)
+    if any(
+        _is_compiled(part) or part._compiled_call_impl is not None
+        for part in [*layered, *parts(layered[-1])]
+    ):
         eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
         return eager
     return nullcontext()

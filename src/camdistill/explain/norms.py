@@ -1,0 +1,83 @@
+"""Batch normalisation in eval mode that keeps no activations for its backward.
+
+There it multiplies by a number a unit, and so does its gradient; yet autograd keeps its whole
+input, for gradients of the normalisation's own weights, which no map needs. Of what a ResNet keeps
+for a map that is half (ResNet-50, batch 2 of 224 px, all stages: 96.8 MB with, 50.1 MB without).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from camdistill.networks.capture import parts
+
+# Elements; below, keeping is cheaper than one more function of Python.
+LEAST = 2**16
+
+
+class _Scaled(torch.autograd.Function):
+    """`batch_norm` with running statistics; the forward is torch's own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, scale: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        return _plain(norm, values)
+
+    @staticmethod
+    def setup_context(  # type: ignore[no-untyped-def]
+        ctx, inputs: tuple[Tensor, Tensor, nn.BatchNorm2d], output: Tensor
+    ) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (scale,) = ctx.saved_tensors
+        return (gradient * scale).to(gradient.dtype), None, None
+
+
+@contextmanager
+def light_norms(network: nn.Module) -> Iterator[None]:
+    """Run a network's batch normalisations without keeping their inputs.
+
+    Gradients of activations stay what they are; those of the normalisations' weights are lost.
+    """
+    changed = []
+    try:
+        for part in parts(network):
+            if type(part) is nn.BatchNorm2d and _is_fixed(part):
+                vars(part)["forward"] = _light(part)
+                changed.append(part)
+        yield
+    finally:
+        for part in changed:
+            del vars(part)["forward"]
+
+
+def _is_fixed(norm: nn.BatchNorm2d) -> bool:
+    """Whether it uses running statistics, and nobody has changed its forward."""
+    return not norm.training and norm.running_var is not None and "forward" not in norm.__dict__
+
+
+def _light(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
+    def forward(values: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or values.numel() < LEAST:
+            return _plain(norm, values)
+        assert norm.running_var is not None, "looked at before"
+        with torch.no_grad():
+            at_least = torch.promote_types(norm.running_var.dtype, torch.float32)
+            scale = torch.rsqrt(norm.running_var.to(at_least) + norm.eps)
+            scale = (scale if norm.weight is None else scale * norm.weight).view(-1, 1, 1)
+        result: Tensor = _Scaled.apply(values, scale, norm)
+        return result
+
+    return forward
+
+
+def _plain(norm: nn.BatchNorm2d, values: Tensor) -> Tensor:
+    return F.batch_norm(
+        values, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+    )
