@@ -43,7 +43,7 @@ def alphas_by_gradient(
             return None
         behind = Behind(scores, [layer.source for layer in layers.values()])
         places = [_place(name, layer, behind, verdicts) for name, layer in layers.items()]
-        if ask.grad == "none" and not _demand_separate(ask, scores, layers, places, verdicts):
+        if ask.grad == "none" and not demand_separate(ask, scores, list(layers), places, verdicts):
             return None
         gradients = _gradients(ask, scores, places, behind, layers, verdicts)
         if gradients is None:
@@ -76,10 +76,10 @@ def _summed(layer: Seen, gradient: Tensor) -> Tensor:
     return wide(cells).sum((-2, -1))
 
 
-def _demand_separate(
+def demand_separate(
     ask: Request,
     scores: Tensor,
-    layers: dict[str, Seen],
+    layers: Sequence[str],
     places: Sequence[GradientEdge],
     verdicts: Verdicts,
 ) -> bool:
@@ -94,7 +94,7 @@ def _demand_separate(
     asked = [places[place] for place in unsure]
     found = torch.autograd.grad(scores[0].sum(), asked, retain_graph=True, allow_unused=True)
     for place, gradient in zip(unsure, found, strict=True):
-        name = list(layers)[place]
+        name = layers[place]
         if gradient is None:
             return False
         # What isn't a number would not be one alone either.

@@ -231,7 +231,7 @@ def _explained(ask: Request, *, record: bool) -> Explanation | None:
     """
     verdicts = Verdicts(bare(ask.network), ask.images.shape[1:])
     output, seen, heads = recorded_forward(ask, verdicts, record)
-    if ask.maps and not _intact(ask, seen, verdicts):
+    if ask.maps and not intact(ask, seen, verdicts):
         return _explained(ask, record=record)
     with torch.autocast(ask.images.device.type, enabled=False):
         classes = asked_classes(ask, output)
@@ -250,7 +250,7 @@ def _explained(ask: Request, *, record: bool) -> Explanation | None:
     return Explanation(logits, classes, found, activations)
 
 
-def _intact(ask: Request, seen: dict[str, Seen], verdicts: Verdicts) -> bool:
+def intact(ask: Request, seen: dict[str, Seen], verdicts: Verdicts) -> bool:
     """Whether no layer's output was lost to an in-place operation; learns where copies are needed.
 
     The first forward goes on with copies and sees which of them are overwritten; later ones copy

@@ -23,13 +23,15 @@ def relu(maps: AnyMaps) -> AnyMaps:
     return F.relu(maps)
 
 
-def normalise(maps: AnyMaps, kind: Normalisation = "minmax") -> AnyMaps:
+def normalise(maps: AnyMaps, kind: Normalisation = "minmax", *, epsilon: float = 0.0) -> AnyMaps:
     """Scale every map by its own range.
 
     Args:
         maps: Raw or rectified maps.
         kind: "minmax" is (m - min m) / (max m - min m), in [0, 1]; "max" is m / max |m|, in
             [-1, 1], and keeps the sign and the zero.
+        epsilon: Added to the range, to have other libraries' pictures: 1e-7 is pytorch-grad-cam's,
+            1e-8 TorchCAM's. Above 0 it makes weak maps, such as a probability's, pale.
 
     Returns:
         Maps of the same dtype. A map whose range is lost in rounding (a constant one for "minmax",
@@ -48,7 +50,7 @@ def normalise(maps: AnyMaps, kind: Normalisation = "minmax") -> AnyMaps:
     else:
         span = size
         blank = span == 0
-    return torch.where(blank, 0, wide / torch.where(blank, 1, span)).to(maps.dtype)
+    return torch.where(blank, 0, wide / (torch.where(blank, 1, span) + epsilon)).to(maps.dtype)
 
 
 def upsample(maps: AnyMaps, size: tuple[int, int]) -> OnGrid:

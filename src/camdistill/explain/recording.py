@@ -82,9 +82,12 @@ class Seen:
 
 
 def recorded_forward(
-    ask: Request, verdicts: Verdicts, record: bool
+    ask: Request, verdicts: Verdicts, record: bool, *, every: bool = False
 ) -> tuple[object, dict[str, Seen], dict[str, tuple[nn.Module, Node]]]:
-    """The network's output, the layers asked for, and the possible heads that ran."""
+    """The network's output, the layers asked for, and the possible heads that ran.
+
+    With `every` the graph begins at the first layer even where a closed form needs none.
+    """
     seen: dict[str, Seen] = {}
     ran: dict[str, tuple[nn.Module, Node]] = {}
     undecided = ask.maps and not all(verdicts[name].judged for name in ask.names)
@@ -100,7 +103,7 @@ def recorded_forward(
         seen[name] = Seen(values, version_of(values), activations, source, cells)
         if not ask.maps:
             return values.clone()
-        if verdicts[name].head is not None:
+        if verdicts[name].head is not None and not every:
             return values.clone() if verdicts[name].overwritten else None
         if not record:
             torch.set_grad_enabled(True)

@@ -33,7 +33,7 @@ def logits_of(network: nn.Module, images: Images) -> Logits:
     Raises:
         UserError: The network is in train mode, or gives no logits.
     """
-    _demand_settled(network)
+    demand_settled(network)
     with torch.no_grad():
         parts = [_asked(network, part) for part in torch.split(images, _at_once(images))]
     return torch.cat(parts)
@@ -55,7 +55,7 @@ def changed_scores(
         removed: The changes.
         shown: What stands where an image was removed.
     """
-    _demand_settled(network)
+    demand_settled(network)
     count, changes = len(images), removed.shape[1]
     logits, probabilities = [], []
     pairs = torch.arange(count * changes, device=images.device)
@@ -93,8 +93,8 @@ def _at_once(images: Images) -> int:
     return max(1, pixels // images[0, 0].numel()) if len(images) else 1
 
 
-def _demand_settled(network: nn.Module) -> None:
-    """A network in train mode answers by chance, and by what else is in the batch."""
+def demand_settled(network: nn.Module) -> None:
+    """Refuse a network in train mode: it answers by chance, and by what else is in the batch."""
     for name, module in network.named_modules():
         if module.training and isinstance(module, _BatchNorm | _DropoutNd):
             raise UserError(

@@ -1,0 +1,100 @@
+"""Why not another class: maps of what speaks against a class, and of one class against another."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from camdistill.errors import UserError
+from camdistill.explain.gradcam import explain, last_layer
+from camdistill.explain.request import Classes, wide
+from camdistill.explain.tokens import Layout
+from camdistill.types import Images, Labels, Logits, PerImage
+
+
+def counterfactual(
+    network: nn.Module,
+    images: Images,
+    layers: Sequence[str] | None = None,
+    classes: Classes = None,
+    *,
+    layout: Layout = "auto",
+    logits: Callable[..., Tensor] | None = None,
+) -> dict[str, Float[Tensor, "..."]]:
+    """What would have to go for the class to be likelier: Grad-CAM with -dS/dA.
+
+    Selvaraju et al. 2017, "Counterfactual explanations", https://arxiv.org/abs/1610.02391. Grad-CAM
+    is linear in the gradient, so the raw map is minus Grad-CAM's, and its positive part is
+    Grad-CAM's negative one.
+    """
+    found = explain(network, images, layers, classes, layout=layout, logits=logits)
+    return {name: -maps for name, maps in found.maps.items()}
+
+
+def contrast(
+    network: nn.Module,
+    images: Images,
+    layers: Sequence[str] | None = None,
+    classes: int | Sequence[int] | Labels | None = None,
+    against: int | Sequence[int] | Labels | None = None,
+    *,
+    gamma: float | int = 1.0,
+    layout: Layout = "auto",
+    logits: Callable[..., Tensor] | None = None,
+) -> dict[str, Float[Tensor, "batch height width"]]:
+    """Why this class rather than that: Grad-CAM of S_c - gamma S_d.
+
+    Grad-CAM is linear in the score, so this is raw_c - gamma raw_d (Prabhushankar et al. 2020,
+    https://arxiv.org/abs/2008.00178; with gamma 0.6 it is what Finer-CAM compares, Zhang et al.
+    2025, https://arxiv.org/abs/2501.11309).
+
+    Args:
+        network: As for `explain.gradcam.explain`, like all that isn't named here.
+        images: Likewise.
+        layers: Likewise.
+        classes: c: None is the top class; else one number, or [B].
+        against: d: None is the likeliest class but c; else one number, or [B].
+        gamma: Weight of the other class.
+        layout: Likewise.
+        logits: Likewise.
+
+    Raises:
+        UserError: Both classes of an image are the same, or don't exist.
+    """
+    if layers is None:
+        layers = [last_layer(network, images, logits=logits)]
+
+    def margin(values: Logits) -> PerImage:
+        known = wide(values.detach())
+        first = known.argmax(1) if classes is None else _chosen(classes, known)
+        if against is None:
+            second = known.scatter(1, first[:, None], float("-inf")).argmax(1)
+        else:
+            second = _chosen(against, known)
+        if bool((first == second).any()):
+            raise UserError(
+                "a class was contrasted with itself: give another class as against=, or None for "
+                "the likeliest other one"
+            )
+        scores = wide(values)
+        own, other = (scores.gather(1, one[:, None])[:, 0] for one in (first, second))
+        return own - gamma * other
+
+    found = explain(network, images, layers, score=margin, layout=layout, logits=logits)
+    return found.maps
+
+
+def _chosen(classes: int | Sequence[int] | Tensor, values: Logits) -> Labels:
+    numbers = torch.as_tensor(classes, device=values.device).long()
+    if numbers.dim() > 1 or (numbers.dim() == 1 and len(numbers) != len(values)):
+        raise UserError(
+            f"classes have the shape {list(numbers.shape)} for {len(values)} images: a contrast "
+            f"takes one number, or [{len(values)}]"
+        )
+    if int(numbers.min()) < 0 or int(numbers.max()) >= values.shape[1]:
+        raise UserError(
+            f"class {int(numbers.max())} does not exist: the network has {values.shape[1]} "
+            f"classes, 0 to {values.shape[1] - 1}"
+        )
+    return numbers.expand(len(values))

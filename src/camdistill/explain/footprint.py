@@ -1,0 +1,71 @@
+"""How many bytes one image takes in a forward, so that many of them can be asked in chunks."""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from camdistill.networks.capture import bare, plain, structure, undisturbed, visiting
+from camdistill.types import Images
+
+MEMORY = 2**28
+"""Bytes that a forward of changed images may take, where nothing else is said: 256 MiB."""
+# Of the largest layer: its input, its output, and what the operation itself needs.
+ALIVE = 3
+# A graph keeps most layers' outputs, and their gradients come one after the other.
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one image, estimated from the sizes of the layers' outputs.
+
+    Attributes:
+        image: The image itself.
+        outputs: Of every module without parts, in the order in which they ran, by name.
+    """
+
+    image: int
+    outputs: tuple[tuple[str, int], ...]
+
+    @property
+    def without_graph(self) -> int:
+        """Of a forward that records nothing."""
+        return self.behind("")
+
+    @property
+    def with_graph(self) -> int:
+        """Of a forward that is recorded whole, and its backward."""
+        return KEPT * (self.image + sum(size for _, size in self.outputs))
+
+    def behind(self, layer: str) -> int:
+        """Of the part of a forward that follows a layer; "" is the whole."""
+        names = [name for name, _ in self.outputs]
+        inside = [n for n, name in enumerate(names) if f"{name}.".startswith(f"{layer}.")]
+        start = max(inside[-1], 0) if layer and inside else 0
+        sizes = [self.image, *(size for _, size in self.outputs[start:])]
+        return ALIVE * max(sizes[1:] if layer and inside else sizes)
+
+
+def footprint(network: nn.Module, images: Images) -> Footprint:
+    """Measures a network by running it on one image; it is remembered."""
+    inner = bare(network)
+    known = _KNOWN.setdefault(inner, {})
+    key = (tuple(images.shape[1:]), images.element_size(), structure(inner))
+    if key not in known:
+        outputs: list[tuple[str, int]] = []
+
+        def note(name: str, output: object) -> None:
+            if isinstance(output, Tensor):
+                outputs.append((name, output.numel() * output.element_size()))
+
+        names = [name for name, part in inner.named_modules() if name and not list(part.children())]
+        with undisturbed(network), visiting(network, names, note, required=False):
+            plain(network)(images[:1])
+        known[key] = Footprint(images[:1].numel() * images.element_size(), tuple(outputs))
+    return known[key]
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[tuple[int, ...], int, int], Footprint]] = (
+    WeakKeyDictionary()
+)

@@ -1,0 +1,214 @@
+"""Activations and whole gradients of all layers, and of the pixels, from one forward.
+
+Grad-CAM itself needs only a gradient's sum over cells (`explain.gradcam`); its relatives need dS/dA
+at every cell. This is the one place that gives it: one forward, whose graph begins at the first
+layer asked for, and one backward a class.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from camdistill.errors import UserError
+from camdistill.explain.alphas import HALF_SCALE, demand_separate
+from camdistill.explain.closed_form import Verdicts
+from camdistill.explain.gradcam import intact, last_layer
+from camdistill.explain.recording import Seen, recordable, recorded_forward
+from camdistill.explain.request import (
+    Classes,
+    Request,
+    Score,
+    asked_classes,
+    demand_known,
+    demand_separate_images,
+    score_columns,
+    wide,
+)
+from camdistill.explain.tokens import Layout
+from camdistill.networks.capture import bare
+from camdistill.types import Activations, Images, Maps
+
+Formula = Callable[[Activations, Activations], Maps]
+"""A map from a layer's activations and the gradient dS/dA at every cell, in float32 at least."""
+PIXELS = ""  # stands for the images among names of layers; no layer is called so
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward with a graph from the first layer, or from the pixels, to the scores.
+
+    Attributes:
+        classes: [B] or [B, C].
+        scores: One column a class, each times `scale`.
+        layers: By name.
+        edges: Where gradients are asked, by name; the pixels' under `PIXELS`.
+        scale: Keeps small gradients of float16 from becoming 0.
+    """
+
+    classes: Tensor
+    scores: Float[Tensor, "batch asked"]
+    layers: dict[str, Seen]
+    edges: dict[str, GradientEdge]
+    scale: float
+
+    def activations(self, name: str) -> Activations:
+        """A layer's output [B, K, h, w], in float32 at least."""
+        return wide(self.layers[name].activations.detach())
+
+    def gradients(
+        self, column: int, names: Sequence[str] | None = None
+    ) -> dict[str, Float[Tensor, "batch units height width"]] | None:
+        """dS/dA of one column's scores by name; None if they don't depend on one of the layers."""
+        names = tuple(self.edges) if names is None else names
+        with torch.enable_grad():
+            total = self.scores[:, column].sum()
+        found = torch.autograd.grad(
+            total,
+            [self.edges[name] for name in names],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        by_name = {}
+        for name, gradient in zip(names, found, strict=True):
+            if gradient is None:
+                return None
+            cells = self.layers[name].cells if name in self.layers else None
+            by_name[name] = wide(gradient if cells is None else cells(gradient)) / self.scale
+        return by_name
+
+
+def gradient_maps(
+    network: nn.Module,
+    images: Images,
+    layers: Sequence[str] | None,
+    classes: Classes,
+    formula: Formula,
+    *,
+    score: Score = "logit",
+    layout: Layout = "auto",
+    logits: Callable[..., Tensor] | None = None,
+) -> dict[str, Float[Tensor, "..."]]:
+    """Maps by layer, [B, h, w] or [B, C, h, w], made by a formula of activations and gradients.
+
+    The arguments are those of `explain.gradcam.explain`; nothing is left behind likewise.
+
+    Raises:
+        UserError: If a layer, a class or the network can't be explained as asked.
+    """
+    ask = request(network, images, layers, classes, score=score, layout=layout, logits=logits)
+    # A network that switches the graph off itself somewhere is recorded whole.
+    for record in (False, True):
+        with torch.inference_mode(False), torch.set_grad_enabled(record):
+            found = _maps(_recordable(ask), formula, record)
+        if found is not None:
+            return found
+    raise unreachable(ask)
+
+
+def pixel_pass(ask: Request) -> Pass:
+    """A pass whose graph begins at the pixels.
+
+    Raises:
+        UserError: If the scores don't depend on the pixels or a layer.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        found = forward_pass(_recordable(ask), record=True, pixels=True)
+    if found is None:
+        raise unreachable(ask)
+    return found
+
+
+def request(
+    network: nn.Module,
+    images: Images,
+    layers: Sequence[str] | None,
+    classes: Classes,
+    *,
+    score: Score,
+    layout: Layout = "auto",
+    logits: Callable[..., Tensor] | None = None,
+) -> Request:
+    """What is asked, after refusing what can't be answered."""
+    demand_known(score, classes, "none", layout)
+    if not images.is_floating_point():
+        raise UserError(f"images are {images.dtype}: give floats, such as pixels / 255")
+    demand_separate_images(network, len(images))
+    if layers is None:
+        names: tuple[str, ...] = (last_layer(network, images, score=score, logits=logits),)
+    else:
+        names = (layers,) if isinstance(layers, str) else tuple(dict.fromkeys(layers))
+    return Request(network, images, names, classes, score, "none", True, layout, logits)
+
+
+def forward_pass(ask: Request, record: bool, *, pixels: bool = False) -> Pass | None:
+    """The forward; None if the scores have no graph, or don't depend on a layer.
+
+    Args:
+        ask: With images that can take part in a graph.
+        record: Whether the whole network is recorded, not only what follows the first layer.
+        pixels: Whether gradients will be asked at the pixels too.
+    """
+    if pixels:
+        ask = replace(ask, images=ask.images.detach().requires_grad_())
+    verdicts = Verdicts(bare(ask.network), ask.images.shape[1:])
+    output, seen, _ = recorded_forward(ask, verdicts, record, every=True)
+    if not intact(ask, seen, verdicts):
+        return forward_pass(ask, record, pixels=pixels)
+    half = any(layer.output.dtype == torch.float16 for layer in seen.values())
+    scale = HALF_SCALE if half or ask.images.dtype == torch.float16 else 1.0
+    with torch.autocast(ask.images.device.type, enabled=False), torch.enable_grad():
+        classes = asked_classes(ask, output)
+        scores = score_columns(ask, output, classes) * scale
+        if not scores.requires_grad:
+            return None
+        edges = {name: _edge(layer) for name, layer in seen.items()}
+        if pixels:
+            edges[PIXELS] = get_gradient_edge(ask.images)
+        if not demand_separate(ask, scores, list(edges), list(edges.values()), verdicts):
+            return None
+    return Pass(classes, scores, seen, edges, scale)
+
+
+def unreachable(ask: Request) -> UserError:
+    """What to say where a score has no gradient."""
+    places = f"every one of the layers {list(ask.names)}" if ask.names else "the pixels"
+    return UserError(
+        f"the score of {type(bare(ask.network)).__name__} has no gradient at {places}: ask for "
+        "what it is computed from, without detach or no_grad in between"
+    )
+
+
+def stacked(maps: Sequence[Tensor], classes: Tensor) -> Tensor:
+    """Maps of each class as [B, C, ...]; as [B, ...] where one class an image was asked for."""
+    return torch.stack(list(maps), 1) if classes.dim() == 2 else maps[0]
+
+
+def _maps(ask: Request, formula: Formula, record: bool) -> dict[str, Tensor] | None:
+    done = forward_pass(ask, record)
+    if done is None:
+        return None
+    parts: dict[str, list[Tensor]] = {name: [] for name in ask.names}
+    activations = {name: done.activations(name) for name in ask.names}
+    with torch.no_grad(), torch.autocast(ask.images.device.type, enabled=False):
+        for column in range(done.scores.shape[1]):
+            gradients = done.gradients(column)
+            if gradients is None:
+                return None
+            for name in ask.names:
+                parts[name].append(formula(activations[name], gradients[name]))
+        return {name: stacked(maps, done.classes) for name, maps in parts.items()}
+
+
+def _edge(layer: Seen) -> GradientEdge:
+    node, number = layer.source
+    # A layer that was neither tapped nor has a graph is a leaf of its own.
+    return get_gradient_edge(layer.output) if node is None else GradientEdge(node, number)
+
+
+def _recordable(ask: Request) -> Request:
+    classes = recordable(ask.classes) if isinstance(ask.classes, Tensor) else ask.classes
+    return replace(ask, images=recordable(ask.images), classes=classes)

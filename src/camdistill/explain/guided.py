@@ -1,0 +1,190 @@
+"""Guided backpropagation, the deconvnet rule, and Guided Grad-CAM.
+
+For a ReLU with input x and R the gradient at its output, the gradient at its input is
+
+    plain      1[x > 0] R
+    deconvnet  relu(R)               (Zeiler and Fergus 2014, https://arxiv.org/abs/1311.2901)
+    guided     1[x > 0] relu(R)      (Springenberg et al. 2015, https://arxiv.org/abs/1412.6806)
+
+The rule is applied where the ReLU is in autograd's graph of one forward, and to that graph alone:
+the network is neither changed nor hooked, it doesn't matter whether a ReLU is a module, a function,
+in place or called twice, and what else reads a ReLU's input (the skip of a pre-activation block) is
+left alone. ReLU, ReLU6, `threshold` and `clamp` at 0 count as ReLUs; GELU, SiLU and leaky ones do
+not, and have their plain gradient.
+
+Both rules show image structure more than evidence: maps change little when weights are randomised
+(Adebayo et al. 2018, https://arxiv.org/abs/1810.03292).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from camdistill.errors import UserError
+from camdistill.explain.attribution import Channels, over_channels
+from camdistill.explain.gradients import PIXELS, Pass, pixel_pass, request, stacked, unreachable
+from camdistill.explain.maps import relu, upsample
+from camdistill.explain.request import Classes, Request, Score
+from camdistill.explain.tokens import Layout
+from camdistill.networks.capture import bare
+from camdistill.types import Images
+
+Rule = Literal["guided", "deconvnet"]
+
+
+def guided_gradient(
+    network: nn.Module,
+    images: Images,
+    classes: Classes = None,
+    *,
+    rule: Rule = "guided",
+    score: Score = "logit",
+    logits: Callable[..., Tensor] | None = None,
+) -> Float[Tensor, "batch *classes channels height width"]:
+    """The gradient at the pixels with every ReLU's rule replaced, signed.
+
+    Args:
+        network: As for `explain.gradcam.explain`.
+        images: Likewise.
+        classes: Likewise; [B, C] gives [B, C, channels, H, W].
+        rule: See the module.
+        score: Likewise.
+        logits: Likewise.
+
+    Raises:
+        UserError: If the network has no ReLU on the way from the pixels to the score.
+    """
+    ask = request(network, images, [], classes, score=score, logits=logits)
+    done = pixel_pass(ask)
+    with _relus_changed(ask, done, rule):
+        found = [_at_pixels(ask, done, column) for column in range(done.scores.shape[1])]
+    return stacked(found, done.classes)
+
+
+def guided_backprop(
+    network: nn.Module,
+    images: Images,
+    classes: Classes = None,
+    *,
+    rule: Rule = "guided",
+    channels: Channels = "max_abs",
+    score: Score = "logit",
+    logits: Callable[..., Tensor] | None = None,
+) -> Float[Tensor, "batch *classes height width"]:
+    """One map of `guided_gradient`: the largest magnitude over the channels, or their sum."""
+    found = guided_gradient(network, images, classes, rule=rule, score=score, logits=logits)
+    return over_channels(found, channels)
+
+
+def deconvnet(
+    network: nn.Module, images: Images, classes: Classes = None
+) -> Float[Tensor, "batch *classes height width"]:
+    """`guided_backprop` with the deconvnet's rule; pooling goes back by its own switches."""
+    return guided_backprop(network, images, classes, rule="deconvnet")
+
+
+def guided_grad_cam(
+    network: nn.Module,
+    images: Images,
+    layers: Sequence[str] | None = None,
+    classes: Classes = None,
+    *,
+    channels: Channels = "max_abs",
+    score: Score = "logit",
+    layout: Layout = "auto",
+    logits: Callable[..., Tensor] | None = None,
+) -> dict[str, Float[Tensor, "batch *classes height width"]]:
+    """Guided Grad-CAM by layer, at the pixels: guided backpropagation times relu(Grad-CAM).
+
+    Selvaraju et al. 2017, section 3.2, https://arxiv.org/abs/1610.02391; Grad-CAM is enlarged
+    bilinearly, as there. One forward serves both, and all layers.
+
+    Args:
+        network: As for `explain.gradcam.explain`, like all that isn't named here.
+        images: Likewise.
+        layers: Likewise.
+        classes: Likewise.
+        channels: How the coloured product becomes a map.
+        score: Likewise.
+        layout: Likewise.
+        logits: Likewise.
+    """
+    ask = request(network, images, layers, classes, score=score, layout=layout, logits=logits)
+    done = pixel_pass(ask)
+    size = (images.shape[-2], images.shape[-1])
+    count = done.scores.shape[1]
+    plain = [done.gradients(column, ask.names) for column in range(count)]
+    with _relus_changed(ask, done, "guided"):
+        guided = [_at_pixels(ask, done, column) for column in range(count)]
+    found = {}
+    for name in ask.names:
+        parts = []
+        for gradients, pixels in zip(plain, guided, strict=True):
+            if gradients is None:
+                raise unreachable(ask)
+            alpha = gradients[name].mean((2, 3), keepdim=True)
+            cam = upsample(relu((alpha * done.activations(name)).sum(1)), size)
+            parts.append(over_channels(pixels * cam[:, None], channels))
+        found[name] = stacked(parts, done.classes)
+    return found
+
+
+def _at_pixels(ask: Request, done: Pass, column: int) -> Tensor:
+    found = done.gradients(column, [PIXELS])
+    if found is None:
+        raise unreachable(ask)
+    return found[PIXELS]
+
+
+@contextmanager
+def _relus_changed(ask: Request, done: Pass, rule: Rule) -> Iterator[None]:
+    """Replace the rule of every ReLU in the graph of a forward."""
+    if rule not in ("guided", "deconvnet"):
+        raise ValueError(f"rule is {rule!r}; it is 'guided' or 'deconvnet'")
+    relus = [node for node in _nodes(done.scores) if _is_relu(node)]
+    if not relus:
+        raise UserError(
+            f"{type(bare(ask.network)).__name__} has no ReLU between the pixels and the score, so "
+            "guided backpropagation would be the plain gradient: ask for that"
+        )
+
+    def changed(
+        inner: tuple[Tensor | None, ...], outer: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        first = inner[0] if rule == "guided" else outer[0]
+        return (None if first is None else first.clamp(min=0), *inner[1:])
+
+    with ExitStack() as stack:
+        for node in relus:
+            stack.callback(node.register_hook(changed).remove)
+        yield
+
+
+def _nodes(scores: Tensor) -> set[Node]:
+    """Every operation that the scores came from."""
+    assert scores.grad_fn is not None, "a pass has a graph"
+    waiting, met = [scores.grad_fn], {scores.grad_fn}
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in met:
+                met.add(node)
+                waiting.append(node)
+    return met
+
+
+def _is_relu(node: Node) -> bool:
+    """By what autograd calls the operation, and where it clips."""
+    operation = node.name().rstrip("0123456789")
+    if operation == "ReluBackward":
+        return True
+    place = {
+        "HardtanhBackward": "_saved_min_val",
+        "ThresholdBackward": "_saved_threshold",
+        "ClampBackward": "_saved_min",
+        "ClampMinBackward": "_saved_min",
+    }.get(operation)
+    return place is not None and getattr(node, place) == 0

@@ -1,0 +1,124 @@
+"""What a network says of images seen through many masks, in forwards of bounded size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from camdistill.explain.footprint import footprint
+from camdistill.explain.gradients import request
+from camdistill.explain.recording import recordable
+from camdistill.explain.request import (
+    Classes,
+    Request,
+    Score,
+    asked_classes,
+    columns,
+    score_columns,
+    wide,
+)
+from camdistill.networks.capture import plain
+from camdistill.networks.teachers import Preprocessed
+from camdistill.perturb.asking import demand_settled
+from camdistill.perturb.imputers import Baseline, baseline
+from camdistill.types import Images
+
+Fill = Literal["zero"] | Baseline
+"""What stands where an image is removed: "zero" is 0 after the network's own normalisation."""
+Masks = Callable[[Int[Tensor, "asked"], Int[Tensor, "asked"]], Float[Tensor, "asked height width"]]
+"""Masks by numbers of an image and of a mask: 1 keeps a pixel, 0 removes it."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Images about which a network will be asked, for fixed classes.
+
+    Attributes:
+        ask: With the images; no layer.
+        classes: [B] or [B, C].
+        scores: Of the unchanged images.
+        memory: Bytes that one forward may take, about.
+    """
+
+    ask: Request
+    classes: Tensor
+    scores: Float[Tensor, "batch asked"]
+    memory: int
+
+    def through(self, masks: Masks, count: int, fill: Fill) -> Float[Tensor, "batch asked count"]:
+        """The scores of every image through every mask."""
+        images = self.ask.images
+        shown = filling(self.ask.network, images, fill)
+        pairs = torch.arange(len(images) * count, device=images.device)
+        found = []
+        for part in torch.split(pairs, self.at_once):
+            image, number = part // count, part % count
+            keep = masks(image, number)[:, None].to(images.dtype)
+            changed = images[image] * keep + shown[image] * (1 - keep)
+            found.append(scores_of(self.ask, changed, self.classes[image]))
+        return torch.cat(found).view(len(images), count, -1).movedim(1, 2)
+
+    @property
+    def at_once(self) -> int:
+        """Images in one forward."""
+        return max(1, self.memory // footprint(self.ask.network, self.ask.images).without_graph)
+
+    def shaped(self, maps: Float[Tensor, "batch asked height width"]) -> Float[Tensor, "..."]:
+        """Maps as the classes were asked for: [B, h, w] or [B, C, h, w]."""
+        return maps if self.classes.dim() == 2 else maps[:, 0]
+
+
+def questions(
+    network: nn.Module,
+    images: Images,
+    classes: Classes,
+    *,
+    score: Score,
+    logits: Callable[..., Tensor] | None,
+    memory: int,
+) -> Questions:
+    """Fixes the classes by one forward of the unchanged images; call it without a graph.
+
+    Raises:
+        UserError: If the network answers by chance or mixes images, or there is no such class.
+    """
+    demand_settled(network)
+    ask = request(network, images, [], classes, score=score, logits=logits)
+    ask = replace(ask, network=plain(network), images=recordable(images))
+    count = max(1, memory // footprint(network, images).without_graph)
+    parts = [ask.network(part) for part in torch.split(ask.images, count)]
+    taken = [part if logits is None else logits(part) for part in parts]
+    if isinstance(score, str):
+        whole = torch.cat(taken) if all(isinstance(part, Tensor) for part in taken) else taken[0]
+        asked = asked_classes(ask, whole)
+        return Questions(ask, asked, score_columns(ask, whole, asked), memory)
+    asked = asked_classes(ask, None)
+    scores = [
+        score_columns(replace(ask, images=rows), part, asked)
+        for rows, part in zip(torch.split(ask.images, count), taken, strict=True)
+    ]
+    return Questions(ask, asked, torch.cat(scores), memory)
+
+
+def scores_of(ask: Request, images: Images, classes: Tensor) -> Float[Tensor, "batch asked"]:
+    """One forward's scores, in float32 at least.
+
+    One image may stand for many rows of classes, if the network makes it many on its way.
+    """
+    output = ask.network(images)
+    output = output if ask.logits is None else ask.logits(output)
+    rows = images.expand(len(classes), *images.shape[1:])
+    with torch.autocast(images.device.type, enabled=False):
+        return wide(score_columns(replace(ask, images=rows), output, columns(classes)))
+
+
+def filling(network: nn.Module, images: Images, fill: Fill) -> Images:
+    """The picture that shows where an image is removed."""
+    if fill != "zero":
+        return baseline(images, fill)
+    inner = plain(network)
+    colour = inner.mean if isinstance(inner, Preprocessed) else torch.zeros(())
+    return colour.to(images).expand_as(images)
