@@ -17,6 +17,7 @@ LOOPS = {
     "predict": "logits and maps of the test images",
 }
 COMMANDS = {
+    "evaluate": "how good explanations are, without labels, controls beside them",
     "explain": "pictures and raw maps of images, of a checkpoint or of any network",
     "analyze": "every layer opened: statistics, filters, units, maps, in TensorBoard",
     "report": "TensorBoard on a run, and the link to its front page",

@@ -8,6 +8,7 @@ one layer are made by functions; every other tag is a constant.
 import re
 from collections.abc import Collection
 
+EVALUATION = "0_evaluation"
 OVERVIEW, MAPS = "1_overview", "2_maps"
 PROFILE, ACTIVATIONS, FILTERS = "3_profile", "4_activations", "5_filters"
 SIMILARITY, UNITS, RUN, TEST = "6_similarity", "7_units", "8_run", "9_test"
@@ -100,6 +101,26 @@ IMAGES_PER_SECOND = _tag(
     "Training images a second over the epoch, all processes together, without the first steps of"
     " the process and without validation.",
 )
+FAITHFULNESS = _tag(
+    f"{EVALUATION}/faithfulness",
+    "Explainers and controls by every metric that asks the network, with 95 % intervals over"
+    " images. A metric by which a control stands above an explainer ranks nothing.",
+)
+LOCALISATION = _tag(
+    f"{EVALUATION}/localisation",
+    "Explainers and controls by what is known of the images: the objects' masks. It is about the"
+    " network only where the network looks at the object.",
+)
+CURVES = _tag(
+    f"{EVALUATION}/curves",
+    "Mean probability of the explained class as pixels are put into a blurred image (insertion: the"
+    " higher, the better) or greyed (deletion: the lower), most relevant first.",
+)
+BEST_AND_WORST = _tag(
+    f"{EVALUATION}/best_and_worst",
+    "The images whose map the first ranking metric likes most, and least.",
+)
+EVALUATION_TABLE = _tag(f"{EVALUATION}/table", "All numbers, and what to beware of.")
 HOW_TO_READ = _tag(f"{RUN}/how_to_read", "What every card means.")
 CONFIG = _tag(f"{RUN}/config", "The configuration that made this run.")
 

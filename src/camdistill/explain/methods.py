@@ -1,7 +1,7 @@
 """All methods by name, with one signature, for whatever compares them."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, cast, get_args
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -71,6 +71,7 @@ AT_PIXELS: frozenset[Method] = frozenset(
 """The methods that look at no layer: their only map is `INPUT`'s."""
 
 
+@runtime_checkable
 class Explainer(Protocol):
     """Raw maps by layer.
 

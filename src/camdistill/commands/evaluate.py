@@ -1,0 +1,211 @@
+"""`evaluate`: how good explanations are, measured without labels, with the controls beside them."""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from camdistill.commands.evaluated import explainers_of, networks_of
+from camdistill.commands.networks import networks_from
+from camdistill.commands.sources import source_from
+from camdistill.data.datasets import ImageSet
+from camdistill.errors import UserError
+from camdistill.measure.intervals import Interval, interval
+from camdistill.measure.metrics import DEFAULT, DEFAULT_WITH_MASKS, METRICS, Use, demand_metrics
+from camdistill.report.results import Cell, text_table, write_atomically, write_results
+from camdistill.studies.evaluation import Evaluation, Subject
+from camdistill.studies.evaluation import evaluate as run
+from camdistill.studies.evaluation_report import write_pictures
+from camdistill.studies.meta_evaluation import REFERENCES, Verdict, beaten, rows, verdicts
+from camdistill.studies.values import Values
+
+Table = dict[str, dict[str, Interval]]
+_BLOCKS: dict[str, tuple[Use, ...]] = {
+    "faithfulness": ("rank", "reference"),
+    "from papers, not to be trusted": ("paper",),
+    "localisation": ("mask",),
+    "size of the map, and gates": ("axis", "gate"),
+}
+
+
+def evaluate(
+    checkpoint: Path | None = None,
+    teacher: str | None = None,
+    weights: str | None = None,
+    images: list[Path] = [],  # noqa: B006  (never changed; jsonargparse shows it)
+    data: str | None = None,
+    explainers: list[str] = [],  # noqa: B006
+    of: Literal["teacher", "student"] = "teacher",
+    layer: str | None = None,
+    metrics: list[str] = [],  # noqa: B006
+    meta: bool = False,
+    count: int = 256,
+    size: int | None = None,
+    batch: int = 64,
+    seed: int = 0,
+    device: str | None = None,
+    out: Path = Path("runs/evaluate"),
+    trust: list[str] = [],  # noqa: B006
+) -> dict[str, object]:
+    """Measures explanations of a network's own top class: no labels are needed.
+
+    Every table has its controls: maps that know nothing, and must lose. Values are means over
+    images with 95 % bootstrap intervals. A run that was killed goes on with the same command.
+
+    Args:
+        checkpoint: A student (or classifier) of ours: .safetensors or .ckpt.
+        teacher: A network alone, by name or class path: resnet50, resnet56, package.module.Network.
+        weights: Of that network: a file, or DEFAULT for torchvision's. With a checkpoint: where
+            the teacher's file is now.
+        images: Image files or folders.
+        data: In place of images: shapes, cifar10, cifar100, or an image folder; its test images.
+        explainers: What is compared: methods by name (grad_cam, hires_cam, occlusion, ...), student
+            (its Grad-CAM for the teacher's class; or teacher), package.module.function of (network,
+            images, classes), FILE.npz with an array `maps` of one map an image. Default: grad_cam,
+            and the student beside its teacher.
+        of: Whose decisions are explained: teacher or student.
+        layer: Of the network that is explained. Default: the checkpoint's, or the last layer.
+        metrics: Their names. Default: those that survived their own test.
+        meta: Put the metrics themselves to the test: ladder, controls, halves, references.
+        count: At most so many images, spread evenly.
+        size: Side in pixels that images are scaled and cut to. Default: the training images'.
+        batch: Images at once.
+        seed: Of every random choice.
+        device: cpu or cuda. Default: a GPU where there is one.
+        out: Folder for the results.
+        trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
+            paths may come from.
+    """
+    begun = time.perf_counter()
+    if batch < 1:
+        raise UserError(f"batch is {batch}; give 1 or more images")
+    networks = networks_of(networks_from(checkpoint, teacher, weights, trust), of, layer)
+    networks.explained.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = source_from(images, data, count=count, size=size or networks.size)
+    looked_at = found.images.subset(np.sort(found.order))
+    subject = Subject(networks.explained, looked_at, found.shapes)
+    compared = explainers_of(explainers, networks, subject)
+    chosen = _chosen(metrics, subject, meta)
+    settings = {
+        "checkpoint": networks.sha256,
+        "explainers": [f"{one.name} {one.digest}" for one in compared],
+        "metrics": list(chosen),
+        "images": [_fingerprint(looked_at), looked_at.ids.tolist()],
+        **{"of": of, "layer": networks.layer, "batch": batch, "seed": seed, "meta": meta},
+    }
+    evaluation = Evaluation(subject, compared, chosen, seed, batch, meta, settings)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("evaluate", total=None)
+
+        def on_batch(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        values = run(evaluation, out, on_batch)
+    judged = verdicts(values, seed) if meta else {}
+    results, text = _told(values, judged, seed)
+    write_pictures(evaluation, values, _table(values, seed), text, out)
+    write_results(
+        out / "results.json",
+        {**results, "command": {"of": of, "layer": networks.layer, "batch": batch, "seed": seed}},
+        seconds=time.perf_counter() - begun,
+        sha256=networks.sha256,
+    )
+    write_atomically(out / "table.txt", text.encode())
+    print(text)
+    print(f"{out / 'results.json'}, values.npz and pictures beside it")
+    print(f"TensorBoard: tensorboard --logdir {out}")
+    return results
+
+
+def _fingerprint(images: ImageSet) -> str:
+    """Of files on the command line nobody has taken one yet."""
+    if images.fingerprint:
+        return images.fingerprint
+    return hashlib.sha256(images.pixels[np.arange(len(images))].tobytes()).hexdigest()
+
+
+def _chosen(names: Sequence[str], subject: Subject, meta: bool) -> tuple[str, ...]:
+    demand_metrics(names)
+    chosen = list(names or DEFAULT)
+    if not names and subject.images.masks is not None:
+        chosen += DEFAULT_WITH_MASKS
+    masked = [name for name in chosen if METRICS[name].use == "mask"]
+    if masked and subject.images.masks is None:
+        raise UserError(
+            f"metric '{masked[0]}' needs masks, and these images have none: leave it out, or put a "
+            "masks/ folder beside the images"
+        )
+    if meta and subject.shapes is not None:
+        chosen += [name for name in REFERENCES if name not in chosen]
+    return tuple(dict.fromkeys(chosen))
+
+
+def _table(values: Values, seed: int) -> Table:
+    """Means with intervals, where there are any."""
+    return {
+        entry: {
+            metric: interval(values.of(entry, metric), seed)
+            for metric in values.metrics
+            if not np.isnan(values.of(entry, metric)).all()
+        }
+        for entry in (*values.real, *values.controls)
+    }
+
+
+def _told(
+    values: Values, judged: Mapping[str, Verdict], seed: int
+) -> tuple[dict[str, object], str]:
+    """The results, and what is printed of them."""
+    table = _table(values, seed)
+    beats = {metric: beaten(values, metric, seed) for metric in values.metrics}
+    blocks = []
+    for title, uses in _BLOCKS.items():
+        columns = [metric for metric in values.metrics if METRICS[metric].use in uses]
+        if columns:
+            blocks.append(_block(title, columns, table, len(values.table[0, 0])))
+    blocks.append(_warnings(values, beats))
+    if judged:
+        blocks.append(
+            "The metrics, put to the test (tau: Kendall's with the reference, over all maps or the "
+            "explainers alone)\n" + text_table(rows(judged), corner="metric", digits=2)
+        )
+    places = {entry: place for place, entry in enumerate(values.entries)}
+    results: dict[str, object] = {
+        "n": values.table.shape[2],
+        "explainers": {entry: table[entry] for entry in values.real},
+        "controls": {entry: table[entry] for entry in values.controls},
+        "failed": {entry: int(values.failed[places[entry]].sum()) for entry in values.entries},
+        "blank": {entry: int(values.blank[places[entry]].sum()) for entry in values.entries},
+        "controls_above": {metric: pairs for metric, pairs in beats.items() if pairs},
+    }
+    if judged:
+        results["meta"] = {metric: asdict(verdict) for metric, verdict in judged.items()}
+    return results, "\n\n".join(blocks) + "\n"
+
+
+def _block(title: str, columns: Sequence[str], table: Table, count: int) -> str:
+    arrows = {metric: f"{metric} {'+' if METRICS[metric].higher else '-'}" for metric in columns}
+    shown: dict[str, dict[str, Cell]] = {
+        entry: {arrows[metric]: row.get(metric) for metric in columns}
+        for entry, row in table.items()
+        if any(metric in row for metric in columns)
+    }
+    return f"{title}\n{text_table(shown, corner=f'n = {count}')}"
+
+
+def _warnings(values: Values, beats: Mapping[str, Sequence[str]]) -> str:
+    lines = ["+ higher is better, - lower is better; 95 % intervals over images."]
+    for metric, pairs in beats.items():
+        if pairs and METRICS[metric].use in ("rank", "paper", "mask"):
+            lines.append(f"{metric} ranks nothing here: {', '.join(pairs)}")
+    for kind, flags in (("failed (NaN or infinity)", values.failed), ("blank", values.blank)):
+        for entry, count in zip(values.entries, flags.sum(1).tolist(), strict=True):
+            if count and entry in values.real:
+                lines.append(f"{entry}: {count} of {flags.shape[1]} maps {kind}")
+    return "\n".join(lines)

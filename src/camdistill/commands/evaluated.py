@@ -1,0 +1,131 @@
+"""What `evaluate` compares: networks and explainers by the words on its command line."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from camdistill.commands.networks import Shown
+from camdistill.errors import UserError, nearest
+from camdistill.explain.methods import METHODS, at_image
+from camdistill.networks.class_paths import resolve
+from camdistill.networks.teachers import Preprocessed
+from camdistill.studies.evaluation import Explainer, Subject
+from camdistill.types import Explain, Images, Labels
+
+RawMaps = Float[Tensor, "batch rows columns"]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The network whose decisions are explained, and the one beside it.
+
+    Attributes:
+        explained: In eval mode.
+        layer: Of the explained network; None is its last spatial layer.
+        other: Its student or its teacher; None where it is alone.
+        other_layer: Likewise.
+        of: "teacher" or "student": what the explained network is.
+        size: Side of the images that it was trained on, in pixels.
+        sha256: Of the files that were read.
+    """
+
+    explained: Preprocessed
+    layer: str | None
+    other: Preprocessed | None
+    other_layer: str | None
+    of: str
+    size: int
+    sha256: dict[str, str | None]
+
+
+def networks_of(found: Shown, of: Literal["teacher", "student"], layer: str | None) -> Networks:
+    """Which of a command's networks is explained, at which layer."""
+    if of == "student" and found.student is None and found.first != "student":
+        raise UserError("there is no student: leave out --of, or give a student's --checkpoint")
+    if of == "teacher" and found.first == "student":
+        raise UserError("the teacher is missing: give --of student, or the teacher's --weights")
+    told, student = found.pairs[-1] if found.pairs else (None, None)
+    if found.student is None:
+        return Networks(found.teacher, layer, None, None, of, found.size, found.sha256)
+    both = [(found.teacher, told), (found.student, student)]
+    (explained, own), (other, beside) = both if of == "teacher" else both[::-1]
+    return Networks(explained, layer or own, other, beside, of, found.size, found.sha256)
+
+
+def explainers_of(words: Sequence[str], networks: Networks, subject: Subject) -> list[Explainer]:
+    """The explainers that words name, each once."""
+    beside = {"teacher": "student", "student": "teacher"}[networks.of]
+    default = ["grad_cam"] if networks.other is None else ["grad_cam", beside]
+    found = []
+    for word in dict.fromkeys(words or default):
+        if word == beside and networks.other is not None:
+            found.append(_of_other(word, networks))
+        elif word in METHODS:
+            found.append(Explainer(word, at_image(word, networks.layer)))
+        elif word.endswith(".npz"):
+            found.append(_stored(Path(word), subject))
+        elif "." in word:
+            found.append(Explainer(word, _callable(word)))
+        else:
+            known = [*METHODS, *([beside] if networks.other is not None else [])]
+            raise UserError(
+                f"no explainer '{word}'; {nearest(word, known)}, or give package.module.function, "
+                "or FILE.npz"
+            )
+    return found
+
+
+def _of_other(name: str, networks: Networks) -> Explainer:
+    """The map that the other network has for the class: whatever the explained one is."""
+    other, layer = networks.other, networks.other_layer
+    assert other is not None, "asked before"
+
+    show = at_image("grad_cam", layer)
+
+    def explain(network: nn.Module, images: Images, classes: Labels) -> RawMaps:
+        return show(other.to(images.device), images, classes)
+
+    return Explainer(name, explain)
+
+
+def _callable(path: str) -> Explain:
+    function = resolve(path)
+
+    def explain(network: nn.Module, images: Images, classes: Labels) -> RawMaps:
+        maps = function(network, images, classes)
+        if not isinstance(maps, Tensor):
+            raise UserError(
+                f"explainer '{path}' gave a {type(maps).__name__}: it must return a tensor, one "
+                "map an image"
+            )
+        return maps
+
+    return explain
+
+
+def _stored(path: Path, subject: Subject) -> Explainer:
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = dict(found)
+    except FileNotFoundError:
+        beside = [str(file) for file in path.parent.glob("*.npz")]
+        raise UserError(f"no file '{path}'; {nearest(str(path), beside)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' is no .npz of arrays ({error}); save it again") from None
+    maps = arrays.get("maps")
+    if maps is None:
+        raise UserError(f"'{path}' has no array 'maps'; {nearest('maps', arrays)}")
+    count = len(subject.images)
+    if maps.ndim != 3 or len(maps) != count:
+        raise UserError(
+            f"'maps' in '{path}' has the shape {list(maps.shape)} for {count} images: give one map "
+            f"an image, [{count}, height, width], in the order of the images"
+        )
+    digest = hashlib.sha256(np.ascontiguousarray(maps).tobytes()).hexdigest()
+    return Explainer(path.stem, stored=maps.astype(np.float32), digest=digest)

@@ -1,0 +1,92 @@
+"""The metrics by name, and what each is for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from camdistill.errors import UserError, nearest
+from camdistill.perturb.imputers import BASELINES
+
+Use = Literal["rank", "reference", "mask", "paper", "axis", "gate"]
+"""What a metric is for: ranking explainers; being the truth that metrics are held against; ground
+truth of the image, not of the network; a paper's row, not to be trusted; an axis beside
+faithfulness; a gate that an explainer passes or not."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is known of a metric before it is measured.
+
+    Attributes:
+        higher: Whether a higher value is better.
+        use: What it is for.
+        family: Its values are computed together with those of the same family.
+    """
+
+    higher: bool
+    use: Use
+    family: str
+
+
+METRICS: dict[str, Metric] = {
+    "faithfulness_correlation": Metric(True, "rank", "bank"),
+    "sensitivity_n": Metric(True, "rank", "bank"),
+    "infidelity": Metric(False, "rank", "bank"),
+    "occlusion_1": Metric(True, "paper", "bank"),
+    "occlusion_2": Metric(True, "paper", "bank"),
+    "insertion_blur": Metric(True, "rank", "insertion_blur"),
+    **{f"insertion_{kind}": Metric(True, "paper", f"insertion_{kind}") for kind in BASELINES[1:]},
+    **{f"deletion_{kind}": Metric(False, "paper", f"deletion_{kind}") for kind in BASELINES},
+    "road": Metric(True, "rank", "road"),
+    "road_morf": Metric(False, "rank", "road"),
+    "road_lerf": Metric(True, "rank", "road"),
+    "average_drop": Metric(False, "paper", "masking"),
+    "increase": Metric(True, "paper", "masking"),
+    "average_gain": Metric(True, "paper", "masking"),
+    "drop_in_deletion": Metric(True, "paper", "masking"),
+    "adcc": Metric(True, "paper", "adcc"),
+    "gini": Metric(True, "axis", "complexity"),
+    "entropy": Metric(False, "axis", "complexity"),
+    "mean_size": Metric(False, "axis", "complexity"),
+    "max_sensitivity": Metric(False, "gate", "max_sensitivity"),
+    "local_lipschitz": Metric(False, "gate", "local_lipschitz"),
+    "random_logit": Metric(False, "gate", "random_logit"),
+    "randomisation": Metric(True, "gate", "randomisation"),
+    "smooth_randomisation": Metric(False, "gate", "smooth_randomisation"),
+    "deletion_rerendered": Metric(False, "reference", "deletion_rerendered"),
+    "rank_accuracy": Metric(True, "mask", "localisation"),
+    "energy_share": Metric(True, "mask", "localisation"),
+    "energy_lift": Metric(True, "mask", "localisation"),
+    "pointing_game": Metric(True, "mask", "localisation"),
+    "iou": Metric(True, "mask", "localisation"),
+    "average_precision": Metric(True, "mask", "localisation"),
+    "box_error": Metric(False, "mask", "localisation"),
+}
+DEFAULT = (
+    "faithfulness_correlation",
+    "infidelity",
+    "insertion_blur",
+    "deletion_grey",
+    "road",
+    "road_lerf",
+    "road_morf",
+    "gini",
+    "max_sensitivity",
+    "random_logit",
+    "randomisation",
+)
+DEFAULT_WITH_MASKS = (
+    "rank_accuracy",
+    "energy_lift",
+    "pointing_game",
+    "iou",
+    "average_precision",
+    "box_error",
+)
+
+
+def demand_metrics(names: Sequence[str]) -> None:
+    """Refuse names that mean nothing, before anything runs."""
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"no metric '{name}'; {nearest(name, METRICS)}")

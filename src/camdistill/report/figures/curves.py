@@ -1,0 +1,54 @@
+"""Curves of several maps over one axis."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from camdistill.report.figures.pictures import Picture, rendered
+
+# Okabe and Ito's colours, which differ for every kind of colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def removal_chart(
+    charts: Mapping[str, Mapping[str, Float[np.ndarray, "images levels"]]],
+    fractions: Sequence[float],
+    *,
+    dashed: Sequence[str] = (),
+) -> Picture:
+    """A chart for each way of removing: mean probability over the share of pixels.
+
+    Args:
+        charts: Probabilities by chart, then by map.
+        fractions: Of the pixels, at each level.
+        dashed: Maps drawn with dashes: the controls.
+    """
+    if not charts:
+        raise ValueError("there is no curve to draw")
+    figure = Figure(figsize=(5.2 * len(charts), 3.9), dpi=110, layout="constrained")
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(charts), squeeze=False, sharey=True)[0], charts.items(), strict=True
+    ):
+        for number, (name, curve) in enumerate(curves.items()):
+            axes.plot(
+                fractions,
+                curve.mean(0),
+                label=name,
+                color=_COLOURS[number % len(_COLOURS)],
+                linestyle="--" if name in dashed else "-",
+                linewidth=1.6,
+            )
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("share of the pixels")
+        axes.set_ylim(0, 1)
+        axes.grid(color="0.92")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    first = figure.axes[0]
+    first.set_ylabel(
+        f"mean probability, n = {len(next(iter(next(iter(charts.values())).values())))}"
+    )
+    figure.axes[-1].legend(fontsize=8, frameon=False)
+    return rendered(figure)

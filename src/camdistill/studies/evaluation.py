@@ -1,0 +1,279 @@
+"""Explainers side by side on one network: batch by batch, resumable, with their controls."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from camdistill.data.datasets import ImageSet
+from camdistill.data.shapes import Shapes
+from camdistill.distill.training import as_images
+from camdistill.errors import UserError
+from camdistill.explain.maps import upsample
+from camdistill.measure import controls
+from camdistill.measure.panel import Scene, measure, scene
+from camdistill.report.results import write_atomically
+from camdistill.studies.values import CURVES, LADDER, ORACLE, Values, joined, save
+from camdistill.types import Explain, Images, Maps, Masks
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """What is compared.
+
+    Attributes:
+        name: In tables.
+        explain: Gives maps of any size; None where they are stored.
+        stored: One map an image, in the images' order.
+        digest: Of the stored maps: other maps are another evaluation.
+    """
+
+    name: str
+    explain: Explain | None = None
+    stored: Float[np.ndarray, "images rows columns"] | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The network and the images that explainers are compared on.
+
+    Attributes:
+        network: In eval mode; takes images in [0, 1].
+        images: Their masks are the ground truth, where they have any.
+        shapes: What drew the images, by their ids: it knows distractors, and draws an image again
+            without its objects.
+    """
+
+    network: nn.Module
+    images: ImageSet
+    shapes: Shapes | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured.
+
+    Attributes:
+        subject: Network and images.
+        explainers: The controls that are made from a map are made from the first one's.
+        metrics: Names.
+        seed: Of every random choice.
+        batch: Images at once; part of what the random choices are.
+        ladder: Measure a ladder of ever worse maps too.
+        settings: What tells this evaluation from another: files, options.
+    """
+
+    subject: Subject
+    explainers: Sequence[Explainer]
+    metrics: Sequence[str]
+    seed: int
+    batch: int
+    ladder: bool
+    settings: Mapping[str, object]
+
+
+def evaluate(
+    evaluation: Evaluation, folder: Path, on_batch: Callable[[int, int], None] | None = None
+) -> Values:
+    """Measures every explainer and control on every image.
+
+    Killed and started again with the same settings, it goes on after the last whole batch; the
+    numbers are those of a run that was not killed.
+
+    Args:
+        evaluation: What is measured.
+        folder: Where `values.npz`, and until it is whole the batches, go.
+        on_batch: Told how many batches are done of how many.
+    """
+    count = len(evaluation.subject.images)
+    partial = folder / "partial"
+    _begin(partial, evaluation)
+    starts = range(0, count, evaluation.batch)
+    mean = _mean_map(evaluation, partial)
+    for number, start in enumerate(starts):
+        if on_batch is not None:
+            on_batch(number, len(starts))
+        path = partial / f"{start:08d}.npz"
+        if not path.exists():
+            save(path, _measured_batch(evaluation, start, mean))
+    paths = [partial / f"{start:08d}.npz" for start in starts]
+    values = joined(paths, evaluation.metrics, len(evaluation.explainers))
+    arrays = {f"{e}/{m}": values.of(e, m) for e in values.entries for m in values.metrics}
+    save(folder / "values.npz", {"ids": evaluation.subject.images.ids, **arrays})
+    shutil.rmtree(partial)
+    if on_batch is not None:
+        on_batch(len(starts), len(starts))
+    return values
+
+
+def maps_of(
+    explainer: Explainer, network: nn.Module, images: Images, classes: Tensor, first: int
+) -> Maps:
+    """An explainer's maps at the images' resolution; `first` is the first image's position."""
+    if explainer.stored is not None:
+        maps = torch.from_numpy(explainer.stored[first : first + len(images)]).to(images.device)
+    else:
+        assert explainer.explain is not None, "an explainer explains or has stored maps"
+        maps = explainer.explain(network, images, classes).detach()
+    if maps.dim() != 3 or len(maps) != len(images):
+        raise UserError(
+            f"explainer '{explainer.name}' gave {list(maps.shape)} for {len(images)} images: it "
+            f"must give one map an image, [{len(images)}, height, width]"
+        )
+    size = (images.shape[2], images.shape[3])
+    return upsample(maps.float(), size)
+
+
+def pictures(evaluation: Evaluation, start: int) -> Images:
+    """A batch's images in [0, 1], on the network's device."""
+    rows = _positions(evaluation, start)
+    parameter = next(evaluation.subject.network.parameters(), None)
+    images = as_images(evaluation.subject.images.batch(rows).pixels)
+    return images if parameter is None else images.to(parameter.device)
+
+
+def _positions(evaluation: Evaluation, start: int) -> NDArray[np.int64]:
+    stop = min(start + evaluation.batch, len(evaluation.subject.images))
+    return np.arange(start, stop)
+
+
+def _begin(partial: Path, evaluation: Evaluation) -> None:
+    """Keeps batches of the same evaluation; those of another one go."""
+    settings = partial / "settings.json"
+    text = json.dumps(evaluation.settings, sort_keys=True)
+    if not settings.is_file() or settings.read_text(encoding="utf-8") != text:
+        shutil.rmtree(partial, ignore_errors=True)
+        write_atomically(settings, text.encode())
+
+
+def _mean_map(evaluation: Evaluation, partial: Path) -> Float[np.ndarray, "height width"]:
+    """Of the first explainer, each map first divided by its largest value."""
+    path = partial / "mean.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as found:
+            kept: NDArray[np.float32] = found["mean"]
+            return kept
+    total = np.zeros(evaluation.subject.images.size)
+    count = 0
+    for start in range(0, len(evaluation.subject.images), evaluation.batch):
+        images = pictures(evaluation, start)
+        with torch.no_grad():
+            classes = evaluation.subject.network(images).argmax(1)
+        first = evaluation.explainers[0]
+        maps = maps_of(first, evaluation.subject.network, images, classes, start)
+        sound = torch.isfinite(maps).flatten(1).all(1)
+        peaks = maps[sound].abs().amax((1, 2), keepdim=True)
+        total += (maps[sound] / peaks.clamp(min=1e-30)).double().sum(0).cpu().numpy()
+        count += int(sound.sum())
+    mean = (total / max(count, 1)).astype(np.float32)
+    save(path, {"mean": mean})
+    return mean
+
+
+def _measured_batch(
+    evaluation: Evaluation, start: int, mean: Float[np.ndarray, "height width"]
+) -> dict[str, NDArray[np.generic]]:
+    """A batch's arrays, by what they are."""
+    subject = evaluation.subject
+    images = pictures(evaluation, start)
+    masks, distractors, rerendered = _ground_truth(evaluation, start, images)
+    asked = scene(
+        subject.network,
+        images,
+        evaluation.metrics,
+        f"{evaluation.seed} {start}",
+        masks=masks,
+        rerendered=rerendered,
+    )
+    found: dict[str, NDArray[np.generic]] = {}
+    for name, maps, explain in _entries(evaluation, asked, mean, distractors, start):
+        measured = measure(asked, maps, evaluation.metrics, explain)
+        nothing = torch.full((len(images),), torch.nan)
+        columns = [measured.values.get(metric, nothing).cpu() for metric in evaluation.metrics]
+        sound = torch.isfinite(maps).flatten(1).all(1)
+        flat = maps.amax((1, 2)) == maps.amin((1, 2))
+        found[f"values/{name}"] = torch.stack(columns).float().numpy()
+        found[f"failed/{name}"] = (~sound).cpu().numpy()
+        found[f"blank/{name}"] = (sound & flat).cpu().numpy()
+        for metric in set(CURVES) & set(measured.curves):
+            found[f"curves/{name}/{metric}"] = measured.curves[metric].float().cpu().numpy()
+    return found
+
+
+def _ground_truth(
+    evaluation: Evaluation, start: int, images: Images
+) -> tuple[Masks | None, Masks | None, Images | None]:
+    """The objects' masks, the distractors', and the images drawn again without either."""
+    subject, rows = evaluation.subject, _positions(evaluation, start)
+    masks = None
+    if subject.images.masks is not None:
+        masks = torch.from_numpy(np.asarray(subject.images.masks[rows]) > 0).to(images.device)
+    if subject.shapes is None:
+        return masks, None, None
+    ids = subject.images.ids[rows]
+    distractors = subject.shapes.render(ids).masks["distractor"]
+    empty = subject.shapes.render(ids, remove=("object", "second", "distractor"))
+    shown = as_images(torch.from_numpy(empty.pixels)).to(images.device)
+    return masks, torch.from_numpy(distractors).to(images.device), shown
+
+
+def _entries(
+    evaluation: Evaluation,
+    asked: Scene,
+    mean: Float[np.ndarray, "height width"],
+    distractors: Masks | None,
+    start: int,
+) -> Iterator[tuple[str, Maps, Explain | None]]:
+    """Every map that is measured, one after the other."""
+    first: Maps | None = None
+    for explainer in evaluation.explainers:
+        maps = maps_of(explainer, asked.network, asked.images, asked.classes, start)
+        first = maps if first is None else first
+        live = None if explainer.explain is None else _at_image_size(explainer)
+        yield explainer.name, maps, live
+    assert first is not None, "there is at least one explainer"
+    for name, maps in _controls(asked, first, mean, distractors).items():
+        yield name, maps, None
+    if evaluation.ladder:
+        best = first if asked.masks is None else controls.mask_maps(asked.masks)
+        best = torch.nan_to_num(best)
+        for number, maps in enumerate(controls.ladder(best, asked.generator("ladder"))):
+            yield f"{LADDER}_{number}", maps, None
+
+
+def _controls(
+    asked: Scene,
+    first: Maps,
+    mean: Float[np.ndarray, "height width"],
+    distractors: Masks | None,
+) -> dict[str, Maps]:
+    images = asked.images
+    found = {
+        "random": controls.random_maps(images, asked.generator("random")),
+        "smooth_random": controls.smooth_random_maps(images, asked.generator("smooth random")),
+        "edges": controls.edges(images),
+        "centre": controls.centre(images),
+        "mean_map": torch.from_numpy(mean).to(images.device).expand(len(images), -1, -1),
+        "inverted": controls.inverted(first),
+        "blurred_copy": controls.blurred_copy(torch.nan_to_num(first)),
+    }
+    if distractors is not None:
+        found["distractor"] = controls.mask_maps(distractors)
+    if asked.masks is not None:
+        found[ORACLE] = controls.mask_maps(asked.masks)
+    return found
+
+
+def _at_image_size(explainer: Explainer) -> Explain:
+    def explain(network: nn.Module, images: Images, classes: Tensor) -> Maps:
+        return maps_of(explainer, network, images, classes, 0)
+
+    return explain

@@ -1,0 +1,93 @@
+"""An evaluation as pictures, as files and in TensorBoard."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from camdistill import tags
+from camdistill.measure.intervals import Interval
+from camdistill.measure.metrics import METRICS
+from camdistill.measure.removal import LEVELS
+from camdistill.report.figures.curves import removal_chart
+from camdistill.report.figures.intervals import interval_chart
+from camdistill.report.figures.maps import Row, map_panel
+from camdistill.report.figures.pictures import Picture, save_png
+from camdistill.report.tensorboard import TensorBoardLogger
+from camdistill.studies.evaluation import Evaluation, maps_of, pictures
+from camdistill.studies.values import Values, signed
+
+SHOWN = 4  # best images, and as many worst ones
+
+
+def write_pictures(
+    evaluation: Evaluation,
+    values: Values,
+    table: Mapping[str, Mapping[str, Interval]],
+    text: str,
+    folder: Path,
+) -> None:
+    """Writes charts, curves, best and worst images as PNG files and as TensorBoard cards."""
+    found = {
+        tags.FAITHFULNESS: _chart(values, table, mask=False),
+        tags.LOCALISATION: _chart(values, table, mask=True),
+        tags.CURVES: _curves(values),
+        tags.BEST_AND_WORST: _best_and_worst(evaluation, values),
+    }
+    logger = TensorBoardLogger(folder, version="tensorboard")
+    for tag, picture in found.items():
+        if picture is not None:
+            save_png(folder / f"{tags.short(tag)}.png", picture)
+            logger.log_picture(tag, picture, 0)
+    logger.log_text(tags.EVALUATION_TABLE, f"```\n{text}\n```")
+    logger.log_text(tags.HOW_TO_READ, tags.how_to_read())
+    logger.finalize("success")
+
+
+def _chart(
+    values: Values, table: Mapping[str, Mapping[str, Interval]], *, mask: bool
+) -> Picture | None:
+    chosen = [metric for metric in values.metrics if (METRICS[metric].use == "mask") == mask]
+    titles = {metric: f"{metric} ({'+' if METRICS[metric].higher else '-'})" for metric in chosen}
+    rows = {
+        entry: {titles[metric]: row[metric] for metric in chosen if metric in row}
+        for entry, row in table.items()
+    }
+    if not any(rows.values()):
+        return None
+    count = values.table.shape[2]
+    title = f"+ higher, - lower is better; 95 % intervals over {count} images"
+    return interval_chart(rows, title=title)
+
+
+def _curves(values: Values) -> Picture | None:
+    charts: dict[str, dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]] = {}
+    drawn = (*values.real, "random", "oracle")
+    for (entry, metric), curve in values.curves.items():
+        if entry in drawn:
+            charts.setdefault(metric, {})[entry] = curve
+    return removal_chart(charts, LEVELS, dashed=("random", "oracle")) if charts else None
+
+
+def _best_and_worst(evaluation: Evaluation, values: Values) -> Picture | None:
+    """Of the first explainer, by the first metric that ranks."""
+    chosen = [metric for metric in values.metrics if METRICS[metric].use == "rank"]
+    if not chosen:
+        return None
+    metric, explainer = chosen[0], evaluation.explainers[0]
+    scores = values.of(explainer.name, metric)
+    order = np.argsort(-signed(metric) * scores)
+    order = order[~np.isnan(scores[order])]
+    shown = min(SHOWN, len(order) // 2)
+    rows = []
+    for place in (*order[:shown], *order[len(order) - shown :]):
+        start = int(place) // evaluation.batch * evaluation.batch
+        images = pictures(evaluation, start)
+        classes = evaluation.subject.network(images).argmax(1)
+        maps = maps_of(explainer, evaluation.subject.network, images, classes, start)
+        within = int(place) - start
+        name = str(evaluation.subject.images.names[int(place)])
+        caption = [name[-20:], f"{metric[:20]}", f"{scores[place]:.3f}"]
+        rows.append(Row(images[within].cpu().numpy(), maps[within].cpu().numpy(), None, caption))
+    title = f"best and worst by {metric}"
+    return map_panel(rows, title=title, first=explainer.name) if rows else None

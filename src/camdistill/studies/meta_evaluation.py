@@ -1,0 +1,179 @@
+"""Metrics put to the test: do they find a known order, do controls fool them, do they agree with
+what is known by drawing an image again, and with themselves.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import rankdata
+
+from camdistill.measure.intervals import Interval, percentiles, resampled_means
+from camdistill.measure.metrics import METRICS
+from camdistill.studies.values import ORACLE, Values, signed
+
+REFERENCES = ("deletion_rerendered", "rank_accuracy")
+_SPLITS, _RESAMPLES = 200, 1000
+
+Means = Float[np.ndarray, "entries"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one metric.
+
+    Attributes:
+        ladder: Spearman correlation of the metric's order of the rungs with the true one, a mean
+            over images: 1 finds it, 0 is chance, below 0 prefers worse maps.
+        reliability: Kendall's tau between the orders of all maps in two halves of the images, a
+            mean over random halves.
+        tau: Kendall's tau with each reference over explainers and controls, intervals over images.
+        tau_real: Likewise over the explainers alone; None for fewer than three.
+        beats: Controls that the metric puts above an explainer, as "control > explainer", where the
+            paired 95 % interval over images is above 0.
+        oracle: Place of the oracle's mask among all maps, 1 being best; None without masks.
+    """
+
+    ladder: Interval | None
+    reliability: float
+    tau: dict[str, Interval]
+    tau_real: dict[str, Interval]
+    beats: list[str]
+    oracle: int | None
+
+
+def beaten(values: Values, metric: str, seed: int) -> list[str]:
+    """Explainers that the metric puts below a control, one line for each pair."""
+    names, gains = [], []
+    for control in values.controls:
+        if control == ORACLE:
+            continue
+        for explainer in values.real:
+            # A blurred copy of the first explainer tells nothing about the others.
+            if control in ("blurred_copy", "inverted") and explainer != values.real[0]:
+                continue
+            gain = signed(metric) * (values.of(control, metric) - values.of(explainer, metric))
+            if not np.isnan(gain).all():
+                names.append(f"{control} > {explainer}")
+                gains.append(gain)
+    if not gains:
+        return []
+    lows = np.nanpercentile(resampled_means(np.stack(gains, 1), seed, _RESAMPLES), 2.5, axis=0)
+    return [name for name, low in zip(names, lows, strict=True) if low > 0]
+
+
+def verdicts(values: Values, seed: int) -> dict[str, Verdict]:
+    """Of every metric that is not a gate; needs a ladder among the values."""
+    chosen = [metric for metric in values.metrics if METRICS[metric].use != "gate"]
+    return {metric: _verdict(values, metric, seed) for metric in chosen}
+
+
+def _verdict(values: Values, metric: str, seed: int) -> Verdict:
+    # What needs a live explainer has no value for the controls.
+    told = [e for e in values.entries if not np.isnan(values.of(e, metric)).all()]
+    real = [e for e in values.real if e in told]
+    everyone = [*real, *(e for e in values.controls if e in told)]
+    own = _columns(values, metric, everyone)
+    tau, tau_real = {}, {}
+    for reference in REFERENCES:
+        if reference in values.metrics and reference != metric:
+            truth = _columns(values, reference, everyone)
+            tau[reference] = _agreement(own, truth, seed)
+            if len(real) >= 3:
+                first = slice(0, len(real))
+                tau_real[reference] = _agreement(own[:, first], truth[:, first], seed)
+    means = np.nanmean(own, 0)
+    place = None
+    if ORACLE in everyone:
+        place = 1 + int((means > means[everyone.index(ORACLE)]).sum())
+    return Verdict(
+        ladder=_ladder(values, metric, seed),
+        reliability=_reliability(own, seed),
+        tau=tau,
+        tau_real=tau_real,
+        beats=beaten(values, metric, seed),
+        oracle=place,
+    )
+
+
+def _columns(
+    values: Values, metric: str, entries: Sequence[str]
+) -> Float[np.ndarray, "images entries"]:
+    """Higher is better in all of them."""
+    columns = np.stack([values.of(entry, metric) for entry in entries], 1)
+    return columns.astype(np.float64) * signed(metric)
+
+
+def _ladder(values: Values, metric: str, seed: int) -> Interval | None:
+    if not values.rungs:
+        return None
+    own = _columns(values, metric, values.rungs)
+    own = own[~np.isnan(own).any(1)]
+    if not len(own):
+        return None
+    truth = np.arange(own.shape[1])[::-1].astype(np.float64)
+    ranks = rankdata(own, axis=1)
+    ranks -= ranks.mean(1, keepdims=True)
+    truth = truth - truth.mean()
+    size = np.sqrt((ranks**2).sum(1) * (truth**2).sum())
+    # A metric that calls all rungs equal has found no order.
+    alike = np.divide(ranks @ truth, size, out=np.zeros_like(size), where=size > 0)
+    drawn = resampled_means(alike[:, None], seed, _RESAMPLES)[:, 0]
+    return percentiles(float(alike.mean()), drawn, 0.95)
+
+
+def _agreement(
+    own: Float[np.ndarray, "images entries"], truth: Float[np.ndarray, "images entries"], seed: int
+) -> Interval:
+    """Kendall's tau-b of two orders of maps by their means; all resamples take the same images."""
+    entries = own.shape[1]
+    drawn = resampled_means(np.concatenate([own, truth], 1), seed, _RESAMPLES)
+    taus = kendall(drawn[:, :entries], drawn[:, entries:])
+    whole = kendall(np.nanmean(own, 0)[None], np.nanmean(truth, 0)[None])
+    return percentiles(float(whole[0]), taus, 0.95)
+
+
+def _reliability(own: Float[np.ndarray, "images entries"], seed: int) -> float:
+    generator = np.random.default_rng(seed)
+    halves: list[list[Means]] = [[], []]
+    for _ in range(_SPLITS):
+        parts = np.array_split(generator.permutation(len(own)), 2)
+        if all((~np.isnan(own[part])).any(0).all() for part in parts):
+            for half, part in zip(halves, parts, strict=True):
+                half.append(np.nanmean(own[part], 0))
+    if not halves[0]:
+        return float("nan")
+    return float(kendall(np.stack(halves[0]), np.stack(halves[1])).mean())
+
+
+def kendall(
+    first: Float[np.ndarray, "rows entries"], second: Float[np.ndarray, "rows entries"]
+) -> Float[np.ndarray, "rows"]:
+    """Kendall's tau-b of each row; 0 where one side calls all entries equal (Kendall 1945)."""
+    one, other = np.triu_indices(first.shape[1], 1)
+    signs = [np.sign(side[:, one] - side[:, other]) for side in (first, second)]
+    untied = np.sqrt(np.prod([(sign**2).sum(1) for sign in signs], axis=0))
+    both: Float[np.ndarray, rows] = np.divide(
+        (signs[0] * signs[1]).sum(1), untied, out=np.zeros(len(first)), where=untied > 0
+    )
+    return both
+
+
+def rows(found: Mapping[str, Verdict]) -> dict[str, dict[str, Interval | float | int | str | None]]:
+    """The verdicts as a table, metrics by their agreement with the first reference, best first."""
+    table: dict[str, dict[str, Interval | float | int | str | None]] = {}
+    for metric, verdict in found.items():
+        row: dict[str, Interval | float | int | str | None] = {
+            "use": METRICS[metric].use,
+            "ladder": verdict.ladder,
+            "halves": verdict.reliability,
+        }
+        for reference in REFERENCES:
+            row[f"tau {reference}"] = verdict.tau.get(reference)
+        for reference, value in verdict.tau_real.items():
+            row[f"explainers {reference}"] = value
+        row["oracle's place"] = verdict.oracle
+        row["controls above"] = len(verdict.beats)
+        table[metric] = row
+    return table

@@ -1,0 +1,102 @@
+"""What an evaluation found: one value for each map, metric and image."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+
+from camdistill.measure.metrics import METRICS
+from camdistill.report.results import write_atomically
+
+CURVES = ("insertion_blur", "deletion_grey")  # whose curves are kept, where they are measured
+ORACLE, LADDER = "oracle", "ladder"
+
+
+@dataclass(frozen=True)
+class Values:
+    """One value for each map, metric and image.
+
+    Attributes:
+        entries: Explainers, controls, rungs of the ladder, in this order.
+        explainers: How many of them are explainers.
+        metrics: Names.
+        table: NaN where a metric has nothing to say of an image, or the map was a failure.
+        failed: Maps with NaN or infinity.
+        blank: Maps that are constant.
+        curves: By entry and metric, at `removal.LEVELS`.
+    """
+
+    entries: tuple[str, ...]
+    explainers: int
+    metrics: tuple[str, ...]
+    table: Float[np.ndarray, "entries metrics images"]
+    failed: Bool[np.ndarray, "entries images"]
+    blank: Bool[np.ndarray, "entries images"]
+    curves: dict[tuple[str, str], Float[np.ndarray, "images levels"]]
+
+    def of(self, entry: str, metric: str) -> Float[np.ndarray, "images"]:
+        """One map's values by one metric."""
+        place = self.entries.index(entry)
+        values: NDArray[np.float32] = self.table[place, self.metrics.index(metric)]
+        return values
+
+    @property
+    def real(self) -> tuple[str, ...]:
+        """The explainers."""
+        return self.entries[: self.explainers]
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Maps that must lose, and the oracle, which must win."""
+        return tuple(e for e in self.entries[self.explainers :] if not e.startswith(LADDER))
+
+    @property
+    def rungs(self) -> tuple[str, ...]:
+        """The ladder, best first."""
+        return tuple(e for e in self.entries if e.startswith(LADDER))
+
+
+def save(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Writes arrays to a file, whole or not at all."""
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **arrays)
+    write_atomically(path, content.getvalue())
+
+
+def joined(paths: Sequence[Path], metrics: Sequence[str], explainers: int) -> Values:
+    """The values of all batches, each in its file; metrics that nothing was measured by go."""
+    parts: list[dict[str, NDArray[np.generic]]] = []
+    for path in paths:
+        with np.load(path, allow_pickle=False) as found:
+            parts.append(dict(found))
+    whole = {
+        name: np.concatenate([part[name] for part in parts], -1)
+        for name in parts[0]
+        if not name.startswith("curves/")
+    }
+    names = tuple(name.removeprefix("values/") for name in whole if name.startswith("values/"))
+    table = np.stack([whole[f"values/{name}"] for name in names]).astype(np.float32)
+    measured = [place for place in range(table.shape[1]) if not np.isnan(table[:, place]).all()]
+    curves = {
+        (name.split("/")[1], name.split("/")[2]): np.concatenate([part[name] for part in parts])
+        for name in parts[0]
+        if name.startswith("curves/")
+    }
+    return Values(
+        entries=names,
+        explainers=explainers,
+        metrics=tuple(metrics[place] for place in measured),
+        table=table[:, measured],
+        failed=np.stack([whole[f"failed/{name}"] for name in names]),
+        blank=np.stack([whole[f"blank/{name}"] for name in names]),
+        curves={key: np.asarray(curve, np.float32) for key, curve in curves.items()},
+    )
+
+
+def signed(metric: str) -> int:
+    """1 where higher is better, else -1."""
+    return 1 if METRICS[metric].higher else -1

@@ -1,0 +1,132 @@
+"""`camdistill evaluate`: tables with their controls, for any explainer, on any images."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from camdistill import grad_cam, load
+from camdistill.cli import main
+from camdistill.commands.evaluate import evaluate
+from camdistill.commands.sources import source_from
+from camdistill.distill.training import as_images
+from camdistill.report.results import read_results
+
+STUDENT = "runs/tiny/version_0/student.safetensors"
+QUICK = ["faithfulness_correlation", "insertion_blur", "gini"]
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the trained run."""
+    copy = tmp_path / "here"
+    shutil.copytree(trained, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def test_table_holds_explainers_and_controls_with_intervals(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"evaluate --checkpoint {STUDENT} --data images --count 9 --batch 4 --out out"
+    assert main([*line.split(), "--metrics", *QUICK, "random_logit"]) == 0
+    results = read_results(Path("out/results.json"))
+    assert results["n"] == 9
+    assert set(results["explainers"]) == {"grad_cam", "student"}  # type: ignore[call-overload]
+    assert "random" in results["controls"]  # type: ignore[operator]
+    row = results["explainers"]["grad_cam"]  # type: ignore[index]
+    assert set(row) == {*QUICK, "random_logit"}
+    with np.load("out/values.npz") as values:
+        for metric, found in row.items():
+            assert found["mean"] == pytest.approx(values[f"grad_cam/{metric}"].mean(), abs=1e-6)
+            assert found["low"] <= found["mean"] <= found["high"]
+    assert set(results["sha256"]) == {"checkpoint", "teacher"}  # type: ignore[call-overload]
+    printed = capsys.readouterr().out
+    assert Path("out/table.txt").read_text() in printed
+    for name in ("faithfulness", "curves", "best_and_worst"):
+        with Image.open(f"out/{name}.png") as picture:
+            assert np.asarray(picture).std() > 10
+    assert list(Path("out/tensorboard").glob("events.*"))
+
+
+def test_stored_maps_and_callables_stand_beside_the_networks_own(folder: Path) -> None:
+    network = load(STUDENT).teacher
+    assert network is not None
+    found = source_from([], "images", count=6, size=16)
+    images = as_images(found.images.batch(np.sort(found.order)).pixels)
+    (maps,) = grad_cam(network, images).values()
+    np.savez("mine.npz", maps=maps.numpy())
+    Path("own_maps.py").write_text(
+        "def brightness(network, images, classes): return images.mean(1)\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        results = evaluate(
+            checkpoint=Path(STUDENT),
+            data="images",
+            explainers=["grad_cam", "mine.npz", "own_maps.brightness"],
+            metrics=QUICK,
+            count=6,
+            out=Path("out"),
+        )
+    rows = results["explainers"]
+    for metric in QUICK:
+        assert rows["mine"][metric] == pytest.approx(rows["grad_cam"][metric], abs=1e-5)  # type: ignore[index]
+    assert rows["own_maps.brightness"]["gini"] != rows["grad_cam"]["gini"]  # type: ignore[index]
+
+
+def test_student_is_explained_with_the_teacher_beside_it(folder: Path) -> None:
+    results = evaluate(
+        checkpoint=Path(STUDENT), images=[Path("images/test/c1")], of="student", count=3,
+        metrics=["gini"], out=Path("out"),
+    )  # fmt: skip
+    assert set(results["explainers"]) == {"grad_cam", "teacher"}  # type: ignore[call-overload]
+
+
+def test_meta_puts_the_metrics_to_the_test_on_shapes(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = (
+        f"evaluate --checkpoint {STUDENT} --data shapes --size 32 --count 6 --meta true --out out"
+    )
+    assert main([*line.split(), "--metrics", *QUICK]) == 0
+    results = json.loads(Path("out/results.json").read_text())
+    assert set(results["meta"]) == {*QUICK, "deletion_rerendered", "rank_accuracy"}
+    verdict = results["meta"]["faithfulness_correlation"]
+    assert set(verdict["tau"]) == {"deletion_rerendered", "rank_accuracy"}
+    assert "put to the test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--metrics insertion_blurr", "no metric 'insertion_blurr'; nearest: 'insertion_blur'"),
+        ("--metrics iou", "metric 'iou' needs masks"),
+        ("--explainers gradcam", "no explainer 'gradcam'; nearest: 'grad_cam'"),
+        ("--explainers none.npz", "no file 'none.npz'"),
+        ("--explainers nowhere.maps", "can't import 'nowhere.maps'"),
+        ("--of techer", "of is 'techer'; it takes 'teacher', 'student'"),
+        ("--batch 0", "batch is 0; give 1 or more"),
+        ("--count 0", "count is 0; give 1 or more"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: str, told: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"evaluate --checkpoint {STUDENT} --data images --out out {words}"
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_stored_maps_of_other_images_are_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez("mine.npz", maps=np.zeros((3, 4, 4)))
+    line = f"evaluate --checkpoint {STUDENT} --data images --count 6 --explainers mine.npz"
+    assert main(line.split()) == 2
+    assert "has the shape [3, 4, 4] for 6 images" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from camdistill.data.datasets import shapes_set
+from camdistill.data.shapes import Shapes
+from camdistill.errors import UserError
+from camdistill.measure.panel import measure, scene
+from camdistill.studies.evaluation import Evaluation, Explainer, Subject, evaluate, pictures
+
+METRICS = ("infidelity", "deletion_grey", "iou", "deletion_rerendered")
+SHAPES = Shapes("test", 7)
+
+
+class Mean(nn.Module):
+    """Classes are colours: which channel is brightest in the middle; counts images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(9.0))
+        self.asked = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.asked += len(images)
+        return self.scale * images[:, :, 8:24, 8:24].mean((2, 3))
+
+
+def brightness(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    return images[torch.arange(len(images)), classes][:, ::4, ::4]
+
+
+def evaluation(network: Mean, settings: str = "a", **changes: object) -> Evaluation:
+    options: dict[str, object] = {
+        "subject": Subject(network, shapes_set(SHAPES), SHAPES),
+        "explainers": [Explainer("brightness", brightness)],
+        "metrics": METRICS,
+        "seed": 0,
+        "batch": 3,
+        "ladder": True,
+        "settings": {"name": settings},
+    }
+    return Evaluation(**(options | changes))  # type: ignore[arg-type]
+
+
+def test_values_are_those_of_each_batch(tmp_path: Path) -> None:
+    network = Mean().eval()
+    given = evaluation(network)
+    values = evaluate(given, tmp_path)
+    assert values.table.shape == (1 + 9 + 6, 4, 7)
+    assert values.controls == (
+        *("random", "smooth_random", "edges", "centre", "mean_map", "inverted", "blurred_copy"),
+        *("distractor", "oracle"),
+    )
+    images = pictures(given, 3)
+    asked = scene(
+        network,
+        images,
+        METRICS,
+        "0 3",
+        masks=torch.from_numpy(SHAPES.render(np.arange(3, 6)).masks["object"]),
+        rerendered=torch.from_numpy(
+            SHAPES.render(np.arange(3, 6), remove=("object", "second", "distractor")).pixels
+        ).float()
+        / 255,
+    )
+    maps = torch.nn.functional.interpolate(
+        brightness(network, images, asked.classes)[:, None], size=(32, 32), mode="bilinear"
+    )[:, 0]
+    expected = measure(asked, maps, METRICS).values
+    for metric in METRICS:
+        found = values.of("brightness", metric)[3:6]
+        np.testing.assert_allclose(found, expected[metric].numpy(), rtol=1e-5)
+    assert values.of("oracle", "iou").tolist() == [1] * 7
+    assert values.curves["brightness", "deletion_grey"].shape == (7, 17)
+
+
+def test_killed_and_resumed_gives_the_numbers_of_the_unbroken_run(tmp_path: Path) -> None:
+    whole = evaluate(evaluation(Mean().eval()), tmp_path / "whole")
+
+    def killing(done: int, total: int) -> None:
+        assert total == 3
+        if done == 2:
+            raise KeyboardInterrupt
+
+    network = Mean().eval()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(evaluation(network), tmp_path / "cut", killing)
+    half = network.asked
+    cut = evaluate(evaluation(network), tmp_path / "cut")
+    assert network.asked - half < half  # the last batch of one image alone
+    np.testing.assert_array_equal(cut.table, whole.table)
+    assert {name: curve.tobytes() for name, curve in cut.curves.items()} == {
+        name: curve.tobytes() for name, curve in whole.curves.items()
+    }
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["values.npz"]
+    with np.load(tmp_path / "cut" / "values.npz") as kept:
+        np.testing.assert_array_equal(kept["oracle/iou"], np.ones(7, np.float32))
+
+
+def test_another_evaluation_does_not_go_on_with_these_batches(tmp_path: Path) -> None:
+    def killing(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(evaluation(Mean().eval(), "a"), tmp_path, killing)
+    before = json.loads((tmp_path / "partial" / "settings.json").read_text())
+    assert before == {"name": "a"}
+    other = evaluate(evaluation(Mean().eval(), "b", seed=5), tmp_path)
+    fresh = evaluate(evaluation(Mean().eval(), "b", seed=5), tmp_path / "fresh")
+    np.testing.assert_array_equal(other.table, fresh.table)
+
+
+def test_stored_maps_are_the_live_ones(tmp_path: Path) -> None:
+    network = Mean().eval()
+    given = evaluation(network, ladder=False)
+    stored = []
+    for start in (0, 3, 6):
+        images = pictures(given, start)
+        stored.append(brightness(network, images, network(images).argmax(1)).numpy())
+    both = [
+        Explainer("brightness", brightness),
+        Explainer("stored", stored=np.concatenate(stored)),
+    ]
+    values = evaluate(evaluation(network, explainers=both, ladder=False), tmp_path)
+    np.testing.assert_array_equal(values.table[0], values.table[1])
+
+
+def test_failures_and_blank_maps_are_counted(tmp_path: Path) -> None:
+    maps = np.random.default_rng(0).random((7, 8, 8)).astype(np.float32)
+    maps[1, 2, 2], maps[4] = np.nan, 0.0
+    one = Explainer("stored", stored=maps)
+    values = evaluate(evaluation(Mean().eval(), explainers=[one], ladder=False), tmp_path)
+    assert np.flatnonzero(values.failed[0]).tolist() == [1]
+    assert np.flatnonzero(values.blank[0]).tolist() == [4]
+    assert np.isnan(values.table[0]).all(0).tolist() == [i == 1 for i in range(7)]
+
+
+def test_maps_of_a_wrong_shape_are_told(tmp_path: Path) -> None:
+    wrong = Explainer("wrong", lambda network, images, classes: images.mean((1, 2, 3))[:, None])
+    with pytest.raises(
+        (UserError, TypeError), match=r"one map an image, \[3, height, width\]|Type"
+    ):
+        evaluate(evaluation(Mean().eval(), explainers=[wrong]), tmp_path)
