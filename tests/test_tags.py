@@ -1,4 +1,5 @@
 import re
+from functools import partial
 
 import pytest
 
@@ -11,7 +12,8 @@ CONSTANTS = [
 ]
 OF_LAYER = [
     *(tags.pearson, tags.spearman, tags.cosine, tags.skill, tags.grid),
-    *(tags.log10, tags.unit_cards, tags.feature_maps),
+    *(tags.log10, tags.unit_cards, tags.feature_maps, tags.weights, tags.norms),
+    *(partial(tags.of_layer, statistic) for statistic in tags.OF_LAYERS),
 ]
 
 
@@ -28,7 +30,9 @@ def test_tags_of_layers_have_one_slash_no_sign_of_a_pattern_and_name_their_layer
 ) -> None:
     tag = make(layer)
     assert re.fullmatch(r"\d_[a-z]+/[\w.-]+", tag)
-    assert tags.describe(tag).startswith(f"Layer {tag.split('_', 2)[2]}. ")
+    named = re.sub(r"[^\w.-]", "-", layer)
+    assert tag.endswith(f"_{named}")
+    assert tags.describe(tag).startswith(f"Layer {named}. ")
 
 
 def test_tags_of_two_calls_of_one_layer_differ() -> None:

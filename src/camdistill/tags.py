@@ -232,6 +232,19 @@ THROUGH_DEPTH = _tag(
     " Step: number of the image.",
 )
 
+FORMING = _tag(
+    f"{PROFILE}/forming",
+    "The layers' numbers through depth, on the same images each time: a line an epoch, from dark"
+    " to bright.",
+)
+# Of one layer, while training.
+OF_LAYERS = ("active", "dead", "effective_rank")
+_BY_STATISTIC = {
+    name: _stem(f"{ACTIVATIONS}/{name}_", _PROFILES[name] + " On the same images each epoch.")
+    for name in OF_LAYERS
+}
+_WEIGHTS = _stem(f"{FILTERS}/weights_", "The layer's weights.")
+_NORMS = _stem(f"{FILTERS}/norms_", "Lengths of the layer's filters as vectors.")
 _LOG10 = _stem(
     f"{ACTIVATIONS}/log10_",
     "Values above 0 after the non-linearity, in powers of ten, on the same images each epoch.",
@@ -257,6 +270,21 @@ def profile(name: str) -> str:
 def log10(layer: str) -> str:
     """Tag of one layer's histogram while training."""
     return _LOG10 + _clean(layer)
+
+
+def of_layer(statistic: str, layer: str) -> str:
+    """Tag of one of `OF_LAYERS` of one layer while training."""
+    return _BY_STATISTIC[statistic] + _clean(layer)
+
+
+def weights(layer: str) -> str:
+    """Tag of one layer's weights while training."""
+    return _WEIGHTS + _clean(layer)
+
+
+def norms(layer: str) -> str:
+    """Tag of the lengths of one layer's filters while training."""
+    return _NORMS + _clean(layer)
 
 
 def unit_cards(layer: str) -> str:

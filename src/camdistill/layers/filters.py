@@ -4,18 +4,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.request import wide
-from camdistill.layers.histograms import HistogramCounts
+from camdistill.layers.histograms import HistogramCounts, rebinned
 from camdistill.layers.summary import Histogram, Point
 from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
 from camdistill.networks.fusion import fold, foldable
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Images
+
+BINS = 60
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,24 @@ def summarised(weights: Float[Tensor, "units *rest"], point: Point) -> WeightSum
         signed=HistogramCounts.of(rows.float()).histogram(point),
         sizes=HistogramCounts.of(rows.float().abs()).histogram(point),
     )
+
+
+def binned_weights(
+    summary: WeightSummary, *, relative: bool = False
+) -> tuple[Float[np.ndarray, "edges"], Float[np.ndarray, "bins"]]:
+    """Edges and counts of 60 bins about zero, up to the largest magnitude.
+
+    Args:
+        summary: Of the layer.
+        relative: Whether edges are shares of the largest magnitude.
+    """
+    edges = torch.linspace(-1.0, 1.0, BINS + 1, dtype=torch.float64)
+    limits = edges * (summary.limit or 1.0)
+    # The largest weight belongs to the last bin: its own bin in the summary reaches further.
+    reaching = limits.clone()
+    reaching[0], reaching[-1] = -math.inf, math.inf
+    counts = rebinned(summary.signed, reaching.clamp(-(2.0**128), 2.0**128))
+    return (edges if relative else limits).numpy(), counts.numpy()
 
 
 def weight_rows(summaries: Mapping[str, WeightSummary]) -> dict[str, dict[str, object]]:

@@ -5,7 +5,7 @@ The parts are written as they are found, so that a report that was stopped holds
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,12 @@ import torch
 
 from camdistill import tags
 from camdistill.layers.analysis import Analysis
-from camdistill.layers.filters import FilterBank, WeightSummary, weight_rows
+from camdistill.layers.filters import (
+    FilterBank,
+    WeightSummary,
+    binned_weights,
+    weight_rows,
+)
 from camdistill.layers.histograms import octaves, quantile, rebinned
 from camdistill.layers.portraits import Portrait
 from camdistill.layers.profiles import profiles, rows_by_layer
@@ -81,8 +86,10 @@ class LayerReport:
 
     def sweep(self, found: Analysis) -> None:
         """What a sweep gives: profiles, ridges, charts, findings."""
+        written = set()
         for name, lines in profiles(found.sweep).items():
             tag = _TAGS.get(name, tags.profile(name))
+            written.add(tag)
             for network, line in lines.items():
                 for depth, value in zip(line.depth, line.values, strict=True):
                     if not math.isnan(value):
@@ -92,7 +99,7 @@ class LayerReport:
                 self._ridge(network, layer)
         for tag, picture in charts(found):
             self.show(tag, picture)
-        self._loggers[REPORT].log_layout(LAYOUT)
+        self._loggers[REPORT].log_layout(_layout(written))
         self._loggers[REPORT].log_text(tags.FINDINGS, findings_page(found))
 
     def _ridge(self, network: str, layer: LayerSummary) -> None:
@@ -115,12 +122,9 @@ class LayerReport:
                 if math.isfinite(norm):
                     step = round(100 * number / last)
                     self._loggers[network].log_metrics({tags.WEIGHT_NORM: norm}, step)
-                edges = np.linspace(-1.0, 1.0, 61)
-                scaled = torch.from_numpy(edges) * (summary.limit or 1.0)
-                # The largest is the last bin's, not beyond it.
-                scaled[-1] = math.nextafter(float(scaled[-1]), math.inf)
-                counts = rebinned(summary.signed, scaled).numpy()
-                self._loggers[network].log_histogram(tags.WEIGHTS_RIDGE, edges, counts, number)
+                self._loggers[network].log_histogram(
+                    tags.WEIGHTS_RIDGE, *binned_weights(summary, relative=True), number
+                )
         self.show(tags.WEIGHTS_CHART, weight_picture(weights))
 
     def filters(self, network: str, bank: FilterBank) -> None:
@@ -167,6 +171,15 @@ class LayerReport:
         return front_page(self.folder, base)
 
 
+def _layout(written: Collection[str]) -> dict[str, dict[str, list[str]]]:
+    """The charts of several tags, of which at least one was written."""
+    known = {
+        category: {name: chosen for name, chosen in named.items() if set(chosen) & set(written)}
+        for category, named in LAYOUT.items()
+    }
+    return {category: named for category, named in known.items() if named}
+
+
 def front_page(folder: Path, base: str = "http://localhost:6006") -> str:
     """A link to TensorBoard with a report's best cards on top."""
     runs = [
@@ -187,6 +200,7 @@ def front_page(folder: Path, base: str = "http://localhost:6006") -> str:
             *((tags.FIRST_SHAPE, run) for run in runs),
         ],
         histograms=[(tags.RIDGE, run) for run in runs],
+        curves_last=True,
         base=base,
     )
 

@@ -216,6 +216,7 @@ def front_page_url(
     scalars: Sequence[str] = tags.STUDENT_CARDS,
     pictures: Sequence[tuple[str, str]] = (),
     histograms: Sequence[tuple[str, str]] = (),
+    curves_last: bool = False,
     base: str = "http://localhost:6006",
 ) -> str:
     """A link to TensorBoard with the cards that matter pinned on top, unsmoothed.
@@ -225,10 +226,12 @@ def front_page_url(
         pictures: Tags of pictures, each with its run: the run's folder below --logdir, "." for that
             itself.
         histograms: Tags of histograms, likewise.
+        curves_last: Whether charts come after the rest. TensorBoard cuts the ends off a curve of
+            few points ("ignore outliers"), so that a picture of it is read first.
         base: Where TensorBoard listens.
     """
-    cards: list[dict[str, str | int]] = [{"plugin": "scalars", "tag": tag} for tag in scalars]
-    cards += [
+    curves: list[dict[str, str | int]] = [{"plugin": "scalars", "tag": tag} for tag in scalars]
+    cards: list[dict[str, str | int]] = [
         # Without the experiment's name TensorBoard ignores the card.
         {"plugin": "images", "tag": tag, "runId": f"defaultExperimentId/{whose}", "sample": 0}
         for tag, whose in pictures
@@ -237,6 +240,7 @@ def front_page_url(
         {"plugin": "histograms", "tag": tag, "runId": f"defaultExperimentId/{whose}"}
         for tag, whose in histograms
     ]
+    cards = [*cards, *curves] if curves_last else [*curves, *cards]
     pinned = json.dumps(cards, separators=(",", ":"))
     query = urlencode({"smoothing": 0, "pinnedCards": pinned}, quote_via=quote)
     return f"{base.rstrip('/')}/?{query}#timeseries"

@@ -1,0 +1,200 @@
+"""Layers while they form: the same images through the network at epoch ends."""
+
+import math
+from typing import Protocol, TypedDict, cast, runtime_checkable
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from camdistill import tags
+from camdistill.layers.filters import WeightSummary, binned_weights, weight_summaries
+from camdistill.layers.histograms import octaves
+from camdistill.layers.plan import Options
+from camdistill.layers.profiles import profiles
+from camdistill.layers.summary import Sweep
+from camdistill.layers.sweep import sweep
+from camdistill.networks.teachers import Preprocessed
+from camdistill.report.figures.depth import Profile, profile_chart
+from camdistill.report.tensorboard import TensorBoardLogger, logged_step, tensorboards
+from camdistill.types import Batch
+
+SHOWN = ("active", "dead", "lifetime_sparsity", "effective_rank")  # in the picture
+BATCH = 64  # images in a forward of the sweep
+
+
+@runtime_checkable
+class FitsNetwork(Protocol):
+    """A module that trains one network."""
+
+    @property
+    def fitted(self) -> Preprocessed:
+        """The network, with its normalisation."""
+
+
+class Past(TypedDict):
+    """What the picture shows of one epoch, as a checkpoint holds it."""
+
+    label: str
+    profiles: dict[str, tuple[list[float], list[float]]]
+
+
+class LayersForm(Callback):
+    """Activations and weights of every layer on the same validation images, at epoch ends.
+
+    A histogram a layer, the layer's numbers as scalars, and a picture in which each epoch's profile
+    through depth is a line. Costs about a validation of so many images, and
+    `benchmarks/logging_cost.py` measures it.
+
+    Args:
+        images: Number of images, spread evenly over the validation data.
+        layers: Names or patterns; none for blocks and non-linearities outside them.
+        weights: Whether the layers' weights are shown too.
+        pictures: At most so many pictures in a run. TensorBoard shows 10 of a tag.
+    """
+
+    def __init__(
+        self,
+        images: int = 256,
+        layers: list[str] | None = None,
+        weights: bool = True,
+        pictures: int = 10,
+    ) -> None:
+        self.images, self.pictures = images, pictures
+        self.layers, self.weights = layers, weights
+        self._past: list[Past] = []
+        self._drawn = 0
+        self._validations = 0
+        self._found: list[Batch] = []
+        self._probe: list[Batch] = []
+
+    def state_dict(self) -> dict[str, object]:
+        """So that a resumed run's picture holds the epochs before."""
+        return {"past": self._past, "drawn": self._drawn, "validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Counterpart of `state_dict`."""
+        self._past = cast(list[Past], state_dict["past"])
+        self._drawn = cast(int, state_dict["drawn"])
+        self._validations = cast(int, state_dict["validations"])
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Picks the images out of the first validation: as many from each batch."""
+        if self._probe or dataloader_idx or not self._shows(trainer, pl_module):
+            return
+        batches = int(cast(list[float], trainer.num_val_batches)[0])
+        share = -(-self.images // max(batches, 1))
+        self._found.append(Batch(*(part[:share].cpu() for part in batch)))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the network as it is now."""
+        if not self._shows(trainer, pl_module):
+            return
+        if self._found and not self._probe:
+            parts = zip(*self._found, strict=True)
+            whole = Batch(*(torch.cat(part)[: self.images] for part in parts))
+            self._probe = [
+                Batch(*(part[start : start + BATCH] for part in whole))
+                for start in range(0, len(whole.pixels), BATCH)
+            ]
+            self._found = []
+        if not self._probe:
+            return
+        self._validations += 1
+        network = cast(FitsNetwork, pl_module).fitted
+        found = sweep(
+            {"student": network},
+            self._probe,
+            layers=self.layers,
+            options=Options(top=1, cka=False, matching=False),
+        )
+        step = logged_step(trainer)
+        for logger in tensorboards(trainer):
+            _log_layers(logger, found, step)
+            if self.weights:
+                _log_weights(logger, weight_summaries(network), step)
+        self._draw(trainer, found, step)
+
+    def _draw(self, trainer: Trainer, found: Sweep, step: int) -> None:
+        """The picture, when enough of the run has passed since the last one."""
+        if (due := self._due(trainer)) == self._drawn:
+            return
+        self._drawn = due
+        table = profiles(found)
+        kept = {
+            name: (list(line.depth), list(line.values))
+            for name in SHOWN
+            if (line := table.get(name, {}).get("student")) is not None
+        }
+        self._past.append({"label": f"epoch {trainer.current_epoch + 1}", "profiles": kept})
+        picture = profile_chart(
+            {
+                name.replace("_", " "): {
+                    past["label"]: Profile(*(np.asarray(line) for line in past["profiles"][name]))
+                    for past in self._past
+                    if name in past["profiles"]
+                }
+                for name in SHOWN
+            },
+            title=f"Layers as they form, {found.images} validation images",
+            columns=2,
+            ranges=dict.fromkeys((name.replace("_", " ") for name in SHOWN), (0.0, 1.0)),
+            graded=True,
+        )
+        for logger in tensorboards(trainer):
+            logger.log_picture(tags.FORMING, picture, step)
+
+    def _shows(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        return (
+            not trainer.sanity_checking
+            and trainer.state.fn == "fit"
+            and bool(tensorboards(trainer))
+            and isinstance(pl_module, FitsNetwork)
+        )
+
+    def _due(self, trainer: Trainer) -> int:
+        """Number of the picture that belongs here: 1 at first, `pictures` at the run's end."""
+        steps = trainer.estimated_stepping_batches
+        if steps == math.inf:  # trained until stopped: after 1, 2, 4, 8, ... validations
+            return min(self._validations.bit_length(), self.pictures)
+        return 1 + min(trainer.global_step * (self.pictures - 1) // int(steps), self.pictures - 1)
+
+
+def _log_layers(logger: TensorBoardLogger, found: Sweep, step: int) -> None:
+    """A histogram and some numbers of each layer."""
+    numbers: dict[str, float] = {}
+    (layers,) = found.networks.values()
+    for layer in layers:
+        name = f"{layer.order:02d}.{layer.name}"
+        edges, counts = octaves(layer.post)
+        logger.log_histogram(tags.log10(name), *_filled(edges.numpy(), counts.numpy()), step)
+    for statistic, lines in profiles(found).items():
+        if statistic in tags.OF_LAYERS:
+            (line,) = lines.values()
+            for order, (layer_name, value) in enumerate(zip(line.layers, line.values, strict=True)):
+                if math.isfinite(value):
+                    numbers[tags.of_layer(statistic, f"{order:02d}.{layer_name}")] = value
+    logger.log_metrics(numbers, step)
+
+
+def _filled(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A dead layer has no values above 0: an empty bin, so that its step is there."""
+    return (edges, counts) if len(counts) else (np.array([-1.0, 1.0]), np.zeros(1))
+
+
+def _log_weights(logger: TensorBoardLogger, summaries: dict[str, WeightSummary], step: int) -> None:
+    """Histograms of each layer's weights and of its filters' norms."""
+    for order, (layer, summary) in enumerate(summaries.items()):
+        name = f"{order:02d}.{layer}"
+        logger.log_histogram(tags.weights(name), *binned_weights(summary), step)
+        norms = summary.norms[torch.isfinite(summary.norms)].numpy()
+        if len(norms):
+            counts, edges = np.histogram(norms, 30)
+            logger.log_histogram(tags.norms(name), edges, counts, step)
