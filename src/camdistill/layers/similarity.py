@@ -250,4 +250,5 @@ def _match(teacher: str, student: str, table: Tensor, images: int) -> Match:
         partner,
         assigned,
         images,
+        table.diagonal().clone() if len(table) == table.shape[1] else None,
     )

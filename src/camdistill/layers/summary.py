@@ -294,6 +294,8 @@ class Match:
             where there are more student's channels than teacher's.
         partner_correlation: With that channel; NaN without one.
         images: How many the correlations are of.
+        same: With the teacher's channel of the same number, where both layers have as many; None
+            where they don't.
     """
 
     teacher: str
@@ -303,6 +305,7 @@ class Match:
     partner: Int[Tensor, "student_channels"]
     partner_correlation: Float[Tensor, "student_channels"]
     images: int
+    same: Float[Tensor, "student_channels"] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,265 @@
+"""What stands out in a sweep, in words and as data.
+
+How the thresholds were set: on ten networks (4-stage students and ResNet-8, trained for a few steps
+on Shapes; seeds 100 to 109), each beside a copy that was trained on and beside a network trained by
+itself; `python tests/layers/test_findings.py 100 110` prints the numbers. The thresholds lie in
+gaps: no healthy network had a dead, nearly dead, always-on or duplicated unit, or an effective rank
+below 0.48 of the possible one; a copy's units correlated with those of their number at 0.94 or more
+(median of a layer), an independent network's at 0.28 or less, and with their best partners at 0.86
+or less; CKA of a copy fell by 0.03 at most from one layer to the next; every layer of an
+independent network had a CKA of 0.51 or more with some layer. The tests plant faults with other
+seeds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from camdistill.layers.summary import LayerSummary, Match, Sweep
+
+Kind = Literal[
+    "not finite",
+    "dead",
+    "collapsed rank",
+    "always on",
+    "saturated",
+    "duplicates",
+    "permuted",
+    "unlike",
+    "nearly dead",
+]
+ALWAYS_ON_SHARE = 0.1  # of a layer's units
+SATURATED_SHARE = 0.5  # of a layer's values
+COLLAPSED = 0.1  # effective rank over the possible one
+FEWEST_DIRECTIONS = 8  # possible rank below which a small one says nothing
+FEWEST_ACTIVE = 20  # images in which a unit must be active to be called another's duplicate
+SAME_SCALE = 0.02  # how far a duplicate's mean and maximum may differ in scale, as log
+SAME_ACTIVE = 0.01  # how far its share of active places may
+RELATED = 0.8  # median correlation of units with those of the same number: one network's copies
+CERTAIN = 0.93  # median correlation with partners that no independent networks have
+PARTNER = 0.8  # correlation of a unit with the one it was moved from
+MOVED = 0.1  # how much more it must follow that one than the one of its own number
+FALL = 0.2  # of CKA from one layer to the next, between a network and its copy
+UNLIKE = 0.15  # CKA with every layer of the teacher
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that stands out.
+
+    Attributes:
+        kind: What it is.
+        network: Whose layer.
+        layer: Its name.
+        text: In a sentence, with its numbers.
+        units: Which units, where it is about units.
+        value: The number that the finding stands on: how many units, or the statistic.
+    """
+
+    kind: Kind
+    network: str
+    layer: str
+    text: str
+    units: tuple[int, ...]
+    value: float
+
+
+def findings(sweep: Sweep) -> tuple[Finding, ...]:
+    """What stands out, the gravest first, then by network and depth."""
+    found = [
+        one for layers in sweep.networks.values() for layer in layers for one in _of_layer(layer)
+    ]
+    if len(sweep.networks) == 2:
+        found += _of_pair(sweep)
+    order = get_args(Kind)
+    return tuple(sorted(found, key=lambda one: order.index(one.kind)))
+
+
+def _of_layer(layer: LayerSummary) -> list[Finding]:
+    parts = (_not_finite, _dead, _collapsed, _always_on, _saturated, _duplicates, _nearly_dead)
+    return [one for part in parts if (one := part(layer)) is not None]
+
+
+def _not_finite(layer: LayerSummary) -> Finding | None:
+    histogram = layer.pre if layer.pre is not None else layer.post
+    if histogram.nonfinite == 0:
+        return None
+    kinds = [
+        f"{count:,} {name}"
+        for name, count in (
+            ("NaN", histogram.nan),
+            ("minus infinity", histogram.below),
+            ("infinity", histogram.above),
+        )
+        if count
+    ]
+    side = "before" if histogram.point.side == "pre" else "after"
+    text = f"{' and '.join(kinds)} among {histogram.total:,} values {side} the non-linearity"
+    return _finding("not finite", layer, text, (), histogram.nonfinite)
+
+
+def _dead(layer: LayerSummary) -> Finding | None:
+    units = layer.units
+    if not units.dead:
+        return None
+    text = (
+        f"{_counted(units.dead, layer)} dead on {units.images:,} images (active in at most "
+        f"{100 * units.bound:.2g} % of images, 95 % confidence): {_listed(units.dead)}"
+    )
+    return _finding("dead", layer, text, units.dead, len(units.dead))
+
+
+def _nearly_dead(layer: LayerSummary) -> Finding | None:
+    units = layer.units
+    if not units.nearly_dead:
+        return None
+    text = (
+        f"{_counted(units.nearly_dead, layer)} active in fewer than one of 1,000 images "
+        f"({units.images:,} seen): {_listed(units.nearly_dead)}"
+    )
+    return _finding("nearly dead", layer, text, units.nearly_dead, len(units.nearly_dead))
+
+
+def _always_on(layer: LayerSummary) -> Finding | None:
+    units = layer.units
+    if len(units.always_on) < max(ALWAYS_ON_SHARE * layer.channels, 1):
+        return None
+    text = (
+        f"{_counted(units.always_on, layer)} above 0 at more than 99.9 % of places, where the "
+        f"non-linearity does nothing: {_listed(units.always_on)}"
+    )
+    return _finding("always on", layer, text, units.always_on, len(units.always_on))
+
+
+def _saturated(layer: LayerSummary) -> Finding | None:
+    shares = layer.units.saturated
+    if shares is None or not float(shares.mean()) > SATURATED_SHARE:
+        return None
+    chosen = tuple((shares > SATURATED_SHARE).nonzero().flatten().tolist())
+    text = f"{100 * float(shares.mean()):.0f} % of the values are at the non-linearity's bound"
+    return _finding("saturated", layer, text, chosen, float(shares.mean()))
+
+
+def _collapsed(layer: LayerSummary) -> Finding | None:
+    rank = layer.rank
+    if rank.possible < FEWEST_DIRECTIONS or not rank.effective < COLLAPSED * rank.possible:
+        return None
+    text = (
+        f"effective rank {rank.effective:.1f} of {rank.possible} possible: over images the "
+        "units vary together in few directions"
+    )
+    return _finding("collapsed rank", layer, text, (), rank.effective)
+
+
+def _duplicates(layer: LayerSummary) -> Finding | None:
+    units = layer.units
+    pairs = [(one, two) for one, two, _ in units.duplicates if _same(layer, one, two)]
+    if not pairs:
+        return None
+    shown = ", ".join(f"{one} and {two}" for one, two in pairs[:6])
+    text = (
+        f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} of units do the same, up to scale: "
+        f"{shown}{', ...' if len(pairs) > 6 else ''}"
+    )
+    concerned = tuple(sorted({unit for pair in pairs for unit in pair}))
+    return _finding("duplicates", layer, text, concerned, len(pairs))
+
+
+def _same(layer: LayerSummary, one: int, two: int) -> bool:
+    """Whether two units whose means correlate are also active alike and of one scale."""
+    units = layer.units
+    rarest = float(units.image_active[[one, two]].min()) * units.images
+    active = abs(float(units.active[one] - units.active[two]))
+    scales = [
+        abs(float(values[one]) / float(values[two])) if float(values[two]) else torch.inf
+        for values in (units.mean, units.largest)
+    ]
+    if min(scales) <= 0 or max(scales) == torch.inf:
+        return False
+    differ = abs(float(torch.tensor(scales[0] / scales[1]).log()))
+    return rarest >= FEWEST_ACTIVE and active <= SAME_ACTIVE and differ <= SAME_SCALE
+
+
+def _of_pair(sweep: Sweep) -> list[Finding]:
+    teacher, student = sweep.networks
+    twins = [match for match in sweep.matches if match.teacher == match.student]
+    twins = [match for match in twins if match.same is not None]
+    related = any(float(_same_number(match).median()) >= RELATED for match in twins)
+    found = []
+    for match in twins:
+        layer = sweep.layer(student, match.student)
+        if (one := _permuted(match, layer, teacher, related)) is not None:
+            found.append(one)
+    moved = {one.layer for one in found}
+    found += _unlike(sweep, related, moved)
+    return found
+
+
+def _same_number(match: Match) -> torch.Tensor:
+    assert match.same is not None, "layers of one size"
+    # A unit that doesn't vary correlates with none and says nothing of the others.
+    varying = match.best >= 0
+    return match.same[varying] if varying.any() else match.same
+
+
+def _permuted(match: Match, layer: LayerSummary, teacher: str, related: bool) -> Finding | None:
+    assert match.same is not None, "layers of one size"
+    follows = match.partner_correlation
+    numbers = torch.arange(len(match.partner))
+    moved = (match.partner != numbers) & (follows >= PARTNER) & (follows - match.same >= MOVED)
+    certain = float(follows[match.best >= 0].median()) >= CERTAIN if len(follows) else False
+    if int(moved.sum()) < 2 or not (related or certain):
+        return None
+    units = tuple(moved.nonzero().flatten().tolist())
+    text = (
+        f"{_counted(units, layer)} follow another unit of {teacher} {match.teacher} than that of "
+        f"their number (correlation {float(follows[moved].median()):.2f}, with their own "
+        f"{float(match.same[moved].median()):.2f}): the layer's units are in another order"
+    )
+    return _finding("permuted", layer, text, units, len(units))
+
+
+def _unlike(sweep: Sweep, related: bool, moved: set[str]) -> list[Finding]:
+    """A student's layers that resemble none of the teacher's, or where a copy parts from it."""
+    if sweep.similarity is None:
+        return []
+    teacher, student = sweep.networks
+    table = sweep.similarity.between(teacher, student)
+    rows = sweep.similarity.names(teacher)
+    found = []
+    before = 1.0  # both see the same images
+    for place, name in enumerate(sweep.similarity.names(student)):
+        column = table[:, place]
+        best = float(column[column.isfinite()].max()) if column.isfinite().any() else torch.nan
+        layer = sweep.layer(student, name)
+        if best < UNLIKE:
+            text = f"like no layer of the {teacher}: CKA is {best:.2f} at most"
+            found.append(_finding("unlike", layer, text, (), best))
+        if related and name in rows:
+            own = float(column[rows.index(name)])
+            if before - own > FALL and not moved and best >= UNLIKE:
+                text = (
+                    f"here the {student} parts from the {teacher}: CKA with its {name} is "
+                    f"{own:.2f}, one layer before {before:.2f}"
+                )
+                found.append(_finding("unlike", layer, text, (), own))
+            before = own if own == own else before
+    return found
+
+
+def _finding(
+    kind: Kind, layer: LayerSummary, text: str, units: Sequence[int], value: float | int
+) -> Finding:
+    whole = f"{layer.network} {layer.name}: {text}"
+    return Finding(kind, layer.network, layer.name, whole, tuple(units), float(value))
+
+
+def _counted(units: Sequence[int], layer: LayerSummary) -> str:
+    return f"{len(units)} of {layer.channels} units"
+
+
+def _listed(units: Sequence[int]) -> str:
+    shown = ", ".join(map(str, units[:10]))
+    return f"{shown}, ..." if len(units) > 10 else shown

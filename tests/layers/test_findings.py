@@ -1,0 +1,271 @@
+"""What stands out is true: faults planted at random layers and doses are named, health isn't.
+
+    python tests/layers/test_findings.py 100 110
+
+prints what the thresholds of `layers.findings` were set on; the tests use other seeds.
+"""
+
+import copy
+import itertools
+import random
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from camdistill.data.datasets import shapes_set
+from camdistill.data.shapes import Shapes
+from camdistill.layers.findings import Finding, findings
+from camdistill.layers.summary import Sweep
+from camdistill.layers.sweep import LayerSweep
+from camdistill.networks.cifar_resnet import CifarResNet
+from camdistill.networks.students import ShallowCNN
+
+IMAGES = 320
+
+
+@cache
+def shapes(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """At 16 pixels, so that 60 networks train in a minute."""
+    batch = shapes_set(Shapes(split, count, seed=7)).batch(np.arange(count))
+    return (F.avg_pool2d(batch.pixels.float(), 2) / 255 - 0.5) * 4, batch.labels
+
+
+def trained(network: nn.Module, steps: int, seed: int, rate: float = 0.05) -> nn.Module:
+    images, labels = shapes("train", 1024)
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=1e-4)
+    network.train()
+    for _ in range(steps):
+        chosen = torch.randint(0, len(images), (48,), generator=generator)
+        loss = F.cross_entropy(network(images[chosen]), labels[chosen])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return network.eval()
+
+
+def fresh(seed: int) -> nn.Module:
+    """A residual network for odd seeds, a plain one for even ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if seed % 2:
+            return CifarResNet(8, 8)
+        return ShallowCNN(8, (16, 24, 32, 32), (1, 2, 2, 1))
+
+
+@cache
+def teacher(seed: int) -> nn.Module:
+    return trained(fresh(seed), 40, seed)
+
+
+@cache
+def student(seed: int) -> nn.Module:
+    """A copy that was trained on, so that it isn't the teacher to the last bit."""
+    return trained(copy.deepcopy(teacher(seed)), 8, seed + 5000, 0.01)
+
+
+def swept(first: nn.Module, second: nn.Module) -> Sweep:
+    images, _ = shapes("test", IMAGES)
+    layers = {
+        name: ["*relu*"] if isinstance(network, CifarResNet) else ["stage?"]
+        for name, network in (("teacher", first), ("student", second))
+    }
+    state = LayerSweep({"teacher": first, "student": second}, images, layers=layers)
+    for start in range(0, IMAGES, 64):
+        part = images[start : start + 64]
+        state.update(part, torch.arange(start, start + len(part)))
+    return state.result()
+
+
+Place = tuple[str, nn.Conv2d, nn.BatchNorm2d, nn.Module]
+
+
+def places(network: nn.Module) -> list[Place]:
+    """Layers whose units are one convolution's: (layer, convolution, norm, what reads them)."""
+    if isinstance(network, ShallowCNN):
+        stages = [getattr(network, f"stage{n + 1}") for n in range(network.stages)]
+        readers = [*(stage.conv for stage in stages[1:]), network.linear]
+        return [
+            (f"stage{n + 1}", stage.conv, stage.bn, reader)
+            for n, (stage, reader) in enumerate(zip(stages, readers, strict=True))
+        ]
+    blocks = [(f"layer{n}.0", getattr(network, f"layer{n}")[0]) for n in (1, 2, 3)]
+    return [(f"{name}.relu#0", block.conv1, block.bn1, block.conv2) for name, block in blocks]
+
+
+def chosen_units(place: Place, share: float, draw: random.Random, fewest: int = 1) -> list[int]:
+    count = len(place[2].weight)
+    return draw.sample(range(count), min(max(round(share * count), fewest), count))
+
+
+def dead(place: Place, draw: random.Random) -> str:
+    for unit in chosen_units(place, draw.uniform(0.01, 0.5), draw):
+        place[2].weight[unit] = 0
+        place[2].bias[unit] = -draw.uniform(0.01, 3)
+    return "dead"
+
+
+def duplicated(place: Place, draw: random.Random) -> str:
+    one, two = chosen_units(place, 0, draw, 2)
+    scale = draw.uniform(0.2, 3)
+    _, conv, norm, _ = place
+    conv.weight[two] = conv.weight[one]
+    for name in ("running_mean", "running_var"):
+        getattr(norm, name)[two] = getattr(norm, name)[one]
+    for name in ("weight", "bias"):
+        getattr(norm, name)[two] = scale * getattr(norm, name)[one]
+    return "duplicates"
+
+
+def saturated(place: Place, draw: random.Random) -> str:
+    for unit in chosen_units(place, draw.uniform(0.3, 1), draw):
+        place[2].bias[unit] = draw.uniform(8, 20) * place[2].weight[unit].abs() + 0.1
+    return "always on"
+
+
+def permuted(place: Place, draw: random.Random) -> str:
+    _, conv, norm, reader = place
+    units = chosen_units(place, draw.uniform(0.1, 1), draw, 2)
+    order = torch.arange(len(norm.weight))
+    order[units] = order[[*units[1:], units[0]]]  # a cycle: every one of them moves
+    for values in (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        values.copy_(values[order].clone())
+    if draw.random() < 0.5:  # what follows knows of it, or doesn't
+        reader.weight.copy_(reader.weight[:, order].clone())
+    return "permuted"
+
+
+FAULTS: list[Callable[[Place, random.Random], str]] = [dead, duplicated, saturated, permuted]
+
+
+@torch.no_grad()
+def planted(fault: Callable[[Place, random.Random], str], seed: int) -> bool:
+    """Whether a fault of the student is named at its layer."""
+    draw = random.Random(1000 * FAULTS.index(fault) + seed)
+    with torch.enable_grad():
+        ill = copy.deepcopy(student(seed))
+    place = draw.choice(places(ill))
+    kind = fault(place, draw)
+    named = findings(swept(teacher(seed), ill))
+    return (kind, "student", place[0]) in {(one.kind, one.network, one.layer) for one in named}
+
+
+@pytest.mark.slow
+def test_faults_at_random_layers_and_doses_are_named() -> None:
+    """20 networks with each of four faults, 80 in all: at least 95 % are named at their layer."""
+    hits = {fault.__name__: [planted(fault, seed) for seed in range(20)] for fault in FAULTS}
+    assert sum(map(sum, hits.values())) >= 0.95 * 80, hits
+    assert all(sum(named) >= 18 for named in hits.values()), hits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kin", [True, False], ids=["a copy", "an independent network"])
+def test_healthy_networks_have_at_most_one_false_name(kin: bool) -> None:
+    false: dict[int, tuple[Finding, ...]] = {}
+    for seed in range(20):
+        second = student(seed) if kin else trained(fresh(seed + 40), 40, seed + 1)
+        false[seed] = findings(swept(teacher(seed), second))
+    assert all(len(found) <= 1 for found in false.values()), false
+    assert sum(map(len, false.values())) <= 2, false
+
+
+def test_the_sentence_tells_units_images_and_the_bound() -> None:
+    network = fresh(0)
+    with torch.no_grad():
+        place = places(network)[1]
+        for unit in (3, 5):
+            place[2].weight[unit] = 0
+            place[2].bias[unit] = -1
+    network.eval()
+    (found,) = [one for one in findings(swept(network, network)) if one.network == "student"]
+    assert found.text == (
+        "student stage2: 2 of 24 units dead on 320 images (active in at most 0.94 % of images, "
+        "95 % confidence): 3, 5"
+    )
+    assert (found.kind, found.layer, found.units, found.value) == ("dead", "stage2", (3, 5), 2)
+
+
+def test_values_that_are_not_finite_and_a_collapsed_rank_are_named() -> None:
+    network = fresh(0).eval()
+    with torch.no_grad():
+        conv, norm = places(network)[2][1:3]
+        conv.weight.copy_(conv.weight[:1].expand_as(conv.weight))
+        norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+        images = shapes("test", IMAGES)[0].clone()
+    images[7, 0, 3, 3] = torch.nan
+    state = LayerSweep({"teacher": network}, images)
+    state.update(images, torch.arange(IMAGES))
+    kinds = {(one.kind, one.layer) for one in findings(state.result())}
+    assert ("not finite", "stage1") in kinds
+    assert ("collapsed rank", "stage3") in kinds
+
+
+def test_where_a_copy_parts_from_its_teacher_is_named() -> None:
+    first = teacher(2)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        conv = places(second)[2][1]
+        shuffled = torch.randperm(conv.weight.numel(), generator=torch.Generator().manual_seed(0))
+        conv.weight.copy_(conv.weight.flatten()[shuffled].view_as(conv.weight))
+    named = [one for one in findings(swept(first, second)) if one.kind == "unlike"]
+    assert [one.layer for one in named] == ["stage3"]
+    assert "here the student parts from the teacher" in named[0].text
+
+
+def main(first: int, last: int) -> None:
+    """Prints the extremes of healthy networks, and what faults are named."""
+    rows: dict[str, list[float]] = {}
+    for seed in range(first, last):
+        for kind, second in (
+            ("copy", student(seed)),
+            ("other", trained(fresh(seed + 40), 40, seed + 1)),
+        ):
+            result = swept(teacher(seed), second)
+            layers = [layer for network in result.networks.values() for layer in network]
+            rows.setdefault("dead, nearly, always on", []).append(
+                sum(
+                    len(one)
+                    for layer in layers
+                    for one in (layer.units.dead, layer.units.nearly_dead, layer.units.always_on)
+                )
+            )
+            rows.setdefault("duplicates", []).append(
+                sum(len(layer.units.duplicates) for layer in layers)
+            )
+            rows.setdefault("rank share", []).append(
+                min(layer.rank.effective / layer.rank.possible for layer in layers)
+            )
+            twins = [m for m in result.matches if m.teacher == m.student]
+            rows.setdefault(f"{kind}: median same", []).extend(
+                float(m.same.median()) for m in twins
+            )
+            rows.setdefault(f"{kind}: median partner", []).extend(
+                float(m.partner_correlation.median()) for m in twins
+            )
+            own = [1.0, *result.similarity.between("teacher", "student").diagonal().tolist()]
+            rows.setdefault(f"{kind}: fall of CKA", []).extend(
+                a - b for a, b in itertools.pairwise(own)
+            )
+            best = result.similarity.between("teacher", "student").amax(0)
+            rows.setdefault(f"{kind}: best CKA", []).extend(best.tolist())
+            for one in findings(result):
+                print(seed, kind, one.text)
+    for name, values in rows.items():
+        print(f"{name:28s} {min(values):.3f} to {max(values):.3f}, median {np.median(values):.3f}")
+    for fault in FAULTS:
+        hits = [planted(fault, seed) for seed in range(first, last)]
+        print(
+            fault.__name__,
+            f"{sum(hits)} of {len(hits)}",
+            [first + place for place, hit in enumerate(hits) if not hit],
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
