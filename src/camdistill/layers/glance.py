@@ -9,7 +9,7 @@ from camdistill.errors import UserError
 from camdistill.layers.histograms import HistogramCounts
 from camdistill.layers.plan import Plan
 from camdistill.layers.points import Layer
-from camdistill.layers.similarity import gram
+from camdistill.layers.similarity import grams
 from camdistill.layers.state import State
 from camdistill.layers.top import TopKeys
 from camdistill.layers.units import Reduced, UnitSums, reduced, spatial
@@ -29,7 +29,7 @@ class Glance:
         self.layers = {layer.key: layer for layer in plan.layers[network]}
         self.states: dict[str, State] = {}
         self.numbers: list[Reduced] = []
-        self.grams: list[Tensor] = []
+        self.products: list[list[Tensor]] = []
 
     def before(self, key: str, given: object) -> None:
         """What a layer is given, before it may overwrite it."""
@@ -50,7 +50,7 @@ class Glance:
         if not layer.relu:
             self.states[self._key(layer, "post")] = _counted(output)
         if self.plan.options.cka:
-            self.grams.append(gram(output))
+            self.products.append(grams(output))
 
     def _checked(self, layer: Layer, output: Tensor) -> Tensor:
         if output.shape[:2] != (len(self.ids), layer.shape[0]):

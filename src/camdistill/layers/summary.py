@@ -319,8 +319,8 @@ class Similarity:
         layers: (network, name) of each row and column.
         cka: NaN where it can't be told; `reasons` says why.
         reasons: By (row, column), row <= column.
-        images: How many took part; a batch of fewer than 4 can't.
-        batches: In how many groups.
+        images: How many took part; a group of fewer than 4 can't.
+        batches: In how many groups, of at most 64 images each.
     """
 
     layers: tuple[tuple[str, str], ...]

@@ -189,7 +189,7 @@ class LayerSweep:
         sound = torch.stack([one.sound for one in layers]).all(0)
         found: dict[str, State] = {}
         if self.plan.options.cka:
-            found["cka"] = CkaSums.of([one for g in glances.values() for one in g.grams], sound)
+            found["cka"] = CkaSums.of([one for g in glances.values() for one in g.products], sound)
         if self.plan.matched:
             first, second = ([one.mean for one in g.numbers] for g in glances.values())
             found["match"] = MatchSums.of(first, second, self.plan.pairs, sound)

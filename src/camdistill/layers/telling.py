@@ -136,7 +136,7 @@ def _notes(
     if plan.options.cka and used["cka"] < used["histogram"]:
         notes.append(
             f"CKA uses {used['cka']} of {used['histogram']} images: those that are finite at every "
-            f"layer, in batches of {FEWEST} or more"
+            f"layer, in groups of {FEWEST} or more"
         )
     if plan.matched and any(len(part) < len(plan.layers[plan.networks[0]]) for part in plan.pairs):
         width = len(plan.pairs[0])
