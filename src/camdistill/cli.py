@@ -21,6 +21,7 @@ COMMANDS = {
     "explain": "pictures and raw maps of images, of a checkpoint or of any network",
     "analyze": "every layer opened: statistics, filters, units, maps, in TensorBoard",
     "report": "TensorBoard on a run, and the link to its front page",
+    "export": "a student as one graph of logits and maps: ONNX, torch.export",
     "study": "train several arms with several seeds and compare them",
 }
 
