@@ -57,8 +57,19 @@ def test_a_good_metric_and_its_opposite() -> None:
     assert set(bad.beats) == {
         *("random > first", "random > second", "random > third", "inverted > first"),
     }
+    # the reference knows better about all of them
+    assert bad.wrongly == bad.beats
     table = rows(found)
     assert table["insertion_blur"]["controls above"] == 4
+
+
+def test_a_control_above_an_explainer_is_no_mistake_where_the_reference_agrees() -> None:
+    weak = [0.6, 0.5, -0.4, 0.0, -0.6, 1.0, *GOOD[6:]]  # the third is worse than chance
+    fooled = [-0.2, *weak[1:]]
+    found = verdicts(values({"road": weak, "iou": fooled, "rank_accuracy": weak}), 0)
+    assert (found["road"].beats, found["road"].wrongly) == (["random > third"], [])
+    assert found["iou"].wrongly == ["random > first"]
+    assert verdicts(values({"road": weak}), 0)["road"].wrongly is None
 
 
 def test_noise_finds_no_order_and_agrees_with_nothing() -> None:

@@ -203,7 +203,7 @@ def _warnings(values: Values, beats: Mapping[str, Sequence[str]]) -> str:
     lines = ["+ higher is better, - lower is better; 95 % intervals over images."]
     for metric, pairs in beats.items():
         if pairs and METRICS[metric].use in ("rank", "paper", "mask"):
-            lines.append(f"{metric} ranks nothing here: {', '.join(pairs)}")
+            lines.append(f"Don't rank by {metric} here, controls stand above: {', '.join(pairs)}")
     for kind, flags in (("failed (NaN or infinity)", values.failed), ("blank", values.blank)):
         for entry, count in zip(values.entries, flags.sum(1).tolist(), strict=True):
             if count and entry in values.real:

@@ -18,6 +18,7 @@ from camdistill.studies.evaluation import Evaluation, maps_of, pictures
 from camdistill.studies.values import Values, signed
 
 SHOWN = 4  # best images, and as many worst ones
+ABREAST = 5  # charts in one line
 
 
 def write_pictures(
@@ -53,11 +54,26 @@ def _chart(
         entry: {titles[metric]: row[metric] for metric in chosen if metric in row}
         for entry, row in table.items()
     }
-    if not any(rows.values()):
-        return None
-    count = values.table.shape[2]
-    title = f"+ higher, - lower is better; 95 % intervals over {count} images"
-    return interval_chart(rows, title=title)
+    shown = [title for title in titles.values() if any(title in row for row in rows.values())]
+    title = f"+ higher, - lower is better; 95 % intervals over {values.table.shape[2]} images"
+    lines = []
+    for start in range(0, len(shown), ABREAST):
+        part = shown[start : start + ABREAST]
+        chosen_rows = {
+            entry: {name: row[name] for name in part if name in row} for entry, row in rows.items()
+        }
+        lines.append(interval_chart(chosen_rows, title=title if start == 0 else ""))
+    return _stacked(lines) if lines else None
+
+
+def _stacked(lines: list[Picture]) -> Picture:
+    """One below the other, on white."""
+    width = max(line.shape[1] for line in lines)
+    wide = [
+        np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255)
+        for line in lines
+    ]
+    return np.concatenate(wide)
 
 
 def _curves(values: Values) -> Picture | None:
@@ -87,7 +103,7 @@ def _best_and_worst(evaluation: Evaluation, values: Values) -> Picture | None:
         maps = maps_of(explainer, evaluation.subject.network, images, classes, start)
         within = int(place) - start
         name = str(evaluation.subject.images.names[int(place)])
-        caption = [name[-20:], f"{metric[:20]}", f"{scores[place]:.3f}"]
+        caption = [name[-20:], f"{scores[place]:.3f}"]
         rows.append(Row(images[within].cpu().numpy(), maps[within].cpu().numpy(), None, caption))
     title = f"best and worst by {metric}"
-    return map_panel(rows, title=title, first=explainer.name) if rows else None
+    return map_panel(rows, title=title, abreast=2, first=explainer.name) if rows else None

@@ -32,6 +32,8 @@ class Verdict:
         tau_real: Likewise over the explainers alone; None for fewer than three.
         beats: Controls that the metric puts above an explainer, as "control > explainer", where the
             paired 95 % interval over images is above 0.
+        wrongly: Those of them that no reference confirms; None without a reference. An explainer
+            can be worse than a control.
         oracle: Place of the oracle's mask among all maps, 1 being best; None without masks.
     """
 
@@ -40,6 +42,7 @@ class Verdict:
     tau: dict[str, Interval]
     tau_real: dict[str, Interval]
     beats: list[str]
+    wrongly: list[str] | None
     oracle: int | None
 
 
@@ -66,10 +69,11 @@ def beaten(values: Values, metric: str, seed: int) -> list[str]:
 def verdicts(values: Values, seed: int) -> dict[str, Verdict]:
     """Of every metric that is not a gate; needs a ladder among the values."""
     chosen = [metric for metric in values.metrics if METRICS[metric].use != "gate"]
-    return {metric: _verdict(values, metric, seed) for metric in chosen}
+    beats = {metric: beaten(values, metric, seed) for metric in chosen}
+    return {metric: _verdict(values, metric, beats, seed) for metric in chosen}
 
 
-def _verdict(values: Values, metric: str, seed: int) -> Verdict:
+def _verdict(values: Values, metric: str, beats: Mapping[str, list[str]], seed: int) -> Verdict:
     # What needs a live explainer has no value for the controls.
     told = [e for e in values.entries if not np.isnan(values.of(e, metric)).all()]
     real = [e for e in values.real if e in told]
@@ -87,12 +91,15 @@ def _verdict(values: Values, metric: str, seed: int) -> Verdict:
     place = None
     if ORACLE in everyone:
         place = 1 + int((means > means[everyone.index(ORACLE)]).sum())
+    true = [beats[name] for name in REFERENCES if name in beats and name != metric]
+    known = {pair for pairs in true for pair in pairs}
     return Verdict(
         ladder=_ladder(values, metric, seed),
         reliability=_reliability(own, seed),
         tau=tau,
         tau_real=tau_real,
-        beats=beaten(values, metric, seed),
+        beats=beats[metric],
+        wrongly=[pair for pair in beats[metric] if pair not in known] if true else None,
         oracle=place,
     )
 
@@ -175,5 +182,6 @@ def rows(found: Mapping[str, Verdict]) -> dict[str, dict[str, Interval | float |
             row[f"explainers {reference}"] = value
         row["oracle's place"] = verdict.oracle
         row["controls above"] = len(verdict.beats)
+        row["wrongly"] = None if verdict.wrongly is None else len(verdict.wrongly)
         table[metric] = row
     return table

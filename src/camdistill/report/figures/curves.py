@@ -1,6 +1,7 @@
 """Curves of several maps over one axis."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from jaxtyping import Float
@@ -8,8 +9,12 @@ from matplotlib.figure import Figure
 
 from camdistill.report.figures.pictures import Picture, rendered
 
-# Okabe and Ito's colours, which differ for every kind of colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's and Tol's colours, which differ for every kind of colour vision.
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#882255", "#117733", "#332288", "#AA4499"),
+)
+_GREYS = ("0.6", "0.0", "0.3")
 
 
 def removal_chart(
@@ -23,7 +28,7 @@ def removal_chart(
     Args:
         charts: Probabilities by chart, then by map.
         fractions: Of the pixels, at each level.
-        dashed: Maps drawn with dashes: the controls.
+        dashed: Maps drawn with dashes, in greys: the controls.
     """
     if not charts:
         raise ValueError("there is no curve to draw")
@@ -31,12 +36,13 @@ def removal_chart(
     for axes, (title, curves) in zip(
         figure.subplots(1, len(charts), squeeze=False, sharey=True)[0], charts.items(), strict=True
     ):
-        for number, (name, curve) in enumerate(curves.items()):
+        colours, greys = cycle(_COLOURS), cycle(_GREYS)
+        for name, curve in curves.items():
             axes.plot(
                 fractions,
                 curve.mean(0),
                 label=name,
-                color=_COLOURS[number % len(_COLOURS)],
+                color=next(greys) if name in dashed else next(colours),
                 linestyle="--" if name in dashed else "-",
                 linewidth=1.6,
             )
