@@ -17,6 +17,7 @@ from camdistill.errors import UserError, nearest
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.close_up import Closeness, Sample, close_up
 from camdistill.layers.filters import first_filters, weight_summaries
+from camdistill.layers.findings import findings
 from camdistill.layers.plan import Options
 from camdistill.layers.points import Layer
 from camdistill.layers.portraits import Portrait
@@ -112,6 +113,7 @@ class Opening:
             sweep,
             self.subject.name,
             self.subject.classes,
+            findings=tuple(one.text for one in findings(sweep)),
             unfinished=stopped,
         )
         self.report.sweep(self.found)
