@@ -75,6 +75,8 @@ def test_values_are_those_of_each_batch(tmp_path: Path) -> None:
         found = values.of("brightness", metric)[3:6]
         np.testing.assert_allclose(found, expected[metric].numpy(), rtol=1e-5)
     assert values.of("oracle", "iou").tolist() == [1] * 7
+    assert 0 < values.seconds["brightness"] < 1
+    assert np.isnan(values.seconds["oracle"])
     assert values.curves["brightness", "deletion_grey"].shape == (7, 17)
 
 

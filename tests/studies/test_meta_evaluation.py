@@ -17,7 +17,7 @@ def values(columns: dict[str, np.ndarray], count: int = 200) -> Values:  # type:
     table = means[:, :, None] + 0.1 * generator.standard_normal((*means.shape, count))
     entries = (*REAL, *CONTROLS, *RUNGS)
     flags = np.zeros((len(entries), count), bool)
-    return Values(entries, 3, tuple(columns), table.astype(np.float32), flags, flags, {})
+    return Values(entries, 3, tuple(columns), table.astype(np.float32), flags, flags, {}, {})
 
 
 GOOD = [0.6, 0.5, 0.4, 0.0, -0.6, 1.0, *np.linspace(1, 0, 6)]

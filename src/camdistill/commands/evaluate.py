@@ -170,6 +170,12 @@ def _told(
         if columns:
             blocks.append(_block(title, columns, table, len(values.table[0, 0])))
     blocks.append(_warnings(values, beats))
+    costs = ", ".join(
+        f"{entry} {1e3 * values.seconds[entry]:.2f}"
+        for entry in values.real
+        if not np.isnan(values.seconds[entry])
+    )
+    blocks.append(f"Milliseconds to make a map, batched: {costs or 'stored'}")
     if judged:
         blocks.append(
             "The metrics, put to the test (tau: Kendall's with the reference, over all maps or the "
@@ -182,6 +188,7 @@ def _told(
         "controls": {entry: table[entry] for entry in values.controls},
         "failed": {entry: int(values.failed[places[entry]].sum()) for entry in values.entries},
         "blank": {entry: int(values.blank[places[entry]].sum()) for entry in values.entries},
+        "seconds_a_map": {entry: values.seconds[entry] for entry in values.real},
         "controls_above": {metric: pairs for metric, pairs in beats.items() if pairs},
     }
     if judged:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,13 +195,14 @@ def _measured_batch(
         rerendered=rerendered,
     )
     found: dict[str, NDArray[np.generic]] = {}
-    for name, maps, explain in _entries(evaluation, asked, mean, distractors, start):
+    for name, maps, explain, seconds in _entries(evaluation, asked, mean, distractors, start):
         measured = measure(asked, maps, evaluation.metrics, explain)
         nothing = torch.full((len(images),), torch.nan)
         columns = [measured.values.get(metric, nothing).cpu() for metric in evaluation.metrics]
         sound = torch.isfinite(maps).flatten(1).all(1)
         flat = maps.amax((1, 2)) == maps.amin((1, 2))
         found[f"values/{name}"] = torch.stack(columns).float().numpy()
+        found[f"seconds/{name}"] = np.full(len(images), seconds / len(images))
         found[f"failed/{name}"] = (~sound).cpu().numpy()
         found[f"blank/{name}"] = (sound & flat).cpu().numpy()
         for metric in set(CURVES) & set(measured.curves):
@@ -231,22 +233,26 @@ def _entries(
     mean: Float[np.ndarray, "height width"],
     distractors: Masks | None,
     start: int,
-) -> Iterator[tuple[str, Maps, Explain | None]]:
-    """Every map that is measured, one after the other."""
+) -> Iterator[tuple[str, Maps, Explain | None, float]]:
+    """Every map that is measured, one after the other, and how long it took to make."""
     first: Maps | None = None
     for explainer in evaluation.explainers:
+        begun = time.perf_counter()
         maps = maps_of(explainer, asked.network, asked.images, asked.classes, start)
+        if maps.is_cuda:
+            torch.cuda.synchronize(maps.device)
+        seconds = time.perf_counter() - begun
         first = maps if first is None else first
         live = None if explainer.explain is None else _at_image_size(explainer)
-        yield explainer.name, maps, live
+        yield explainer.name, maps, live, seconds if live else float("nan")
     assert first is not None, "there is at least one explainer"
     for name, maps in _controls(asked, first, mean, distractors).items():
-        yield name, maps, None
+        yield name, maps, None, float("nan")
     if evaluation.ladder:
         best = first if asked.masks is None else controls.mask_maps(asked.masks)
         best = torch.nan_to_num(best)
         for number, maps in enumerate(controls.ladder(best, asked.generator("ladder"))):
-            yield f"{LADDER}_{number}", maps, None
+            yield f"{LADDER}_{number}", maps, None, float("nan")
 
 
 def _controls(

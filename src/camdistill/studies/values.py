@@ -27,6 +27,8 @@ class Values:
         table: NaN where a metric has nothing to say of an image, or the map was a failure.
         failed: Maps with NaN or infinity.
         blank: Maps that are constant.
+        seconds: Of making one map, the median over images; NaN where maps are stored or no
+            explainer's. Forwards of a batch are shared by its images.
         curves: By entry and metric, at `removal.LEVELS`.
     """
 
@@ -36,6 +38,7 @@ class Values:
     table: Float[np.ndarray, "entries metrics images"]
     failed: Bool[np.ndarray, "entries images"]
     blank: Bool[np.ndarray, "entries images"]
+    seconds: dict[str, float]
     curves: dict[tuple[str, str], Float[np.ndarray, "images levels"]]
 
     def of(self, entry: str, metric: str) -> Float[np.ndarray, "images"]:
@@ -93,6 +96,7 @@ def joined(paths: Sequence[Path], metrics: Sequence[str], explainers: int) -> Va
         table=table[:, measured],
         failed=np.stack([whole[f"failed/{name}"] for name in names]),
         blank=np.stack([whole[f"blank/{name}"] for name in names]),
+        seconds={name: float(np.median(whole[f"seconds/{name}"])) for name in names},
         curves={key: np.asarray(curve, np.float32) for key, curve in curves.items()},
     )
 
