@@ -6,14 +6,18 @@ import pytest
 import yaml
 
 from camdistill.commands.parsing import call
+from camdistill.commands.rank import rank
 from camdistill.commands.study import study
 from camdistill.studies.experiment import Experiment
+from camdistill.studies.explanations import source
+from camdistill.studies.plan import Study as Plan
 from camdistill.studies.runs import Study
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OF_STUDIES = [path for path in CONFIGS if "arms" in yaml.safe_load(path.read_text())]
-OF_RUNS = [path for path in CONFIGS if path not in OF_STUDIES]
+OF_RANKINGS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text())]
+OF_RUNS = [path for path in CONFIGS if path not in [*OF_STUDIES, *OF_RANKINGS]]
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +49,24 @@ def test_config_of_a_study_parses_with_every_arm(
     (whole,) = asked
     for arm in whole.arms:
         Experiment(whole.arguments(arm, whole.seeds[0]), run=False)
+
+
+@pytest.mark.parametrize("path", OF_RANKINGS, ids=lambda path: path.stem)
+def test_config_of_a_ranking_parses_and_names_what_there_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Plan] = []
+
+    def note(plan: Plan, **_: object) -> None:
+        asked.append(plan)
+        raise InterruptedError
+
+    monkeypatch.setattr("camdistill.commands.rank.ranked", note)
+    with pytest.raises(InterruptedError):
+        call(rank, ["rank", "-c", str(path)])
+    (plan,) = asked
+    for method in plan.methods:
+        source(method, plan.data)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

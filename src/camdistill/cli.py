@@ -22,6 +22,7 @@ COMMANDS = {
     "analyze": "every layer opened: statistics, filters, units, maps, in TensorBoard",
     "report": "TensorBoard on a run, and the link to its front page",
     "export": "a student as one graph of logits and maps: ONNX, torch.export",
+    "rank": "rank explanation methods by how much they teach a student",
     "study": "train several arms with several seeds and compare them",
 }
 

@@ -91,6 +91,11 @@ SKILL = _tag(
     "How much of the way from always drawing the teacher's *mean* map to drawing the right one the"
     " student has come, by cosine. 1 is perfect; 0 is the mean map; below 0 is worse.",
 )
+GAIN = _tag(
+    f"{OVERVIEW}/simulatability_gain",
+    "What students taught with a method's maps agree with the teacher on unseen images more than"
+    " students without maps; the step is the number of training images. 0: the maps teach nothing.",
+)
 LEARNING_RATE = _tag(f"{RUN}/learning_rate", "Step size of the optimiser.")
 BETA = _tag(
     f"{RUN}/beta",

@@ -8,7 +8,7 @@ from typing import get_args, get_origin
 from jsonargparse import ArgumentParser
 
 from camdistill.commands.help import command_help
-from camdistill.studies.parsing import demand_configs, told
+from camdistill.studies.parsing import demand_configs, told, translated
 
 
 class CommandParser(ArgumentParser):
@@ -30,9 +30,11 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
     parser.add_function_arguments(command, as_group=False)
     words = with_lists(with_flags(given, _flags(command)), _lists(command))
-    chosen = parser.parse_args(words).as_dict()
+    chosen = parser.parse_args(words)
     chosen.pop("config", None)
-    return command(**chosen)
+    with translated():
+        made = parser.instantiate_classes(chosen)
+    return command(**vars(made))
 
 
 def with_lists(arguments: Sequence[str], lists: Mapping[str, type]) -> list[str]:

@@ -101,12 +101,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise UserError(f"can't write {path}: {reason}; {cure}") from None
 
 
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
+
+
 def machine() -> dict[str, object]:
     """What the numbers were measured on; `gpu` is null without one."""
-    usable = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": _cpu_name(),
-        "cores": len(usable(0)) if usable else os.cpu_count(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "system": platform.platform(terse=True),

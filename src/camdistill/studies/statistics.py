@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 from scipy.stats import kendalltau
 
-from camdistill.measure.intervals import DRAWS
+from camdistill.measure.intervals import DRAWS, FloatArray
 
-Scores = Float[np.ndarray, "seeds images"]
-OtherScores = Float[np.ndarray, "other_seeds other_images"]
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
 POWER = 0.8
@@ -73,47 +71,51 @@ def resampled(
     return np.concatenate(found)
 
 
-def gain(first: Scores, base: OtherScores, seed: int = 0, *, resamples: int = RESAMPLES) -> Gain:
-    """How much one arm scores above another, seed by seed and image by image.
+class Bootstrap:
+    """Arms with the same seeds and images, resampled together once; any comparison is then quick.
 
-    The interval is mean +- t se with t of seeds - 1 degrees of freedom, and se the deviation of
-    the two-level bootstrap times sqrt(S / (S - 1)): percentiles of a bootstrap over five seeds
-    cover far less than they say (Hesterberg 2015, https://arxiv.org/abs/1411.5279, section 3.3).
-    It is right where seeds vary most and wide where images do. One seed is bootstrapped over
-    images alone and says nothing about other seeds.
+    Intervals are mean +- t se with t of seeds - 1 degrees of freedom, and se the deviation of the
+    two-level bootstrap times sqrt(S / (S - 1)): percentiles of a bootstrap over five seeds cover
+    far less than they say (Hesterberg 2015, https://arxiv.org/abs/1411.5279, section 3.3). That is
+    right where seeds vary most and wide where images do. One seed is bootstrapped over images
+    alone and says nothing about other seeds.
 
     Args:
-        first: An arm's scores.
-        base: The other's; the same seeds and images in the same order.
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap.
+        scores: By arm; seeds and images in the same order.
+        seed: Of the resampling.
+        resamples: How many.
     """
-    if first.shape != base.shape:
-        raise ValueError(f"{first.shape} scores against {base.shape}: not paired")
-    difference = np.asarray(first, np.float64) - np.asarray(base, np.float64)
-    drawn = resampled(difference[None], seed, resamples=resamples)[:, 0].mean(1)
-    return _told(float(difference.mean()), drawn, difference.shape)
 
+    def __init__(
+        self, scores: Mapping[str, FloatArray], seed: int = 0, *, resamples: int = RESAMPLES
+    ) -> None:
+        shapes = {one.shape for one in scores.values()}
+        if len(shapes) != 1:
+            raise ValueError(f"scores of shapes {sorted(shapes)}: not paired")
+        (self._shape,) = shapes
+        whole = np.stack([np.asarray(one, np.float64) for one in scores.values()])
+        self._means = dict(zip(scores, whole.mean(2), strict=True))
+        drawn = resampled(whole, seed, resamples=resamples)
+        self._drawn = {name: drawn[:, place] for place, name in enumerate(scores)}
 
-def specific_gain(
-    first: Scores,
-    controls: Float[np.ndarray, "controls other_seeds other_images"],
-    seed: int = 0,
-    *,
-    resamples: int = RESAMPLES,
-) -> Gain:
-    """SSG: how much an arm scores above the best control of each seed, averaged over seeds.
+    def __contains__(self, name: str) -> bool:
+        return name in self._means
 
-    The best of several noisy controls is better than any of them, so this is conservative. Of an
-    arm against itself it is 0.
-    """
-    if controls.shape[1:] != first.shape:
-        raise ValueError(f"{first.shape} scores against {controls.shape[1:]}: not paired")
-    whole = np.concatenate([first[None], controls]).astype(np.float64)
-    means = whole.mean(2)
-    mean = float((means[0] - means[1:].max(0)).mean())
-    drawn = resampled(whole, seed, resamples=resamples)
-    return _told(mean, (drawn[:, 0] - drawn[:, 1:].max(1)).mean(1), first.shape)
+    def gain(self, first: str, base: str) -> Gain:
+        """How much one arm scores above another, seed by seed and image by image."""
+        mean = float((self._means[first] - self._means[base]).mean())
+        return _told(mean, (self._drawn[first] - self._drawn[base]).mean(1), self._shape)
+
+    def specific_gain(self, first: str, controls: Sequence[str]) -> Gain:
+        """SSG: how much an arm scores above the best control of each seed, averaged over seeds.
+
+        The best of several noisy controls is better than any of them, so this is conservative. Of
+        an arm against itself it is 0.
+        """
+        best = np.max([self._means[name] for name in controls], axis=0)
+        drawn = np.max([self._drawn[name] for name in controls], axis=0)
+        mean = float((self._means[first] - best).mean())
+        return _told(mean, (self._drawn[first] - drawn).mean(1), self._shape)
 
 
 def _told(mean: float, drawn: Floats, shape: tuple[int, ...]) -> Gain:

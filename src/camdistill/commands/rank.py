@@ -1,0 +1,136 @@
+"""`rank`: explanation methods by how much they teach a student."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from camdistill.data.modules import ImageData
+from camdistill.errors import UserError
+from camdistill.networks.teachers import NetworkSpec
+from camdistill.report.figures.pictures import save_png
+from camdistill.report.results import available_cores, write_results
+from camdistill.studies.controls import CONTROLS, Control
+from camdistill.studies.lessons import Recipe
+from camdistill.studies.plan import Study, Tuning
+from camdistill.studies.ranking import leaks
+from camdistill.studies.ranking_report import (
+    chart,
+    gate_text,
+    log_scalars,
+    ranking_text,
+    results,
+)
+from camdistill.studies.simulatability import LEDGER, Found, ranked
+
+STACK = 32  # students trained as one on a GPU
+SHARES = [0.25, 0.5, 0.75]
+
+
+def rank(
+    teacher: NetworkSpec,
+    data: ImageData,
+    methods: list[str],
+    students: dict[str, NetworkSpec],
+    n: list[int],
+    seeds: list[int] = [0, 1, 2, 3, 4],  # noqa: B006  (never changed; jsonargparse shows it)
+    controls: list[Control] = list(CONTROLS),  # noqa: B006
+    controls_of: list[str] = [],  # noqa: B006
+    controls_n: list[int] = [],  # noqa: B006
+    shares: list[float] = SHARES,
+    tuning: Tuning = Tuning(),  # noqa: B008
+    recipe: Recipe = Recipe(),  # noqa: B008
+    seed: int = 0,
+    out: Path = Path("runs/rank"),
+    workers: int | None = None,
+    stack: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    trust: list[str] = [],  # noqa: B006
+) -> dict[str, object]:
+    """Ranks explanation methods by how much they teach a student.
+
+    Students learn from images without labels to answer like the teacher and to have its maps; a
+    method's gain is what they agree with the teacher on unseen images more than students without
+    maps do. No explanation is given there. Sanity gates run first and are printed.
+
+    Killed and started again, or with more seeds, methods or n, it does what is missing.
+
+    Args:
+        teacher: The network whose explanations are ranked.
+        data: Images to learn from, to choose beta on and to judge on; labels are not used.
+        methods: What is ranked: grad_cam@layer3, or another method and a layer of the teacher;
+            maps.npz with maps [N, h, w] of the training images; package.module.function@layer;
+            mask:parts of Shapes.
+        students: Families of students by name; their last layer's maps are taught.
+        n: How many images students learn from.
+        seeds: Of students: start, order and views, the same for every arm.
+        controls: What methods have to beat.
+        controls_of: Methods whose own maps are made into controls. Default: the first.
+        controls_n: At which n controls run. Default: at all.
+        shares: Of the method's maps in mixtures with shuffled ones, for the ladder.
+        tuning: How each arm's weight of the maps is chosen.
+        recipe: How every student is trained.
+        seed: Of which images are taken and of what is random in controls.
+        out: Folder of the runs, results.json, table.txt and a chart.
+        workers: Processes that train students, of one thread each. Default: the cores; 0 on a GPU.
+        stack: Students that train as one. Default: 1, on a GPU 32.
+        device: Where; auto takes a GPU if there is one.
+        trust: Packages from which functions may be called.
+    """
+    start = time.monotonic()
+    study = Study(
+        teacher, data, methods, students, n, seeds, controls, controls_of, controls_n, shares,
+        tuning, recipe, seed, trust, out,
+    )  # fmt: skip
+    where = _device(device)
+    on_gpu = where != "cpu"
+    with _bar() as bar:
+        found = ranked(
+            study,
+            workers=workers if workers is not None else (0 if on_gpu else available_cores()),
+            stack=stack or (STACK if on_gpu else 1),
+            device=where,
+            on_progress=_teller(bar),
+            on_gates=lambda early: bar.console.print(f"\n{gate_text(early)}\n", highlight=False),
+        )
+    _write(found, time.monotonic() - start)
+    return results(found, {})
+
+
+def _write(found: Found, seconds: float) -> None:
+    out, leaked = found.study.folder, leaks(found)
+    text = f"{gate_text(found)}\n\n{ranking_text(found, leaked)}\n"
+    (out / "table.txt").write_text(text, encoding="utf-8")
+    path = write_results(out / "results.json", results(found, leaked), seconds=seconds)
+    picture = save_png(out / "gains.png", chart(found))
+    board = log_scalars(found, out)
+    print(f"\n{text}\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
+    print(f"TensorBoard: tensorboard --logdir {board}")
+
+
+def _device(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; --device cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )
+
+
+def _teller(bar: Progress) -> Callable[[str, int, int], None]:
+    """Shows what is done: one line for each thing."""
+    lines: dict[str, object] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if what not in lines:
+            lines[what] = bar.add_task(what, total=total)
+        task = lines[what]
+        bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
+
+    return tell

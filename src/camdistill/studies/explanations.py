@@ -1,0 +1,198 @@
+"""Where the maps that students are taught come from: a method, a file, a function, or a mask."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from camdistill.data.modules import ImageData, ShapesData
+from camdistill.errors import UserError, nearest
+from camdistill.explain.gradcam import last_layer
+from camdistill.explain.methods import AT_PIXELS, INPUT, METHODS, Explainer, explainer
+from camdistill.networks.class_paths import SAFE_PACKAGES
+from camdistill.networks.teachers import Teacher
+from camdistill.networks.weights import sha256_of
+from camdistill.types import Images, Labels
+
+MASK = "mask:"
+Maps = Float[Tensor, "batch rows columns"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Images whose maps are wanted, and of which class.
+
+    Attributes:
+        images: In [0, 1], mirrored already where they are.
+        classes: The teacher's top class of each.
+        ids: The images' numbers in the training set.
+        mirrored: Whether these are the mirror images.
+    """
+
+    images: Images
+    classes: Labels
+    ids: Labels
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where maps come from.
+
+    Attributes:
+        name: As the user wrote it.
+        key: What decides the maps, apart from the teacher and the images.
+        maps: Gives raw maps.
+        of_teacher: Whether the teacher is asked: then a randomised one gives a control.
+    """
+
+    name: str
+    key: dict[str, str | None]
+    maps: Callable[[Teacher, Asked], Maps]
+    of_teacher: bool
+
+
+def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
+    """What a name stands for.
+
+    Args:
+        name: `grad_cam@layer3` (a method of ours at a layer of the teacher; without a layer at the
+            last one, or at the pixels where that is what the method explains), `maps.npz`,
+            `package.module.function@layer`, or for Shapes `mask:parts` and other masks.
+        data: Where the images come from.
+        trust: Packages besides camdistill from which functions may be called.
+
+    Raises:
+        UserError: If there is no such method, file, function or mask.
+    """
+    if name.startswith(MASK):
+        return _of_mask(name, data)
+    if name.endswith(".npz"):
+        return _of_file(name)
+    method, _, layer = name.partition("@")
+    if method in AT_PIXELS and layer:
+        raise UserError(f"'{method}' explains at the pixels; leave out '@{layer}'")
+    if method in METHODS:
+        return _of_function(name, explainer(method), layer or None)
+    if "." not in method:
+        raise UserError(
+            f"no method '{method}'; {nearest(method, METHODS)}; or give maps.npz, or "
+            "package.module.function"
+        )
+    return _of_function(name, _imported(method, trust), layer or None)
+
+
+def _of_function(name: str, method: Explainer, layer: str | None) -> Source:
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        layers = [layer or last_layer(teacher, asked.images)]
+        found = method(teacher, asked.images, layers, asked.classes)
+        for key in (*layers, INPUT):
+            if key in found:
+                return _checked(name, found[key], len(asked.images))
+        raise UserError(
+            f"'{name}' gives no maps of {layers[0]} or '{INPUT}' but of {sorted(found)}; "
+            "return a dict of them by layer"
+        )
+
+    file = inspect.getsourcefile(inspect.unwrap(method))
+    code = sha256_of(Path(file)) if file else None
+    return Source(name, {"name": name.partition("@")[0], "layer": layer, "code": code}, maps, True)
+
+
+def _checked(name: str, maps: Tensor, count: int) -> Maps:
+    if maps.dim() != 3 or len(maps) != count:
+        raise UserError(
+            f"'{name}' gives maps of shape {tuple(maps.shape)} for {count} images; give [B, h, w]"
+        )
+    if not bool(torch.isfinite(maps).all()):
+        raise UserError(f"'{name}' gives maps that are not numbers; mend the method")
+    return maps.detach().float()
+
+
+def _imported(path: str, trust: Collection[str]) -> Explainer:
+    package, module, name = path.partition(".")[0], *path.rpartition(".")[::2]
+    if package not in (SAFE_PACKAGES[0], *trust):
+        raise UserError(
+            f"function '{path}' lies outside {SAFE_PACKAGES[0]}: importing it runs its code; "
+            f"add `--trust {package}` if you trust it"
+        )
+    try:
+        found: Explainer = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise UserError(
+            f"can't import '{path}': {error}; check the name, or put its folder on PYTHONPATH"
+        ) from error
+    if not callable(found):
+        raise UserError(f"'{path}' is a {type(found).__name__}; name a function")
+    return found
+
+
+def _of_mask(name: str, data: ImageData) -> Source:
+    if not isinstance(data, ShapesData):
+        raise UserError(f"'{name}' needs exact masks, which ShapesData has; name a method")
+    drawn, wanted = data.shapes("train"), name.removeprefix(MASK)
+    known = drawn.render(np.zeros(1, np.int64)).masks
+    if wanted not in known:
+        raise UserError(f"Shapes have no mask '{wanted}'; {nearest(wanted, known)}")
+
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        rendered = drawn.render(asked.ids.cpu().numpy()).masks[wanted]
+        masks = torch.from_numpy(rendered).float()
+        return (masks.flip(-1) if asked.mirrored else masks).to(asked.images.device)
+
+    return Source(name, {"name": name, "shapes": drawn.fingerprint}, maps, False)
+
+
+def _of_file(name: str) -> Source:
+    stored, ids = _stored(Path(name))
+    place = {int(number): row for row, number in enumerate(ids)}
+    mirrored = "mirrored" if "mirrored" in stored else "maps"
+
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        unknown = [number for number in asked.ids.tolist() if number not in place]
+        if unknown:
+            raise UserError(
+                f"{name} has no map of training image {unknown[0]}; store one a training image "
+                "in their order, or say which in 'ids'"
+            )
+        rows = [place[number] for number in asked.ids.tolist()]
+        found = torch.from_numpy(stored[mirrored if asked.mirrored else "maps"][rows])
+        flip = asked.mirrored and mirrored == "maps"
+        return (found.flip(-1) if flip else found).to(asked.images.device)
+
+    return Source(name, {"sha256": sha256_of(Path(name))}, maps, False)
+
+
+def _stored(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The arrays of a file of maps, checked: `maps` [N, h, w], `mirrored`, `ids`."""
+    if not path.is_file():
+        beside = sorted(file.name for file in path.parent.glob("*.npz"))
+        hint = nearest(path.name, beside) if beside else "check the path"
+        raise UserError(f"no file {path}; {hint}")
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (ValueError, OSError, BadZipFile) as error:
+        raise UserError(f"can't read {path}: {error}; write it with numpy.savez") from None
+    if "maps" not in arrays:
+        raise UserError(f"{path} holds {sorted(arrays)}, not 'maps'; savez(file, maps=array)")
+    found = {
+        key: np.asarray(arrays[key], np.float32) for key in ("maps", "mirrored") if key in arrays
+    }
+    for key, array in found.items():
+        if array.ndim != 3 or not np.isfinite(array).all():
+            raise UserError(
+                f"'{key}' of {path} has shape {array.shape}; give finite numbers [N, h, w]"
+            )
+    count = len(found["maps"])
+    ids = np.asarray(arrays.get("ids", np.arange(count)))
+    if len(ids) != count or any(len(array) != count for array in found.values()):
+        raise UserError(f"the arrays of {path} have different lengths; give one map an image")
+    return found, ids

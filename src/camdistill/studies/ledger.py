@@ -1,0 +1,97 @@
+"""The runs of a study in one file, a line each: killed or widened, it goes on from there."""
+
+import base64
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from camdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came out of one student.
+
+    Attributes:
+        key: Of everything that decides the run: equal keys, equal runs.
+        family: Which students.
+        n: Images that it learned from.
+        arm: Whose maps.
+        beta: Their weight.
+        seed: The student's.
+        val: Agreement with the teacher on the validation images.
+        test: On the test images.
+        kl: From the teacher's probabilities on the test images, in nats.
+        agrees: Whether it agrees, by test image; packed.
+        images: How many test images.
+        seconds: Wall clock.
+    """
+
+    key: str
+    family: str
+    n: int
+    arm: str
+    beta: float
+    seed: int
+    val: float
+    test: float
+    kl: float
+    agrees: str
+    images: int
+    seconds: float
+
+    def scores(self) -> NDArray[np.bool_]:
+        """Agreement by test image."""
+        packed = np.frombuffer(base64.b64decode(self.agrees), np.uint8)
+        return np.unpackbits(packed, count=self.images).astype(np.bool_)
+
+
+def packed(agrees: NDArray[np.bool_]) -> str:
+    """Agreement by test image as text."""
+    return base64.b64encode(np.packbits(agrees).tobytes()).decode()
+
+
+class Ledger:
+    """Finished runs by key, and the file that they are added to as they finish.
+
+    A line that a killed process left unfinished is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.records: dict[str, Record] = {}
+        if not path.exists():
+            return
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"can't read {path}: {error.strerror}; name another --out") from None
+        whole = content.rpartition(b"\n")[0]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = Record(**json.loads(line))
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"line {number} of {path} is no run of this study; mend or remove it"
+                ) from None
+            self.records[record.key] = record
+        if len(whole) + 1 < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole) + 1 if whole else 0)
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Writes down finished runs; they are on the disk when this returns."""
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        for line in lines.splitlines():
+            record = Record(**json.loads(line))
+            self.records[record.key] = record

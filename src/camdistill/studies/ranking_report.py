@@ -1,0 +1,191 @@
+"""A ranking as text, as `results.json`, as a chart's table and as TensorBoard scalars."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from camdistill import tags
+from camdistill.measure.intervals import Interval
+from camdistill.report.figures.intervals import interval_chart
+from camdistill.report.figures.pictures import Picture
+from camdistill.report.results import Cell, text_table
+from camdistill.report.tensorboard import TensorBoardLogger
+from camdistill.studies.classroom import Arm
+from camdistill.studies.leakage import Leak
+from camdistill.studies.ranking import (
+    Condition,
+    Gate,
+    Row,
+    agreements,
+    area,
+    conditions,
+    gates,
+    ladder_correlation,
+    mixtures,
+    orders_agree,
+    table,
+)
+from camdistill.studies.simulatability import Found
+from camdistill.studies.statistics import Gain
+
+RUNS = "tensorboard"
+
+
+def gate_text(found: Found) -> str:
+    """The sanity gates, a line each, in every condition where controls ran."""
+    lines = []
+    for condition in _controlled(found):
+        lines += [f"Sanity gates, {_named(condition)}, {len(found.study.seeds)} seeds:"]
+        lines += [_gate_line(gate) for gate in gates(found, condition)]
+    return "\n".join(lines)
+
+
+def ranking_text(found: Found, leaks: Mapping[str, Leak]) -> str:
+    """Tables of all conditions, then what holds across them."""
+    parts = []
+    for condition in conditions(found):
+        rows = table(found, condition)
+        cells = {name: _cells(row, leaks.get(name)) for name, row in rows.items()}
+        parts.append(text_table(cells, corner=_named(condition)))
+    parts.append(_across(found))
+    return "\n\n".join(part for part in parts if part)
+
+
+def results(found: Found, leaks: Mapping[str, Leak]) -> dict[str, object]:
+    """Everything that was found, by name."""
+    study = found.study
+    records = found.records.values()
+    return {
+        "n": next(iter(records)).images,
+        "seeds": list(study.seeds),
+        "students": {
+            family: {
+                f"n={n}": {name: _values(row) for name, row in table(found, (family, n)).items()}
+                for n in study.n
+            }
+            for family in study.students
+        },
+        "gates": {
+            _named(condition): [gate._asdict() for gate in gates(found, condition)]
+            for condition in _controlled(found)
+        },
+        "area": {
+            family: {
+                arm.name: whole._asdict()
+                for arm in _methods(found)
+                if (whole := area(found, family, arm)) is not None
+            }
+            for family in study.students
+        },
+        "ladders": _ladders(found),
+        "orders": orders_agree(found),
+        "leakage": {name: one._asdict() for name, one in leaks.items()},
+        "betas": {f"{family}: {name}": beta for (family, name), beta in found.betas.items()},
+        "runs": len(found.records),
+        "seconds_of_runs": round(sum(one.seconds for one in records), 1),
+    }
+
+
+def chart(found: Found) -> Picture:
+    """Gains over students without maps, a chart for each family and n."""
+    rows: dict[str, dict[str, Interval]] = {}
+    for condition in conditions(found):
+        for name, row in table(found, condition).items():
+            if row.gain is not None:
+                interval = Interval(row.gain.mean, row.gain.low, row.gain.high)
+                rows.setdefault(name, {})[_named(condition)] = interval
+    title = f"Simulatability gain, 95 % intervals, {len(found.study.seeds)} seeds"
+    zero = {_named(condition): 0.0 for condition in conditions(found)}
+    return interval_chart(rows, title=title, references=zero)
+
+
+def log_scalars(found: Found, folder: Path) -> Path:
+    """Agreement and gain as TensorBoard scalars: a run for each arm, n as the step."""
+    by_arm: dict[str, dict[int, dict[str, float]]] = {}
+    for family, n in conditions(found):
+        for name, row in table(found, (family, n)).items():
+            values = {tags.on_test(tags.AGREEMENT): row.agreement.mean}
+            if row.gain is not None:
+                values[tags.GAIN] = row.gain.mean
+            run = "".join(c if c.isalnum() or c in "._-@" else "_" for c in f"{family}.{name}")
+            by_arm.setdefault(run, {})[n] = values
+    for run, values_by_n in by_arm.items():
+        place = folder / RUNS / run
+        for old in place.glob("events.out.tfevents*"):
+            old.unlink()  # a study that was widened is drawn anew
+        logger = TensorBoardLogger(folder, name=RUNS, version=run)
+        for n, values in sorted(values_by_n.items()):
+            logger.log_metrics(values, n)
+        logger.finalize("success")
+    return folder / RUNS
+
+
+def _across(found: Found) -> str:
+    lines = []
+    for name, tau in orders_agree(found).items():
+        lines.append(f"Kendall's tau of the methods' orders, {name}: {tau:.2f}")
+    for name, rho in _ladders(found).items():
+        lines.append(f"Spearman of share and agreement, {name}: {rho:.2f}")
+    edges = {min(found.study.tuning.betas), max(found.study.tuning.betas)}
+    if len(found.study.tuning.betas) > 2:
+        names = [f"{name} ({beta:g})" for (_, name), beta in found.betas.items() if beta in edges]
+        if names:
+            lines.append(f"Beta at the edge of what was tried: {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def _ladders(found: Found) -> dict[str, float]:
+    ladders = {}
+    for condition in _controlled(found):
+        for method in found.study.with_controls:
+            steps = mixtures(found, condition, Arm(method))
+            if len(steps) > 2:
+                rho = ladder_correlation(list(steps), agreements(found, condition, steps))
+                ladders[f"{method}, {_named(condition)}"] = rho
+    return ladders
+
+
+def _controlled(found: Found) -> list[Condition]:
+    return [one for one in conditions(found) if one[1] in found.study.n_of_controls]
+
+
+def _methods(found: Found) -> list[Arm]:
+    return [arm for arm in found.arms if arm.of_method]
+
+
+def _named(condition: Condition) -> str:
+    return f"{condition[0]} n={condition[1]}"
+
+
+def _gate_line(gate: Gate) -> str:
+    verdict = {True: "holds", False: "FAILS", None: "not run"}[gate.holds]
+    return f"  {verdict:<8}{gate.name}: {gate.says}"
+
+
+def _cells(row: Row, leaked: Leak | None) -> dict[str, Cell]:
+    return {
+        "agreement": row.agreement,
+        "beta": f"{row.beta:g}",
+        "gain": _interval(row.gain),
+        "p (Holm)": row.p_holm,
+        "detectable": row.gain.mde if row.gain else None,
+        "over best control": _interval(row.specific),
+        "leak": leaked.accuracy.mean if leaked else None,
+    }
+
+
+def _interval(found: Gain | None) -> Interval | None:
+    return None if found is None else Interval(found.mean, found.low, found.high)
+
+
+def _values(row: Row) -> dict[str, object]:
+    return {
+        "agreement": row.agreement,
+        "kl": row.kl,
+        "beta": row.beta,
+        "gain": row.gain._asdict() if row.gain else None,
+        "p_holm": row.p_holm,
+        "p_sign_flip": row.p_sign_flip,
+        "error_reduction": row.error_reduction,
+        "specific_gain": row.specific._asdict() if row.specific else None,
+        "over": {name: one._asdict() for name, one in (row.over or {}).items()},
+    }

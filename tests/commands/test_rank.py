@@ -1,0 +1,128 @@
+"""`rank` from the command line: it runs, says what it found, and every mistake in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from camdistill.cli import main
+from camdistill.networks.students import ShallowCNN
+from camdistill.networks.weights import save_safetensors
+
+TINY = {"channels": [4, 6], "strides": [2, 2]}
+CONFIG = {
+    "teacher": {"name": "shallow_cnn", "weights": "teacher.safetensors", "args": TINY},
+    "data": {
+        "class_path": "camdistill.data.modules.ShapesData",
+        "init_args": {"train": 40, "val": 20, "test": 30, "classes": 6},
+    },
+    "methods": ["grad_cam@stage2", "mask:parts"],
+    "students": {"tiny": {"name": "shallow_cnn", "args": TINY}},
+    "n": [16],
+    "seeds": [0, 1],
+    "controls": ["random", "mean"],
+    "shares": [],
+    "tuning": {"betas": [1.0], "seeds": [7]},
+    "recipe": {"steps": 2, "batch_size": 8},
+    "workers": 0,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = ShallowCNN(6, (4, 6), (2, 2)).state_dict()
+    save_safetensors(tmp_path / "teacher.safetensors", state, {})
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    np.savez(tmp_path / "maps.npz", maps=np.random.default_rng(0).random((40, 4, 4)))
+    (tmp_path / "own_maps.py").write_text(
+        "def brightness(network, images, layers, classes):\n    return {'input': images.mean(1)}\n"
+    )
+    monkeypatch.setattr("camdistill.studies.leakage.STEPS", 3)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_it_runs_says_what_it_found_and_goes_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rank", "-c", "tiny.yaml", "--out", "out"]) == 0
+    told = capsys.readouterr().out
+    assert told.index("Sanity gates, tiny n=16") < told.index("grad_cam@stage2 ")
+    for name in ("results.json", "table.txt", "gains.png", "runs.jsonl"):
+        assert (folder / "out" / name).is_file()
+    runs = (folder / "out/runs.jsonl").read_text().splitlines()
+    assert len(runs) == 2 * 5
+    results = json.loads((folder / "out/results.json").read_text())
+    assert set(results["students"]["tiny"]["n=16"]) == {
+        "none", "random", "grad_cam@stage2", "grad_cam@stage2 mean", "mask:parts",
+    }  # fmt: skip
+    assert results["runs"] == 10
+    assert results["leakage"]["mask:parts"]["accuracy"]["mean"] <= 1
+
+    # wider: stored maps, a function, a third seed; what was done stays
+    wider = ["--methods", "grad_cam@stage2", "mask:parts", "maps.npz", "own_maps.brightness"]
+    more = [*wider, "--trust", "own_maps", "--seeds", "0", "1", "2", "--out", "out"]
+    assert main(["rank", "-c", "tiny.yaml", *more]) == 0
+    lines = (folder / "out/runs.jsonl").read_text().splitlines()
+    assert lines[:10] == runs
+    assert len(lines) == 3 * 7
+    assert "own_maps.brightness" in (folder / "out/table.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--methods grad_cm@stage2", "no method 'grad_cm'; nearest: 'grad_cam'"),
+        ("--methods grad_cam@stage9", "no layer 'stage9'"),
+        ("--methods map.npz", "no file map.npz; nearest: 'maps.npz'"),
+        ("--methods own_maps.brightness", "--trust own_maps"),
+        ("--methods mask:part", "no mask 'part'; nearest: 'parts'"),
+        ("--controls randm", "nearest: 'random'"),
+        ("--controls_of grad_cam", "controls_of has 'grad_cam'"),
+        ("--n 4", "8 images or more"),
+        ("--n 100", "n is 100, but there are 40 training images"),
+        ("--seeds 7", "seed 7 is in both seeds and tuning.seeds"),
+        ("--recipe.steps 0", "recipe.steps 0"),
+        ("--recipe.stpes 3", "no option 'recipe.stpes'; nearest: 'recipe.steps'"),
+        ("--recipe.optimisation.lr 1e30", "loss is not a number"),
+        ("--tuning.betas [0]", "tuning.betas is [0.0]"),
+        ("--students {vgg: {name: vgg11}}", "don't end in global average pooling"),
+        ("--students {t: {name: shallow_cn}}", "no network 'shallow_cn'; nearest: 'shallow_cnn'"),
+        ("--teacher.weights absent.pt", "no file 'absent.pt'"),
+        ("--workrs 2", "nearest: 'workers'"),
+        ("--device cuda", "there is no CUDA device here"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_mistakes_are_one_line_and_exit_with_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: str, says: str
+) -> None:
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    name, _, rest = options.partition(" ")
+    words = [name, rest] if rest.startswith(("{", "[")) else [name, *rest.split()]
+    assert main(["rank", "-c", "tiny.yaml", "--out", "out", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert says in error
+
+
+def test_help_is_short_and_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rank", "--help"]) == 0
+    told = capsys.readouterr().out
+    for option in (
+        "--methods TEXT ...",
+        "--tuning.betas",
+        "--recipe.steps N",
+        "--trust",
+        "--stack",
+    ):
+        assert option in told
+    assert len(told.splitlines()) < 110

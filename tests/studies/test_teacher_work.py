@@ -1,0 +1,109 @@
+"""The teacher is asked once, and what is read back is what it said."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from camdistill.data.datasets import shapes_set
+from camdistill.data.modules import ShapesData
+from camdistill.data.shapes import Shapes
+from camdistill.explain.gradcam import grad_cam
+from camdistill.networks.students import ShallowCNN
+from camdistill.networks.teachers import Teacher
+from camdistill.studies import teacher_work
+from camdistill.studies.explanations import Source, source
+from camdistill.studies.teacher_work import Piece, Sets
+
+DATA = ShapesData(train=40, val=9, test=11, classes=6)
+
+
+@pytest.fixture
+def teacher() -> Teacher:
+    torch.manual_seed(0)
+    return Teacher.of(ShallowCNN(6, (4, 6), (2, 2)))
+
+
+@pytest.fixture
+def sets() -> Sets:
+    pool, val, test = (
+        shapes_set(Shapes(split, count, classes=6))
+        for split, count in (("train", 40), ("val", 9), ("test", 11))  # type: ignore[arg-type]
+    )
+    return Sets(pool.subset(np.arange(40)[::-1]), val, test)
+
+
+def test_answers_are_the_live_teachers(teacher: Teacher, sets: Sets, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    known = teacher_work.answers(tmp_path, teacher, sets, on_progress=lambda *w: told.append(w))
+    pool = teacher_work.pool_of(known)
+    assert pool.ids.tolist() == list(range(39, -1, -1))
+    assert np.array_equal(pool.pixels, np.asarray(sets.pool.pixels))
+    images = pool.pixels.float() / 255
+    torch.testing.assert_close(pool.logits[:, 0], teacher(images))
+    torch.testing.assert_close(pool.logits[:, 1], teacher(images.flip(-1)))
+    pixels, logits = teacher_work.held_out(known, "test")
+    assert np.array_equal(pixels, sets.test.pixels)
+    torch.testing.assert_close(logits, teacher(pixels.float() / 255))
+    assert told[-1] == ("teacher's answers", 60, 60)
+    assert len(teacher_work.pool_of(known, 7).pixels) == 7
+
+
+def test_maps_are_of_the_teachers_class_in_both_orientations(
+    teacher: Teacher, sets: Sets, tmp_path: Path
+) -> None:
+    known = teacher_work.answers(tmp_path, teacher, sets)
+    stored = teacher_work.maps(tmp_path, teacher, known, source("grad_cam@stage1", DATA))
+    targets = teacher_work.targets(stored, 12, (8, 8))
+    pixels = teacher_work.pool_of(known, 12).pixels.float() / 255
+    for view in range(2):
+        images = pixels.flip(-1) if view else pixels
+        maps = grad_cam(teacher, images, ["stage1"])["stage1"].relu()
+        wanted = maps.view(12, 8, 2, 8, 2).mean((2, 4))
+        torch.testing.assert_close(targets[:, view], wanted, rtol=2e-3, atol=1e-4)
+
+
+def test_nothing_is_asked_twice_and_what_changed_is_asked_anew(
+    teacher: Teacher, sets: Sets, tmp_path: Path
+) -> None:
+    known = teacher_work.answers(tmp_path, teacher, sets)
+    asked = []
+    inner = source("grad_cam@stage2", DATA)
+
+    def counted(key: str) -> Source:
+        def maps(teacher: Teacher, what: object) -> torch.Tensor:
+            asked.append(key)
+            return inner.maps(teacher, what)  # type: ignore[arg-type]
+
+        return Source("counted", {"key": key}, maps, True)
+
+    def made(key: str = "a", of: Teacher = teacher) -> Piece:
+        return teacher_work.maps(tmp_path, of, known, counted(key))
+
+    first = made()
+    assert asked == ["a", "a"]
+    assert made() == first
+    assert asked == ["a", "a"]
+    other = Teacher.of(ShallowCNN(6, (4, 6), (2, 2)))
+    assert len({made("b").folder, made(of=other).folder, first.folder}) == 3
+    assert len(asked) == 6
+    # damage: made anew, with the same content
+    file = first.folder / "maps.npy"
+    file.write_bytes(file.read_bytes()[:-4] + b"xxxx")
+    teacher_work.opened.cache_clear()
+    assert made() == first
+    assert len(asked) == 8
+
+
+def test_a_build_that_fails_leaves_nothing(teacher: Teacher, sets: Sets, tmp_path: Path) -> None:
+    known = teacher_work.answers(tmp_path, teacher, sets)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def broken(teacher: Teacher, asked: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teacher_work.maps(tmp_path, teacher, known, Source("x", {}, broken, True))
+    after = {path.name for path in tmp_path.iterdir() if not path.suffix}
+    assert after == {name for name in before if "." not in name}
