@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from camdistill.layers.plan import Options
 from camdistill.layers.state import load_state, save_state
 from camdistill.layers.summary import Sweep
 from camdistill.layers.sweep import LayerSweep, sweep
+from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 from camdistill.types import Batch
 
@@ -321,6 +324,125 @@ def test_networks_are_left_as_they_were(images: torch.Tensor) -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(weight.grad is None for weight in network.parameters())
+
+
+class Curves(nn.Module):
+    """Non-linearities other than ReLU, one of them in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.six, self.gelu, self.tanh = nn.ReLU6(inplace=True), nn.GELU(), nn.Tanh()
+        self.gate = nn.Sigmoid()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.gelu(3 * self.six(8 * self.conv(images)) - 4)
+        return self.gate(4 * self.tanh(hidden - 2)).mean((2, 3))
+
+
+def test_other_non_linearities_are_read_on_both_sides_with_their_bounds(
+    images: torch.Tensor,
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Curves().eval()
+    result = sweep_all(network, images)
+    with torch.no_grad():
+        first = 8 * network.conv(images)
+        second = 3 * first.clamp(0, 6) - 4
+        third = nn.functional.gelu(second) - 2
+        fourth = 4 * third.tanh()
+    known = {
+        "six": (first, first.clamp(0, 6), 6),
+        "gelu": (second, nn.functional.gelu(second), None),
+        "tanh": (third, third.tanh(), 1),
+        "gate": (fourth, fourth.sigmoid(), 1),
+    }
+    assert [layer.name for layer in result.networks["net"]] == list(known)
+    for name, (before, after, bound) in known.items():
+        layer = result.layer("net", name)
+        for found, values in ((layer.pre, before), (layer.post, after)):
+            assert torch.equal(
+                found.counts, HistogramCounts.of(values).histogram(found.point).counts
+            )
+        assert layer.rectified == (name in ("six", "gate"))
+        torch.testing.assert_close(
+            layer.units.active, (after > 0).double().mean((0, 2, 3)), rtol=1e-12, atol=0
+        )
+        if bound is None:
+            assert layer.units.saturated is None
+        else:
+            share = (after.abs() >= 0.99 * bound).double().mean((0, 2, 3))
+            torch.testing.assert_close(layer.units.saturated, share, rtol=1e-12, atol=0)
+        if name in ("gelu", "tanh"):
+            magnitude, square = after.double().abs().sum(), after.double().square().sum()
+            n = after.numel()
+            hoyer = (n**0.5 - magnitude / square.sqrt()) / (n**0.5 - 1)
+            assert layer.sparsity.hoyer == pytest.approx(float(hoyer), rel=1e-5)
+
+
+def test_half_precision_is_summed_in_float32(images: torch.Tensor) -> None:
+    network, wide = net().bfloat16(), net()
+    halves = sweep_all(network, images.bfloat16()).layer("net", "blocks.1")
+    floats = sweep_all(wide, images).layer("net", "blocks.1")
+    torch.testing.assert_close(halves.units.mean, floats.units.mean, rtol=0.05, atol=0.02)
+    assert halves.post.total == floats.post.total
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+from camdistill.layers.plan import Options
+from camdistill.layers.state import save_state
+from camdistill.layers.sweep import LayerSweep
+from camdistill.networks.cifar_resnet import CifarResNet
+from camdistill.networks.cifar_resnet import CifarResNet
+from camdistill.networks.students import ShallowCNN
+
+rank, world, file = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+torch.manual_seed(0)
+networks = {
+    "teacher": CifarResNet(8).eval(),
+    "student": ShallowCNN(channels=(6, 8), strides=(1, 2)).eval(),
+}
+images = torch.randn(128, 3, 16, 16)
+state = LayerSweep(networks, images[:16], options=Options(probes=4, explained=0.3))
+for start in range(16 * rank, 128, 16 * world):
+    ids = torch.arange(start, start + 16)
+    state.update(images[ids], ids, ids % 4)
+save_state(file, state.state_dict())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+    """Integers bit for bit, sums of floats to the rounding of their order."""
+    files = {(rank, world): tmp_path / f"{rank}{world}" for rank, world in ((0, 1), (0, 2), (1, 2))}
+    running = [
+        subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(rank), str(world), str(file)])
+        for (rank, world), file in files.items()
+    ]
+    assert [process.wait(120) for process in running] == [0, 0, 0]
+    whole, *halves = (load_state(file) for file in files.values())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        networks = {
+            "teacher": CifarResNet(8).eval(),
+            "student": ShallowCNN(channels=(6, 8), strides=(1, 2)).eval(),
+        }
+        images = torch.randn(16, 3, 16, 16)
+    options = Options(probes=4, explained=0.3)
+    one, two = (
+        LayerSweep(networks, images, options=options).load_state_dict(half) for half in halves
+    )
+    merged = one.merge(two).state_dict()
+    assert merged.keys() == whole.keys()
+    for name, value in whole.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(merged[name], value, rtol=1e-12, atol=1e-10)
+        else:
+            assert torch.equal(merged[name], value), name
 
 
 def test_one_network_with_one_channel_and_vectors_works() -> None:

@@ -40,8 +40,8 @@ class Point(NamedTuple):
 class Histogram:
     """How often which value occurs, in bins that are the same for every tensor.
 
-    `layers.histograms` has the edges (`edges`), the buckets in log10 units (`log10_buckets`) and
-    the quantiles (`quantile`).
+    `layers.histograms` has the bins' edges (`edges`), positive values in log10 units (`octaves`),
+    other bins (`rebinned`) and quantiles (`quantile`).
 
     Attributes:
         point: Of which tensor.
