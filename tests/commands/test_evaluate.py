@@ -86,6 +86,19 @@ def test_student_is_explained_with_the_teacher_beside_it(folder: Path) -> None:
     assert set(results["explainers"]) == {"grad_cam", "teacher"}  # type: ignore[call-overload]
 
 
+def test_boxes_are_ground_truth_where_there_are_no_masks(folder: Path) -> None:
+    rows = [
+        f"test/{path.parent.name}/{path.name},2,3,9,12"
+        for path in Path("images/test").rglob("*.png")
+    ]
+    Path("images/boxes.csv").write_text("\n".join(rows))
+    results = evaluate(
+        checkpoint=Path(STUDENT), data="images", count=4, metrics=["iou"], out=Path("out")
+    )
+    oracle = results["controls"]["oracle"]  # type: ignore[index]
+    assert oracle["iou"].mean == 1
+
+
 def test_meta_puts_the_metrics_to_the_test_on_shapes(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

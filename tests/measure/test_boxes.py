@@ -3,7 +3,13 @@ import pytest
 import scipy.ndimage
 import torch
 
-from camdistill.measure.boxes import box_around, box_iou, box_of, localisation_error
+from camdistill.measure.boxes import (
+    box_around,
+    box_iou,
+    box_of,
+    inside_boxes,
+    localisation_error,
+)
 
 
 def test_box_is_that_of_scipys_largest_component(generator: torch.Generator) -> None:
@@ -65,3 +71,8 @@ def test_boxes_of_masks() -> None:
     found = box_around(masks)
     assert found[0].tolist() == [3, 1, 7, 4]
     assert found[1].isnan().all()
+    filled = inside_boxes(found, (6, 8))
+    expected = np.zeros((6, 8), bool)
+    expected[1:5, 3:8] = True
+    np.testing.assert_array_equal(filled[0].numpy(), expected)
+    assert not filled[1].any()

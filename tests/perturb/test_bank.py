@@ -129,3 +129,18 @@ def test_own_top_class_is_watched_unless_one_is_given(
     given = torch.tensor([1, 1, 2])
     found = bank(network, images, grey, generator, classes=given, plan=Plan(2, {}, (1,)))
     torch.testing.assert_close(found.logits, network(images).gather(1, given[:, None])[:, 0])
+
+
+def test_answers_do_not_depend_on_how_many_masks_are_held_at_once(
+    images: Tensor, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grey, plan = baseline(images, "grey"), Plan(5, {0.2: 6}, (2,))
+    whole = bank(Counting(10), images, grey, torch.Generator().manual_seed(1), plan=plan)
+    monkeypatch.setattr("camdistill.perturb.bank._MASK_BYTES", 1300)  # one or two images
+    parts = bank(Counting(10), images, grey, torch.Generator().manual_seed(1), plan=plan)
+    for one, other in (
+        (whole.subsets[0.2], parts.subsets[0.2]),
+        (whole.occluders[2], parts.occluders[2]),
+    ):
+        torch.testing.assert_close(one.logit_drops, other.logit_drops)
+        torch.testing.assert_close(one.probability_drops, other.probability_drops)

@@ -133,13 +133,13 @@ def _fingerprint(images: ImageSet) -> str:
 def _chosen(names: Sequence[str], subject: Subject, meta: bool) -> tuple[str, ...]:
     demand_metrics(names)
     chosen = list(names or DEFAULT)
-    if not names and subject.images.masks is not None:
+    if not names and subject.located:
         chosen += DEFAULT_WITH_MASKS
     masked = [name for name in chosen if METRICS[name].use == "mask"]
-    if masked and subject.images.masks is None:
+    if masked and not subject.located:
         raise UserError(
             f"metric '{masked[0]}' needs masks, and these images have none: leave it out, or put a "
-            "masks/ folder beside the images"
+            "masks/ folder or a boxes.csv beside the images"
         )
     if meta and subject.shapes is not None:
         chosen += [name for name in REFERENCES if name not in chosen]

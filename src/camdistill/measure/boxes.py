@@ -40,6 +40,14 @@ def box_around(masks: Masks) -> Boxes:
     return torch.where(masks.flatten(1).any(1)[:, None], boxes, torch.nan)
 
 
+def inside_boxes(boxes: Boxes, size: tuple[int, int]) -> Masks:
+    """Boxes as masks of an image's size; empty where a box is NaN."""
+    rows = torch.arange(size[0], device=boxes.device)[None, :, None]
+    columns = torch.arange(size[1], device=boxes.device)[None, None, :]
+    xmin, ymin, xmax, ymax = (edge[:, None, None] for edge in boxes.unbind(1))
+    return (columns >= xmin) & (columns <= xmax) & (rows >= ymin) & (rows <= ymax)
+
+
 def box_iou(boxes: Boxes, others: Boxes) -> PerImage:
     """Intersection over union of two boxes, in [0, 1]; NaN where one is."""
     low = torch.maximum(boxes[:, :2], others[:, :2])

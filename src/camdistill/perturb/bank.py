@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from camdistill.perturb.asking import Shown, changed_scores, logits_of
 from camdistill.types import Images, Labels, Maps, PerImage
 
+_MASK_BYTES = 2**26  # of the masks that are held at once
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -107,8 +109,17 @@ def bank(
     probabilities = own.softmax(1).gather(1, watched[:, None])
 
     def probe(cells: Bool[Tensor, "#batch changes rows columns"]) -> Probe:
-        found = changed_scores(network, images, watched, _on_pixels(cells, images), shown)
-        return Probe(cells, logits - found.logits, probabilities - found.probabilities)
+        found = []
+        for rows in torch.split(torch.arange(len(images)), _block(cells, images)):
+            some = slice(int(rows[0]), int(rows[-1]) + 1)
+            removed = _on_pixels(cells[some] if len(cells) > 1 else cells, images)
+            behind = shown[some] if isinstance(shown, Tensor) else shown
+            found.append(changed_scores(network, images[some], watched[some], removed, behind))
+        return Probe(
+            cells,
+            logits - torch.cat([one.logits for one in found]),
+            probabilities - torch.cat([one.probabilities for one in found]),
+        )
 
     subsets = {
         share: probe(_subsets(len(images), number, share, plan.cells, generator).to(images.device))
@@ -119,6 +130,11 @@ def bank(
     }
     size = (images.shape[2], images.shape[3])
     return Bank(size, watched, logits[:, 0], probabilities[:, 0], subsets, occluders)
+
+
+def _block(cells: Bool[Tensor, "_ changes rows columns"], images: Images) -> int:
+    """So many images that their changes' masks stay small."""
+    return max(1, _MASK_BYTES // (cells.shape[1] * images[0, 0].numel())) if len(images) else 1
 
 
 def _subsets(

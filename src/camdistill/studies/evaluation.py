@@ -19,6 +19,7 @@ from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.maps import upsample
 from camdistill.measure import controls
+from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.panel import Scene, measure, scene
 from camdistill.report.results import write_atomically
 from camdistill.studies.values import CURVES, LADDER, ORACLE, Values, joined, save
@@ -48,7 +49,7 @@ class Subject:
 
     Attributes:
         network: In eval mode; takes images in [0, 1].
-        images: Their masks are the ground truth, where they have any.
+        images: Their masks are the ground truth; where they have none, the insides of their boxes.
         shapes: What drew the images, by their ids: it knows distractors, and draws an image again
             without its objects.
     """
@@ -56,6 +57,11 @@ class Subject:
     network: nn.Module
     images: ImageSet
     shapes: Shapes | None = None
+
+    @property
+    def located(self) -> bool:
+        """Whether the images say where their objects are."""
+        return self.images.masks is not None or self.images.boxes is not None
 
 
 @dataclass(frozen=True)
@@ -218,6 +224,9 @@ def _ground_truth(
     masks = None
     if subject.images.masks is not None:
         masks = torch.from_numpy(np.asarray(subject.images.masks[rows]) > 0).to(images.device)
+    elif subject.images.boxes is not None:
+        boxes = torch.from_numpy(subject.images.boxes[rows]).to(images.device)
+        masks = inside_boxes(boxes, subject.images.size)
     if subject.shapes is None:
         return masks, None, None
     ids = subject.images.ids[rows]
