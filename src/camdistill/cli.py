@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _told(f"{where}: {error.strerror}; change its permissions, or name another")
         raise
     except KeyboardInterrupt:
-        _told("interrupted; `--ckpt_path last` goes on from the last checkpoint")
+        resumes = "`--ckpt_path last` goes on from the last checkpoint"
+        _told(f"interrupted; {resumes if given[0] in LOOPS else 'start the same command again'}")
         return 130
     return 0
 

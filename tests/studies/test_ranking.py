@@ -177,7 +177,7 @@ def test_report_says_everything_and_can_be_read_back(found: Found, tmp_path: Pat
     for part in ("tiny n=100", "wide n=400", "good mixed 0.25", "Kendall's tau", "Spearman of"):
         assert part in text
     assert "Beta at the edge of what was tried: none (1), random (1)" in text
-    path = write_results(tmp_path / "results.json", results(found, leaks))
+    path = write_results(tmp_path / "results.json", results(found, leaks, {"good": 0.5}))
     read = read_results(path)
     row = read["students"]["tiny"]["n=100"]["good"]  # type: ignore[index]
     scores = {
@@ -188,6 +188,7 @@ def test_report_says_everything_and_can_be_read_back(found: Found, tmp_path: Pat
     assert row["gain"] == pytest.approx(alone._asdict())
     assert read["gates"]["tiny n=100"][0]["holds"] is True  # type: ignore[index]
     assert read["leakage"]["good"]["chance"] == 0.2  # type: ignore[index]
+    assert read["blank"] == {"good": 0.5}
     assert chart(found).shape[2] == 3
 
 

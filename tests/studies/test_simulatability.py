@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from camdistill.data.modules import ShapesData
+from camdistill.distill.cache_files import locked
 from camdistill.errors import UserError
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec
@@ -216,6 +217,14 @@ def test_keys_tell_apart_what_gives_other_numbers(study: Study, whole: Found) ->
     # seeds of controls concern controls alone
     assert replace(room, control_seed=1).key(run) == room.key(run)
     assert json.loads((study.folder / LEDGER).read_text().splitlines()[0])["family"] == "tiny"
+
+
+def test_one_process_at_a_time_works_in_a_folder(study: Study, tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "study"),
+        pytest.raises(UserError, match=r"another process works in .*; wait for it"),
+    ):
+        ranked(replace(study, folder=tmp_path))
 
 
 @pytest.mark.slow

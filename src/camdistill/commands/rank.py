@@ -16,7 +16,7 @@ from camdistill.report.results import available_cores, write_results
 from camdistill.studies.controls import CONTROLS, Control
 from camdistill.studies.lessons import Recipe
 from camdistill.studies.plan import Study, Tuning
-from camdistill.studies.ranking import leaks
+from camdistill.studies.ranking import blanks, leaks
 from camdistill.studies.ranking_report import (
     chart,
     gate_text,
@@ -94,21 +94,25 @@ def rank(
             stack=stack or (STACK if on_gpu else 1),
             device=where,
             on_progress=_teller(bar),
-            on_gates=lambda early: bar.console.print(f"\n{gate_text(early)}\n", highlight=False),
+            on_gates=lambda early: bar.console.print(
+                f"\n{gate_text(early)}\n", highlight=False, markup=False, soft_wrap=True
+            ),
         )
-    _write(found, time.monotonic() - start)
-    return results(found, {})
+    return _written(found, time.monotonic() - start)
 
 
-def _write(found: Found, seconds: float) -> None:
+def _written(found: Found, seconds: float) -> dict[str, object]:
+    """Writes and prints what was found."""
     out, leaked = found.study.folder, leaks(found)
+    whole = results(found, leaked, blanks(found))
     text = f"{gate_text(found)}\n\n{ranking_text(found, leaked)}\n"
     (out / "table.txt").write_text(text, encoding="utf-8")
-    path = write_results(out / "results.json", results(found, leaked), seconds=seconds)
+    path = write_results(out / "results.json", whole, seconds=seconds)
     picture = save_png(out / "gains.png", chart(found))
     board = log_scalars(found, out)
     print(f"\n{text}\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
     print(f"TensorBoard: tensorboard --logdir {board}")
+    return whole
 
 
 def _device(device: str) -> str:

@@ -147,8 +147,12 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the system takes the lock back when a process dies."""
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """One process at a time; the system takes the lock back when a process dies.
+
+    Raises:
+        UserError: Another process has it, and `wait` is False.
+    """
     if sys.platform == "win32":
         yield
         return
@@ -158,6 +162,10 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise UserError(
+                    f"another process works in {folder.parent}; wait for it, or name another --out"
+                ) from None
             log.info("teacher cache %s: waiting for the process that makes it", folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

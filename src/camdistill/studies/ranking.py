@@ -160,6 +160,18 @@ def leaks(found: Found) -> dict[str, Leak]:
     return told
 
 
+def blanks(found: Found) -> dict[str, float]:
+    """Share of images of which a method's map says nothing: it is nowhere above zero."""
+    family, n = next(iter(found.study.students)), max(found.study.n)
+    shares = {}
+    for arm in found.arms:
+        if arm.of_method:
+            maps = found.classroom.maps(arm, family, n)
+            assert maps is not None, "only 'none' has no maps"
+            shares[arm.name] = float((maps.amax((2, 3)) == 0).double().mean())
+    return shares
+
+
 def orders_agree(found: Found) -> dict[str, float]:
     """Kendall's tau between the methods' orders in every two conditions."""
     gains: dict[str, dict[str, float]] = {}

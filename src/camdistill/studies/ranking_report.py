@@ -50,7 +50,9 @@ def ranking_text(found: Found, leaks: Mapping[str, Leak]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def results(found: Found, leaks: Mapping[str, Leak]) -> dict[str, object]:
+def results(
+    found: Found, leaks: Mapping[str, Leak], blank: Mapping[str, float]
+) -> dict[str, object]:
     """Everything that was found, by name."""
     study = found.study
     records = found.records.values()
@@ -79,6 +81,7 @@ def results(found: Found, leaks: Mapping[str, Leak]) -> dict[str, object]:
         "ladders": _ladders(found),
         "orders": orders_agree(found),
         "leakage": {name: one._asdict() for name, one in leaks.items()},
+        "blank": dict(blank),
         "betas": {f"{family}: {name}": beta for (family, name), beta in found.betas.items()},
         "runs": len(found.records),
         "seconds_of_runs": round(sum(one.seconds for one in records), 1),

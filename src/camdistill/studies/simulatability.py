@@ -135,7 +135,7 @@ def ranked(
         on_gates: Given what there is as soon as the gates' runs are done.
     """
     study.folder.mkdir(parents=True, exist_ok=True)
-    with locked(study.folder / "study"):
+    with locked(study.folder / "study", wait=False):
         classroom = prepared(study, device, on_progress)
         asked = {method for method, kind in classroom.stored if kind}
         arms = arms_of(study.methods, study.controls, study.with_controls, study.shares, asked)
