@@ -36,6 +36,7 @@ def numpys(values: np.ndarray) -> np.ndarray:
     return np.concatenate([negative[::-1], [small], positive])
 
 
+@settings(deadline=None)
 @given(st.lists(FINITE, max_size=60))
 def test_counts_equal_numpys_bin_for_bin(values: list[float]) -> None:
     array = np.array(values, np.float32)
@@ -54,6 +55,7 @@ def test_counts_of_a_layer_equal_numpys_in_every_layout(generator: torch.Generat
         assert told(layout).counts.tolist() == expected
 
 
+@settings(deadline=None)
 @given(st.lists(FLOATS, max_size=40), st.lists(FLOATS, max_size=40))
 def test_merging_is_counting_together_and_nothing_is_lost(
     first: list[float], second: list[float]
@@ -71,6 +73,7 @@ def test_merging_is_counting_together_and_nothing_is_lost(
     assert histogram.below == int(torch.isneginf(together).sum())
 
 
+@settings(deadline=None)
 @given(st.lists(FLOATS, max_size=60))
 def test_the_histogram_before_a_relu_tells_the_one_after_it(values: list[float]) -> None:
     given_values = torch.tensor(values)
@@ -96,7 +99,7 @@ def test_edges_are_symmetric_eighths_of_octaves() -> None:
     assert {1.0, 1.125, 1.25, 1.875, 2.0} <= set(limits.tolist())
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(FINITE, min_size=1, max_size=50), st.floats(0, 1))
 def test_a_quantile_lies_in_the_bin_told(values: list[float], share: float) -> None:
     ordered = np.sort(np.array(values, np.float32)).astype(np.float64)

@@ -120,6 +120,7 @@ def test_grams_are_the_same_in_every_layout(generator: torch.Generator) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1000))
 def test_groups_are_even_and_of_64_at_most(images: int) -> None:
     sizes = groups(images)

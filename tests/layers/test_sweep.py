@@ -17,6 +17,7 @@ from camdistill.explain.gradcam import grad_cam
 from camdistill.layers import sweep as sweep_module
 from camdistill.layers.histograms import HistogramCounts
 from camdistill.layers.plan import Options
+from camdistill.layers.probes import MOST_HELD
 from camdistill.layers.state import load_state, save_state
 from camdistill.layers.summary import Sweep
 from camdistill.layers.sweep import LayerSweep, sweep
@@ -311,6 +312,16 @@ def test_the_state_does_not_grow_with_images(networks: dict[str, nn.Module]) -> 
         state.update(images, torch.arange(count))
         sizes.append(state.bytes)
     assert sizes[0] == sizes[1]
+
+
+def test_the_largest_state_of_resnet_56_and_a_student_is_below_32_mib() -> None:
+    networks = {"teacher": CifarResNet(56).eval(), "student": ShallowCNN().eval()}
+    options = Options(probes=10, explained=0.05)
+    state = LayerSweep(networks, torch.rand(4, 3, 32, 32), options=options)
+    channels = sum(layer.shape[0] for layers in state.plan.layers.values() for layer in layers)
+    assert channels == 1024 + 544
+    held_out = 2 * MOST_HELD * (4 * channels + 2 * 8 * len(networks))
+    assert state.bytes + held_out < 32 * 2**20
 
 
 def test_networks_are_left_as_they_were(images: torch.Tensor) -> None:

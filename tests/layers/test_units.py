@@ -153,6 +153,7 @@ def test_no_image_tells_nothing() -> None:
     assert np.isnan(state.sparsity().hoyer)
 
 
+@settings(deadline=None)
 @given(st.permutations(range(3)), st.booleans())
 def test_merging_is_associative_and_counts_are_exact(order: list[int], left: bool) -> None:
     states = [sums(activations(seed), rectified=True) for seed in range(3)]

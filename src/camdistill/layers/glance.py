@@ -17,10 +17,7 @@ from camdistill.networks.capture import tensor
 
 
 class Glance:
-    """Reduces each layer's tensor as it comes by; keeps small numbers by image alone.
-
-    Layers finish in the order of the plan, which was found by running the network.
-    """
+    """Reduces each layer's tensor as it comes by; keeps small numbers by image alone."""
 
     def __init__(
         self, network: str, plan: Plan, seen: Mapping[str, State], ids: Int[Tensor, "batch"]
@@ -28,8 +25,18 @@ class Glance:
         self.network, self.plan, self.seen, self.ids = network, plan, seen, ids
         self.layers = {layer.key: layer for layer in plan.layers[network]}
         self.states: dict[str, State] = {}
-        self.numbers: list[Reduced] = []
-        self.products: list[list[Tensor]] = []
+        self._numbers: dict[str, Reduced] = {}
+        self._products: dict[str, list[Tensor]] = {}
+
+    @property
+    def numbers(self) -> list[Reduced]:
+        """By layer, in the plan's order."""
+        return [self._numbers[key] for key in self.layers]
+
+    @property
+    def products(self) -> list[list[Tensor]]:
+        """What `similarity.grams` gave, by layer in the plan's order."""
+        return [self._products[key] for key in self.layers]
 
     def before(self, key: str, given: object) -> None:
         """What a layer is given, before it may overwrite it."""
@@ -42,7 +49,7 @@ class Glance:
         layer = self.layers[key]
         output = spatial(self._checked(layer, tensor(key, gave)))
         numbers = reduced(output, rectified=layer.rectified, bound=layer.bound)
-        self.numbers.append(numbers)
+        self._numbers[key] = numbers
         self.states[self._key(layer, "units")] = UnitSums.of(numbers)
         before = self.seen[top := self._key(layer, "top")]
         assert isinstance(before, TopKeys), "planned"
@@ -50,7 +57,7 @@ class Glance:
         if not layer.relu:
             self.states[self._key(layer, "post")] = _counted(output)
         if self.plan.options.cka:
-            self.products.append(grams(output))
+            self._products[key] = grams(output)
 
     def _checked(self, layer: Layer, output: Tensor) -> Tensor:
         if output.shape[:2] != (len(self.ids), layer.shape[0]):

@@ -199,10 +199,10 @@ class LayerSweep:
         self, name: str, glance: Glance, images: Images, ids: Tensor, labels: Tensor
     ) -> dict[str, State]:
         options, layers = self.plan.options, self.plan.layers[name]
-        means: list[Tensor] = []
+        means: dict[str, Tensor] = {}
 
         def visit(key: str, output: object) -> None:
-            means.append(spatial(tensor(key, output)).mean((2, 3)).cpu().double())
+            means[key] = spatial(tensor(key, output)).mean((2, 3)).cpu().double()
 
         fresh = self._untrained[name]
         with visiting(fresh, [layer.key for layer in layers], visit):
@@ -210,7 +210,7 @@ class LayerSweep:
         found: dict[str, State] = {}
         for kind, features in (
             ("probe", [one.mean for one in glance.numbers]),
-            ("untrained", means),
+            ("untrained", [means[layer.key] for layer in layers]),
         ):
             sound = torch.stack([torch.isfinite(one).all(1) for one in features]).all(0)
             features = [one[sound] for one in features]
