@@ -1,7 +1,8 @@
 """Grad-CAM by camdistill, captum, torchcam and pytorch-grad-cam: the same maps, time and memory.
 
     python benchmarks/cam_engines.py [--networks resnet18 resnet50 resnet56] [--batch 8]
-        [--rounds 15] [--threads 2] [--device cpu]
+        [--engines captum torchcam pytorch-grad-cam] [--rounds 15] [--threads 2]
+        [--clock wall] [--device cpu]
 
 Separate maps of every layer and class, all images of a batch having the same classes. Before
 anything is measured, the peers' maps are asserted to be ours. All engines take turns in each round,
@@ -101,6 +102,8 @@ def assert_same(maps_by_engine: dict[str, MapsByLayer], size: int) -> None:
             ("torchcam", rectified),
             ("pytorch-grad-cam", pictures),
         ):
+            if engine not in maps_by_engine:
+                continue
             theirs = maps_by_engine[engine][name].to(expected)
             apart = float((theirs - expected).abs().max() / expected.abs().max())
             assert apart < 1e-3, f"{engine} at {name}: {apart:.1e} of the largest value apart"
@@ -122,12 +125,13 @@ def settled(build: Callable[[], nn.Module], size: int) -> nn.Module:
     return network.eval()
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
+def seconds(call: Callable[[], object], given: argparse.Namespace) -> float:
+    now = time.process_time if given.clock == "cpu" else time.perf_counter
+    start = now()
     call()
-    if device == "cuda":
+    if given.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
@@ -147,7 +151,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
     network = settled(build, size).to(given.device)
     images = torch.randn(given.batch, 3, size, size).to(given.device)
     # One each, as peers leave gradients on the parameters.
-    networks = {engine: copy.deepcopy(network) for engine in ENGINES}
+    networks = {engine: copy.deepcopy(network) for engine in ["camdistill", *given.engines]}
     for layers in (stages[-1:], stages):
         for classes in ([1], list(range(10))):
             calls = {
@@ -156,10 +160,10 @@ def measure(name: str, given: argparse.Namespace) -> None:
             }
             assert_same({engine: call() for engine, call in calls.items()}, size)
             peaks = {engine: peak_bytes(call, given.device) for engine, call in calls.items()}
-            taken: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+            taken: dict[str, list[float]] = {engine: [] for engine in networks}
             for _ in range(given.rounds):
                 for engine, call in calls.items():
-                    taken[engine].append(seconds(call, given.device))
+                    taken[engine].append(seconds(call, given))
             what = f"{'last stage' if len(layers) == 1 else f'{len(layers)} stages'}"
             job = f"{name}, {what}, {len(classes)} class{'es' if len(classes) > 1 else ''}"
             print(row(job, taken, peaks), flush=True)
@@ -168,11 +172,12 @@ def measure(name: str, given: argparse.Namespace) -> None:
 def row(job: str, taken: dict[str, list[float]], peaks: dict[str, int]) -> str:
     base = np.array(taken["camdistill"])
     cells = [job, f"{1e3 * np.median(base):.1f}"]
-    for engine in list(ENGINES)[1:]:
+    peers = list(taken)[1:]
+    for engine in peers:
         low, middle, high = np.percentile(np.array(taken[engine]) / base, [25, 50, 75])
         cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}]")
     cells.append(f"{peaks['camdistill'] / 1e6:.1f}")
-    cells += [f"{peaks[engine] / peaks['camdistill']:.2f}" for engine in list(ENGINES)[1:]]
+    cells += [f"{peaks[engine] / peaks['camdistill']:.2f}" for engine in peers]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -183,15 +188,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument(
+        "--engines", nargs="+", choices=list(ENGINES)[1:], default=list(ENGINES)[1:]
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     where = torch.cuda.get_device_name() if given.device == "cuda" else f"{given.threads} threads"
     print(
-        f"batch {given.batch}, {where}, torch {torch.__version__}, {given.rounds} rounds in turn; "
+        f"batch {given.batch}, {where}, torch {torch.__version__}, {given.rounds} rounds in turn, "
+        f"{given.clock} clock; "
         "times of the peers as multiples of ours, median and quartiles; so their memory\n"
     )
-    peers = list(ENGINES)[1:]
+    peers = given.engines
     print("| " + " | ".join(["", "ours, ms", *peers, "ours, MB", *peers]) + " |")
     print("|---" + "|---:" * (2 + 2 * len(peers)) + "|", flush=True)
     for name in given.networks:
