@@ -191,6 +191,17 @@ def test_heads_that_mix_images_are_refused_but_one_image_is_fine(small: Tensor, 
         assert grad_cam(network, small[:1], ["0"], 1)["0"].abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("layer", ["stage1", "stage3"])
+def test_scores_that_mix_images_are_refused(small: Tensor, layer: str) -> None:
+    network = student().double().eval()
+    grad_cam(network, small, [layer], TABLE)
+    grad_cam(network, small, [layer], score=lambda y: y[:, 1] - y[:, 2])
+    with pytest.raises(UserError, match="the score callable mixes the images of a batch"):
+        grad_cam(network, small, [layer], score=lambda y: y[:, 1] / y[:, 1].sum())
+    alone = grad_cam(network, small[:1], [layer], score=lambda y: y[:, 1] / y[:, 1].sum())
+    assert alone[layer].abs().max() < 1e-12  # the score is 1, whatever the image
+
+
 def test_what_mixes_images_before_the_layer_does_no_harm(small: Tensor) -> None:
     class Centred(nn.Module):
         def forward(self, values: Tensor) -> Tensor:

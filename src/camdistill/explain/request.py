@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from camdistill.errors import UserError
 from camdistill.explain.tokens import Kind, Layout
@@ -45,10 +46,34 @@ def score_columns(ask: Request, output: object, classes: Tensor) -> Float[Tensor
                 f"the score callable gave {gave} for {len(ask.images)} images: "
                 f"it must return one score an image, [{len(ask.images)}]"
             )
+        if ask.grad == "none" and len(ask.images) > 1:
+            _demand_own_outputs(ask.score, output)
         return wide(scores)[:, None]
     logits = wide(demand_logits(ask, output))
     values = logits.softmax(1) if ask.score == "probability" else logits
     return values.gather(1, columns(classes))
+
+
+def _demand_own_outputs(score: Callable[..., Tensor], output: object) -> None:
+    """Refuse a score that mixes images: the first one's depends on no other image's output."""
+    leaves, form = tree_flatten(output)
+    free = [
+        leaf.detach().requires_grad_()
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        else leaf
+        for leaf in leaves
+    ]
+    asked = [leaf for leaf in free if isinstance(leaf, Tensor) and leaf.requires_grad]
+    with torch.enable_grad():
+        scores = score(tree_unflatten(free, form))
+    if not asked or not scores.requires_grad:
+        return
+    for gradient in torch.autograd.grad(scores[0], asked, allow_unused=True):
+        if gradient is not None and bool(gradient[1:].nan_to_num().count_nonzero()):
+            raise UserError(
+                "the score callable mixes the images of a batch: let each image's score depend on "
+                "its own output alone, or give one image at a time"
+            )
 
 
 def columns(classes: Tensor) -> Tensor:
