@@ -41,7 +41,7 @@ def alphas_by_gradient(
         scores = score_columns(ask, output, classes) * scale
         if not scores.requires_grad:
             return None
-        behind = Behind(scores, [layer.source for layer in layers.values()])
+        behind = Behind(scores)
         places = [_place(name, layer, behind, verdicts) for name, layer in layers.items()]
         if ask.grad == "none" and not demand_separate(ask, scores, list(layers), places, verdicts):
             return None

@@ -6,7 +6,6 @@ edge of its output.
 
 import math
 from collections import defaultdict
-from collections.abc import Collection
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -45,16 +44,14 @@ PARAMETER = "torch::autograd::AccumulateGrad"
 
 
 class Behind:
-    """Everything between the scores and some layers.
+    """Everything that the scores were made of, back to where the graph begins.
 
     Args:
         scores: With a graph.
-        sources: The layers' edges, where the search ends.
     """
 
-    def __init__(self, scores: Tensor, sources: Collection[Edge]) -> None:
+    def __init__(self, scores: Tensor) -> None:
         self.users: dict[Edge, list[Node]] = defaultdict(list)
-        ends = {node for node, _ in sources}
         assert scores.grad_fn is not None, "scores have a graph"
         waiting, met = [scores.grad_fn], {scores.grad_fn}
         while waiting:
@@ -63,7 +60,7 @@ class Behind:
                 if behind is None:
                     continue
                 self.users[behind, number].append(node)
-                if behind not in met and behind not in ends:
+                if behind not in met:
                     met.add(behind)
                     waiting.append(behind)
         self.nodes = met
