@@ -16,6 +16,7 @@ from camdistill.distill.training import as_images
 from camdistill.report.results import read_results
 
 STUDENT = "runs/tiny/version_0/student.safetensors"
+LAYERS = ["", ":stage2", ":stage1"]
 QUICK = ["faithfulness_correlation", "insertion_blur", "gini"]
 
 
@@ -76,6 +77,42 @@ def test_stored_maps_and_callables_stand_beside_the_networks_own(folder: Path) -
     for metric in QUICK:
         assert rows["mine"][metric] == pytest.approx(rows["grad_cam"][metric], abs=1e-5)  # type: ignore[index]
     assert rows["own_maps.brightness"]["gini"] != rows["grad_cam"]["gini"]  # type: ignore[index]
+
+
+def test_another_students_file_and_a_methods_layer_are_explainers(folder: Path) -> None:
+    shutil.copy(STUDENT, "other.safetensors")
+    rows = evaluate(
+        checkpoint=Path(STUDENT),
+        data="images",
+        explainers=[
+            "student",
+            "other.safetensors",
+            "grad_cam:stage2",
+            "grad_cam",
+            "grad_cam:stage1",
+        ],
+        metrics=["gini"],
+        count=4,
+        out=Path("out"),
+    )["explainers"]
+    values = {name: row["gini"] for name, row in rows.items()}  # type: ignore[attr-defined]
+    assert values["other"] == values["student"]
+    assert values["grad_cam:stage2"] == values["grad_cam"] != values["grad_cam:stage1"]
+
+
+def test_networks_of_grey_images_are_evaluated(folder: Path) -> None:
+    Path("grey.py").write_text(
+        "import torch\n"
+        "def network():\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(),\n"
+        "        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        results = evaluate(
+            teacher="grey.network", data="images", metrics=QUICK, count=3, size=16, out=Path("out")
+        )
+    assert set(results["explainers"]) == {"grad_cam"}  # type: ignore[call-overload]
 
 
 def test_student_is_explained_with_the_teacher_beside_it(folder: Path) -> None:

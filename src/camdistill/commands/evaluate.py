@@ -65,10 +65,11 @@ def evaluate(
             the teacher's file is now.
         images: Image files or folders.
         data: In place of images: shapes, cifar10, cifar100, or an image folder; its test images.
-        explainers: What is compared: methods by name (grad_cam, hires_cam, occlusion, ...), student
-            (its Grad-CAM for the teacher's class; or teacher), package.module.function of (network,
-            images, classes), FILE.npz with an array `maps` of one map an image. Default: grad_cam,
-            and the student beside its teacher.
+        explainers: What is compared: methods by name, with a layer if wanted (grad_cam, occlusion,
+            layer_cam:layer2), student (its Grad-CAM for the teacher's class; or teacher), the
+            student in another FILE.safetensors, package.module.function of (network, images,
+            classes), FILE.npz with an array `maps` of one map an image. Default: grad_cam, and the
+            student beside its teacher.
         of: Whose decisions are explained: teacher or student.
         layer: Of the network that is explained. Default: the checkpoint's, or the last layer.
         metrics: Their names. Default: those that survived their own test.
@@ -89,8 +90,8 @@ def evaluate(
     networks.explained.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found = source_from(images, data, count=count, size=size or networks.size)
     looked_at = found.images.subset(np.sort(found.order))
-    subject = Subject(networks.explained, looked_at, found.shapes)
-    compared = explainers_of(explainers, networks, subject)
+    subject = Subject(networks.explained, looked_at, found.shapes, networks.channels)
+    compared = explainers_of(explainers, networks, subject, trust)
     chosen = _chosen(metrics, subject, meta)
     settings = {
         "checkpoint": networks.sha256,

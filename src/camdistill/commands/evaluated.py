@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.commands.networks import Shown
+from camdistill.distill.checkpoints import load
 from camdistill.errors import UserError, nearest
 from camdistill.explain.methods import METHODS, at_image
 from camdistill.networks.class_paths import resolve
@@ -33,6 +34,7 @@ class Networks:
         of: "teacher" or "student": what the explained network is.
         size: Side of the images that it was trained on, in pixels.
         sha256: Of the files that were read.
+        channels: Of the images that the networks take: 3, or 1 for their mean.
     """
 
     explained: Preprocessed
@@ -42,6 +44,7 @@ class Networks:
     of: str
     size: int
     sha256: dict[str, str | None]
+    channels: int = 3
 
 
 def networks_of(found: Shown, of: Literal["teacher", "student"], layer: str | None) -> Networks:
@@ -52,13 +55,16 @@ def networks_of(found: Shown, of: Literal["teacher", "student"], layer: str | No
         raise UserError("the teacher is missing: give --of student, or the teacher's --weights")
     told, student = found.pairs[-1] if found.pairs else (None, None)
     if found.student is None:
-        return Networks(found.teacher, layer, None, None, of, found.size, found.sha256)
+        size, sha256 = found.size, found.sha256
+        return Networks(found.teacher, layer, None, None, of, size, sha256, found.channels)
     both = [(found.teacher, told), (found.student, student)]
     (explained, own), (other, beside) = both if of == "teacher" else both[::-1]
     return Networks(explained, layer or own, other, beside, of, found.size, found.sha256)
 
 
-def explainers_of(words: Sequence[str], networks: Networks, subject: Subject) -> list[Explainer]:
+def explainers_of(
+    words: Sequence[str], networks: Networks, subject: Subject, trust: Sequence[str]
+) -> list[Explainer]:
     """The explainers that words name, each once."""
     beside = {"teacher": "student", "student": "teacher"}[networks.of]
     default = ["grad_cam"] if networks.other is None else ["grad_cam", beside]
@@ -66,32 +72,45 @@ def explainers_of(words: Sequence[str], networks: Networks, subject: Subject) ->
     for word in dict.fromkeys(words or default):
         if word == beside and networks.other is not None:
             found.append(_of_other(word, networks))
-        elif word in METHODS:
-            found.append(Explainer(word, at_image(word, networks.layer)))
+        elif word.partition(":")[0] in METHODS:
+            method, _, layer = word.partition(":")
+            found.append(Explainer(word, at_image(method, layer or networks.layer)))
         elif word.endswith(".npz"):
             found.append(_stored(Path(word), subject))
+        elif word.endswith((".safetensors", ".ckpt")):
+            found.append(_of_checkpoint(Path(word), trust))
         elif "." in word:
             found.append(Explainer(word, _callable(word)))
         else:
             known = [*METHODS, *([beside] if networks.other is not None else [])]
             raise UserError(
                 f"no explainer '{word}'; {nearest(word, known)}, or give package.module.function, "
-                "or FILE.npz"
+                "FILE.safetensors or FILE.npz"
             )
     return found
 
 
 def _of_other(name: str, networks: Networks) -> Explainer:
     """The map that the other network has for the class: whatever the explained one is."""
-    other, layer = networks.other, networks.other_layer
-    assert other is not None, "asked before"
+    assert networks.other is not None, "asked before"
+    return Explainer(name, _grad_cam_of(networks.other, networks.other_layer))
 
+
+def _of_checkpoint(path: Path, trust: Sequence[str]) -> Explainer:
+    """A student's map for the class, of another file: another seed's, another recipe's."""
+    found = load(path, trust=trust)
+    layer = found.pairs[-1][0] if found.pairs else None
+    return Explainer(path.stem, _grad_cam_of(found.network, layer), digest=found.sha256)
+
+
+def _grad_cam_of(other: nn.Module, layer: str | None) -> Explain:
+    """Its own Grad-CAM, whatever network is asked about."""
     show = at_image("grad_cam", layer)
 
     def explain(network: nn.Module, images: Images, classes: Labels) -> RawMaps:
         return show(other.to(images.device), images, classes)
 
-    return Explainer(name, explain)
+    return explain
 
 
 def _callable(path: str) -> Explain:

@@ -23,7 +23,7 @@ from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.panel import Scene, measure, scene
 from camdistill.report.results import write_atomically
 from camdistill.studies.values import CURVES, LADDER, ORACLE, Values, joined, save
-from camdistill.types import Explain, Images, Maps, Masks
+from camdistill.types import Explain, Images, Maps, Masks, Pixels
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Subject:
     network: nn.Module
     images: ImageSet
     shapes: Shapes | None = None
+    channels: int = 3
 
     @property
     def located(self) -> bool:
@@ -143,8 +144,15 @@ def pictures(evaluation: Evaluation, start: int) -> Images:
     """A batch's images in [0, 1], on the network's device."""
     rows = _positions(evaluation, start)
     parameter = next(evaluation.subject.network.parameters(), None)
-    images = as_images(evaluation.subject.images.batch(rows).pixels)
+    images = _as_taken(evaluation.subject, evaluation.subject.images.batch(rows).pixels)
     return images if parameter is None else images.to(parameter.device)
+
+
+def _as_taken(
+    subject: Subject, pixels: Pixels
+) -> Float[Tensor, "batch channels_taken height width"]:
+    images = as_images(pixels)
+    return images if subject.channels == 3 else images.mean(1, keepdim=True)
 
 
 def _positions(evaluation: Evaluation, start: int) -> NDArray[np.int64]:
@@ -232,7 +240,7 @@ def _ground_truth(
     ids = subject.images.ids[rows]
     distractors = subject.shapes.render(ids).masks["distractor"]
     empty = subject.shapes.render(ids, remove=("object", "second", "distractor"))
-    shown = as_images(torch.from_numpy(empty.pixels)).to(images.device)
+    shown = _as_taken(subject, torch.from_numpy(empty.pixels)).to(images.device)
     return masks, torch.from_numpy(distractors).to(images.device), shown
 
 
