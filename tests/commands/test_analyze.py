@@ -117,6 +117,7 @@ def test_layers_are_listed_without_any_images(tmp_path: Path, capsys) -> None:
         (["--teacher", "resnet20", "--data", "shapes", "--count", "0"], "count is 0"),
         (["--teacher", "resnet20", "--data", "shapes", "--cards", "-1"], "cards is -1"),
         (["--teacher", "resnet20", "--images", "nowhere"], "no file or folder 'nowhere'"),
+        (["--teacher", "vit_b_32", "--size", "64", "--data", "shapes"], "give another --size"),
     ],
 )
 def test_mistakes_are_one_line(given: list[str], told: str, tmp_path: Path, capsys) -> None:

@@ -54,7 +54,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opening:
         teacher = Teacher.of(CifarResNet(20, classes=8))
     networks = {"teacher": teacher, "student": student.eval()}
     folder = tmp_path_factory.mktemp("opened")
-    opening = Opening(networks, subject_of(), LayerReport(folder, tuple(networks)))
+    layers = ["relu", "layer1.2", "layer3.2", "stage?"]
+    opening = Opening(networks, subject_of(), LayerReport(folder, tuple(networks)), layers)
     opening.sweep()
     opening.filters()
     opening.through_depth(3)

@@ -23,5 +23,7 @@ def test_what_stands_out_is_on_the_page_of_a_report(tmp_path: Path, subject: Sub
         "teacher stage2: 2 of 12 units dead on 40 images (active in at most 7.5 % of images, "
         "95 % confidence): 3, 7"
     )
-    assert sentence in opening.found.findings
-    assert f"- {sentence}" in findings_page(opening.found)
+    (finding,) = [one for one in opening.found.findings if one.kind == "dead"]
+    assert finding.text == sentence
+    assert finding.units == (3, 7)
+    assert f"- **dead** — {sentence}" in findings_page(opening.found)

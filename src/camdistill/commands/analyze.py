@@ -170,6 +170,6 @@ def _tell(opening: Opening, out: Path) -> None:
         print(f"Partial report: {found.unfinished}.\n")
     if found.findings:
         print(f"What stands out ({found.sweep.images:,} images of {found.data}):")
-        print("\n".join(f"  {sentence}" for sentence in found.findings))
+        print("\n".join(f"  {one.text}" for one in found.findings))
     print(f"\n{out / 'report.md'} explains every card; pictures/ and results.json beside it")
     print(f"TensorBoard: camdistill report --run {out}")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from camdistill.layers.filters import FilterBank, WeightSummary
+from camdistill.layers.findings import Finding
 from camdistill.layers.portraits import Portrait
 from camdistill.layers.summary import Sweep
 from camdistill.layers.through_depth import ThroughDepth
@@ -16,7 +17,7 @@ class Analysis:
     Attributes:
         sweep: Of all images.
         classes: Names of the classes; empty when unknown.
-        findings: What stands out, in sentences, the most serious first.
+        findings: What stands out, the gravest first.
         filters: First filters, by network.
         weights: By network, then by layer.
         pictures: Single images at all layers.
@@ -28,7 +29,7 @@ class Analysis:
     sweep: Sweep
     data: str
     classes: tuple[str, ...] = ()
-    findings: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     filters: Mapping[str, FilterBank] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, WeightSummary]] = field(default_factory=dict)
     pictures: tuple[ThroughDepth, ...] = ()

@@ -56,7 +56,9 @@ def spatial(layers: Sequence[LayerSummary], most: int) -> list[str]:
     names = [layer.name for layer in layers if layer.shape[1] * layer.shape[2] > 1]
     if len(names) <= most:
         return names
-    return [names[round(place * (len(names) - 1) / max(most - 1, 1))] for place in range(most)]
+    if most == 1:
+        return names[-1:]
+    return [names[round(place * (len(names) - 1) / (most - 1))] for place in range(most)]
 
 
 def stage_ends(layers: Sequence[LayerSummary], most: int) -> list[str]:

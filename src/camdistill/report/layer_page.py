@@ -13,9 +13,9 @@ def findings_page(found: Analysis) -> str:
     """What stands out, the most serious first, and what the reader must know."""
     count = f"{found.sweep.images:,} images of {found.data}"
     lines = [f"## What stands out ({count})", ""]
-    lines += [f"- {sentence}" for sentence in found.findings] or [
-        "Nothing: no dead, duplicated or saturated units beyond what healthy networks have, and no"
-        " layer without its like in the other network."
+    lines += [f"- **{one.kind}** — {one.text}" for one in found.findings] or [
+        "Nothing: no value that is not finite, no dead, duplicated or saturated units beyond what"
+        " healthy networks have, no layer whose rank collapsed or that has no like in the teacher."
     ]
     if found.unfinished:
         lines += ["", f"**This report is partial: {found.unfinished}.**"]

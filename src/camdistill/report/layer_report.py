@@ -5,7 +5,8 @@ The parts are written as they are found, so that a report that was stopped holds
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from camdistill.layers.filters import (
     binned_weights,
     weight_rows,
 )
+from camdistill.layers.findings import Finding
 from camdistill.layers.histograms import octaves, quantile, rebinned
 from camdistill.layers.portraits import Portrait
 from camdistill.layers.profiles import profiles, rows_by_layer
@@ -142,9 +144,20 @@ class LayerReport:
                 shown = feature_picture(network, layer, picture, classes)
                 self.show(tags.feature_maps(layer), shown, network)
 
-    def portraits(self, network: str, layer: str, found: tuple[Portrait, ...]) -> None:
-        """Cards of units."""
-        self.show(tags.unit_cards(layer), unit_picture(found, {}), network)
+    def portraits(
+        self, network: str, layer: str, found: tuple[Portrait, ...], noted: Sequence[Finding] = ()
+    ) -> None:
+        """Cards of units, with what stands out of them."""
+        notes = {
+            one.unit: [
+                f"stands out: {finding.kind}"
+                for finding in noted
+                if (finding.network, finding.layer) == (network, layer)
+                and one.unit in finding.units
+            ]
+            for one in found
+        }
+        self.show(tags.unit_cards(layer), unit_picture(found, notes), network)
 
     def finish(
         self,
@@ -189,12 +202,11 @@ def front_page(folder: Path, base: str = "http://localhost:6006") -> str:
     ]
     # The teacher first, whatever the alphabet says.
     runs.sort(key=lambda run: run != "teacher")
-    two = len(runs) > 1
     return front_page_url(
         scalars=[tags.profile("active"), tags.profile("effective_rank")],
         pictures=[
             (tags.PROFILE_CHART, REPORT),
-            *([(tags.CKA_CHART, REPORT)] if two else []),
+            (tags.CKA_CHART, REPORT),
             (tags.RIDGE_CHART, REPORT),
             (tags.THROUGH_DEPTH, REPORT),
             *((tags.FIRST_SHAPE, run) for run in runs),
@@ -222,7 +234,7 @@ def analysis_results(found: Analysis) -> dict[str, object]:
         "used": dict(sweep.used),
         "notes": list(sweep.notes),
         "unfinished": found.unfinished,
-        "findings": list(found.findings),
+        "findings": [asdict(one) for one in found.findings],
         "networks": rows_by_layer(sweep),
         "weights": {network: weight_rows(rows) for network, rows in found.weights.items()},
     }

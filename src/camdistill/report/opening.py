@@ -23,6 +23,7 @@ from camdistill.layers.points import Layer
 from camdistill.layers.portraits import Portrait
 from camdistill.layers.sweep import LayerSweep
 from camdistill.layers.through_depth import spatial, stage_ends, through_depth
+from camdistill.networks.capture import undisturbed
 from camdistill.report.layer_report import LayerReport
 from camdistill.types import Images
 
@@ -95,6 +96,7 @@ class Opening:
             explained=min(EXPLAINED / count, 1.0),
         )
         example = self.subject.fetch(order[:BATCH])
+        self._demand_runs(example[:1])
         looking = LayerSweep(self.networks, example, layers=self.layers or None, options=options)
         self._demand_units(looking.plan.layers)
         stopped = ""
@@ -113,7 +115,7 @@ class Opening:
             sweep,
             self.subject.name,
             self.subject.classes,
-            findings=tuple(one.text for one in findings(sweep)),
+            findings=findings(sweep),
             unfinished=stopped,
         )
         self.report.sweep(self.found)
@@ -168,7 +170,7 @@ class Opening:
             for layer, found in close_up(
                 network, wanted[name], sample, how, chosen=self.units, on_step=step
             ):
-                self.report.portraits(name, layer, found)
+                self.report.portraits(name, layer, found, self._known.findings)
                 drawn[layer] = found
                 portraits = {**self._known.portraits, name: drawn}
                 self.found = replace(self._known, portraits=portraits)
@@ -182,6 +184,18 @@ class Opening:
     def _known(self) -> Analysis:
         assert self.found is not None, "swept first"
         return self.found
+
+    def _demand_runs(self, image: Images) -> None:
+        """Networks may have a size of their own, and many ways to say so."""
+        for name, network in self.networks.items():
+            try:
+                with undisturbed(network):
+                    network(image)
+            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+                raise UserError(
+                    f"the {name} can't run on an image of {'x'.join(map(str, image.shape[1:]))} "
+                    f"({str(error).splitlines()[0]}); give another --size"
+                ) from error
 
     def _demand_units(self, layers: Mapping[str, Sequence[Layer]]) -> None:
         """Before a long sweep, not after it."""
