@@ -16,6 +16,9 @@ from camdistill.explain.tokens import Layout, cells_of
 from camdistill.networks.capture import tensor, visiting
 from camdistill.types import Images
 
+# What a network may say to rows that don't fit each other, or whose number it knows better. If
+# something else is wrong, it is so for the whole network too, and says it then.
+UNFITTING = (RuntimeError, TypeError, ValueError, AssertionError, IndexError)
 Logits = Callable[..., Tensor] | None
 
 
@@ -67,7 +70,8 @@ def ablation_cam(
             asked, calls[name], layout, values.shape[1]
         )
         weights = torch.where(size > 0, drops / torch.where(size > 0, size, 1), 0)
-        rows = torch.bmm(weights.to(activations), activations.flatten(2))
+        with torch.autocast(images.device.type, enabled=False):
+            rows = torch.bmm(weights.to(activations), activations.flatten(2))
         maps[name] = asked.shaped(rows.view(*rows.shape[:2], *activations.shape[2:]))
     return maps
 
@@ -118,7 +122,7 @@ def _after_one_trunk(
         )
         try:
             scores = _scores(asked, one, classes, name, layout, numbers)
-        except (RuntimeError, UserError):  # rows that don't fit each other
+        except UNFITTING:
             return None
         if bool((scores[0] - truth).abs().max() > allowed):
             return None

@@ -105,7 +105,7 @@ def smooth_grad(
     def noisy(image: Tensor, step: Tensor) -> Images:
         return images[image] + spread[image] * drawn[step.cpu()].to(images)
 
-    weights = torch.full((samples,), 1 / samples)
+    weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
     return over_channels(_mean_gradient(ask, noisy, weights, memory), channels)
 
 
@@ -142,7 +142,8 @@ def integrated_gradients(
     ask = _with_classes(request(network, images, [], classes, score=score, logits=logits))
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     shares = torch.from_numpy((nodes + 1) / 2).to(images.device, wide(images).dtype)
-    start = torch.as_tensor(baseline).to(images).expand_as(images)
+    start = torch.as_tensor(baseline, dtype=images.dtype, device=images.device)
+    start = start.expand_as(images)
     path = images.detach() - start
 
     def between(image: Tensor, step: Tensor) -> Images:

@@ -36,13 +36,13 @@ def contrast(
     network: nn.Module,
     images: Images,
     layers: Sequence[str] | None = None,
-    classes: int | Sequence[int] | Labels | None = None,
-    against: int | Sequence[int] | Labels | None = None,
+    classes: Classes = None,
+    against: Classes = None,
     *,
     gamma: float | int = 1.0,
     layout: Layout = "auto",
     logits: Callable[..., Tensor] | None = None,
-) -> dict[str, Float[Tensor, "batch height width"]]:
+) -> dict[str, Float[Tensor, "batch rows columns"]]:
     """Why this class rather than that: Grad-CAM of S_c - gamma S_d.
 
     Grad-CAM is linear in the score, so this is raw_c - gamma raw_d (Prabhushankar et al. 2020,

@@ -40,11 +40,15 @@ class Footprint:
 
     def behind(self, layer: str) -> int:
         """Of the part of a forward that follows a layer; "" is the whole."""
-        names = [name for name, _ in self.outputs]
-        inside = [n for n, name in enumerate(names) if f"{name}.".startswith(f"{layer}.")]
-        start = max(inside[-1], 0) if layer and inside else 0
-        sizes = [self.image, *(size for _, size in self.outputs[start:])]
-        return ALIVE * max(sizes[1:] if layer and inside else sizes)
+        base, mark, number = layer.partition("#")
+        calls = [place for place, (name, _) in enumerate(self.outputs) if name == base]
+        if mark and int(number) < len(calls):
+            return ALIVE * max(size for _, size in self.outputs[calls[int(number)] :])
+        inside = [n for n, (name, _) in enumerate(self.outputs) if name.startswith(f"{base}.")]
+        inside = calls or inside
+        if not base or not inside:
+            return ALIVE * max([self.image, *(size for _, size in self.outputs)])
+        return ALIVE * max(size for _, size in self.outputs[inside[-1] :])
 
 
 def footprint(network: nn.Module, images: Images) -> Footprint:

@@ -64,14 +64,13 @@ class Pass:
     ) -> dict[str, Float[Tensor, "batch units height width"]] | None:
         """dS/dA of one column's scores by name; None if they don't depend on one of the layers."""
         names = tuple(self.edges) if names is None else names
-        with torch.enable_grad():
-            total = self.scores[:, column].sum()
-        found = torch.autograd.grad(
-            total,
-            [self.edges[name] for name in names],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        with torch.inference_mode(False), torch.enable_grad():
+            found = torch.autograd.grad(
+                self.scores[:, column].sum(),
+                [self.edges[name] for name in names],
+                retain_graph=True,
+                allow_unused=True,
+            )
         by_name = {}
         for name, gradient in zip(names, found, strict=True):
             if gradient is None:

@@ -78,7 +78,8 @@ def occlusion(
         for starts, side in ((tops, height), (lefts, width))
     )
     covering = rows.sum(0)[:, None] * columns.sum(0)
-    total = rows.T @ drops @ columns
+    with torch.autocast(images.device.type, enabled=False):
+        total = rows.T @ drops @ columns
     return asked.shaped(torch.where(covering > 0, total / covering.clamp(min=1), 0))
 
 
@@ -127,7 +128,8 @@ def rise(
     seen = asked.through(lambda _, number: drawn(number), masks, fill)
     total = seen.new_zeros(*seen.shape[:2], *size)
     for part in torch.split(torch.arange(masks, device=images.device), asked.at_once):
-        total += torch.einsum("bnm,mhw->bnhw", seen[..., part], drawn(part).to(seen.dtype))
+        with torch.autocast(images.device.type, enabled=False):
+            total += torch.einsum("bnm,mhw->bnhw", seen[..., part], drawn(part).to(seen.dtype))
     return asked.shaped(total / (masks * keep))
 
 
@@ -179,9 +181,9 @@ def score_cam(
         shown = torch.where(varies[:, None], seen, -torch.inf)
         # Where every unit is constant the softmax is of nothing.
         weights = shown.softmax(2).nan_to_num()
-        maps[name] = asked.shaped(
-            torch.einsum("bnk,bkhw->bnhw", weights.to(activations), activations)
-        )
+        with torch.autocast(images.device.type, enabled=False):
+            combined = torch.einsum("bnk,bkhw->bnhw", weights.to(activations), activations)
+        maps[name] = asked.shaped(combined)
     return maps
 
 

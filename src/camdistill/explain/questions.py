@@ -103,7 +103,7 @@ def questions(
     return Questions(ask, asked, torch.cat(scores), memory)
 
 
-def scores_of(ask: Request, images: Images, classes: Tensor) -> Float[Tensor, "batch asked"]:
+def scores_of(ask: Request, images: Images, classes: Tensor) -> Float[Tensor, "rows asked"]:
     """One forward's scores, in float32 at least.
 
     One image may stand for many rows of classes, if the network makes it many on its way.
