@@ -14,6 +14,8 @@ from camdistill import grad_cam, load
 from camdistill.cli import main
 from camdistill.commands.explain import explain
 from camdistill.data.decode import decode
+from camdistill.explain.methods import METHODS
+from camdistill.explain.methods import explainer as method_of
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.teachers import NetworkSpec, Teacher
 from camdistill.networks.weights import save_safetensors
@@ -170,3 +172,64 @@ def test_panel_is_a_picture_with_a_row_for_each_layer(folder: Path) -> None:
         assert one.width > one.height
         assert two.height > 1.5 * one.height
         assert np.asarray(one).std() > 10
+
+
+def test_methods_stand_side_by_side_with_their_raw_maps(folder: Path) -> None:
+    methods = ["layer_cam", "integrated_gradients", "grad_cam"]
+    results = explain(
+        checkpoint=Path(STUDENT), images=[Path("pictures")], method=methods, out=Path("out")
+    )
+    assert results["methods"] == methods
+    assert json.loads(Path("out/results.json").read_text())["methods"] == methods
+    files = {path.name for path in Path("out").iterdir()}
+    assert "001_grey.png" in files
+    assert "overview.png" not in files
+    explainer = load(STUDENT)
+    assert explainer.teacher is not None
+    own = explainer.teacher(image("grey.png")).argmax(1)
+    with np.load("out/001_grey.npz", allow_pickle=False) as maps:
+        for who, network in (("teacher", explainer.teacher), ("student", explainer.network)):
+            for method in methods:
+                layer = "input" if method == "integrated_gradients" else "stage2"
+                true = method_of(method)(network, image("grey.png"), ["stage2"], own)[layer][0]
+                close(maps[f"{who}/{layer}/c{own.item()}/{method}"], true)
+        assert len(maps.files) == 6
+    scores = results["images"]["grey.png"]["maps"]
+    assert set(scores) == {
+        f"layer_cam/stage2/c{own.item()}",
+        f"integrated_gradients/input/c{own.item()}",
+        f"grad_cam/stage2/c{own.item()}",
+    }
+
+
+def test_all_methods_leave_out_what_a_network_refuses(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = (
+        "explain --teacher small.network --weights teacher.safetensors --size 16 --out out "
+        "--images pictures/photo.jpg --layers stage1 stage2 --classes 1 4 --method all"
+    )
+    Path("small.py").write_text(
+        "from camdistill.networks.students import ShallowCNN\n"
+        "def network(): return ShallowCNN(6, (4, 6), (1, 2))\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        assert main(line.split()) == 0
+        told = capsys.readouterr().out
+        assert "cam is left out: CAM has no weights for layer 'stage1'" in told
+        results = json.loads(Path("out/results.json").read_text())
+        assert set(results["methods"]) == set(METHODS) - {"cam"}
+        with np.load("out/000_photo.npz", allow_pickle=False) as maps:
+            assert "teacher/stage1/1/hires_cam" in maps.files
+            assert "teacher/input/4/rise" in maps.files
+        assert main([*line.split()[:-1], "cam"]) == 2
+        assert "CAM has no weights" in capsys.readouterr().err
+        assert main([*line.split()[:-1], "layercam"]) == 2
+        assert "no method 'layercam'; nearest: 'layer_cam'" in capsys.readouterr().err
+        # One method at several layers goes through depth.
+        assert main([*line.split()[:-1], "grad_cam", "--out", "deep"]) == 0
+        with np.load("deep/000_photo.npz", allow_pickle=False) as maps:
+            assert set(maps.files) == {
+                f"teacher/stage{s}/{c}/grad_cam" for s in (1, 2) for c in (1, 4)
+            }

@@ -28,7 +28,7 @@ def resnet() -> nn.Module:
 
 @pytest.fixture
 def images(generator: torch.Generator) -> Tensor:
-    return torch.randn(3, 3, 64, 48, generator=generator, dtype=torch.float64)
+    return torch.randn(3, 3, 48, 40, generator=generator, dtype=torch.float64)
 
 
 class PreActivation(nn.Module):
@@ -122,6 +122,7 @@ def test_a_shared_relu_is_guided_at_each_call() -> None:
     torch.testing.assert_close(guided_gradient(Twice(), image, 0).flatten(), torch.tensor([4.0, 0]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Setting backward hooks")  # what captum says of itself
 @pytest.mark.parametrize(
     ("rule", "peer"), [("guided", "GuidedBackprop"), ("deconvnet", "Deconvolution")]
@@ -159,7 +160,7 @@ def test_guided_grad_cam_is_its_two_factors_and_captums(images: Tensor) -> None:
     guided = guided_gradient(network, images, [1, 2, 3])
     cams = grad_cam(network, images, layers, [1, 2, 3])
     for layer in layers:
-        grown = upsample(relu(cams[layer]), (64, 48))
+        grown = upsample(relu(cams[layer]), (48, 40))
         close(found[layer], (guided * grown[:, None]).sum(1), 1e-11)
     peer = attr.GuidedGradCam(network, network.layer4)
     theirs = peer.attribute(
@@ -168,10 +169,11 @@ def test_guided_grad_cam_is_its_two_factors_and_captums(images: Tensor) -> None:
     close(found["layer4"], theirs.sum(1).detach(), 1e-10)
 
 
+@pytest.mark.slow
 def test_a_batch_of_several_classes_equals_each_alone(images: Tensor) -> None:
     network, classes = resnet(), torch.tensor([[1, 5], [2, 0], [3, 3]])
     found = guided_gradient(network, images, classes)
-    assert found.shape == (3, 2, 3, 64, 48)
+    assert found.shape == (3, 2, 3, 48, 40)
     both = guided_grad_cam(network, images, ["layer3"], classes)["layer3"]
     for image in range(3):
         one = images[image : image + 1]

@@ -236,7 +236,13 @@ def test_ablation_cam_is_the_papers_at_both_stages(images: Tensor, memory: int) 
 
 @pytest.mark.parametrize(
     "layer",
-    ["layer2.0.conv1", "layer2.0.downsample", "layer2.1.bn2", "layer3", "layer3.1.relu#1"],
+    [
+        pytest.param("layer2.0.conv1", marks=pytest.mark.slow),
+        "layer2.0.downsample",
+        pytest.param("layer2.1.bn2", marks=pytest.mark.slow),
+        pytest.param("layer3", marks=pytest.mark.slow),
+        "layer3.1.relu#1",
+    ],
 )
 def test_ablation_cam_holds_beside_skips(layer: str, generator: torch.Generator) -> None:
     """What follows reads the skip too, which has one row where the trunk runs once."""
@@ -271,7 +277,6 @@ def test_ablation_cam_holds_beside_skips(layer: str, generator: torch.Generator)
         handle = module.register_forward_hook(off)
         weights[unit] = (score - network(images)[0, 2].detach()) / score.abs()
         handle.remove()
-    # The chosen units' weights, read back from the map by least squares over all units' maps.
     whole = ablation_weights(network, images, layer)
     close(whole[::37], weights[::37], 1e-9)
     close(found, (whole[:, None, None] * units[0].detach()).sum(0), 1e-11)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from camdistill.commands.methods import maps_by_method, method_scores, write_methods
 from camdistill.commands.networks import Shown, networks_from
-from camdistill.commands.sources import images_from
+from camdistill.commands.sources import ShownImages, images_from
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import Explanation, last_layer
 from camdistill.explain.gradcam import explain as explain_network
@@ -51,6 +52,7 @@ def explain(
     data: str | None = None,
     layers: list[str] = [],  # noqa: B006
     classes: list[str] = [],  # noqa: B006
+    method: list[str] = [],  # noqa: B006
     count: int = 16,
     size: int | None = None,
     out: Path = Path("runs/explain"),
@@ -59,6 +61,7 @@ def explain(
     """Explains images: an overview, a panel and the raw maps (.npz) of each, and results.json.
 
     With a checkpoint the student stands beside its teacher; maps are of the teacher's top class.
+    With --method a panel shows every method's map, or Grad-CAM's at many layers, and no overview.
 
     Args:
         checkpoint: A student (or classifier) of ours: .safetensors or .ckpt.
@@ -70,6 +73,8 @@ def explain(
         layers: Layers to show, the student's and the teacher's joined by a colon: stage3:layer2; of
             a network alone its layers. Default: the pairs of the checkpoint, or the last layer.
         classes: Classes to show, by name or number. Default: the teacher's top class.
+        method: Methods to show side by side, such as grad_cam layer_cam rise, or all. Default:
+            grad_cam, with the student's difference from the teacher.
         count: At most so many images, spread evenly.
         size: Side in pixels that images are scaled and cut to. Default: the training images'.
         out: Folder for the results.
@@ -83,13 +88,14 @@ def explain(
     names = shown.classes or (found.classes if fitting else ())
     chosen = [_class_number(name, names) for name in classes]
     told, own = _explanations(shown, found.images, chosen)
+    if method:
+        return _by_method(shown, found, told, own, names, method, out)
     rows: dict[str, dict[str, object]] = {}
     overview: list[Row] = []
     for index, name in enumerate(found.names):
         pairs = list(_pairs_of_image(index, shown, told, own, names))
         said = _said(index, told, own, names, shown.first)
-        stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).with_suffix("").as_posix())
-        path = out / f"{index:03d}_{stem[-60:]}"
+        path = _path(out, index, name)
         panel = _write_image(path, name, found.images[index].numpy(), pairs, said, shown.first)
         overview.append(panel[0]._replace(caption=[Path(name).name[-20:], *panel[0].caption[1:]]))
         maps = {f"{pair.place}/{pair.class_name}": pair.scores for pair in pairs if pair.scores}
@@ -101,6 +107,55 @@ def explain(
     print(text_table({name: _flat(row) for name, row in rows.items()}, corner="image"))
     print(f"\n{out / 'overview.png'} shows all; panels, raw maps (.npz), results.json beside it")
     return results
+
+
+def _by_method(
+    shown: Shown,
+    images: ShownImages,
+    told: Explanation,
+    own: Explanation | None,
+    names: Sequence[str],
+    methods: Sequence[str],
+    out: Path,
+) -> dict[str, object]:
+    """Panels, raw maps and results of several methods."""
+    maps = maps_by_method(shown, images.images, told.classes, methods)
+    rows: dict[str, dict[str, object]] = {}
+    alike: dict[str, list[float]] = {}
+    for index, name in enumerate(images.names):
+        said = _said(index, told, own, names, shown.first)
+        path, title = _path(out, index, name), f"{name}   {_heading(said)}"
+        image = images.images[index].numpy()
+        panel = write_methods(path, title, image, maps, index, names, shown.first)
+        save_png(path.with_name(f"{path.name}.png"), panel)
+        scores = method_scores(maps, index, names)
+        for key, one in scores.items():
+            alike.setdefault(key.rpartition("/")[0], []).append(one["pearson"])
+        rows[name] = {**said, **({"maps": scores} if scores else {})}
+    results: dict[str, object] = {
+        "n": len(rows),
+        "methods": list(dict.fromkeys(method for method, _, _ in maps.pairs)),
+        "refused": maps.refused,
+        "images": rows,
+    }
+    write_results(out / "results.json", results, sha256=shown.sha256)
+    if alike:
+        means = {key: {"Pearson": float(np.nanmean(one))} for key, one in alike.items()}
+        print(text_table({key: {**row, "n": len(alike[key])} for key, row in means.items()}))
+    for name, reason in maps.refused.items():
+        print(f"{name} is left out: {reason}")
+    print(f"\n{out} has a panel of each image, raw maps (.npz), results.json")
+    return results
+
+
+def _path(out: Path, index: int, name: str) -> Path:
+    """Where an image's files go, without their endings."""
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).with_suffix("").as_posix())
+    return out / f"{index:03d}_{stem[-60:]}"
+
+
+def _heading(said: dict[str, object]) -> str:
+    return "   ".join(f"{who}: {_flat({who: what})[who]}" for who, what in said.items())
 
 
 def _pairs(shown: Shown, layers: Sequence[str], image: Images) -> list[tuple[str, str]]:
@@ -207,8 +262,7 @@ def _write_image(
         arrays[f"{first}/{pair.layers[0]}/{pair.class_name}"] = pair.teacher
         if pair.student is not None:
             arrays[f"student/{pair.layers[1]}/{pair.class_name}"] = pair.student
-    told = "   ".join(f"{who}: {_flat({who: what})[who]}" for who, what in said.items())
-    panel = map_panel(rows, title=f"{name}   {told}", first=first)
+    panel = map_panel(rows, title=f"{name}   {_heading(said)}", first=first)
     save_png(path.with_name(f"{path.name}.png"), panel)
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
