@@ -412,8 +412,11 @@ def test_neither_chunks_nor_the_batch_nor_other_classes_change_a_map(
 def test_a_scores_name_or_callable_means_the_same(images: Tensor, method: str) -> None:
     named = asked(method, small(), images, 2, score="probability")
     called = asked(method, small(), images, None, score=lambda y: y.softmax(1)[:, 2])
-    for first, second in zip(named, called, strict=True):
+    with torch.inference_mode():
+        inside = asked(method, small(), images.clone(), None, score=lambda y: y.softmax(1)[:, 2])
+    for first, second, third in zip(named, called, inside, strict=True):
         close(second, first, 1e-9)
+        close(third.clone(), first, 1e-9)
 
 
 @pytest.mark.parametrize("method", ASKING)

@@ -65,10 +65,10 @@ def _demand_own_outputs(score: Callable[..., Tensor], output: object) -> None:
     ]
     asked = [leaf for leaf in free if isinstance(leaf, Tensor) and leaf.requires_grad]
     with torch.enable_grad():
-        scores = score(tree_unflatten(free, form))
-    if not asked or not scores.requires_grad:
+        first = score(tree_unflatten(free, form))[0]
+    if not asked or not first.requires_grad:
         return
-    for gradient in torch.autograd.grad(scores[0], asked, allow_unused=True):
+    for gradient in torch.autograd.grad(first, asked, allow_unused=True):
         if gradient is not None and bool(gradient[1:].nan_to_num().count_nonzero()):
             raise UserError(
                 "the score callable mixes the images of a batch: let each image's score depend on "
