@@ -127,3 +127,38 @@ def test_layers_that_are_no_grid_are_refused_by_name_and_shape() -> None:
         cells_of("a", torch.zeros(2, 8, 4, 4), (32, 32), "tokens")
     with pytest.raises(UserError, match=r"gives \[2, 17, 24\], as cells \[2, 24\], which has no"):
         grad_cam(network, pixels(), ["encoder.layers.encoder_layer_1"], layout=lambda t: t.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer", "prefixes"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 64, "depth": 2}, "blocks.1.norm1", 1),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 2}, "blocks.1.norm1", 2),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 2}, "blocks.1.norm1", 5),
+        (
+            "vit_tiny_patch16_224",
+            {"img_size": 64, "depth": 2, "global_pool": "avg", "class_token": False},
+            "blocks",
+            0,
+        ),
+    ],
+)
+def test_timms_transformers_need_no_layer_and_no_layout(
+    name: str, options: dict[str, object], layer: str, prefixes: int
+) -> None:
+    timm = pytest.importorskip("timm")
+    network = seeded(lambda: timm.create_model(name, num_classes=5, **options)).double().eval()
+    for module in network.modules():  # its heads are 0 or nearly so at first
+        if isinstance(module, nn.Linear) and module.out_features == 5:
+            nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
+    side = int(options["img_size"])
+    images = pixels(side, side)
+
+    def cells(tokens: Tensor) -> Tensor:
+        return tokens[:, prefixes:].transpose(1, 2).unflatten(2, (4, 4))
+
+    true = reference(network, images, [layer], CLASSES, cells=cells)[layer]
+    for _ in range(2):
+        found = grad_cam(network, images, classes=CLASSES)
+        assert list(found) == [layer]
+        close(found[layer], true, 1e-10)
