@@ -13,6 +13,7 @@ from torch import Tensor
 from camdistill import grad_cam, load
 from camdistill.cli import main
 from camdistill.commands.explain import explain
+from camdistill.commands.networks import networks_from
 from camdistill.data.decode import decode
 from camdistill.explain.methods import METHODS
 from camdistill.explain.methods import explainer as method_of
@@ -233,3 +234,8 @@ def test_all_methods_leave_out_what_a_network_refuses(
             assert set(maps.files) == {
                 f"teacher/stage{s}/{c}/grad_cam" for s in (1, 2) for c in (1, 4)
             }
+
+
+def test_a_classifier_of_small_images_is_shown_small_images() -> None:
+    shipped = Path(__file__).parents[2] / "checkpoints" / "shapes-resnet20.safetensors"
+    assert networks_from(shipped, None, None, []).size == 32

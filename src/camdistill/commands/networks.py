@@ -53,7 +53,7 @@ def networks_from(
             "--weights (a network alone)"
         )
     alone = Teacher(NetworkSpec(teacher, weights))
-    size = 32 if isinstance(alone.network, CifarResNet | WideResNet) else 224
+    size = _usual_size(alone)
     channels, sha256 = _channels(alone.network), {"teacher": alone.sha256}
     if channels == 1:
         # The spec has three numbers, of red, green and blue.
@@ -75,7 +75,7 @@ def _channels(network: nn.Module) -> int:
 
 
 def _of_checkpoint(found: Explainer) -> Shown:
-    size = int(found.settings.get("size", [224])[0])
+    size = int(found.settings.get("size", [_usual_size(found.network)])[0])
     sha256: dict[str, str | None] = {"checkpoint": found.sha256}
     if found.teacher is None:
         if found.teacher_missing:
@@ -85,3 +85,7 @@ def _of_checkpoint(found: Explainer) -> Shown:
     pairs = [(teacher, student) for student, teacher, _ in found.pairs]
     sha256["teacher"] = found.teacher.sha256
     return Shown(found.teacher, found.network, pairs, found.classes, size, sha256)
+
+
+def _usual_size(network: Preprocessed) -> int:
+    return 32 if isinstance(network.network, CifarResNet | WideResNet) else 224
