@@ -114,6 +114,17 @@ def test_mistakes_are_one_line_and_exit_with_2(
     assert says in error
 
 
+def test_an_interrupted_study_says_how_to_go_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("camdistill.commands.rank.ranked", interrupted)
+    assert main(["rank", "-c", "tiny.yaml", "--out", "out"]) == 130
+    assert "start the same command again" in capsys.readouterr().err
+
+
 def test_help_is_short_and_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rank", "--help"]) == 0
     told = capsys.readouterr().out

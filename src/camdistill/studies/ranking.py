@@ -250,12 +250,14 @@ def _mixing_gate(
     if len(steps) < 3:
         return Gate(name, None, "needs the control 'shuffled' and mixtures (shares)")
     boot, arms = bootstrap(found, condition), [arm.name for arm in steps.values()]
-    falls = [boot.gain(after, before) for before, after in pairwise(arms)]
-    holds = boot.gain(arms[-1], arms[0]).mean > 0 and all(fall.high >= 0 for fall in falls)
+    rises = [boot.gain(after, before) for before, after in [*pairwise(arms), (arms[0], arms[-1])]]
+    holds = all(rise.high >= 0 for rise in rises)
     means = agreements(found, condition, steps)
     levels = ", ".join(f"{share:g}: {mean:.3f}" for share, mean in zip(steps, means, strict=True))
     rho = ladder_correlation(list(steps), means)
-    return Gate(name, holds, f"agreement by share {levels}; Spearman {rho:.2f}; no step may fall")
+    return Gate(
+        name, holds, f"agreement by share {levels}; Spearman {rho:.2f}; none may fall for sure"
+    )
 
 
 def _self_gate(method: str, boot: Bootstrap) -> Gate:

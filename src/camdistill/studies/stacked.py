@@ -97,7 +97,7 @@ class Students:
         if self.count == 1:
             return dict(own)
         whole = self._parameters | self._buffers
-        return {name: whole[name][number] for name in own}
+        return {name: whole[name][number].detach() for name in own}
 
     def train(self, mode: bool) -> None:
         """Whether batch normalisation takes the batch's statistics and notes them."""
