@@ -130,3 +130,10 @@ def test_rebinning_on_our_own_edges_changes_nothing(generator: torch.Generator) 
     torch.testing.assert_close(rebinned(histogram, edges()), histogram.counts.double())
     limits = torch.linspace(-5, 5, 21)
     assert float(rebinned(histogram, limits).sum()) == pytest.approx(300)
+
+
+def test_rebinned_zeros_are_in_the_bin_that_numpy_puts_them_in() -> None:
+    histogram = told(torch.zeros(7))
+    for limits in ([-1.0, 0.0, 1.0], [-2.0, -1.0, 0.0], [0.0, 2.0], [1.0, 2.0], [-2.0, -1.0]):
+        expected = np.histogram(np.zeros(7), limits)[0]
+        assert rebinned(histogram, limits).tolist() == expected.tolist()

@@ -140,16 +140,19 @@ def rebinned(
 ) -> Float[Tensor, "wanted"]:
     """Counts in other bins, each of ours spread evenly over its width; zeros stay whole."""
     wanted = torch.as_tensor(limits, dtype=torch.float64)
-    own = edges()
-    lows, highs = own[:-1].clone(), own[1:].clone()
-    used = histogram.counts.nonzero().flatten()
-    lows, highs, counts = lows[used], highs[used], histogram.counts[used].double()
+    own, used = edges(), histogram.counts.nonzero().flatten()
+    lows, highs, counts = own[used], own[used + 1], histogram.counts[used].double()
     overlap = (
         torch.minimum(highs[:, None], wanted[1:]) - torch.maximum(lows[:, None], wanted[:-1])
     ).clamp_min(0)
     shares = overlap / (highs - lows)[:, None]
     at_zero = used == SIDE
-    shares[at_zero] = ((wanted[:-1] <= 0) & (wanted[1:] > 0)).double()
+    shares[at_zero] = 0
+    place = int(torch.searchsorted(wanted, 0.0, right=True)) - 1
+    # As NumPy has it: the last bin holds its upper edge too.
+    place -= place == shares.shape[1] and float(wanted[-1]) == 0
+    if 0 <= place < shares.shape[1]:
+        shares[at_zero, place] = 1
     return counts @ shares
 
 
