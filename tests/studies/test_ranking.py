@@ -22,6 +22,7 @@ from camdistill.studies.ranking import (
     ladder_correlation,
     mixtures,
     orders_agree,
+    pairs,
     table,
 )
 from camdistill.studies.ranking_report import (
@@ -118,6 +119,17 @@ def test_specific_gain_is_over_own_controls_and_those_of_no_method(found: Found)
     assert fair.specific.mean == pytest.approx(0.08, abs=0.02)
 
 
+def test_methods_are_told_apart_where_they_differ(found: Found) -> None:
+    known = pairs(found, ("tiny", 400))
+    assert [(one.better, one.worse) for one in known] == [
+        ("good", "fair"), ("good", "useless"), ("fair", "useless"),
+    ]  # fmt: skip
+    assert all(one.gain.mean > 0 and one.p_holm < 0.05 for one in known)
+    assert min(one.p_holm for one in known) == pytest.approx(3 * min(one.gain.p for one in known))
+    alike = pairs(found_with({}), ("tiny", 400))
+    assert all(one.p_holm > 0.05 for one in alike)
+
+
 def test_gates_hold_where_they_should(found: Found) -> None:
     known = gates(found, ("tiny", 100))
     assert [gate.holds for gate in known] == [True, True, True, True]
@@ -174,6 +186,7 @@ def test_report_says_everything_and_can_be_read_back(found: Found, tmp_path: Pat
     text = f"{gate_text(found)}\n{ranking_text(found, leaks)}"
     assert text.count("holds") == 8
     assert "FAILS" not in text
+    assert "Told apart, of 3 pairs of methods (p < 0.05, Holm): good > fair; good > useless" in text
     for part in ("tiny n=100", "wide n=400", "good mixed 0.25", "Kendall's tau", "Spearman of"):
         assert part in text
     assert "Beta at the edge of what was tried: none (1), random (1)" in text

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +102,31 @@ def table(found: Found, condition: Condition) -> dict[str, Row]:
     corrected = holm({arm.name: gains[arm.name].p for arm in methods})
     order = sorted(rows, key=lambda arm: (not arm.of_method, -rows[arm].agreement.mean))
     return {arm.name: replace(rows[arm], p_holm=corrected.get(arm.name)) for arm in order}
+
+
+class Pair(NamedTuple):
+    """Two methods of one condition, the better one first.
+
+    Attributes:
+        better: Its name.
+        worse: The other's.
+        gain: Of the better over the worse.
+        p_holm: Corrected for the number of pairs.
+    """
+
+    better: str
+    worse: str
+    gain: Gain
+    p_holm: float
+
+
+def pairs(found: Found, condition: Condition) -> list[Pair]:
+    """Every two methods against each other: whether the data tell them apart."""
+    boot = bootstrap(found, condition)
+    names = [name for name, row in table(found, condition).items() if row.p_holm is not None]
+    gains = {two: boot.gain(*two) for two in combinations(names, 2)}
+    corrected = holm({" ".join(two): one.p for two, one in gains.items()})
+    return [Pair(*two, one, corrected[" ".join(two)]) for two, one in gains.items()]
 
 
 def gates(found: Found, condition: Condition) -> list[Gate]:

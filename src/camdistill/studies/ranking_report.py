@@ -12,6 +12,7 @@ from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.studies.classroom import Arm
 from camdistill.studies.leakage import Leak
 from camdistill.studies.ranking import (
+    LEVEL,
     Condition,
     Gate,
     Row,
@@ -22,6 +23,7 @@ from camdistill.studies.ranking import (
     ladder_correlation,
     mixtures,
     orders_agree,
+    pairs,
     table,
 )
 from camdistill.studies.simulatability import Found
@@ -46,6 +48,7 @@ def ranking_text(found: Found, leaks: Mapping[str, Leak]) -> str:
         rows = table(found, condition)
         cells = {name: _cells(row, leaks.get(name)) for name, row in rows.items()}
         parts.append(text_table(cells, corner=_named(condition)))
+        parts.append(_told_apart(found, condition))
     parts.append(_across(found))
     return "\n\n".join(part for part in parts if part)
 
@@ -65,6 +68,12 @@ def results(
                 for n in study.n
             }
             for family in study.students
+        },
+        "pairs": {
+            _named(condition): [
+                {**one._asdict(), "gain": one.gain._asdict()} for one in pairs(found, condition)
+            ]
+            for condition in conditions(found)
         },
         "gates": {
             _named(condition): [gate._asdict() for gate in gates(found, condition)]
@@ -120,6 +129,15 @@ def log_scalars(found: Found, folder: Path) -> Path:
             logger.log_metrics(values, n)
         logger.finalize("success")
     return folder / RUNS
+
+
+def _told_apart(found: Found, condition: Condition) -> str:
+    known = pairs(found, condition)
+    if not known:
+        return ""
+    apart = [f"{one.better} > {one.worse}" for one in known if one.p_holm < LEVEL]
+    said = "; ".join(apart) or "none"
+    return f"Told apart, of {len(known)} pairs of methods (p < {LEVEL}, Holm): {said}"
 
 
 def _across(found: Found) -> str:
