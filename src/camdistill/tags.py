@@ -233,7 +233,9 @@ WEIGHTS_CHART = _tag(
 )
 THROUGH_DEPTH = _tag(
     f"{MAPS}/through_depth",
-    "Maps of one image at all layers of all networks; the bar is the map's maximum in logits."
+    "Maps of one image at all layers of all networks, all of the first network's top class; the bar"
+    " is the map's maximum in logits. Grad-CAM weighs a unit by its mean gradient, which says"
+    " little at early layers; LayerCAM weighs each cell by its own."
     " Step: number of the image.",
 )
 

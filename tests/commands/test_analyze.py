@@ -99,6 +99,22 @@ def test_layers_are_listed_without_any_images(tmp_path: Path, capsys) -> None:
     assert re.search(r"layer3\.2 +64 +8x8 +yes", told)
 
 
+def test_stopped_early_leaves_a_report_of_what_was_done(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("camdistill.report.opening.Opening.through_depth", stopped)
+    given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(tmp_path / "out")]
+    assert main(["analyze", *given, *QUICK, "--layers", "layer3"]) == 0
+    assert "Partial report: stopped during the maps through depth" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["unfinished"] == "stopped during the maps through depth"
+    assert results["weights"]["teacher"]
+    assert not results["units"]
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -4,6 +4,7 @@ from torch import nn
 
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
+from camdistill.explain.variants import layer_cam
 from camdistill.layers.contributions import contributions
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
@@ -19,6 +20,17 @@ def test_grad_cam_in_logits_is_the_map_times_its_cells(generator: torch.Generato
         cells = maps[layer][0].numel()
         expected = maps[layer].float() * cells
         assert torch.allclose(found[layer].grad_cam, expected, atol=1e-4), layer
+
+
+def test_layer_cam_in_logits_is_the_published_map_times_its_cells(
+    generator: torch.Generator,
+) -> None:
+    network = CifarResNet(20, classes=4).double().eval().requires_grad_(False)
+    images = torch.rand(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    _, classes, found = contributions(network, images, ["layer2"])
+    (published,) = layer_cam(network, images, ["layer2"], classes).values()
+    expected = published.float() * published[0].numel()
+    assert torch.allclose(found["layer2"].layer_cam, expected, atol=1e-4)
 
 
 def test_bias_free_relu_network_gives_its_logit_at_every_layer(generator: torch.Generator) -> None:

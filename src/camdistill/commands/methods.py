@@ -123,12 +123,10 @@ def write_methods(
     write_atomically(path.with_name(f"{path.name}.npz"), content.getvalue())
     if {method for method, _, _ in maps.pairs} == {"grad_cam"} and len(maps.pairs) > 1:
         deep = {
-            f"{name}, Grad-CAM": [
-                LayerMap(one.layer, one.values * one.values.size) for one in block
-            ]
+            name: [LayerMap(one.layer, one.values * one.values.size) for one in block]
             for name, block in blocks.items()
         }
-        return depth_panel(image, deep, title=title)
+        return depth_panel(image, {"Grad-CAM": deep}, title=title)
     return method_panel(image, blocks, title=title)
 
 

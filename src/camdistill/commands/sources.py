@@ -78,7 +78,7 @@ def source_from(
         raise UserError(f"count is {count}; give 1 or more images")
     if data is not None:
         images, shapes = _test_set(data, size)
-        name = f"{data} (test)"
+        name = f"{Path(data).name} (test)"
     else:
         files = [file for path in paths for file in _files(path)]
         files = [files[place] for place in _spread(len(files), count)]

@@ -12,7 +12,7 @@ from camdistill.layers.histograms import octaves
 from camdistill.layers.portraits import Portrait
 from camdistill.layers.profiles import profiles
 from camdistill.layers.summary import Histogram
-from camdistill.layers.through_depth import LayerView, ThroughDepth
+from camdistill.layers.through_depth import ThroughDepth
 from camdistill.report.figures.depth import (
     LogHistogram,
     Profile,
@@ -178,23 +178,21 @@ def depth_picture(picture: ThroughDepth, classes: Sequence[str]) -> Picture:
         for network, (top, likely) in picture.tops.items()
     ]
     explained = _class(picture.explained, classes)
-    rows = {}
-    for network, layers in picture.views.items():
-        rows[f"{network}, Grad-CAM"] = _maps(layers, "grad_cam")
-        rows[f"{network}, LayerCAM"] = _maps(layers, "layer_cam")
     return depth_panel(
         picture.image.float().numpy(),
-        rows,
+        {
+            "Grad-CAM": {
+                network: [LayerMap(name, view.grad_cam.numpy()) for name, view in layers.items()]
+                for network, layers in picture.views.items()
+            },
+            "LayerCAM": {
+                network: [LayerMap(name, view.layer_cam.numpy()) for name, view in layers.items()]
+                for network, layers in picture.views.items()
+            },
+        },
         title=f"{picture.name}: why {explained}? ({first}'s class)",
         lines=["   ".join(told)],
     )
-
-
-def _maps(layers: Mapping[str, LayerView], method: str) -> list[LayerMap]:
-    return [
-        LayerMap(name, (view.grad_cam if method == "grad_cam" else view.layer_cam).numpy())
-        for name, view in layers.items()
-    ]
 
 
 def feature_picture(

@@ -46,17 +46,29 @@ def test_depth_panel_has_bars_in_proportion_to_the_maxima() -> None:
         "teacher": [LayerMap("a", np.eye(4) * 4.0), LayerMap("b", np.eye(2) * 2.0)],
         "student": [LayerMap("c", np.full((2, 2), -1.0)), LayerMap("d", np.full((2, 2), np.nan))],
     }
-    picture = depth_panel(image, maps, title="t", size=80)
+    picture = depth_panel(image, {"Grad-CAM": maps}, title="t", size=80)
     bar = np.array([59, 82, 139])
     rows = [int((np.abs(line.astype(int) - bar).max(-1) < 3).sum()) for line in picture]
     assert max(rows) == 80 + 40, "the larger map's bar is a tile long, the other half of it"
     assert (picture == [255, 0, 255]).all(-1).sum() > 1000, "a map that is not a number is magenta"
 
 
+def test_methods_have_scales_of_their_own() -> None:
+    image = np.full((3, 8, 8), 0.5)
+    maps = {
+        method: {"teacher": [LayerMap("a", np.eye(4) * peak)]}
+        for method, peak in (("Grad-CAM", 1.0), ("LayerCAM", 1000.0))
+    }
+    picture = depth_panel(image, maps, title="t", size=80)
+    bar = np.array([59, 82, 139])
+    rows = [int((np.abs(line.astype(int) - bar).max(-1) < 3).sum()) for line in picture]
+    assert sum(row == 80 for row in rows) == 10, "two bars of a tile's length, 5 pixels high"
+
+
 def test_depth_panel_wraps_deep_networks_and_refuses_none() -> None:
     image = np.zeros((1, 4, 4))
     layers = [LayerMap(f"block{n}", np.ones((2, 2))) for n in range(23)]
-    wide = depth_panel(image, {"teacher": layers}).shape
+    wide = depth_panel(image, {"Grad-CAM": {"teacher": layers}}).shape
     assert wide[1] < 1200
     with pytest.raises(ValueError, match="at least one layer"):
-        depth_panel(image, {"teacher": []})
+        depth_panel(image, {"Grad-CAM": {"teacher": []}})

@@ -38,32 +38,37 @@ class LayerMap(NamedTuple):
 
 def depth_panel(
     image: Float[np.ndarray, "channels height width"],
-    maps: Mapping[str, Sequence[LayerMap]],
+    maps: Mapping[str, Mapping[str, Sequence[LayerMap]]],
     *,
     title: str = "",
     lines: Sequence[str] = (),
     size: int = 84,
 ) -> Picture:
-    """Maps through depth: one row a network and method, the first layer left.
+    """Maps through depth: one row a method and network, the first layer left.
 
     Colours are shares of each map's own maximum, so that every map can be read; the bar below it is
-    that maximum on one scale for the whole page, with the number.
+    that maximum, with the number, on one scale for all layers and networks of a method.
 
     Args:
         image: In [0, 1].
-        maps: By what they are ("teacher, Grad-CAM").
+        maps: By method, then by network.
         title: In bold on top.
         lines: Words under it: classes, what stands out.
         size: Longest side of a tile.
     """
+    peaks = {
+        method: max((_peak(one.values) for layers in of.values() for one in layers), default=0.0)
+        for method, of in maps.items()
+    }
     rows = [
-        (name if not start else "", layers[start : start + ACROSS])
-        for name, layers in maps.items()
+        (f"{network}, {method}" if not start else "", peaks[method], layers[start : start + ACROSS])
+        for method, of in maps.items()
+        for network, layers in of.items()
         for start in range(0, len(layers), ACROSS)
     ]
     if not rows:
         raise ValueError("a panel needs at least one layer")
-    across = max(len(layers) for _, layers in rows)
+    across = max(len(layers) for _, _, layers in rows)
     height, width = image.shape[1:]
     factor = size / max(height, width)
     tall, wide = (max(round(length * factor), 1) for length in (height, width))
@@ -71,7 +76,7 @@ def depth_panel(
     step = max(wide, 80) + GAP
     top = MARGIN + LINE + 2 + LINE * len(lines) + GAP
     left = MARGIN + wide + 2 * GAP
-    heads = LINE * len(maps)
+    heads = LINE * sum(bool(name) for name, _, _ in rows)
     words = max([7 * len(title), *(6 * len(line) for line in lines), 0]) + 2 * MARGIN
     sheet = Sheet(
         max(left + across * step + MARGIN, words),
@@ -80,11 +85,10 @@ def depth_panel(
     sheet.write(MARGIN, MARGIN, title, bold=True, points=9.5)
     for number, line in enumerate(lines):
         sheet.write(MARGIN, MARGIN + LINE + 2 + number * LINE, line, colour="0.35")
-    peak = max((_peak(one.values) for layers in maps.values() for one in layers), default=0.0)
     y = top
     sheet.paste(MARGIN, y + 2 * LINE, as_bytes(enlarged(image, tall, wide)))
     sheet.write(MARGIN, y + 2 * LINE + tall + 1, "image", colour="0.35", points=7.0)
-    for name, layers in rows:
+    for name, peak, layers in rows:
         if name:
             sheet.write(left, y, name, bold=True)
             y += LINE
@@ -94,7 +98,7 @@ def depth_panel(
     share = ("0", "map / its own maximum", "1")
     sheet.bar(left, y + 2, min(3 * step, across * step - GAP), SEQUENTIAL, share)
     sheet.write(
-        left + 3 * step + 2 * GAP, y, "bar below a map: its maximum, one scale for all (logits)",
+        left + 3 * step + 2 * GAP, y, "bar below a map: its maximum in logits, one scale a method",
         colour="0.35", points=7.5,
     )  # fmt: skip
     return sheet.picture()
