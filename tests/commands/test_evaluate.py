@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from camdistill import grad_cam, load
@@ -13,6 +14,7 @@ from camdistill.cli import main
 from camdistill.commands.evaluate import evaluate
 from camdistill.commands.sources import source_from
 from camdistill.distill.training import as_images
+from camdistill.errors import UserError
 from camdistill.report.results import read_results
 
 STUDENT = "runs/tiny/version_0/student.safetensors"
@@ -159,6 +161,9 @@ def test_meta_puts_the_metrics_to_the_test_on_shapes(
         ("--explainers none.npz", "no file 'none.npz'"),
         ("--explainers nowhere.maps", "can't import 'nowhere.maps'"),
         ("--of techer", "of is 'techer'; it takes 'teacher', 'student'"),
+        ("--device gpu", "device is 'gpu'"),
+        ("--layer layer9", "no layer 'layer9'"),
+        ("--explainers own.txt", "can't import 'own.txt'"),
         ("--batch 0", "batch is 0; give 1 or more"),
         ("--count 0", "count is 0; give 1 or more"),
     ],
@@ -171,6 +176,12 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(folder: Path) -> None:
+    with pytest.raises(UserError, match="torch finds no GPU"):
+        evaluate(checkpoint=Path(STUDENT), data="images", device="cuda", out=Path("out"))
 
 
 def test_stored_maps_of_other_images_are_told(

@@ -49,7 +49,7 @@ def evaluate(
     size: int | None = None,
     batch: int = 64,
     seed: int = 0,
-    device: str | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
     out: Path = Path("runs/evaluate"),
     trust: list[str] = [],  # noqa: B006
 ) -> dict[str, object]:
@@ -87,7 +87,7 @@ def evaluate(
     if batch < 1:
         raise UserError(f"batch is {batch}; give 1 or more images")
     networks = networks_of(networks_from(checkpoint, teacher, weights, trust), of, layer)
-    networks.explained.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    networks.explained.to(_device(device))
     found = source_from(images, data, count=count, size=size or networks.size)
     looked_at = found.images.subset(np.sort(found.order))
     subject = Subject(networks.explained, looked_at, found.shapes, networks.channels)
@@ -122,6 +122,12 @@ def evaluate(
     print(f"{out / 'results.json'}, values.npz and pictures beside it")
     print(f"TensorBoard: tensorboard --logdir {out}")
     return results
+
+
+def _device(name: Literal["cpu", "cuda"] | None) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but torch finds no GPU: leave out --device, or give cpu")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _fingerprint(images: ImageSet) -> str:
