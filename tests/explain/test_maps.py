@@ -23,6 +23,15 @@ def test_normalisations_equal_their_formulas(maps: torch.Tensor) -> None:
     np.testing.assert_allclose(normalise(maps, "max"), values / largest, rtol=1e-12)
 
 
+def test_an_epsilon_is_added_to_the_range_as_peers_do(maps: torch.Tensor) -> None:
+    values = maps.numpy()
+    low, high = values.min((1, 2), keepdims=True), values.max((1, 2), keepdims=True)
+    expected = (values - low) / (high - low + 0.5)
+    np.testing.assert_allclose(normalise(maps, epsilon=0.5), expected, rtol=1e-12)
+    blank = torch.zeros(1, 2, 2, dtype=torch.float16)
+    assert torch.equal(normalise(blank, epsilon=1e-8), blank)  # where 1e-8 is 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["minmax", "max"])
 def test_a_blank_map_stays_zero_in_every_precision(dtype: torch.dtype, kind) -> None:

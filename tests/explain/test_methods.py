@@ -9,9 +9,14 @@ from cam_oracles import close, seeded, state_of, untouched
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
+from camdistill.explain.ablation import ablation_cam
+from camdistill.explain.attribution import gradient, integrated_gradients
 from camdistill.explain.gradcam import grad_cam
+from camdistill.explain.guided import guided_backprop, guided_grad_cam
 from camdistill.explain.maps import upsample
 from camdistill.explain.methods import AT_PIXELS, INPUT, METHODS, at_image, explainer
+from camdistill.explain.perturbation import occlusion, score_cam
+from camdistill.explain.variants import cam, eigen_cam, hires_cam
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 
@@ -238,3 +243,27 @@ def test_metrics_may_ask_at_the_images_resolution(images: Tensor) -> None:
 def test_a_name_that_isnt_there_has_its_nearest() -> None:
     with pytest.raises(UserError, match=r"no method 'gradcam'; nearest: 'grad_cam'"):
         explainer("gradcam")
+
+
+def test_networks_that_give_more_than_logits_are_explained(images: Tensor) -> None:
+    class Tells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small()
+            self.stage1, self.stage2 = self.inner.stage1, self.inner.stage2
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.inner(images), "images": images}
+
+    def logits(output: dict[str, Tensor]) -> Tensor:
+        return output["logits"]
+
+    network, own = Tells(), small()
+    for method in (hires_cam, eigen_cam, score_cam, ablation_cam, guided_grad_cam, cam):
+        true = method(own, images, ["stage2"], CLASSES)["stage2"]
+        close(method(network, images, ["stage2"], CLASSES, logits=logits)["stage2"], true, 1e-5)
+    for method in (gradient, integrated_gradients, occlusion, guided_backprop):
+        true = method(own, images, CLASSES)
+        close(method(network, images, CLASSES, logits=logits), true, 1e-5)
+        with pytest.raises(UserError, match="gives a dict, not logits"):
+            method(network, images, CLASSES)

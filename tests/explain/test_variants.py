@@ -11,6 +11,7 @@ from cam_oracles import close, out_of_place, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from camdistill.errors import UserError
 from camdistill.explain import variants
@@ -366,3 +367,24 @@ def test_torchcams_plus_plus_is_another_formula() -> None:
     weight = 1 / 12 + 2 / 22 + 2 / 22
     ours = variants.grad_cam_plus_plus(network, IMAGE, ["units"], 0)["units"]
     torch.testing.assert_close(ours, weight * IMAGE[0])
+
+
+def test_all_stages_cost_a_forward_and_the_way_back_to_the_first(images: Tensor) -> None:
+    """No gradient of a weight, and none before the first stage: 1.7 forwards, frozen or not."""
+    for frozen in (False, True):
+        network = resnet().requires_grad_(not frozen)
+        variants.hires_cam(network, images, STAGES, 1)  # what is learnt of a network once
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            network(images)
+        with FlopCounterMode(display=False) as whole:
+            variants.hires_cam(network, images, STAGES, 1)
+        behind = [network.layer2, network.layer3, network.layer4, network.fc]
+        kept: list[Tensor] = []
+        handle = network.layer1.register_forward_hook(lambda _, __, out, k=kept: k.append(out))
+        network(images)
+        handle.remove()
+        with FlopCounterMode(display=False) as later, torch.no_grad():
+            hidden = behind[2](behind[1](behind[0](kept[0])))
+            behind[3](hidden.mean((2, 3)))
+        # Backward to the inputs of convolutions has the multiplications of their forward.
+        assert whole.get_total_flops() == forward.get_total_flops() + later.get_total_flops()

@@ -160,8 +160,9 @@ def _gradients(ask: Request) -> tuple[Attributions, Tensor]:
     """dS/dx of every class asked for, and the classes."""
     done = pixel_pass(ask)
     found = []
-    for column in range(done.scores.shape[1]):
-        gradients = done.gradients(column)
+    count = done.scores.shape[1]
+    for column in range(count):
+        gradients = done.gradients(column, last=column + 1 == count)
         if gradients is None:
             raise unreachable(ask)
         found.append(gradients[PIXELS])

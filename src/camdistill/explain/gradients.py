@@ -60,15 +60,22 @@ class Pass:
         return wide(self.layers[name].activations.detach())
 
     def gradients(
-        self, column: int, names: Sequence[str] | None = None
+        self, column: int, names: Sequence[str] | None = None, *, last: bool = False
     ) -> dict[str, Float[Tensor, "batch units height width"]] | None:
-        """dS/dA of one column's scores by name; None if they don't depend on one of the layers."""
+        """dS/dA of one column's scores by name; None if they don't depend on one of the layers.
+
+        Args:
+            column: Which.
+            names: Of all edges, or of these.
+            last: Whether nothing more will be asked: then what the graph keeps is let go on the
+                way.
+        """
         names = tuple(self.edges) if names is None else names
         with torch.inference_mode(False), torch.enable_grad():
             found = torch.autograd.grad(
                 self.scores[:, column].sum(),
                 [self.edges[name] for name in names],
-                retain_graph=True,
+                retain_graph=not last,
                 allow_unused=True,
             )
         by_name = {}
@@ -193,8 +200,9 @@ def _maps(ask: Request, formula: Formula, record: bool) -> dict[str, Tensor] | N
     parts: dict[str, list[Tensor]] = {name: [] for name in ask.names}
     activations = {name: done.activations(name) for name in ask.names}
     with torch.no_grad(), torch.autocast(ask.images.device.type, enabled=False):
-        for column in range(done.scores.shape[1]):
-            gradients = done.gradients(column)
+        count = done.scores.shape[1]
+        for column in range(count):
+            gradients = done.gradients(column, last=column + 1 == count)
             if gradients is None:
                 return None
             for name in ask.names:
