@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.closed_form import TOLERANCE
-from camdistill.explain.footprint import MEMORY, footprint
+from camdistill.explain.footprint import footprint
 from camdistill.explain.gradcam import explain, last_layer
 from camdistill.explain.questions import Questions, questions, scores_of
 from camdistill.explain.request import Classes, Score, wide
@@ -32,7 +32,7 @@ def ablation_cam(
     score: Score = "logit",
     layout: Layout = "auto",
     logits: Logits = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
     """Ablation-CAM: sum_k w_k A_kij, w_k = (S - S_k) / |S| with S_k the score without unit k.
 
@@ -50,7 +50,8 @@ def ablation_cam(
         score: Likewise.
         layout: Likewise; but no callable, as units must be found in the output.
         logits: Likewise.
-        memory: Bytes that one forward may take, about.
+        memory: Bytes that one forward may take, about; None is 32 MiB on
+            a CPU, 512 MiB elsewhere.
     """
     if callable(layout):
         raise UserError(
@@ -111,12 +112,12 @@ def _after_one_trunk(
     What follows the layer may read something from before it, that has one row: sums of the two are
     right, concatenations fail. So each forward has the whole image too, whose score is known.
     """
-    room = asked.memory // footprint(asked.ask.network, asked.ask.images).behind(name)
+    rows = asked.memory // footprint(asked.ask.network, asked.ask.images).behind(name)
     one = asked.ask.images[image : image + 1]
     truth = asked.scores[image]
     allowed = TOLERANCE.get(one.dtype, 0.0) * (1 + truth.abs().max())
     found = []
-    for numbers in torch.split(torch.arange(units, device=one.device), max(1, int(room) - 1)):
+    for numbers in torch.split(torch.arange(units, device=one.device), max(1, rows - 1)):
         classes = asked.classes[image : image + 1].expand(
             len(numbers) + 1, *asked.classes.shape[1:]
         )

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.footprint import MEMORY, footprint
+from camdistill.explain.footprint import footprint, room
 from camdistill.explain.gradients import PIXELS, pixel_pass, request, stacked, unreachable
 from camdistill.explain.request import Classes, Request, Score, wide
 from camdistill.types import Images
@@ -79,7 +79,7 @@ def smooth_grad(
     channels: Channels = "max_abs",
     score: Score = "logit",
     logits: Logits = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> PixelMaps:
     """The mean gradient of noisy copies: Smilkov et al. 2017, https://arxiv.org/abs/1706.03825.
 
@@ -94,7 +94,8 @@ def smooth_grad(
         channels: How the mean gradient becomes a map.
         score: Likewise.
         logits: Likewise.
-        memory: Bytes that one forward and backward may take, about.
+        memory: Bytes that one forward and backward may take, about; None is 32 MiB on
+            a CPU, 512 MiB elsewhere.
     """
     _demand_count("samples", samples)
     ask = _with_classes(request(network, images, [], classes, score=score, logits=logits))
@@ -119,7 +120,7 @@ def integrated_gradients(
     channels: Channels = "sum",
     score: Score = "logit",
     logits: Logits = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> PixelMaps:
     """(x - x') times the mean gradient between a baseline x' and x.
 
@@ -136,7 +137,8 @@ def integrated_gradients(
         channels: How the attributions become a map; only "sum" is complete.
         score: Likewise.
         logits: Likewise.
-        memory: Bytes that one forward and backward may take, about.
+        memory: Bytes that one forward and backward may take, about; None is 32 MiB on
+            a CPU, 512 MiB elsewhere.
     """
     _demand_count("steps", steps)
     ask = _with_classes(request(network, images, [], classes, score=score, logits=logits))
@@ -173,7 +175,7 @@ def _mean_gradient(
     ask: Request,
     changed: Callable[[Tensor, Tensor], Images],
     weights: Tensor,
-    memory: int,
+    memory: int | None,
 ) -> Attributions:
     """The weighted sum of gradients at changed images, in chunks of a stated size.
 
@@ -184,7 +186,7 @@ def _mean_gradient(
         memory: Bytes for one chunk.
     """
     images, steps = ask.images, len(weights)
-    count = max(1, memory // footprint(ask.network, images).with_graph)
+    count = max(1, room(images, memory) // footprint(ask.network, images).with_graph)
     weights = weights.to(images.device, wide(images).dtype)
     pairs = torch.arange(len(images) * steps, device=images.device)
     total: Tensor | None = None

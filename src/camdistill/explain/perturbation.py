@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.footprint import MEMORY
 from camdistill.explain.gradcam import explain
 from camdistill.explain.maps import normalise, upsample
 from camdistill.explain.questions import Fill, questions
@@ -35,7 +34,7 @@ def occlusion(
     fill: Fill = "zero",
     score: Score = "logit",
     logits: Logits = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> PixelMaps:
     """How much the score falls when a square covers a pixel; the mean over all squares that do.
 
@@ -52,7 +51,8 @@ def occlusion(
         fill: What covers. The paper's is grey, 0 after normalisation.
         score: Likewise.
         logits: Likewise.
-        memory: Bytes that one forward may take, about.
+        memory: Bytes that one forward may take, about; None is 32 MiB on
+            a CPU, 512 MiB elsewhere.
     """
     height, width = images.shape[-2:]
     patch = max(min(height, width) // 8, 1) if patch is None else patch
@@ -96,7 +96,7 @@ def rise(
     fill: Fill = "zero",
     score: Score = "probability",
     logits: Logits = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> PixelMaps:
     """RISE: sum_m S(x through M_m) M_m / (N keep), over random masks M.
 
@@ -115,7 +115,8 @@ def rise(
         fill: What shows where a mask is 0.
         score: Likewise.
         logits: Likewise.
-        memory: Bytes that one forward may take, about.
+        memory: Bytes that one forward may take, about; None is 32 MiB on
+            a CPU, 512 MiB elsewhere.
     """
     if masks < 1 or cells < 1 or not 0 < keep < 1:
         raise UserError(
@@ -144,7 +145,7 @@ def score_cam(
     score: Score = "logit",
     layout: Layout = "auto",
     logits: Logits = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
     """Score-CAM: sum_k w_k A_kij, w = softmax over k of S(x times unit k's enlarged map in [0, 1]).
 
@@ -163,7 +164,8 @@ def score_cam(
         score: Likewise.
         layout: Likewise.
         logits: Likewise.
-        memory: Bytes that one forward may take, about.
+        memory: Bytes that one forward may take, about; None is 32 MiB on
+            a CPU, 512 MiB elsewhere.
     """
     found = explain(network, images, layers, score=score, layout=layout, logits=logits, maps=False)
     asked = questions(network, images, classes, score=score, logits=logits, memory=memory)

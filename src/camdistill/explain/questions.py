@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from camdistill.explain.footprint import footprint
+from camdistill.explain.footprint import footprint, room
 from camdistill.explain.gradients import request
 from camdistill.explain.recording import recordable
 from camdistill.explain.request import (
@@ -78,7 +78,7 @@ def questions(
     *,
     score: Score,
     logits: Callable[..., Tensor] | None,
-    memory: int,
+    memory: int | None,
 ) -> Questions:
     """Fixes the classes by one forward of the unchanged images; call it without a graph.
 
@@ -88,6 +88,7 @@ def questions(
     demand_settled(network)
     ask = request(network, images, [], classes, score=score, logits=logits)
     ask = replace(ask, network=plain(network), images=recordable(images))
+    memory = room(images, memory)
     count = max(1, memory // footprint(network, images).without_graph)
     parts = [ask.network(part) for part in torch.split(ask.images, count)]
     taken = [part if logits is None else logits(part) for part in parts]
