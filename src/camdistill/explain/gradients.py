@@ -16,7 +16,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from camdistill.errors import UserError
 from camdistill.explain.alphas import HALF_SCALE, demand_separate
 from camdistill.explain.closed_form import Verdicts
-from camdistill.explain.gradcam import intact, last_layer
+from camdistill.explain.engine import intact
+from camdistill.explain.gradcam import last_layer
 from camdistill.explain.recording import Seen, recordable, recorded_forward
 from camdistill.explain.request import (
     Classes,
