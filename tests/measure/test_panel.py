@@ -117,6 +117,27 @@ def test_a_broken_map_is_a_failure_by_every_metric_and_touches_no_other(
         torch.testing.assert_close(found[name][kept], whole[name][kept])
 
 
+def test_maps_that_break_while_a_gate_asks_are_failures_of_that_gate(
+    network: Counting, pictures: Tensor
+) -> None:
+    names = ("gini", "max_sensitivity", "random_logit")
+    asked = scene(network, pictures, names, "0")
+    maps = cam(network, pictures, asked.classes)
+    calls = []
+
+    def breaking(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+        found = cam(network, images, classes)
+        calls.append(1)
+        if len(calls) == 4:  # a nearby image of the third picture
+            found[2, 0, 0] = torch.inf
+        return found
+
+    found = measure(asked, maps, names, breaking).values
+    assert found["max_sensitivity"].isnan().tolist() == [False, False, True, False]
+    assert not found["gini"].isnan().any()
+    assert not found["random_logit"].isnan().any()
+
+
 def test_unknown_metrics_are_told_with_the_nearest() -> None:
     demand_metrics(ALL)
     with pytest.raises(ValueError, match="no metric 'insertion_blurr'; nearest: 'insertion_blur'"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from camdistill.explain.maps import relu
@@ -142,17 +142,33 @@ def measure(
     """
     sound = torch.isfinite(maps).flatten(1).all(1)
     usable = torch.where(sound[:, None, None], maps, 0)
-    shot = _Shot(scene, usable, ranks(usable, scene.generator("ties")), explain, {})
+    broken = torch.zeros_like(sound)
+    live = None if explain is None else _watched(explain, broken)
+    shot = _Shot(scene, usable, ranks(usable, scene.generator("ties")), live, {})
     values: dict[str, PerImage] = {}
     for family in dict.fromkeys(METRICS[name].family for name in metrics):
         if _possible(family, shot):
-            values |= _computed(family, shot)
+            broken.zero_()
+            computed = _computed(family, shot)
+            values |= {n: torch.where(broken, torch.nan, one) for n, one in computed.items()}
     kept = {
         name: torch.where(sound, values[name].float(), torch.nan)
         for name in metrics
         if name in values
     }
     return Measured(kept, shot.curves)
+
+
+def _watched(explain: Explain, broken: Bool[Tensor, "batch"]) -> Explain:
+    """An explainer whose broken maps are noted, in place, where a metric asks for more maps."""
+
+    def watched(network: nn.Module, images: Images, classes: Labels) -> Maps:
+        maps = explain(network, images, classes)
+        sound = torch.isfinite(maps).flatten(1).all(1)
+        broken.logical_or_(~sound)
+        return torch.where(sound[:, None, None], maps, 0)
+
+    return watched
 
 
 def _possible(family: str, shot: _Shot) -> bool:
