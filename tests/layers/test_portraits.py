@@ -150,11 +150,23 @@ def test_pictures_through_depth_are_of_the_first_networks_class(network, images,
         assert torch.allclose(view.features, activations[list(view.units)], atol=1e-6)
 
 
+def test_feature_maps_of_chosen_units_in_their_order(network, images) -> None:
+    (found,) = through_depth(
+        {"student": network}, images[:1], ["a"], {"student": ["stage1"]}, units={"stage1": [2, 0]}
+    )
+    view = found.views["student"]["stage1"]
+    with torch.no_grad():
+        activations = network.stage1(images[:1])[0]
+    assert view.units == (2, 0)
+    assert torch.allclose(view.features, activations[[2, 0]], atol=1e-6)
+
+
 def test_layers_are_spread_over_depth_and_stages_end_at_each_resolution(swept) -> None:
     layers = swept.networks["student"]
     assert spatial(layers, 2) == ["stage1", "stage3"]
     assert spatial(layers, 9) == ["stage1", "stage2", "stage3"]
     assert spatial(layers, 1) == ["stage3"]
+    assert spatial(layers, 1, {"stage2", "elsewhere"}) == ["stage2", "stage3"]
     again = (
         *layers,
         replace(layers[2], name="stage4"),

@@ -1,8 +1,9 @@
 """One image at all layers of all networks: maps and feature maps of the first network's class."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ class LayerView:
     Attributes:
         grad_cam: Raw, in logits.
         layer_cam: Likewise.
-        units: Those with the largest alpha, the largest first.
+        units: Those chosen, or those with the largest alpha, the largest first.
         alphas: Theirs.
         features: Their activations.
     """
@@ -51,14 +52,20 @@ class ThroughDepth:
     views: Mapping[str, Mapping[str, LayerView]]
 
 
-def spatial(layers: Sequence[LayerSummary], most: int) -> list[str]:
-    """Names of layers with more than one cell, evenly spread over depth, the last among them."""
+def spatial(layers: Sequence[LayerSummary], most: int, wanted: Collection[str] = ()) -> list[str]:
+    """Names of layers with more than one cell, evenly spread over depth, the last among them.
+
+    Args:
+        layers: Of one network, in the order of depth.
+        most: At most so many.
+        wanted: Shown in any case, besides.
+    """
     names = [layer.name for layer in layers if layer.shape[1] * layer.shape[2] > 1]
-    if len(names) <= most:
+    if most >= len(names):
         return names
-    if most == 1:
-        return names[-1:]
-    return [names[round(place * (len(names) - 1) / (most - 1))] for place in range(most)]
+    places = {round(place * (len(names) - 1) / max(most - 1, 1)) for place in range(most)}
+    chosen = {names[place] for place in places} if most > 1 else {names[-1]}
+    return [name for name in names if name in chosen or name in wanted]
 
 
 def stage_ends(layers: Sequence[LayerSummary], most: int) -> list[str]:
@@ -77,6 +84,7 @@ def through_depth(
     layers: Mapping[str, Sequence[str]],
     *,
     features: int = 16,
+    units: Mapping[str, Sequence[int]] | None = None,
 ) -> list[ThroughDepth]:
     """Maps of some images at the chosen layers of all networks.
 
@@ -86,6 +94,7 @@ def through_depth(
         names: What the images are called.
         layers: By network.
         features: Feature maps kept of a layer.
+        units: Of which units, by layer; of other layers those with the largest alpha.
     """
     found: list[ThroughDepth] = []
     for start in range(0, len(images), CHUNK):
@@ -103,13 +112,15 @@ def through_depth(
                 # Once for all images, not once an image.
                 maps, cams, alphas = one.grad_cam, one.layer_cam, one.alphas
                 for row in range(len(part)):
-                    units = one.strongest(row, features)
+                    shown = one.strongest(row, features)
+                    if layer in (units or {}):
+                        shown = torch.tensor(list((units or {})[layer]))
                     views[network][row][layer] = LayerView(
                         maps[row],
                         cams[row],
-                        tuple(units.tolist()),
-                        tuple(alphas[row, units].tolist()),
-                        one.activations[row, units],
+                        tuple(shown.tolist()),
+                        tuple(alphas[row, shown].tolist()),
+                        one.activations[row, shown],
                     )
         assert classes is not None, "there is at least one network"
         for row, image in enumerate(part):

@@ -212,8 +212,8 @@ def feature_picture(
         tiles,
         title=f"{network} {layer}: feature maps of {picture.name}",
         lines=[
-            f"the units that weigh most for {_class(picture.explained, classes)}; {rows}x{columns}",
-            "below: unit, and the logit's change if it were 1 everywhere",
+            f"for {_class(picture.explained, classes)}; {rows}x{columns} cells",
+            "below: unit, and the logit's change if it grew by 1 everywhere (to first order)",
         ],
         bar=Bar(SEQUENTIAL, ("0", "activation / its own maximum", "1")),
     )

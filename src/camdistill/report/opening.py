@@ -138,9 +138,11 @@ class Opening:
             return
         sweep = self._known.sweep
         numbers = np.sort(self.subject.order[:count])
-        layers = {name: spatial(sweep.networks[name], ACROSS) for name in self.networks}
+        layers = {name: spatial(sweep.networks[name], ACROSS, self.units) for name in self.networks}
         names = [str(self.subject.images.names[number]) for number in numbers.tolist()]
-        shown = through_depth(self.networks, self.subject.fetch(numbers), names, layers)
+        shown = through_depth(
+            self.networks, self.subject.fetch(numbers), names, layers, units=self.units
+        )
         for number, picture in enumerate(shown):
             self.report.picture(number, picture, self.subject.classes)
             self.on_step("maps", number + 1, len(shown))
