@@ -1,6 +1,10 @@
 """`rank` from the command line: it runs, says what it found, and every mistake in one line."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +127,33 @@ def test_an_interrupted_study_says_how_to_go_on(
     monkeypatch.setattr("camdistill.commands.rank.ranked", interrupted)
     assert main(["rank", "-c", "tiny.yaml", "--out", "out"]) == 130
     assert "start the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_outright_goes_on(folder: Path) -> None:
+    path, command = folder / "out/runs.jsonl", ["rank", "-c", "tiny.yaml", "--out", "out"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "camdistill", *command, "--workers", "1", "--recipe.steps", "60"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        until = time.monotonic() + 300
+        while not (path.is_file() and path.read_bytes().count(b"\n") >= 2):
+            assert running.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        running.kill()
+        running.wait()
+    done = path.read_bytes()
+    kept = done[: done.rindex(b"\n") + 1]
+    assert main([*command, "--recipe.steps", "60"]) == 0
+    after = path.read_bytes()
+    assert after.startswith(kept)
+    assert len({json.loads(line)["key"] for line in after.splitlines()}) == 2 * 5
+    assert len(after.splitlines()) == 2 * 5
 
 
 def test_help_is_short_and_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
