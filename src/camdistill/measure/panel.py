@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -257,14 +258,6 @@ def _localisation(shot: _Shot) -> dict[str, PerImage]:
     }
 
 
-def _max_sensitivity(shot: _Shot) -> PerImage:
-    return _robust(robustness.max_sensitivity, shot)
-
-
-def _local_lipschitz(shot: _Shot) -> PerImage:
-    return _robust(robustness.local_lipschitz, shot)
-
-
 def _robust(metric: Callable[..., PerImage], shot: _Shot) -> PerImage:
     given = shot.scene
     nearby = given.generator("nearby")
@@ -298,8 +291,8 @@ def _smooth_randomisation(shot: _Shot) -> PerImage:
 
 
 _GATES: dict[str, Callable[[_Shot], PerImage]] = {
-    "max_sensitivity": _max_sensitivity,
-    "local_lipschitz": _local_lipschitz,
+    "max_sensitivity": partial(_robust, robustness.max_sensitivity),
+    "local_lipschitz": partial(_robust, robustness.local_lipschitz),
     "random_logit": _random_logit,
     "randomisation": _randomisation,
     "smooth_randomisation": _smooth_randomisation,
