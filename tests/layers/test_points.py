@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import mobilenet_v2, resnet18, vgg11
+from torchvision.models import efficientnet_b0, mobilenet_v2, resnet18, vgg11
 from torchvision.models.feature_extraction import get_graph_node_names
 
 from camdistill.errors import UserError
@@ -65,6 +65,13 @@ def test_blocks_without_a_relu_at_the_end_are_read_themselves() -> None:
     assert not block.activated
     assert block.key == "features.3#0"
     assert layers[0].bound == 6
+
+
+def test_gates_inside_blocks_are_no_blocks() -> None:
+    found = names(efficientnet_b0(weights=None))
+    assert found[:3] == ["features.0.2", "features.1.0", "features.2.0"]
+    assert found[-1] == "features.8.2"
+    assert len(found) == 18
 
 
 def test_a_network_without_blocks_and_relu_modules_is_read_at_its_convolutions() -> None:

@@ -2,7 +2,7 @@
 
 By default these are the network's blocks and the non-linearities outside them: a residual
 network's stem and residual blocks, the stages of a student, each ReLU of a VGG. A block is a
-module of its own class that holds convolutions and no other such block.
+module of its own class that holds convolutions larger than 1x1 and no other such block.
 """
 
 from collections import Counter
@@ -67,11 +67,12 @@ class _Event:
     version: int
     activation: "_Event | None" = None
 
-    @property
-    def block(self) -> bool:
-        container = not isinstance(self.module, nn.Sequential)
-        return container and any(
-            isinstance(part, CONVOLUTIONS) for part in self.module.modules() if part != self.module
+    def block(self, *, sees_neighbours: bool) -> bool:
+        """Whether the module is of its own class and convolves, with kernels larger than 1."""
+        return not isinstance(self.module, nn.Sequential) and any(
+            isinstance(part, CONVOLUTIONS) and (max(part.kernel_size) > 1 or not sees_neighbours)
+            for part in self.module.modules()
+            if part != self.module
         )
 
 
@@ -156,7 +157,11 @@ def _events(network: nn.Module, images: Images) -> list[_Event]:
 
 
 def _default(events: list[_Event]) -> list[_Event]:
-    candidates = [event for event in events if event.block and event.output.dim() == 4]
+    maps = [event for event in events if event.output.dim() == 4]
+    # Without the gates inside blocks (squeeze and excitation), whose kernels are of size 1.
+    candidates = [event for event in maps if event.block(sees_neighbours=True)] or [
+        event for event in maps if event.block(sees_neighbours=False)
+    ]
     paths = {event.path for event in candidates}
     blocks = [
         event
