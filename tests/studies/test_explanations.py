@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from camdistill.data.modules import CIFARData, ShapesData
+from camdistill.data.modules import FolderData, ShapesData
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.methods import AT_PIXELS, METHODS
@@ -61,6 +62,37 @@ def test_masks_are_those_of_the_images_mirrored_with_them(teacher: Teacher, aske
         mirrored = Asked(asked.images, asked.classes, asked.ids, True)
         assert np.array_equal(found.maps(teacher, mirrored).numpy(), masks[name][..., ::-1])
         assert not found.of_teacher
+
+
+def test_masks_and_boxes_of_a_folder_are_maps(teacher: Teacher, tmp_path: Path) -> None:
+    masks = np.zeros((6, 8, 8), np.uint8)
+    for number in range(6):
+        masks[number, number : number + 2, 3:] = 255
+        for place, pixels in (("", np.zeros((8, 8, 3), np.uint8)), ("masks/", masks[number])):
+            path = tmp_path / f"{place}train/c{number % 2}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    lines = [f"train/c{k % 2}/{k}.png,1,{k},3,{k + 1}" for k in range(5)]
+    (tmp_path / "boxes.csv").write_text("\n".join(["path,xmin,ymin,xmax,ymax", *lines, ""]))
+    data = FolderData(tmp_path, val_fraction=1.0, test_fraction=1.0)
+    mask, box = source("mask:object", data), source("mask:box", data)
+    train = data.train_set
+    assert train is not None
+    ids, numbers = torch.from_numpy(train.ids), [int(Path(name).stem) for name in train.names]
+    images = torch.zeros(len(train), 3, 8, 8)
+    for mirrored in (False, True):
+        asked = Asked(images, torch.zeros(len(train), dtype=torch.int64), ids, mirrored)
+        wanted = masks[numbers] / 255.0
+        boxes = np.zeros((len(train), 8, 8))
+        for row, number in enumerate(numbers):
+            if number < 5:
+                boxes[row, number : number + 2, 1:4] = 1
+        if mirrored:
+            wanted, boxes = wanted[..., ::-1], boxes[..., ::-1]
+        assert np.array_equal(mask.maps(teacher, asked), wanted)
+        assert np.array_equal(box.maps(teacher, asked), boxes)
+    with pytest.raises(UserError, match="'mask:parts' is not there"):
+        source("mask:parts", data)
 
 
 def test_files_give_maps_by_id(teacher: Teacher, asked: Asked, tmp_path: Path) -> None:
@@ -138,7 +170,5 @@ def test_wrong_names_offer_the_nearest(teacher: Teacher, asked: Asked, tmp_path:
             source(name, DATA)
     with pytest.raises(UserError, match="no map of training image 7"):
         source(f"{tmp_path}/short.npz", DATA).maps(teacher, asked)
-    with pytest.raises(UserError, match="needs exact masks"):
-        source("mask:parts", CIFARData())
     with pytest.raises(UserError, match="no layer 'stage9'"):
         source("grad_cam@stage9", DATA).maps(teacher, asked)

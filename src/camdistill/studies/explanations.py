@@ -1,5 +1,6 @@
 """Where the maps that students are taught come from: a method, a file, a function, or a mask."""
 
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Collection
@@ -10,8 +11,10 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
+from camdistill.data.datasets import ImageSet, PixelArray
 from camdistill.data.modules import ImageData, ShapesData
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import last_layer
@@ -65,7 +68,8 @@ def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
     Args:
         name: `grad_cam@layer3` (a method of ours at a layer of the teacher; without a layer at the
             last one, or at the pixels where that is what the method explains), `maps.npz`,
-            `package.module.function@layer`, or for Shapes `mask:parts` and other masks.
+            `package.module.function@layer`, for Shapes `mask:parts` and other masks, for image
+            folders `mask:object` and `mask:box`.
         data: Where the images come from.
         trust: Packages besides camdistill from which functions may be called.
 
@@ -136,7 +140,7 @@ def _imported(path: str, trust: Collection[str]) -> Explainer:
 
 def _of_mask(name: str, data: ImageData) -> Source:
     if not isinstance(data, ShapesData):
-        raise UserError(f"'{name}' needs exact masks, which ShapesData has; name a method")
+        return _of_annotations(name, data)
     drawn, wanted = data.shapes("train"), name.removeprefix(MASK)
     known = drawn.render(np.zeros(1, np.int64)).masks
     if wanted not in known:
@@ -148,6 +152,43 @@ def _of_mask(name: str, data: ImageData) -> Source:
         return (masks.flip(-1) if asked.mirrored else masks).to(asked.images.device)
 
     return Source(name, {"name": name, "shapes": drawn.fingerprint}, maps, False)
+
+
+def _of_annotations(name: str, data: ImageData) -> Source:
+    """Masks or boxes of an image folder: where the object is, whatever the teacher looks at."""
+    data.prepare_data()
+    data.setup("fit")
+    images = data.train_set
+    assert images is not None, "setup made it"
+    found = _annotated(name, images)
+    place = {int(number): row for row, number in enumerate(images.ids)}
+
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        rows = np.array([place[number] for number in asked.ids.tolist()])
+        masks = torch.from_numpy(np.asarray(found[rows], np.float32))
+        return (masks.flip(-1) if asked.mirrored else masks).to(asked.images.device)
+
+    content = hashlib.sha256(np.ascontiguousarray(found[np.arange(len(images))]).tobytes())
+    return Source(name, {"name": name, "sha256": content.hexdigest()}, maps, False)
+
+
+def _annotated(name: str, images: ImageSet) -> PixelArray:
+    if name == f"{MASK}object" and images.masks is not None:
+        return images.masks
+    if name == f"{MASK}box" and images.boxes is not None:
+        return _filled(images.boxes, images.size)
+    raise UserError(
+        f"'{name}' is not there: mask:object needs masks and mask:box boxes.csv beside the images "
+        "(and mask:parts ShapesData); name a method"
+    )
+
+
+def _filled(boxes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """1 inside each box, whose pixels are inclusive; nothing where an image has none."""
+    rows, columns = np.arange(size[0])[None, :, None], np.arange(size[1])[None, None, :]
+    left, top, right, bottom = (boxes[:, side, None, None] for side in range(4))
+    inside = (columns >= left) & (columns <= right) & (rows >= top) & (rows <= bottom)
+    return inside.astype(np.uint8)
 
 
 def _of_file(name: str) -> Source:
