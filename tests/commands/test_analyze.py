@@ -99,6 +99,21 @@ def test_layers_are_listed_without_any_images(tmp_path: Path, capsys) -> None:
     assert re.search(r"layer3\.2 +64 +8x8 +yes", told)
 
 
+def test_probes_stand_in_the_profile_and_need_labels(
+    trained: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(trained)
+    given = ["--teacher", "resnet20", "--layers", "layer3", "--steps", "0", "--cards", "0"]
+    given += ["--pictures", "0", "--probes", "--out", str(tmp_path / "out"), "--count", "200"]
+    assert main(["analyze", *given, "--data", "shapes"]) == 0
+    row = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = row["networks"]["teacher"]["layer3"]
+    assert 0 <= found["probe"] <= 1
+    assert 0 <= found["probe_untrained"] <= 1
+    assert main(["analyze", *given, "--images", str(trained / "images" / "test" / "c0")]) == 2
+    assert "--probes reads labels out" in capsys.readouterr().err
+
+
 def test_stopped_early_leaves_a_report_of_what_was_done(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,11 @@ class Opening:
         """One pass over all images; what was seen of them is reported even when it is stopped."""
         order, count = self.subject.order, len(self.subject.order)
         labels = self.subject.images.labels
+        if probes and int(labels[order].max()) < 1:
+            raise UserError(
+                f"--probes reads labels out, and {self.subject.name} has none, or one alone; leave "
+                "it out, or give --data with class folders"
+            )
         options = Options(
             probes=int(labels.max()) + 1 if probes else 0,
             explained=min(EXPLAINED / count, 1.0),
