@@ -18,7 +18,7 @@ from camdistill.errors import UserError
 from camdistill.report.results import read_results
 
 STUDENT = "runs/tiny/version_0/student.safetensors"
-LAYERS = ["", ":stage2", ":stage1"]
+LAYERS = ["", "@stage2", "@stage1"]
 QUICK = ["faithfulness_correlation", "insertion_blur", "gini"]
 
 
@@ -89,9 +89,9 @@ def test_another_students_file_and_a_methods_layer_are_explainers(folder: Path) 
         explainers=[
             "student",
             "other.safetensors",
-            "grad_cam:stage2",
+            "grad_cam@stage2",
             "grad_cam",
-            "grad_cam:stage1",
+            "grad_cam@stage1",
         ],
         metrics=["gini"],
         count=4,
@@ -99,7 +99,7 @@ def test_another_students_file_and_a_methods_layer_are_explainers(folder: Path) 
     )["explainers"]
     values = {name: row["gini"] for name, row in rows.items()}  # type: ignore[attr-defined]
     assert values["other"] == values["student"]
-    assert values["grad_cam:stage2"] == values["grad_cam"] != values["grad_cam:stage1"]
+    assert values["grad_cam@stage2"] == values["grad_cam"] != values["grad_cam@stage1"]
 
 
 def test_networks_of_grey_images_are_evaluated(folder: Path) -> None:

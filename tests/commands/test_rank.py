@@ -44,8 +44,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_safetensors(tmp_path / "teacher.safetensors", state, {})
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     np.savez(tmp_path / "maps.npz", maps=np.random.default_rng(0).random((40, 4, 4)))
-    (tmp_path / "own_maps.py").write_text(
-        "def brightness(network, images, layers, classes):\n    return {'input': images.mean(1)}\n"
+    (tmp_path / "taught_maps.py").write_text(
+        "def brightness(network, images, classes):\n    return images.mean(1)\n"
     )
     monkeypatch.setattr("camdistill.studies.leakage.STEPS", 3)
     monkeypatch.chdir(tmp_path)
@@ -71,13 +71,13 @@ def test_it_runs_says_what_it_found_and_goes_on(
     assert results["leakage"]["mask:parts"]["accuracy"]["mean"] <= 1
 
     # wider: stored maps, a function, a third seed; what was done stays
-    wider = ["--methods", "grad_cam@stage2", "mask:parts", "maps.npz", "own_maps.brightness"]
-    more = [*wider, "--trust", "own_maps", "--seeds", "0", "1", "2", "--out", "out"]
+    wider = ["--methods", "grad_cam@stage2", "mask:parts", "maps.npz", "taught_maps.brightness"]
+    more = [*wider, "--trust", "taught_maps", "--seeds", "0", "1", "2", "--out", "out"]
     assert main(["rank", "-c", "tiny.yaml", *more]) == 0
     lines = (folder / "out/runs.jsonl").read_text().splitlines()
     assert lines[:10] == runs
     assert len(lines) == 3 * 7
-    assert "own_maps.brightness" in (folder / "out/table.txt").read_text()
+    assert "taught_maps.brightness" in (folder / "out/table.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_it_runs_says_what_it_found_and_goes_on(
         ("--methods grad_cm@stage2", "no method 'grad_cm'; nearest: 'grad_cam'"),
         ("--methods grad_cam@stage9", "no layer 'stage9'"),
         ("--methods map.npz", "no file map.npz; nearest: 'maps.npz'"),
-        ("--methods own_maps.brightness", "--trust own_maps"),
+        ("--methods taught_maps.brightness", "--trust taught_maps"),
         ("--methods mask:part", "no mask 'part'; nearest: 'parts'"),
         ("--controls randm", "nearest: 'random'"),
         ("--controls_of grad_cam", "controls_of has 'grad_cam'"),

@@ -115,14 +115,14 @@ def test_functions_by_path_are_called_if_trusted(
 ) -> None:
     (tmp_path / "foreign_maps.py").write_text(
         "import torch\n"
-        "def of_pixels(network, images, layers, classes):\n"
-        "    return {'input': images.mean(1)}\n"
-        "def flat(network, images, layers, classes):\n"
-        "    return {layers[0]: images}\n"
-        "def broken(network, images, layers, classes):\n"
-        "    return {layers[0]: images[:, 0] * torch.nan}\n"
-        "def elsewhere(network, images, layers, classes):\n"
-        "    return {'other': images[:, 0]}\n"
+        "def of_pixels(network, images, classes):\n"
+        "    return images.mean(1)\n"
+        "def flat(network, images, classes):\n"
+        "    return images\n"
+        "def broken(network, images, classes):\n"
+        "    return images[:, 0] * torch.nan\n"
+        "def by_layer(network, images, classes):\n"
+        "    return {'layer3': images[:, 0]}\n"
         "number = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -132,9 +132,10 @@ def test_functions_by_path_are_called_if_trusted(
     trusted = source("foreign_maps.of_pixels", DATA, ["foreign_maps"])
     torch.testing.assert_close(trusted.maps(teacher, asked), asked.images.mean(1))
     for name, says in (
-        ("flat", r"shape \(4, 3, 32, 32\) for 4 images"),
+        ("flat", r"\[4, 3, 32, 32\] for 4 images"),
         ("broken", "not numbers"),
-        ("elsewhere", r"no maps of stage2 or 'input' but of \['other'\]"),
+        ("by_layer", "a dict for 4 images"),
+        ("of_pixels@layer3", "'foreign_maps.of_pixels' is asked for no layer"),
     ):
         with pytest.raises(UserError, match=says):
             source(f"foreign_maps.{name}", DATA, ["foreign_maps"]).maps(teacher, asked)

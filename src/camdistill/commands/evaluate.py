@@ -66,7 +66,7 @@ def evaluate(
         images: Image files or folders.
         data: In place of images: shapes, cifar10, cifar100, or an image folder; its test images.
         explainers: What is compared: methods by name, with a layer if wanted (grad_cam, occlusion,
-            layer_cam:layer2), student (its Grad-CAM for the teacher's class; or teacher), the
+            layer_cam@layer2), student (its Grad-CAM for the teacher's class; or teacher), the
             student in another FILE.safetensors, package.module.function of (network, images,
             classes), FILE.npz with an array `maps` of one map an image. Default: grad_cam, and the
             student beside its teacher.

@@ -72,8 +72,8 @@ def explainers_of(
     for word in dict.fromkeys(words or default):
         if word == beside and networks.other is not None:
             found.append(_of_other(word, networks))
-        elif word.partition(":")[0] in METHODS:
-            method, _, layer = word.partition(":")
+        elif word.partition("@")[0] in METHODS:
+            method, _, layer = word.partition("@")
             found.append(Explainer(word, at_image(method, layer or networks.layer)))
         elif word.endswith(".npz"):
             found.append(_stored(Path(word), subject))

@@ -62,7 +62,8 @@ def rank(
         teacher: The network whose explanations are ranked.
         data: Images to learn from, to choose beta on and to judge on; labels are not used.
         methods: What is ranked: grad_cam@layer3, or another method and a layer of the teacher;
-            maps.npz with maps [N, h, w] of the training images; package.module.function@layer;
+            maps.npz with maps [N, h, w] of the training images; package.module.function of
+            (network, images, classes);
             mask:parts of Shapes, mask:object or mask:box of image folders that have them.
         students: Families of students by name; their last layer's maps are taught.
         n: How many images students learn from.

@@ -6,6 +6,7 @@ edge of its output.
 
 import math
 from collections import defaultdict
+from functools import cached_property
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -46,28 +47,35 @@ PARAMETER = "torch::autograd::AccumulateGrad"
 class Behind:
     """Everything that the scores were made of, back to where the graph begins.
 
+    Walked when it is first asked about: one class at layers that aren't pooled needs none of it.
+
     Args:
         scores: With a graph.
     """
 
     def __init__(self, scores: Tensor) -> None:
-        self.users: dict[Edge, list[Node]] = defaultdict(list)
         assert scores.grad_fn is not None, "scores have a graph"
-        waiting, met = [scores.grad_fn], {scores.grad_fn}
+        self._start = scores.grad_fn
+
+    @cached_property
+    def _walked(self) -> tuple[dict[Edge, list[Node]], set[Node]]:
+        """Which operations read each edge, and all operations."""
+        users: dict[Edge, list[Node]] = defaultdict(list)
+        waiting, met = [self._start], {self._start}
         while waiting:
             node = waiting.pop()
             for behind, number in node.next_functions:
                 if behind is None:
                     continue
-                self.users[behind, number].append(node)
+                users[behind, number].append(node)
                 if behind not in met:
                     met.add(behind)
                     waiting.append(behind)
-        self.nodes = met
+        return users, met
 
     def largest_bytes(self) -> int:
         """Size of the largest tensor that some operation gave, parameters aside."""
-        nodes = [node for node in self.nodes if not _is_parameter(node)]
+        nodes = [node for node in self._walked[1] if not _is_parameter(node)]
         gave = [one for node in nodes for one in node._input_metadata]
         return max((math.prod(one.shape) * int(one.dtype.itemsize) for one in gave), default=1)
 
@@ -78,7 +86,7 @@ class Behind:
         each of which is the only user of the one before.
         """
         edge = source
-        while len(users := self.users[edge]) == 1:
+        while len(users := self._walked[0][edge]) == 1:
             node = users[0]
             if _operation(node) not in LINEAR or _inputs(node) != [edge]:
                 return None

@@ -119,7 +119,8 @@ def visiting(
                 before(name, arguments[0] if arguments else None)
 
     with ExitStack() as stack:
-        stack.enter_context(_uncompiled(network))
+        if wanted:
+            stack.enter_context(_uncompiled(network))
         for module in wanted:
             stack.callback(module.register_forward_hook(hook).remove)
             if before is not None:

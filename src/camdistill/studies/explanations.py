@@ -18,11 +18,11 @@ from camdistill.data.datasets import ImageSet, PixelArray
 from camdistill.data.modules import ImageData, ShapesData
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import last_layer
-from camdistill.explain.methods import AT_PIXELS, INPUT, METHODS, Explainer, explainer
+from camdistill.explain.methods import AT_PIXELS, METHODS, Explainer, explainer
 from camdistill.networks.class_paths import SAFE_PACKAGES
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import sha256_of
-from camdistill.types import Images, Labels
+from camdistill.types import Explain, Images, Labels
 
 MASK = "mask:"
 Maps = Float[Tensor, "batch rows columns"]
@@ -68,8 +68,8 @@ def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
     Args:
         name: `grad_cam@layer3` (a method of ours at a layer of the teacher; without a layer at the
             last one, or at the pixels where that is what the method explains), `maps.npz`,
-            `package.module.function@layer`, for Shapes `mask:parts` and other masks, for image
-            folders `mask:object` and `mask:box`.
+            `package.module.function` of (network, images, classes) that gives one map an image, for
+            Shapes `mask:parts` and other masks, for image folders `mask:object` and `mask:box`.
         data: Where the images come from.
         trust: Packages besides camdistill from which functions may be called.
 
@@ -84,43 +84,53 @@ def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
     if method in AT_PIXELS and layer:
         raise UserError(f"'{method}' explains at the pixels; leave out '@{layer}'")
     if method in METHODS:
-        return _of_function(name, explainer(method), layer or None)
+        return _of_method(name, explainer(method), layer or None)
     if "." not in method:
         raise UserError(
             f"no method '{method}'; {nearest(method, METHODS)}; or give maps.npz, or "
             "package.module.function"
         )
-    return _of_function(name, _imported(method, trust), layer or None)
+    if layer:
+        raise UserError(
+            f"'{method}' is asked for no layer, as it chooses its own: '{method}' alone"
+        )
+    return _of_function(name, _imported(method, trust))
 
 
-def _of_function(name: str, method: Explainer, layer: str | None) -> Source:
+def _of_method(name: str, method: Explainer, layer: str | None) -> Source:
     def maps(teacher: Teacher, asked: Asked) -> Maps:
         layers = [layer or last_layer(teacher, asked.images)]
-        found = method(teacher, asked.images, layers, asked.classes)
-        for key in (*layers, INPUT):
-            if key in found:
-                return _checked(name, found[key], len(asked.images))
-        raise UserError(
-            f"'{name}' gives no maps of {layers[0]} or '{INPUT}' but of {sorted(found)}; "
-            "return a dict of them by layer"
-        )
+        (found,) = method(teacher, asked.images, layers, asked.classes).values()
+        return _checked(name, found, len(asked.images))
 
-    file = inspect.getsourcefile(inspect.unwrap(method))
-    code = sha256_of(Path(file)) if file else None
-    return Source(name, {"name": name.partition("@")[0], "layer": layer, "code": code}, maps, True)
+    return Source(name, _key(name, method, layer), maps, True)
 
 
-def _checked(name: str, maps: Tensor, count: int) -> Maps:
-    if maps.dim() != 3 or len(maps) != count:
-        raise UserError(
-            f"'{name}' gives maps of shape {tuple(maps.shape)} for {count} images; give [B, h, w]"
-        )
+def _of_function(name: str, function: Explain) -> Source:
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        found = function(teacher, asked.images, asked.classes)
+        return _checked(name, found, len(asked.images))
+
+    return Source(name, _key(name, function, None), maps, True)
+
+
+def _key(name: str, code: Callable[..., object], layer: str | None) -> dict[str, str | None]:
+    """What decides a method's maps: its name, its layer, and the file that it is written in."""
+    file = inspect.getsourcefile(inspect.unwrap(code))
+    sha256 = sha256_of(Path(file)) if file else None
+    return {"name": name.partition("@")[0], "layer": layer, "code": sha256}
+
+
+def _checked(name: str, maps: object, count: int) -> Maps:
+    if not isinstance(maps, Tensor) or maps.dim() != 3 or len(maps) != count:
+        gave = list(maps.shape) if isinstance(maps, Tensor) else f"a {type(maps).__name__}"
+        raise UserError(f"'{name}' gives {gave} for {count} images; give maps [B, h, w]")
     if not bool(torch.isfinite(maps).all()):
         raise UserError(f"'{name}' gives maps that are not numbers; mend the method")
     return maps.detach().float()
 
 
-def _imported(path: str, trust: Collection[str]) -> Explainer:
+def _imported(path: str, trust: Collection[str]) -> Explain:
     package, module, name = path.partition(".")[0], *path.rpartition(".")[::2]
     if package not in (SAFE_PACKAGES[0], *trust):
         raise UserError(
@@ -128,7 +138,7 @@ def _imported(path: str, trust: Collection[str]) -> Explainer:
             f"add `--trust {package}` if you trust it"
         )
     try:
-        found: Explainer = getattr(importlib.import_module(module), name)
+        found: Explain = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(
             f"can't import '{path}': {error}; check the name, or put its folder on PYTHONPATH"
