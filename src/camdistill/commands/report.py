@@ -36,8 +36,8 @@ def report(
         raise UserError(f"TensorBoard doesn't start: {error}; give another --port") from None
     link = front_page(run, url) if (run / REPORT).is_dir() else _training_page(run, url)
     print(f"TensorBoard shows {run}. The cards that matter, on top:\n\n  {link}\n")
-    print("Ctrl-C stops it.", flush=True)
     try:
+        print("Ctrl-C stops it.", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print("\nStopped.")
