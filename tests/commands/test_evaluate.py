@@ -165,6 +165,8 @@ def test_meta_puts_the_metrics_to_the_test_on_shapes(
         ("--layer layer9", "no layer 'layer9'"),
         ("--explainers own.txt", "can't import 'own.txt'"),
         ("--batch 0", "batch is 0; give 1 or more"),
+        ("--seed -1", "seed is -1; give 0 or more"),
+        ("--size 0", "size is 0; give the images' side in pixels, 1 or more"),
         ("--count 0", "count is 0; give 1 or more"),
     ],
 )

@@ -101,7 +101,7 @@ def test_without_the_extra_onnx_is_refused_and_torch_works(
     given += [f"--out={tmp_path}"]
     assert main(given) == 2
     said = capsys.readouterr().err
-    assert "onnx, onnxscript, onnxruntime are not installed: pip install 'camdistill[exp" in said
+    assert "onnx, onnxscript, onnxruntime are not installed: `pip install -e '.[export]'" in said
     assert main([*given, "--format=torch"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["explainer.pt2", "results.json"]
 

@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import nn
 
-from camdistill.commands.networks import Shown, networks_from
+from camdistill.commands.networks import Shown, networks_from, side_of
 from camdistill.commands.sources import Source, source_from
 from camdistill.data.concepts import shape_concepts
 from camdistill.errors import UserError
@@ -77,8 +77,8 @@ def analyze(
     if shown.student is not None:
         networks["student"] = shown.student
     if list_layers:
-        return _listed(networks, size or shown.size, shown.channels)
-    source = source_from(images, data, count=count, size=size or shown.size)
+        return _listed(networks, side_of(size, shown.size), shown.channels)
+    source = source_from(images, data, count=count, size=side_of(size, shown.size))
     subject = _subject(source, shown)
     opening = Opening(
         networks, subject, LayerReport(out, tuple(networks)), layers, _chosen_units(units)

@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 
 from camdistill.commands.evaluated import explainers_of, networks_of
-from camdistill.commands.networks import networks_from
+from camdistill.commands.networks import networks_from, side_of
 from camdistill.commands.sources import source_from
 from camdistill.data.datasets import ImageSet
 from camdistill.errors import UserError
@@ -86,9 +86,11 @@ def evaluate(
     begun = time.perf_counter()
     if batch < 1:
         raise UserError(f"batch is {batch}; give 1 or more images")
+    if seed < 0:
+        raise UserError(f"seed is {seed}; give 0 or more")
     networks = networks_of(networks_from(checkpoint, teacher, weights, trust), of, layer)
     networks.explained.to(_device(device))
-    found = source_from(images, data, count=count, size=size or networks.size)
+    found = source_from(images, data, count=count, size=side_of(size, networks.size))
     looked_at = found.images.subset(np.sort(found.order))
     subject = Subject(networks.explained, looked_at, found.shapes, networks.channels)
     compared = explainers_of(explainers, networks, subject, trust)

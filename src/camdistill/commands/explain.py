@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 
 from camdistill.commands.methods import maps_by_method, method_scores, write_methods
-from camdistill.commands.networks import Shown, networks_from
+from camdistill.commands.networks import Shown, networks_from, side_of
 from camdistill.commands.sources import ShownImages, images_from
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import Explanation, last_layer
@@ -82,7 +82,7 @@ def explain(
             paths may come from.
     """
     shown = networks_from(checkpoint, teacher, weights, trust)
-    found = images_from(images, data, count=count, size=size or shown.size)
+    found = images_from(images, data, count=count, size=side_of(size, shown.size))
     shown = replace(shown, pairs=_pairs(shown, layers, found.images[:1]))
     fitting = len(found.classes) == head_size(shown.teacher.network)
     names = shown.classes or (found.classes if fitting else ())

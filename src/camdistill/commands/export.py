@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from camdistill.commands.networks import side_of
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
 from camdistill.explain.exporting import ClosedExplainer
@@ -55,7 +56,7 @@ def export(
     if format != "torch":
         _demand_extra()
     found = load(checkpoint, trust=trust)
-    side = size or int(found.settings.get("size", [224])[0])
+    side = side_of(size, int(found.settings.get("size", [224])[0]))
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(max(BATCHES), 3, side, side, generator=generator)
     explainer = ClosedExplainer(found.network.eval().requires_grad_(False), images[:2], layer)
@@ -91,7 +92,8 @@ def _demand_extra() -> None:
     if missing:
         raise UserError(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
-            "pip install 'camdistill[export]', or --format torch, which needs nothing more"
+            "`pip install -e '.[export]'` in the project's folder, or --format torch, which needs "
+            "nothing more"
         )
 
 

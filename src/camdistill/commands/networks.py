@@ -49,10 +49,12 @@ def networks_from(
         return _of_checkpoint(load(checkpoint, trust=trust, teacher=weights))
     if teacher is None or checkpoint is not None:
         raise UserError(
-            "give either --checkpoint FILE (a student with its teacher), or --teacher NAME and "
-            "--weights (a network alone)"
+            "give either --checkpoint FILE (a student with its teacher), or --teacher NAME, with "
+            "--weights if it is trained (a network alone)"
         )
     alone = Teacher(NetworkSpec(teacher, weights))
+    if weights is None:
+        print(f"{teacher} has random weights; for trained ones give --weights FILE or DEFAULT\n")
     size = _usual_size(alone)
     channels, sha256 = _channels(alone.network), {"teacher": alone.sha256}
     if channels == 1:
@@ -60,6 +62,13 @@ def networks_from(
         mean, std = (float(value.mean()) for value in (alone.mean, alone.std))
         alone = Teacher.of(alone.network, [mean], [std])
     return Shown(alone, None, [], (), size, sha256, channels=channels)
+
+
+def side_of(size: int | None, usual: int) -> int:
+    """Side of the images in pixels: as the user wants it, or the usual one."""
+    if size is not None and size < 1:
+        raise UserError(f"size is {size}; give the images' side in pixels, 1 or more")
+    return usual if size is None else size
 
 
 def _channels(network: nn.Module) -> int:

@@ -117,10 +117,10 @@ def decode(
             image = _framed(image, frame, kind)
             pixels = np.asarray(image, dtype=np.uint8)
     except BROKEN as error:
-        reason = " ".join(str(error).replace(str(path), "").split())
+        reason = " ".join(str(error).replace(f" {str(path)!r}", "").split())
         raise UserError(
             f"can't read {str(path)!r} ({reason or type(error).__name__}); replace or remove the "
-            "file, or set on_broken: skip"
+            "file (a data config goes on without it with on_broken: skip)"
         ) from None
     channels = pixels.reshape(*pixels.shape[:2], -1)
     return channels.transpose(2, 0, 1), frame

@@ -123,6 +123,11 @@ def explain(
     demand_known(score, classes, grad, layout)
     if not images.is_floating_point():
         raise UserError(f"images are {images.dtype}: give floats, such as pixels / 255")
+    if images.dim() != 4:
+        raise UserError(
+            f"images have the shape {list(images.shape)}: give [batch, channels, height, width]; "
+            "a single image is images[None]"
+        )
     if grad == "none":
         demand_separate_images(network, len(images))
     if layers is None:

@@ -88,7 +88,10 @@ def asked_classes(ask: Request, output: object) -> Tensor:
         return torch.full((count,), -1, device=device)
     if ask.classes is None:
         return demand_logits(ask, output).detach().argmax(1)
-    given = torch.as_tensor(ask.classes)
+    try:
+        given = torch.as_tensor(ask.classes)
+    except (TypeError, ValueError):
+        raise UserError(f"classes are {ask.classes!r}: give class numbers (integers)") from None
     if given.is_floating_point() or given.dtype == torch.bool:
         raise UserError(f"classes are {given.dtype}: give class numbers (integers)")
     given = given.long()

@@ -79,6 +79,8 @@ class Study:
             values = list(getattr(self, name))
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{name} is {values}; give at least one, each once")
+        if (least := min([self.seed, *self.seeds, *self.tuning.seeds])) < 0:
+            raise UserError(f"a seed is {least}; seeds are 0 or more")
         if min(self.n) < 8:
             raise UserError(f"n is {list(self.n)}; students need 8 images or more")
         if both := sorted(set(self.seeds) & set(self.tuning.seeds)):
