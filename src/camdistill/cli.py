@@ -18,6 +18,7 @@ LOOPS = {
 }
 COMMANDS = {
     "evaluate": "how good explanations are, without labels, controls beside them",
+    "claims": "the Grad-CAM paper's claims, each measured here: pass or fail",
     "explain": "pictures and raw maps of images, of a checkpoint or of any network",
     "analyze": "every layer opened: statistics, filters, units, maps, in TensorBoard",
     "report": "TensorBoard on a run, and the link to its front page",

@@ -1,0 +1,24 @@
+"""The claims in the paper's order; worlds of their own, and what the shipped networks answer."""
+
+from camdistill.errors import UserError, nearest
+from camdistill.studies.claims import exactness
+from camdistill.studies.claims.rows import Claim
+
+ROWS: tuple[tuple[str, Claim], ...] = (("1", exactness.generalises_cam),)
+"""Number and experiment."""
+
+
+def chosen(numbers: list[str]) -> tuple[tuple[str, Claim], ...]:
+    """The rows of some numbers, in the paper's order; all where none is given.
+
+    Raises:
+        UserError: There is no row of that number.
+    """
+    known = [number for number, _ in ROWS]
+    for number in numbers:
+        if number not in known:
+            raise UserError(
+                f"no row '{number}'; {nearest(number, known)}; --rows takes any of "
+                f"{', '.join(known)}"
+            )
+    return tuple((number, claim) for number, claim in ROWS if not numbers or number in numbers)
