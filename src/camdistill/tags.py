@@ -263,6 +263,12 @@ _UNITS = _stem(
     " largest value in the data: above 1 it is further than anything there), the histogram of its"
     " activations, what it responds to.",
 )
+_PAIRS = _stem(
+    f"{UNITS}/pairs_",
+    "The student's units of this layer that follow a teacher's unit most closely (correlation of"
+    " their spatial means over images, paired one to one), each on the right of the unit that it"
+    " follows: do the same pieces of images excite both?",
+)
 _FEATURES = _stem(
     f"{UNITS}/maps_",
     "Feature maps of one image: the units whose weight in Grad-CAM is largest.",
@@ -292,6 +298,11 @@ def weights(layer: str) -> str:
 def norms(layer: str) -> str:
     """Tag of the lengths of one layer's filters while training."""
     return _NORMS + _clean(layer)
+
+
+def unit_pairs(layer: str) -> str:
+    """Tag of the pairs of teacher's and student's units, by the student's layer."""
+    return _PAIRS + _clean(layer)
 
 
 def unit_cards(layer: str) -> str:

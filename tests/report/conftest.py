@@ -60,6 +60,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opening:
     opening.filters()
     opening.through_depth(3)
     opening.close_up(Closeness(units=2, steps=2))
+    opening.pairs(2)
     opening.report.finish(opening.found)
     return opening
 

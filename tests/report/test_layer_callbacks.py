@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from camdistill import tags
 from camdistill.networks.students import ShallowCNN
-from camdistill.networks.teachers import Preprocessed
+from camdistill.networks.teachers import Preprocessed, Teacher
 from camdistill.report.layer_callbacks import LayersForm
 from camdistill.report.tensorboard import TensorBoardLogger, scalars
 from camdistill.types import Batch
@@ -55,8 +55,18 @@ class Tiny(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def _fit(folder: Path, callbacks: list, epochs: int = 3, logger=None, **options) -> Tiny:
-    tiny = Tiny()
+class Taught(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.teacher = Teacher.of(ShallowCNN(3, (8, 4), (1, 2)))
+
+
+def _fit(
+    folder: Path, callbacks: list, epochs: int = 3, logger=None, module=Tiny, **options
+) -> Tiny:
+    tiny = module()
     checkpoint = options.pop("checkpoint", None)
     save = options.pop("save", None)
     trainer = Trainer(
@@ -75,8 +85,8 @@ def _fit(folder: Path, callbacks: list, epochs: int = 3, logger=None, **options)
     return tiny
 
 
-def _events(folder: Path) -> EventAccumulator:
-    found = EventAccumulator(str(folder / "run"), size_guidance={"tensors": 0})
+def _events(folder: Path, run: str = "run") -> EventAccumulator:
+    found = EventAccumulator(str(folder / run), size_guidance={"tensors": 0})
     found.Reload()
     return found
 
@@ -153,6 +163,48 @@ def test_resumed_run_keeps_the_epochs_before_in_its_picture(tmp_path: Path) -> N
 def test_at_most_so_many_pictures(tmp_path: Path) -> None:
     _fit(tmp_path, [LayersForm(images=6, pictures=2)], epochs=5)
     assert len(_events(tmp_path).Tensors(tags.FORMING)) == 2
+
+
+def test_teacher_stands_beside_its_student_on_the_same_images(tmp_path: Path) -> None:
+    taught = _fit(tmp_path, [LayersForm(images=10)], module=Taught)
+    images = torch.cat([batch.pixels[:2] for batch in _loader(VAL)])[:10] / 255
+    teacher = taught.teacher
+    with torch.no_grad():
+        stage = teacher.network.stage1(teacher.normalise(images)).numpy()
+    events = _events(tmp_path, "run/teacher")
+    (once,) = events.Tensors(tags.log10("00.stage1"))
+    assert once.step == 3
+    assert make_ndarray(once.tensor_proto)[:, 2].sum() == (stage > 0).sum()
+    (weights,) = events.Tensors(tags.weights("00.stage1.conv"))
+    assert make_ndarray(weights.tensor_proto)[:, 2].sum() == pytest.approx(8 * 3 * 9)
+    assert len(events.Tensors(tags.norms("01.stage2.conv"))) == 1
+    level = scalars(tmp_path / "run" / "teacher")[tags.of_layer("active", "00.stage1")]
+    assert level == [(step, pytest.approx((stage > 0).mean(), rel=1e-6)) for step in (3, 7, 11)]
+    own = scalars(tmp_path / "run")[tags.of_layer("active", "00.stage1")]
+    assert own[-1][1] != level[-1][1], "the student's own"
+    assert not (tmp_path / "run" / "teacher" / "hparams.yaml").exists()
+
+
+def test_resumed_run_looks_at_the_teacher_no_second_time(tmp_path: Path, monkeypatch) -> None:
+    def killed(trainer, pl_module) -> None:
+        trainer.should_stop = True
+
+    stop = Callback()
+    stop.on_train_epoch_end = killed
+    _fit(tmp_path, [LayersForm(images=6), stop], 3, save=tmp_path / "last.ckpt", module=Taught)
+    looked = []
+    sweep = LayersForm._sweep
+    monkeypatch.setattr(
+        LayersForm,
+        "_sweep",
+        lambda self, name, network: looked.append(name) or sweep(self, name, network),
+    )
+    resumed = LayersForm(images=6)
+    _fit(tmp_path, [resumed], 3, checkpoint=tmp_path / "last.ckpt", module=Taught)
+    assert looked == ["student", "student"]
+    level = scalars(tmp_path / "run" / "teacher")[tags.of_layer("active", "00.stage1")]
+    assert [step for step, _ in level] == [3, 7, 11]
+    assert len({value for _, value in level}) == 1
 
 
 def test_other_loggers_and_modules_are_left_alone(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_every_card_of_the_sweep_exists_in_the_run_of_its_network(opened: Openin
     assert report == {
         *(tags.PROFILE_CHART, tags.RIDGE_CHART, tags.CKA_CHART, tags.CAM_CHART),
         *(tags.WEIGHTS_CHART, tags.THROUGH_DEPTH, tags.FINDINGS, tags.HOW_TO_READ, tags.LAYERS),
+        *(tags.unit_pairs(layer) for layer in ("stage1", "stage2", "stage3")),
         "custom_scalars__config__",
     }
 

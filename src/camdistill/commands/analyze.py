@@ -60,7 +60,8 @@ def analyze(
         size: Side in pixels that images are scaled and cut to. Default: the training images'.
         units: Units to look at closely, such as stage3:17. Default: those that know a concept, or
             are the most selective.
-        cards: Units of a layer that are looked at closely; 0 for none.
+        cards: Units of a layer that are looked at closely, and pairs of units that do the same in
+            teacher and student; 0 for none.
         steps: Steps of the images made to excite units; 0 makes none.
         pictures: Images that are shown at all layers.
         probes: Whether labels are read out at each layer, here and in an untrained copy.
@@ -95,6 +96,9 @@ def analyze(
             stage = "the look at units"
             if cards or units:
                 opening.close_up(Closeness(cards, steps))
+            stage = "the pairs of units"
+            if cards:
+                opening.pairs(cards)
         except KeyboardInterrupt:
             if opening.found is None:
                 raise

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from camdistill.layers.filters import FilterBank, WeightSummary
 from camdistill.layers.findings import Finding
+from camdistill.layers.pairing import Pair
 from camdistill.layers.portraits import Portrait
 from camdistill.layers.summary import Sweep
 from camdistill.layers.through_depth import ThroughDepth
@@ -22,6 +23,7 @@ class Analysis:
         weights: By network, then by layer.
         pictures: Single images at all layers.
         portraits: By network, then by layer.
+        pairs: Units of teacher and student that do the same, by the student's layer.
         data: What the images are, for titles.
         unfinished: Why parts are missing; empty when everything was done.
     """
@@ -34,4 +36,5 @@ class Analysis:
     weights: Mapping[str, Mapping[str, WeightSummary]] = field(default_factory=dict)
     pictures: tuple[ThroughDepth, ...] = ()
     portraits: Mapping[str, Mapping[str, tuple[Portrait, ...]]] = field(default_factory=dict)
+    pairs: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
     unfinished: str = ""

@@ -253,8 +253,13 @@ def sweep(
     first = next(source, None)
     if first is None:
         raise UserError("no batch was given; a sweep needs images")
+    # A frozen teacher has buffers alone: its network is not among its registered modules.
     device = next(
-        (weight.device for net in networks.values() for weight in net.parameters()),
+        (
+            held.device
+            for net in networks.values()
+            for held in chain(net.parameters(), net.buffers())
+        ),
         torch.device("cpu"),
     )
     looking = LayerSweep(networks, _floats(first, device), layers=layers, options=options)

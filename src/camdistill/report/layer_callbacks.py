@@ -19,6 +19,7 @@ from camdistill.report.figures.depth import Profile, profile_chart
 from camdistill.report.tensorboard import TensorBoardLogger, logged_step, tensorboards
 from camdistill.types import Batch
 
+TEACHER = "teacher"  # its run's folder below the student's, and its line in the picture
 SHOWN = ("active", "dead", "lifetime_sparsity", "effective_rank")  # in the picture
 BATCH = 64  # images in a forward of the sweep
 
@@ -32,10 +33,26 @@ class FitsNetwork(Protocol):
         """The network, with its normalisation."""
 
 
+@runtime_checkable
+class HasTeacher(Protocol):
+    """A module whose network learns from a frozen one."""
+
+    @property
+    def teacher(self) -> Preprocessed:
+        """The frozen network, with its normalisation."""
+
+
 class Past(TypedDict):
     """What the picture shows of one epoch, as a checkpoint holds it."""
 
     label: str
+    profiles: dict[str, tuple[list[float], list[float]]]
+
+
+class Standing(TypedDict):
+    """What stays of a network that doesn't change: looked at once, shown at every epoch."""
+
+    numbers: dict[str, float]
     profiles: dict[str, tuple[list[float], list[float]]]
 
 
@@ -45,6 +62,10 @@ class LayersForm(Callback):
     A histogram a layer, the layer's numbers as scalars, and a picture in which each epoch's profile
     through depth is a line. Costs about a validation of so many images, and
     `benchmarks/logging_cost.py` measures it.
+
+    Where a network learns from a teacher, the teacher is looked at once on the same images: a run
+    of its own, below the student's, holds its histograms and level curves, and the picture has its
+    profile as a dashed line.
 
     Args:
         images: Number of images, spread evenly over the validation data.
@@ -63,6 +84,8 @@ class LayersForm(Callback):
         self.images, self.pictures = images, pictures
         self.layers, self.weights = layers, weights
         self._past: list[Past] = []
+        self._teacher: Standing | None = None
+        self._beside: list[TensorBoardLogger] = []
         self._drawn = 0
         self._validations = 0
         self._found: list[Batch] = []
@@ -70,11 +93,17 @@ class LayersForm(Callback):
 
     def state_dict(self) -> dict[str, object]:
         """So that a resumed run's picture holds the epochs before."""
-        return {"past": self._past, "drawn": self._drawn, "validations": self._validations}
+        return {
+            "past": self._past,
+            "teacher": self._teacher,
+            "drawn": self._drawn,
+            "validations": self._validations,
+        }
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Counterpart of `state_dict`."""
         self._past = cast(list[Past], state_dict["past"])
+        self._teacher = cast(Standing | None, state_dict.get("teacher"))
         self._drawn = cast(int, state_dict["drawn"])
         self._validations = cast(int, state_dict["validations"])
 
@@ -109,31 +138,52 @@ class LayersForm(Callback):
             return
         self._validations += 1
         network = cast(FitsNetwork, pl_module).fitted
-        found = sweep(
-            {"student": network},
-            self._probe,
-            layers=self.layers,
-            options=Options(top=1, cka=False, matching=False),
-        )
+        found = self._sweep("student", network)
         step = logged_step(trainer)
         for logger in tensorboards(trainer):
             _log_layers(logger, found, step)
+            logger.log_metrics(_numbers(found), step)
             if self.weights:
                 _log_weights(logger, weight_summaries(network), step)
+        if isinstance(pl_module, HasTeacher):
+            self._log_teacher(trainer, pl_module.teacher, step)
         self._draw(trainer, found, step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Closes the teacher's run, however the loop ended."""
+        for logger in self._beside:
+            logger.experiment.close()
+        self._beside = []
+
+    def _sweep(self, name: str, network: Preprocessed) -> Sweep:
+        return sweep(
+            {name: network},
+            self._probe,
+            layers=None if name == TEACHER else self.layers,
+            options=Options(top=1, cka=False, matching=False),
+        )
+
+    def _log_teacher(self, trainer: Trainer, teacher: Preprocessed, step: int) -> None:
+        """Histograms once, and numbers at every epoch: a level to read the student's curve by."""
+        self._beside = self._beside or [one.beside(TEACHER) for one in tensorboards(trainer)]
+        if self._teacher is None:
+            found = self._sweep(TEACHER, teacher)
+            self._teacher = {"numbers": _numbers(found), "profiles": _shown(found)}
+            for logger in self._beside:
+                _log_layers(logger, found, step)
+                if self.weights:
+                    _log_weights(logger, weight_summaries(teacher), step)
+        for logger in self._beside:
+            logger.log_metrics(self._teacher["numbers"], step)
 
     def _draw(self, trainer: Trainer, found: Sweep, step: int) -> None:
         """The picture, when enough of the run has passed since the last one."""
         if (due := self._due(trainer)) == self._drawn:
             return
         self._drawn = due
-        table = profiles(found)
-        kept = {
-            name: (list(line.depth), list(line.values))
-            for name in SHOWN
-            if (line := table.get(name, {}).get("student")) is not None
-        }
-        self._past.append({"label": f"epoch {trainer.current_epoch + 1}", "profiles": kept})
+        self._past.append(
+            {"label": f"epoch {trainer.current_epoch + 1}", "profiles": _shown(found)}
+        )
         picture = profile_chart(
             {
                 name.replace("_", " "): {
@@ -147,9 +197,19 @@ class LayersForm(Callback):
             columns=2,
             ranges=dict.fromkeys((name.replace("_", " ") for name in SHOWN), (0.0, 1.0)),
             graded=True,
+            beside=self._standing(),
         )
         for logger in tensorboards(trainer):
             logger.log_picture(tags.FORMING, picture, step)
+
+    def _standing(self) -> dict[str, dict[str, Profile]]:
+        """The teacher's line in each chart."""
+        if self._teacher is None:
+            return {}
+        return {
+            name.replace("_", " "): {TEACHER: Profile(*(np.asarray(line) for line in lines))}
+            for name, lines in self._teacher["profiles"].items()
+        }
 
     def _shows(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         return (
@@ -167,21 +227,36 @@ class LayersForm(Callback):
         return 1 + min(trainer.global_step * (self.pictures - 1) // int(steps), self.pictures - 1)
 
 
-def _log_layers(logger: TensorBoardLogger, found: Sweep, step: int) -> None:
-    """A histogram and some numbers of each layer."""
+def _shown(found: Sweep) -> dict[str, tuple[list[float], list[float]]]:
+    """What the picture shows of one network."""
+    (name,) = found.networks
+    table = profiles(found)
+    return {
+        statistic: (list(line.depth), list(line.values))
+        for statistic in SHOWN
+        if (line := table.get(statistic, {}).get(name)) is not None
+    }
+
+
+def _numbers(found: Sweep) -> dict[str, float]:
+    """Each layer's numbers, by tag."""
     numbers: dict[str, float] = {}
-    (layers,) = found.networks.values()
-    for layer in layers:
-        name = f"{layer.order:02d}.{layer.name}"
-        edges, counts = octaves(layer.post)
-        logger.log_histogram(tags.log10(name), *_filled(edges.numpy(), counts.numpy()), step)
     for statistic, lines in profiles(found).items():
         if statistic in tags.OF_LAYERS:
             (line,) = lines.values()
             for order, (layer_name, value) in enumerate(zip(line.layers, line.values, strict=True)):
                 if math.isfinite(value):
                     numbers[tags.of_layer(statistic, f"{order:02d}.{layer_name}")] = value
-    logger.log_metrics(numbers, step)
+    return numbers
+
+
+def _log_layers(logger: TensorBoardLogger, found: Sweep, step: int) -> None:
+    """A histogram of each layer."""
+    (layers,) = found.networks.values()
+    for layer in layers:
+        edges, counts = octaves(layer.post)
+        tag = tags.log10(f"{layer.order:02d}.{layer.name}")
+        logger.log_histogram(tag, *_filled(edges.numpy(), counts.numpy()), step)
 
 
 def _filled(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from camdistill import tags
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.filters import FilterBank, WeightSummary
 from camdistill.layers.histograms import octaves
+from camdistill.layers.pairing import Pair
 from camdistill.layers.portraits import Portrait
 from camdistill.layers.profiles import profiles
 from camdistill.layers.summary import Histogram
@@ -228,6 +229,18 @@ def unit_picture(found: Sequence[Portrait], notes: Mapping[int, Sequence[str]]) 
     """
     cards = [card_of(portrait, notes.get(portrait.unit, ())) for portrait in found]
     return unit_sheet(cards, abreast=2 if len(cards) > 1 else 1)
+
+
+def pair_picture(pairs: Sequence[tuple[Pair, Portrait, Portrait]]) -> Picture:
+    """Cards of units that do the same: the teacher's on the left, the student's on the right."""
+    cards = []
+    for pair, teacher, student in pairs:
+        close = f"correlation {pair.correlation:.2f} over {pair.images:,} images"
+        cards += [
+            card_of(teacher, [f"followed by unit {pair.student[1]}, {close}"]),
+            card_of(student, [f"follows {teacher.layer} unit {pair.teacher[1]}, {close}"]),
+        ]
+    return unit_sheet(cards, abreast=2)
 
 
 def card_of(portrait: Portrait, notes: Sequence[str] = ()) -> UnitCard:

@@ -22,6 +22,7 @@ from camdistill.layers.filters import (
 )
 from camdistill.layers.findings import Finding
 from camdistill.layers.histograms import octaves, quantile, rebinned
+from camdistill.layers.pairing import Pair
 from camdistill.layers.portraits import Portrait
 from camdistill.layers.profiles import profiles, rows_by_layer
 from camdistill.layers.summary import Histogram, LayerSummary
@@ -32,6 +33,7 @@ from camdistill.report.layer_figures import (
     depth_picture,
     feature_picture,
     filter_pictures,
+    pair_picture,
     unit_picture,
     weight_picture,
 )
@@ -159,6 +161,10 @@ class LayerReport:
         }
         self.show(tags.unit_cards(layer), unit_picture(found, notes), network)
 
+    def pairs(self, layer: str, found: Sequence[tuple[Pair, Portrait, Portrait]]) -> None:
+        """Units of one layer of the student beside those of the teacher that they follow."""
+        self.show(tags.unit_pairs(layer), pair_picture(found))
+
     def finish(
         self,
         found: Analysis,
@@ -264,6 +270,9 @@ def analysis_results(found: Analysis) -> dict[str, object]:
         }
         for match in sweep.matches
     ]
+    results["pairs"] = {
+        layer: [asdict(pair) for pair in pairs] for layer, pairs in found.pairs.items()
+    }
     results["units"] = {
         network: {
             layer: [_unit_row(one) for one in portraits] for layer, portraits in layers.items()

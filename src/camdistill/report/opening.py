@@ -18,9 +18,11 @@ from camdistill.layers.analysis import Analysis
 from camdistill.layers.close_up import Closeness, Sample, close_up
 from camdistill.layers.filters import first_filters, weight_summaries
 from camdistill.layers.findings import findings
+from camdistill.layers.pairing import clearest_pairs
 from camdistill.layers.plan import Options
 from camdistill.layers.points import Layer
 from camdistill.layers.portraits import Portrait
+from camdistill.layers.summary import LayerSummary
 from camdistill.layers.sweep import LayerSweep
 from camdistill.layers.through_depth import spatial, stage_ends, through_depth
 from camdistill.networks.capture import undisturbed
@@ -181,6 +183,41 @@ class Opening:
                 drawn[layer] = found
                 portraits = {**self._known.portraits, name: drawn}
                 self.found = replace(self._known, portraits=portraits)
+
+    def pairs(self, count: int) -> None:
+        """Units of the student beside the teacher's that they follow."""
+        sweep, sample = self._known.sweep, self._sample()
+        if len(self.networks) < 2:
+            return
+        (first, teacher), (second, student) = self.networks.items()
+        layers = {
+            name: {layer.name: layer for layer in sweep.networks[name]} for name in sweep.networks
+        }
+        among = spatial(sweep.networks[first], len(sweep.networks[first]))
+        for layer in stage_ends(sweep.networks[second], CLOSE):
+            pairs = clearest_pairs(sweep.matches, layer, count, among=among)
+            if not pairs:
+                continue
+            own = self._portraits(
+                student, layers[second][layer], [one.student[1] for one in pairs], sample
+            )
+            its = self._portraits(
+                teacher,
+                layers[first][pairs[0].teacher[0]],
+                [one.teacher[1] for one in pairs],
+                sample,
+            )
+            self.report.pairs(layer, list(zip(pairs, its, own, strict=True)))
+            self.found = replace(self._known, pairs={**self._known.pairs, layer: pairs})
+
+    def _portraits(
+        self, network: nn.Module, layer: LayerSummary, units: Sequence[int], sample: Sample
+    ) -> tuple[Portrait, ...]:
+        """Of units that were chosen, without images made for them."""
+        ((_, found),) = close_up(
+            network, [layer], sample, Closeness(steps=0), chosen={layer.name: units}
+        )
+        return found
 
     def stopped(self, stage: str) -> None:
         """Notes that what comes from a stage on is missing."""

@@ -80,6 +80,13 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         """The run's name in TensorBoard: its folder below `save_dir`."""
         return Path(self.log_dir).relative_to(self.save_dir).as_posix()
 
+    def beside(self, folder: str) -> "TensorBoardLogger":
+        """A run of its own in a folder below this one: of another network, in the same charts."""
+        below = str(Path(self.sub_dir or "", folder))
+        return TensorBoardLogger(
+            self.save_dir, self.name, self.version, sub_dir=below, hparam_metrics=()
+        )
+
     @rank_zero_only
     def log_metrics(
         self, metrics: Mapping[str, float | int | Tensor], step: int | None = None

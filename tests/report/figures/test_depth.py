@@ -33,6 +33,24 @@ def test_profile_draws_each_network_in_its_colour_and_gaps_for_nan() -> None:
     assert _ink(profile_chart(broken)) < _ink(profile_chart(whole))
 
 
+def test_what_is_compared_with_is_dashed_beside_the_stages() -> None:
+    depth = np.array([0.0, 50.0, 100.0])
+    stages = {
+        "active": {f"epoch {n}": Profile(depth, np.array([0.1, 0.5, 0.9]) / n) for n in (1, 2)}
+    }
+    level = {"active": {"teacher": Profile(depth, np.full(3, 0.95))}}
+
+    def orange(picture: np.ndarray) -> np.ndarray:
+        line = picture[90:-60]  # without the legend
+        return (np.abs(line.astype(int) - [225, 98, 47]).max(-1) < 40).any(0)
+
+    assert not orange(profile_chart(stages, graded=True)).any()
+    columns = orange(profile_chart(stages, graded=True, beside=level))
+    drawn = np.flatnonzero(columns)
+    gaps = ~columns[drawn[0] : drawn[-1]]
+    assert 0.1 < gaps.mean() < 0.6
+
+
 def test_profile_of_nothing_finite_is_still_a_chart() -> None:
     depth = np.array([0.0, 100.0])
     profile_chart({"active": {"teacher": Profile(depth, np.full(2, np.nan))}})

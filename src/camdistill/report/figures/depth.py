@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from camdistill.report.figures.pictures import SEQUENTIAL, Picture, rendered
 
 COLOURS = ("#3b528b", "#e1622f", "#2a9d6f", "#8a5fb0")  # of networks, in their order
+BESIDE = ("#e1622f", "#8a5fb0")  # of what is compared with: apart from every shade of viridis
 Series = Float[np.ndarray, "_"]
 
 
@@ -52,6 +53,7 @@ def profile_chart(
     columns: int = 3,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     graded: bool = False,
+    beside: Mapping[str, Mapping[str, Profile]] | None = None,
 ) -> Picture:
     """One chart a statistic, against depth, all networks on the same axes.
 
@@ -62,6 +64,7 @@ def profile_chart(
         columns: Charts in a row.
         ranges: Ends of a statistic's axis, where they are known.
         graded: Whether lines are stages of one network, so that colours go from dark to bright.
+        beside: Profiles to compare with, likewise: dashed, in colours of their own.
     """
     if not table:
         raise ValueError("a chart needs at least one statistic")
@@ -76,9 +79,13 @@ def profile_chart(
     )  # fmt: skip
     names = list(dict.fromkeys(name for lines in table.values() for name in lines))
     shades = _shades(names, graded)
+    others = dict.fromkeys(name for lines in (beside or {}).values() for name in lines)
+    dashed = dict(zip(others, BESIDE, strict=False))
     for axes, (statistic, lines) in zip(grid.flat, table.items(), strict=False):
         for name, line in lines.items():
             axes.plot(*line, "o-", color=shades[name], markersize=3, linewidth=1.5)
+        for name, line in (beside or {}).get(statistic, {}).items():
+            axes.plot(*line, "--", color=dashed[name], linewidth=1.2)
         axes.set_title(statistic, fontsize=9, loc="left", weight="bold", pad=15)
         note = (notes or {}).get(statistic, "")
         axes.text(0, 1.04, note, transform=axes.transAxes, fontsize=7, color="0.4")
@@ -92,7 +99,7 @@ def profile_chart(
     for axes in grid[-1]:
         axes.set_xlabel("depth (% of layers)", fontsize=8)
     figure.text(0.12 / wide, 1 - 0.22 / tall, title, fontsize=10.5, weight="bold", va="center")
-    _legend(figure, shades, wide, tall)
+    _legend(figure, shades, dashed, wide, tall)
     return rendered(figure)
 
 
@@ -270,16 +277,21 @@ def _shades(names: Sequence[str], graded: bool) -> dict[str, str]:
     }
 
 
-def _legend(figure: Figure, shades: Mapping[str, str], wide: float, tall: float) -> None:
+def _legend(
+    figure: Figure, shades: Mapping[str, str], dashed: Mapping[str, str], wide: float, tall: float
+) -> None:
     """Names at the top right; of many the first and the last."""
-    shown = list(shades) if len(shades) <= 4 else [next(iter(shades)), list(shades)[-1]]
+    most = 2 if dashed else 4  # beside a title
+    shown = list(shades) if len(shades) <= most else [next(iter(shades)), list(shades)[-1]]
+    marks = [("●", name, shades[name]) for name in shown]
+    marks += [("╌", name, colour) for name, colour in dashed.items()]
     right = wide - 0.2
-    for name in reversed(shown):
+    for mark, name, colour in reversed(marks):
         figure.text(
             right / wide,
             1 - 0.22 / tall,
-            f"● {name}",
-            color=shades[name],
+            f"{mark} {name}",
+            color=colour,
             fontsize=9.5,
             weight="bold",
             ha="right",
