@@ -299,9 +299,63 @@ def test_suppressor_is_shared_by_object_and_background() -> None:
     assert np.corrcoef(np.array(beside).T)[0, 1] > 0.8
 
 
+def test_conjunction_is_true_where_both_shapes_are() -> None:
+    images = rendered(6000, objects=2, task="conjunction")
+    disc = (images.kinds == 0) | (images.second_labels == 0)
+    triangle = (images.kinds == 1) | (images.second_labels == 1)
+    np.testing.assert_array_equal(images.labels, disc & triangle)
+    assert images.labels.mean() == pytest.approx(0.5, abs=0.02)
+    counts = [(disc & ~triangle).mean(), (~disc & triangle).mean(), (~disc & ~triangle).mean()]
+    assert counts == pytest.approx([1 / 6] * 3, abs=0.02)
+
+
+def test_no_single_object_tells_the_xor() -> None:
+    images = rendered(12000, objects=2, task="xor")
+    disc = (images.kinds == 0) | (images.second_labels == 0)
+    triangle = (images.kinds == 1) | (images.second_labels == 1)
+    np.testing.assert_array_equal(images.labels, disc ^ triangle)
+    assert (images.kinds != images.second_labels).all()
+    for kinds in (images.kinds, images.second_labels):
+        for kind in np.unique(kinds):
+            chosen = images.labels[kinds == kind]
+            assert chosen.mean() == pytest.approx(0.5, abs=4 * 0.5 / len(chosen) ** 0.5)
+    table = np.zeros((10, 2))
+    np.add.at(table, (images.distractors, images.labels), 1)
+    assert stats.chi2_contingency(table[:3]).pvalue > 0.001
+
+
+@pytest.mark.parametrize("task", ["conjunction", "xor"])
+def test_task_changes_shapes_alone(task: str) -> None:
+    plain, asked = rendered(64, objects=2), rendered(64, objects=2, task=task)
+    np.testing.assert_array_equal(plain.distractors, asked.distractors)
+    either = sum(one.masks[name] for one in (plain, asked) for name in ("object", "second"))
+    outside = np.broadcast_to((either == 0)[:, None], plain.pixels.shape)
+    np.testing.assert_array_equal(plain.pixels[outside], asked.pixels[outside])
+    assert Shapes("train", 64, objects=2).fingerprint != (
+        Shapes("train", 64, objects=2, task=task).fingerprint
+    )
+
+
+def test_swapped_shape_has_the_label_that_goes_with_it() -> None:
+    shapes = Shapes("test", 400, objects=2, task="xor")
+    swapped = shapes.render(np.arange(400), swap_class=3)
+    disc = (swapped.kinds == 0) | (swapped.second_labels == 0)
+    triangle = (swapped.kinds == 1) | (swapped.second_labels == 1)
+    np.testing.assert_array_equal(swapped.labels, disc ^ triangle)
+
+
+@pytest.mark.parametrize(("split", "share"), [("aligned", 1.0), ("neutral", 0.5), ("conflict", 0)])
+def test_patch_shows_one_of_the_tasks_two_labels(split: str, share: float) -> None:
+    images = rendered(2000, split, objects=2, task="xor", shortcut=0.9)
+    assert set(images.shortcut_labels.tolist()) == {0, 1}
+    agree = (images.shortcut_labels == images.labels).mean()
+    assert agree == pytest.approx(share, abs=0.05)
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"task": "xor"},
         {"size": 48},
         {"classes": 5},
         {"classes": 11},

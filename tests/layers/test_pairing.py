@@ -54,7 +54,12 @@ def test_permuted_copy_is_paired_unit_by_unit() -> None:
     for buffer in (stage.bn.running_mean, stage.bn.running_var):
         buffer.copy_(buffer[order])
     images = torch.rand(64, 3, 16, 16)
-    batch = Batch(images, torch.zeros(64, dtype=torch.long), torch.arange(64), torch.ones(64, dtype=torch.bool))
+    batch = Batch(
+        images,
+        torch.zeros(64, dtype=torch.long),
+        torch.arange(64),
+        torch.ones(64, dtype=torch.bool),
+    )
     found = sweep(
         {"teacher": teacher, "student": student}, [batch], options=Options(top=1, cka=False)
     )

@@ -29,8 +29,8 @@ def shape_concepts(shapes: Shapes, indices: Int64[np.ndarray, "n"]) -> Masks:
     }
     if shapes.shortcut > 0:
         concepts["shortcut"] = masks["shortcut"]
-    for number, name in enumerate(shapes.class_names):
-        own = masks["object"] & (found.labels == number)[:, None, None]
+    for number, name in enumerate(shapes.shape_names):
+        own = masks["object"] & (found.kinds == number)[:, None, None]
         if found.second_labels is not None:
             own |= masks["second"] & (found.second_labels == number)[:, None, None]
         concepts[name] = own

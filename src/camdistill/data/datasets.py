@@ -190,9 +190,12 @@ def _generator(seed: int, purpose: str) -> np.random.Generator:
 
 
 def shapes_set(shapes: Shapes) -> ImageSet:
-    """Procedural images, drawn at once; masks are of the whole object."""
+    """Procedural images, drawn at once; masks are of the whole object, or of both it takes."""
     count = len(shapes)
     rendered = shapes.render(np.arange(count, dtype=np.int64))
+    evidence = rendered.masks["object"]
+    if shapes.task != "shape":
+        evidence = evidence | rendered.masks["second"]
     return ImageSet(
         pixels=rendered.pixels,
         labels=rendered.labels,
@@ -200,7 +203,7 @@ def shapes_set(shapes: Shapes) -> ImageSet:
         names=tuple(f"{shapes.split}/{index:06d}" for index in range(count)),
         classes=shapes.class_names,
         fingerprint=shapes.fingerprint,
-        masks=rendered.masks["object"].astype(np.uint8),
+        masks=evidence.astype(np.uint8),
     )
 
 

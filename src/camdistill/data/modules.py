@@ -12,6 +12,7 @@ from camdistill.data.datasets import ImageSet, carve, cifar, folder, limited, sh
 from camdistill.data.folders import Layout, Split, find_layout
 from camdistill.data.loading import Loader, Order
 from camdistill.data.shapes import Shapes
+from camdistill.data.shapes_scene import Task
 from camdistill.errors import UserError
 
 
@@ -119,6 +120,8 @@ class ShapesData(ImageData):
         shortcut_cells: Side of the patch in cells of a map of 8 x 8, 0.5 to 2.
         objects: 1, or 2 objects of different classes (the label is the first one's).
         suppressor: Strength in [0, 1] of a noise field shared by background and object.
+        task: What the label is: `shape`, or with two objects `conjunction` (a disc and a triangle)
+            or `xor` (one of them without the other).
         seed: Of the order of training.
         split_seed: Which images there are.
         batch_size: Images in a batch, all processes together.
@@ -136,6 +139,7 @@ class ShapesData(ImageData):
         shortcut_cells: float = 1.0,
         objects: int = 1,
         suppressor: float = 0.0,
+        task: Task = "shape",
         seed: int = 0,
         split_seed: int = 0,
         batch_size: int = 128,
@@ -153,6 +157,7 @@ class ShapesData(ImageData):
             shortcut_cells=shortcut_cells,
             objects=objects,
             suppressor=suppressor,
+            task=task,
         )
 
     def shapes(self, split: Literal["train", "val", "test"]) -> Shapes:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int16, Int64, Integer, UInt8, UInt64
 
 from camdistill.data import shapes_drawing as drawing
-from camdistill.data.shapes_scene import scene
+from camdistill.data.shapes_scene import Task, asked, scene
 from camdistill.errors import UserError, nearest
 
 VERSION = 1
@@ -47,8 +47,9 @@ class Rendered:
 
     Attributes:
         pixels: The images, 0 to 255.
-        labels: The object's class (after `swap_class`).
-        second_labels: The second object's class, never the first one's; None with one object.
+        labels: What is asked for: the object's shape (after `swap_class`), or what `task` asks.
+        kinds: The object's shape.
+        second_labels: The second object's shape, never the first one's; None with one object.
         shortcut_labels: The class whose colour the patch has; -1 without a patch.
         distractors: Which distractor shape.
         masks: Exact, by name: `object`, `distractor`, `shortcut`, `background` and, with two
@@ -59,6 +60,7 @@ class Rendered:
 
     pixels: UInt8[np.ndarray, "n 3 size size"]
     labels: Int64[np.ndarray, "n"]
+    kinds: Int64[np.ndarray, "n"]
     second_labels: Int64[np.ndarray, "n"] | None
     shortcut_labels: Int64[np.ndarray, "n"]
     distractors: Int64[np.ndarray, "n"]
@@ -83,6 +85,10 @@ class Shapes:
         objects: 1, or 2 objects of different classes.
         suppressor: Strength in [0, 1] of one more noise field, shared by all that is drawn:
             the background then tells about the object's pixels, but not about the label.
+        task: What the label is. `shape`: of the (first) object. With two objects it can be what no
+            object tells alone: `conjunction`, whether a disc and a triangle are both there (in half
+            of the images; else one of them or none), or `xor`, whether one of them is there without
+            the other (each is there in half of the images, and says nothing by itself).
     """
 
     split: Split
@@ -94,6 +100,7 @@ class Shapes:
     shortcut_cells: float = 1.0
     objects: int = 1
     suppressor: float = 0.0
+    task: Task = "shape"
 
     def __post_init__(self) -> None:
         if self.split not in get_args(Split):
@@ -113,6 +120,15 @@ class Shapes:
             if not low <= getattr(self, name) <= high:
                 given = getattr(self, name)
                 raise UserError(f"Shapes with {name}={given}: choose a value in [{low}, {high}]")
+        if self.task not in get_args(Task):
+            raise UserError(
+                f"Shapes has no task {self.task!r}; {nearest(self.task, get_args(Task))}"
+            )
+        if self.task != "shape" and self.objects != 2:
+            raise UserError(
+                f"task {self.task!r} asks about two objects, but objects={self.objects}: "
+                "give objects=2"
+            )
         if self._paired and self.shortcut == 0:
             raise UserError(
                 f"split {self.split!r} is about the shortcut, but shortcut=0 draws none: "
@@ -124,7 +140,17 @@ class Shapes:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The shapes' names in the order of the labels."""
+        """The labels' names in their order."""
+        if self.task == "shape":
+            return self.shape_names
+        one, other = self.shape_names[:2]
+        if self.task == "conjunction":
+            return f"not {one} and {other}", f"{one} and {other}"
+        return f"{one} and {other}, or neither", f"{one} or {other} alone"
+
+    @property
+    def shape_names(self) -> tuple[str, ...]:
+        """The shapes' names in the order of their kinds."""
         return tuple(drawing.CLASSES)[: self.classes]
 
     @property
@@ -134,13 +160,15 @@ class Shapes:
         values = [
             str(value if isinstance(value := getattr(self, field.name), str) else float(value))
             for field in fields(self)
+            # Images of the plain task have kept the name that they had before there were others.
+            if field.name != "task" or self.task != "shape"
         ]
         return hashlib.sha256(f"shapes {VERSION} {' '.join(values)}".encode()).hexdigest()
 
     @property
     def agreement(self) -> float:
         """Probability that the patch agrees with the label in this split."""
-        by_split = {"aligned": 1.0, "neutral": 1 / self.classes, "conflict": 0.0}
+        by_split = {"aligned": 1.0, "neutral": 1 / len(self.class_names), "conflict": 0.0}
         return by_split.get(self.split, self.shortcut)
 
     @property
@@ -162,9 +190,9 @@ class Shapes:
         Args:
             indices: In [0, length), in any order.
             remove: What is left out: the background that was always behind it shows.
-            swap_class: Added to each object's label, modulo classes: another shape in the same
-                pose, colour and texture. Patch and second object stay; the second object keeps
-                its class, so choose a shift that doesn't meet it.
+            swap_class: Added to each object's shape, modulo classes: another shape in the same
+                pose, colour and texture, and the label that goes with it. Patch and second object
+                stay as they are, so choose a shift that doesn't meet the latter's shape.
             swap_background: Which other background, from 1; 0 is the image's own.
 
         Raises:
@@ -199,15 +227,17 @@ class Shapes:
             objects=self.objects,
             agreement=self.agreement,
             patch=patch,
+            task=self.task,
         )
-        labels = (arranged.labels + swap_class) % self.classes
-        items = {"object": labels, "second": arranged.second_labels}
+        kinds = (arranged.kinds + swap_class) % self.classes
+        labels = asked(kinds, arranged.second_kinds, self.task)
+        items = {"object": kinds, "second": arranged.second_kinds}
         items["distractor"] = arranged.distractors + len(drawing.CLASSES)
         masks, parts = {}, {}
-        for place, (name, kinds) in enumerate(items.items()):
+        for place, (name, shown) in enumerate(items.items()):
             if name == "second" and self.objects == 1:
                 continue
-            mask, core = drawing.shape_masks(kinds, arranged.poses[:, place], self.size)
+            mask, core = drawing.shape_masks(shown, arranged.poses[:, place], self.size)
             masks[name] = np.zeros_like(mask) if name in remove else mask
             parts[name] = masks[name] & ~core
         drawn = self.shortcut > 0 and "shortcut" not in remove
@@ -220,7 +250,8 @@ class Shapes:
         return Rendered(
             pixels=self._pixels(keys, masks, shortcut_labels, swap_background),
             labels=labels,
-            second_labels=arranged.second_labels if self.objects == 2 else None,
+            kinds=kinds,
+            second_labels=arranged.second_kinds if self.objects == 2 else None,
             shortcut_labels=shortcut_labels,
             distractors=arranged.distractors,
             masks=masks,
@@ -311,6 +342,7 @@ def _joined(parts: list[Rendered]) -> Rendered:
     return Rendered(
         pixels=np.concatenate([part.pixels for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
+        kinds=np.concatenate([part.kinds for part in parts]),
         second_labels=np.concatenate(seconds) if seconds else None,
         shortcut_labels=np.concatenate([part.shortcut_labels for part in parts]),
         distractors=np.concatenate([part.distractors for part in parts]),

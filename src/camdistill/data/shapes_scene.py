@@ -1,11 +1,14 @@
 """What stands where in an image of Shapes: labels, poses and the patch's place."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt64
 
 from camdistill.data import shapes_drawing as drawing
+
+Task = Literal["shape", "conjunction", "xor"]
 
 AREA = (0.056, 0.0765)
 """Least and greatest area of a shape, as a fraction of the image's."""
@@ -27,8 +30,9 @@ class Scene:
     """The arrangement of n images; items are the object, the second object, the distractor.
 
     Attributes:
-        labels: The object's class.
-        second_labels: The second object's class, another one.
+        labels: What is asked for.
+        kinds: The object's shape.
+        second_kinds: The second object's shape, another one.
         distractors: Which distractor.
         shortcut_labels: The class whose colour the patch takes.
         poses: Of each item, as `shapes_drawing.shape_masks` takes them.
@@ -36,7 +40,8 @@ class Scene:
     """
 
     labels: Int64[np.ndarray, "n"]
-    second_labels: Int64[np.ndarray, "n"]
+    kinds: Int64[np.ndarray, "n"]
+    second_kinds: Int64[np.ndarray, "n"]
     distractors: Int64[np.ndarray, "n"]
     shortcut_labels: Int64[np.ndarray, "n"]
     poses: Float32[np.ndarray, "n 3 5"]
@@ -51,6 +56,7 @@ def scene(
     objects: int,
     agreement: float,
     patch: int,
+    task: Task = "shape",
 ) -> Scene:
     """Arrange images, each by its key.
 
@@ -61,10 +67,11 @@ def scene(
         objects: 1 or 2; with 1 the second object takes no room.
         agreement: Probability that `shortcut_labels` is the label.
         patch: Side of the patch in pixels.
+        task: What labels say.
     """
     draw = drawing.uniforms(keys, _STREAM, 21).T
-    labels = _choice(draw[0], classes)
-    others = [(labels + 1 + _choice(draw[i], classes - 1)) % classes for i in (1, 2)]
+    kinds, second_kinds = _kinds(draw[:3], classes, task)
+    labels, other_labels = _labels(draw[2], kinds, second_kinds, classes, task)
     low, high = (np.float32(np.sqrt(area / np.pi)) for area in AREA)
     # A disc is reserved that holds every shape, or the place would tell the class.
     radii = np.float32(drawing.REACH) * (low + (high - low) * draw[5:8])
@@ -81,12 +88,54 @@ def scene(
     places = drawing.uniforms(keys, _STREAM + 2 * _MORE, 2 * _TRIES).T
     return Scene(
         labels=labels,
-        second_labels=others[0],
+        kinds=kinds,
+        second_kinds=second_kinds,
         distractors=_choice(draw[3], len(drawing.DISTRACTORS)),
-        shortcut_labels=np.where(draw[4] < agreement, labels, others[1]),
+        shortcut_labels=np.where(draw[4] < agreement, labels, other_labels),
         poses=poses,
         patch=_patch_corners(centres * size, radii * size, places, size, patch),
     )
+
+
+def _kinds(
+    draw: Float32[np.ndarray, "3 n"], classes: int, task: Task
+) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
+    """Shapes of the object and of the second object, two different ones."""
+    if task == "shape":
+        kinds = _choice(draw[0], classes)
+        return kinds, (kinds + 1 + _choice(draw[1], classes - 1)) % classes
+    # Shapes 0 and 1 are asked about, the others fill the places of those that are absent.
+    first = _choice(draw[1], classes - 2)
+    second = (first + 1 + _choice(draw[2], classes - 3)) % (classes - 2)
+    # Of six equal parts both are there in three; of four in one.
+    code = _choice(draw[0], 6) if task == "conjunction" else _choice(draw[0], 4) + 2
+    return np.where(code <= 3, 0, first + 2), np.where((code <= 2) | (code == 4), 1, second + 2)
+
+
+def asked(
+    kinds: Int64[np.ndarray, "n"], second_kinds: Int64[np.ndarray, "n"], task: Task
+) -> Int64[np.ndarray, "n"]:
+    """Labels: the object's shape, or whether shapes 0 and 1 are both there, or one alone."""
+    if task == "shape":
+        return kinds
+    has = [(kinds == shape) | (second_kinds == shape) for shape in (0, 1)]
+    told: Int64[np.ndarray, n] = (
+        has[0] & has[1] if task == "conjunction" else has[0] ^ has[1]
+    ).astype(np.int64)
+    return told
+
+
+def _labels(
+    draw: _PerImage,
+    kinds: Int64[np.ndarray, "n"],
+    second_kinds: Int64[np.ndarray, "n"],
+    classes: int,
+    task: Task,
+) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
+    """Labels, and for each another one that a patch may show."""
+    labels = asked(kinds, second_kinds, task)
+    count = classes if task == "shape" else 2
+    return labels, (labels + 1 + _choice(draw, count - 1)) % count
 
 
 def _choice(draw: _PerImage, count: int) -> Int64[np.ndarray, "n"]:
