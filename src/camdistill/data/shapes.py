@@ -154,6 +154,11 @@ class Shapes:
         return tuple(drawing.CLASSES)[: self.classes]
 
     @property
+    def patch_colours(self) -> tuple[str, ...]:
+        """Red, green and blue of each label's patch, in hexadecimal."""
+        return tuple(bytes(colour).hex() for colour in _PATCH_COLOURS[: len(self.class_names)])
+
+    @property
     def fingerprint(self) -> str:
         """A sha256 that is the same only for the same images."""
         # 1 and 1.0 give the same images.
