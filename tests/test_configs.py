@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from camdistill.commands.adapt import adapt
 from camdistill.commands.parsing import call
 from camdistill.commands.rank import rank
 from camdistill.commands.study import study
+from camdistill.studies.adaptation import Adaptation
 from camdistill.studies.experiment import Experiment
 from camdistill.studies.explanations import source
 from camdistill.studies.plan import Study as Plan
@@ -16,8 +18,13 @@ from camdistill.studies.runs import Study
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OF_STUDIES = [path for path in CONFIGS if "arms" in yaml.safe_load(path.read_text())]
-OF_RANKINGS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text())]
-OF_RUNS = [path for path in CONFIGS if path not in [*OF_STUDIES, *OF_RANKINGS]]
+OF_ADAPTATIONS = [path for path in CONFIGS if "adaptation" in yaml.safe_load(path.read_text())]
+OF_RANKINGS = [
+    path
+    for path in CONFIGS
+    if "methods" in yaml.safe_load(path.read_text()) and path not in OF_ADAPTATIONS
+]
+OF_RUNS = [path for path in CONFIGS if path not in [*OF_STUDIES, *OF_RANKINGS, *OF_ADAPTATIONS]]
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +80,19 @@ def test_config_of_a_ranking_parses_and_names_what_there_is(
 def test_config_says_how_to_run_it(path: Path) -> None:
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any("Command: " in line for line in comments), f"{path} names no command"
+
+
+@pytest.mark.parametrize("path", OF_ADAPTATIONS, ids=lambda path: path.stem)
+def test_config_of_an_adaptation_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Plan, Adaptation]] = []
+
+    def note(plan: Plan, how: Adaptation, **_: object) -> None:
+        asked.append((plan, how))
+        raise InterruptedError
+
+    monkeypatch.setattr("camdistill.commands.adapt.adapt_study", note)
+    with pytest.raises(InterruptedError):
+        call(adapt, ["adapt", "-c", str(path)])
+    ((plan, how),) = asked
+    how.demand_fresh(plan)
+    assert how.layers

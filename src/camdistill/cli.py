@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "TensorBoard on a run, and the link to its front page",
     "export": "a student as one graph of logits and maps: ONNX, torch.export",
     "rank": "rank explanation methods by how much they teach a student",
+    "adapt": "adapt an explainer's parameters to what its maps teach a student",
     "study": "train several arms with several seeds and compare them",
 }
 

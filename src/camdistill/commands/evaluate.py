@@ -67,9 +67,9 @@ def evaluate(
         data: In place of images: shapes, cifar10, cifar100, or an image folder; its test images.
         explainers: What is compared: methods by name, with a layer if wanted (grad_cam, occlusion,
             layer_cam@layer2), student (its Grad-CAM for the teacher's class; or teacher), the
-            student in another FILE.safetensors, package.module.function of (network, images,
-            classes), FILE.npz with an array `maps` of one map an image. Default: grad_cam, and the
-            student beside its teacher.
+            student (or the adapted explainer) in another FILE.safetensors, package.module.function
+            of (network, images, classes), FILE.npz with an array `maps` of one map an image.
+            Default: grad_cam, and the student beside its teacher.
         of: Whose decisions are explained: teacher or student.
         layer: Of the network that is explained. Default: the checkpoint's, or the last layer.
         metrics: Their names. Default: those that survived their own test.

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.commands.networks import Shown
 from camdistill.distill.checkpoints import load
 from camdistill.errors import UserError, nearest
+from camdistill.explain.learnable import holds_explainer, load_explainer
+from camdistill.explain.maps import upsample
 from camdistill.explain.methods import METHODS, at_image
 from camdistill.networks.class_paths import resolve
 from camdistill.networks.teachers import Preprocessed
+from camdistill.networks.weights import read_weights
 from camdistill.studies.evaluation import Explainer, Subject
 from camdistill.types import Explain, Images, Labels
 
@@ -97,7 +101,9 @@ def _of_other(name: str, networks: Networks) -> Explainer:
 
 
 def _of_checkpoint(path: Path, trust: Sequence[str]) -> Explainer:
-    """A student's map for the class, of another file: another seed's, another recipe's."""
+    """What a file explains with: an adapted explainer, or another student's map for the class."""
+    if path.suffix == ".safetensors" and holds_explainer(weights := read_weights(path)):
+        return Explainer(path.stem, _adapted(path), digest=weights.sha256)
     found = load(path, trust=trust)
     layer = found.pairs[-1][0] if found.pairs else None
     return Explainer(path.stem, _grad_cam_of(found.network, layer), digest=found.sha256)
@@ -109,6 +115,17 @@ def _grad_cam_of(other: nn.Module, layer: str | None) -> Explain:
 
     def explain(network: nn.Module, images: Images, classes: Labels) -> RawMaps:
         return show(other.to(images.device), images, classes)
+
+    return explain
+
+
+def _adapted(path: Path) -> Explain:
+    explainer = load_explainer(path)
+
+    def explain(network: nn.Module, images: Images, classes: Labels) -> RawMaps:
+        with torch.no_grad():
+            maps = explainer.to(images.device)(network, images, classes)
+        return upsample(maps, (images.shape[-2], images.shape[-1]))
 
     return explain
 

@@ -62,7 +62,8 @@ def rank(
         teacher: The network whose explanations are ranked.
         data: Images to learn from, to choose beta on and to judge on; labels are not used.
         methods: What is ranked: grad_cam@layer3, or another method and a layer of the teacher;
-            maps.npz with maps [N, h, w] of the training images; package.module.function of
+            maps.npz with maps [N, h, w] of the training images; an adapted explainer.safetensors;
+            package.module.function of
             (network, images, classes);
             mask:parts of Shapes, mask:object or mask:box of image folders that have them.
         students: Families of students by name; their last layer's maps are taught.
@@ -86,15 +87,15 @@ def rank(
         teacher, data, methods, students, n, seeds, controls, controls_of, controls_n, shares,
         tuning, recipe, seed, trust, out,
     )  # fmt: skip
-    where = _device(device)
+    where = chosen_device(device)
     on_gpu = where != "cpu"
-    with _bar() as bar:
+    with progress_bar() as bar:
         found = ranked(
             study,
             workers=workers if workers is not None else (0 if on_gpu else available_cores()),
             stack=stack or (STACK if on_gpu else 1),
             device=where,
-            on_progress=_teller(bar),
+            on_progress=teller(bar),
             on_gates=lambda early: bar.console.print(
                 f"\n{gate_text(early)}\n", highlight=False, markup=False, soft_wrap=True
             ),
@@ -116,19 +117,21 @@ def _written(found: Found, seconds: float) -> dict[str, object]:
     return whole
 
 
-def _device(device: str) -> str:
+def chosen_device(device: str) -> str:
+    """What a command's --device stands for here."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; --device cpu")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _bar() -> Progress:
+def progress_bar() -> Progress:
+    """A line for each thing that is done, with how many of how many."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )
 
 
-def _teller(bar: Progress) -> Callable[[str, int, int], None]:
+def teller(bar: Progress) -> Callable[[str, int, int], None]:
     """Shows what is done: one line for each thing."""
     lines: dict[str, object] = {}
 

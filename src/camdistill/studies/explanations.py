@@ -18,6 +18,7 @@ from camdistill.data.datasets import ImageSet, PixelArray
 from camdistill.data.modules import ImageData, ShapesData
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import last_layer
+from camdistill.explain.learnable import load_explainer
 from camdistill.explain.methods import AT_PIXELS, METHODS, Explainer, explainer
 from camdistill.networks.class_paths import SAFE_PACKAGES
 from camdistill.networks.teachers import Teacher
@@ -67,7 +68,8 @@ def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
 
     Args:
         name: `grad_cam@layer3` (a method of ours at a layer of the teacher; without a layer at the
-            last one, or at the pixels where that is what the method explains), `maps.npz`,
+            last one, or at the pixels where that is what the method explains), `maps.npz`, an
+            adapted explainer's `explainer.safetensors`,
             `package.module.function` of (network, images, classes) that gives one map an image, for
             Shapes `mask:parts` and other masks, for image folders `mask:object` and `mask:box`.
         data: Where the images come from.
@@ -80,6 +82,8 @@ def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
         return _of_mask(name, data)
     if name.endswith(".npz"):
         return _of_file(name)
+    if name.endswith(".safetensors"):
+        return _of_explainer(name)
     method, _, layer = name.partition("@")
     if method in AT_PIXELS and layer:
         raise UserError(f"'{method}' explains at the pixels; leave out '@{layer}'")
@@ -112,6 +116,18 @@ def _of_function(name: str, function: Explain) -> Source:
         return _checked(name, found, len(asked.images))
 
     return Source(name, _key(name, function, None), maps, True)
+
+
+def _of_explainer(name: str) -> Source:
+    explainer = load_explainer(name)
+
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        with torch.no_grad():
+            found = explainer.to(asked.images.device)(teacher, asked.images, asked.classes)
+        return _checked(name, found, len(asked.images))
+
+    key = _key("explainer", type(explainer), None)
+    return Source(name, key | {"sha256": sha256_of(Path(name))}, maps, True)
 
 
 def _key(name: str, code: Callable[..., object], layer: str | None) -> dict[str, str | None]:

@@ -1,0 +1,92 @@
+"""`adapt`: an explainer's parameters learnt from what it teaches."""
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from camdistill.commands.rank import STACK, chosen_device, progress_bar, teller
+from camdistill.data.modules import ImageData
+from camdistill.networks.teachers import NetworkSpec
+from camdistill.report.figures.intervals import interval_chart
+from camdistill.report.figures.pictures import save_png
+from camdistill.report.results import available_cores, write_atomically, write_results
+from camdistill.studies.adaptation import ADAPTED, Adaptation, adapt_study
+from camdistill.studies.adaptation_report import adaptation_results, adaptation_text, intervals
+from camdistill.studies.controls import Control
+from camdistill.studies.lessons import Recipe
+from camdistill.studies.plan import Study, Tuning
+
+
+def adapt(
+    teacher: NetworkSpec,
+    data: ImageData,
+    students: dict[str, NetworkSpec],
+    n: list[int],
+    adaptation: Adaptation = Adaptation(),  # noqa: B008  (never changed; jsonargparse shows it)
+    seeds: list[int] = [0, 1, 2, 3, 4],  # noqa: B006
+    methods: list[str] = [],  # noqa: B006
+    controls: list[Control] = [],  # noqa: B006
+    tuning: Tuning = Tuning(),  # noqa: B008
+    recipe: Recipe = Recipe(),  # noqa: B008
+    seed: int = 0,
+    out: Path = Path("runs/adapt"),
+    workers: int | None = None,
+    stack: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    trust: list[str] = [],  # noqa: B006
+) -> dict[str, object]:
+    """Adapts an explainer to what its maps teach, and tells whether fresh students learn more.
+
+    Grad-CAM with parameters: a gate on each unit, a slope and a power for each layer, a mix of
+    layers. They go down the gradient of what a student knows after one step on their maps (SMaT).
+    Then students of new seeds, and of other families, learn from the adapted explainer, from
+    Grad-CAM, and from parameters that were learnt in the same way on a teacher of random weights;
+    all are judged on test images that were used for nothing before. No labels are used.
+
+    Killed and started again, or with more rounds, seeds or n, it does what is missing.
+
+    Args:
+        teacher: The network that is explained.
+        data: Images to learn from, to learn the parameters on (half of the validation images; the
+            other half says when to stop) and to judge on; labels are not used.
+        students: Families of students by name: the parameters are learnt with the first.
+        n: How many images students learn from.
+        adaptation: How the parameters are learnt.
+        seeds: Of the fresh students: start, order and views, the same for every arm.
+        methods: What else is compared, as in `rank`.
+        controls: Of Grad-CAM's maps, as in `rank`.
+        tuning: How each arm's weight of the maps is chosen.
+        recipe: How every student is trained.
+        seed: Of which images are taken, of random weights and of what is random in controls.
+        out: Folder of the explainer, the runs, results.json, table.txt and a chart.
+        workers: Processes that train students, of one thread each. Default: the cores; 0 on a GPU.
+        stack: Students that train as one. Default: 1, on a GPU 32.
+        device: Where; auto takes a GPU if there is one.
+        trust: Packages from which functions may be called.
+    """
+    start = time.monotonic()
+    study = Study(
+        teacher=teacher, data=data, methods=["grad_cam"], students=students, n=n, seeds=seeds,
+        controls=controls, shares=(), tuning=tuning, recipe=recipe, seed=seed, trust=trust,
+        folder=out,
+    )  # fmt: skip
+    where = chosen_device(device)
+    on_gpu = where != "cpu"
+    with progress_bar() as bar:
+        found = adapt_study(
+            study,
+            adaptation,
+            also=methods,
+            workers=workers if workers is not None else (0 if on_gpu else available_cores()),
+            stack=stack or (STACK if on_gpu else 1),
+            device=where,
+            on_progress=teller(bar),
+        )
+    text = f"{adaptation_text(found)}\n"
+    write_atomically(out / "table.txt", text.encode())
+    results = adaptation_results(found)
+    path = write_results(out / "results.json", results, seconds=time.monotonic() - start)
+    over = f"Agreement, 95 % intervals, {len(seeds)} seeds"
+    picture = save_png(out / "gains.png", interval_chart(intervals(found), title=over))
+    print(f"\n{text}\nExplainer: {out / ADAPTED}   Results: {path}   Chart: {picture}")
+    return results

@@ -1,0 +1,153 @@
+"""`adapt` from the command line: it runs, goes on, and its explainer is taken by file elsewhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from camdistill.cli import main
+from camdistill.explain.learnable import LearnableCAM, load_explainer
+from camdistill.networks.students import ShallowCNN
+from camdistill.networks.weights import save_safetensors
+
+TINY = {"channels": [4, 6], "strides": [2, 2]}
+CONFIG = {
+    "teacher": {"name": "shallow_cnn", "weights": "teacher.safetensors", "args": TINY},
+    "data": {
+        "class_path": "camdistill.data.modules.ShapesData",
+        "init_args": {"train": 40, "val": 20, "test": 30, "classes": 6},
+    },
+    "students": {
+        "tiny": {"name": "shallow_cnn", "args": TINY},
+        "other": {"name": "shallow_cnn", "args": {"channels": [5, 7], "strides": [2, 2]}},
+    },
+    "n": [16],
+    "adaptation": {"layers": ["stage1", "stage2"], "rounds": 2, "judges": [50], "lr": 0.05},
+    "seeds": [0, 1],
+    "tuning": {"betas": [1.0], "seeds": [7]},
+    "recipe": {"steps": 3, "batch_size": 8},
+    "workers": 0,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = ShallowCNN(6, (4, 6), (2, 2)).state_dict()
+    save_safetensors(tmp_path / "teacher.safetensors", state, {})
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.setattr("camdistill.studies.leakage.STEPS", 3)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_it_adapts_judges_on_fresh_students_and_goes_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["adapt", "-c", "tiny.yaml", "--out", "out"]) == 0
+    told = capsys.readouterr().out
+    assert "other n=16: " in told
+    for name in ("results.json", "table.txt", "gains.png", "runs.jsonl", "adapted.safetensors"):
+        assert (folder / "out" / name).is_file()
+    runs = (folder / "out/runs.jsonl").read_text()
+    assert len(runs.splitlines()) == 2 * 2 * 4  # families, seeds, arms
+    rounds = {path.name: path.read_bytes() for path in (folder / "out/rounds").iterdir()}
+    assert len(rounds) == 2 * 2
+    results = json.loads((folder / "out/results.json").read_text())
+    whole = results["explainers"]["teacher"]
+    assert [one["number"] for one in whole["rounds"]] == [0, 1, 2]
+    best = min(whole["rounds"], key=lambda one: one["kl"])["number"]
+    assert whole["best_round"] == best
+    assert set(results["differences"]["tiny n=16"]) >= {"adapted - grad_cam", "adapted - none"}
+
+    # again: nothing is learnt or taught a second time, and the numbers are the same
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it was done before")
+
+    monkeypatch.setattr("camdistill.studies.adaptation.adapt_once", never)
+    assert main(["adapt", "-c", "tiny.yaml", "--out", "out"]) == 0
+    assert (folder / "out/runs.jsonl").read_text() == runs
+    again = json.loads((folder / "out/results.json").read_text())
+    assert again["differences"] == results["differences"]
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    # one round more goes on from the two; another learning rate is another explainer
+    assert main(["adapt", "-c", "tiny.yaml", "--out", "out", "--adaptation.rounds", "3",
+                 "--adaptation.patience", "3"]) == 0  # fmt: skip
+    after = {path.name: path.read_bytes() for path in (folder / "out/rounds").iterdir()}
+    assert len(after) == 2 * 3
+    assert all(after[name] == content for name, content in rounds.items())
+
+
+@pytest.mark.slow
+def test_rank_and_evaluate_take_an_explainer_by_file(folder: Path) -> None:
+    assert main(["adapt", "-c", "tiny.yaml", "--out", "out", "--seeds", "0"]) == 0
+    explainer = load_explainer("out/adapted.safetensors")
+    assert list(explainer.units) == ["stage1", "stage2"]
+    config = {name: value for name, value in CONFIG.items() if name != "adaptation"}
+    config |= {"methods": ["out/adapted.safetensors", "grad_cam"], "controls": ["randomised"]}
+    (folder / "rank.yaml").write_text(yaml.safe_dump(config | {"shares": [], "seeds": [0]}))
+    assert main(["rank", "-c", "rank.yaml", "--out", "ranked"]) == 0
+    arms = json.loads((folder / "ranked/results.json").read_text())["students"]["tiny"]["n=16"]
+    assert "out/adapted.safetensors randomised" in arms
+    # `evaluate` builds a network from its name alone
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        save_safetensors(folder / "default.safetensors", ShallowCNN(8).state_dict(), {})
+    words = ["--teacher", "shallow_cnn", "--weights", "default.safetensors"]
+    LearnableCAM({"stage5": 192}).save(folder / "untouched.safetensors")
+    more = ["--data", "shapes", "--size", "32", "--count", "6", "--metrics", "gini", "road"]
+    names = ["--explainers", "grad_cam", "untouched.safetensors"]
+    assert main(["evaluate", *words, *more, *names, "--out", "judged"]) == 0
+    found = json.loads((folder / "judged/results.json").read_text())["explainers"]
+    for metric in ("gini", "road"):
+        wanted, own = (found[name][metric]["mean"] for name in ("grad_cam", "untouched"))
+        assert own == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--adaptation.rounds 0", "rounds 0 and patience 2; give 1 or more"),
+        ("--adaptation.lr 0", "lie above 0"),
+        ("--adaptation.judges []", "give one or more seeds"),
+        ("--adaptation.seed 0", "seed 0 is in both seeds and the adaptation's"),
+        ("--adaptation.judges [7]", "seed 7 is in both tuning.seeds and the adaptation's"),
+        ("--adaptation.n 30", "adaptation.n is 30; its students need 8 images or more, and the"),
+        ("--adaptation.layers [stage9]", "no layer 'stage9'"),
+        ("--adaptation.layer [stage2]", "nearest: 'adaptation.layers'"),
+        ("--data.init_args.val 2", "give at least 4"),
+        ("--methods grad_cm", "no method 'grad_cm'"),
+        ("--teacher.weights absent.pt", "no file 'absent.pt'"),
+        ("--recipe.optimisation.lr 1e30", "is not a number"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_mistakes_are_one_line_and_exit_with_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: str, says: str
+) -> None:
+    assert main(["adapt", "-c", "tiny.yaml", "--out", "out", *options.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert says in error
+
+
+def test_a_file_that_is_no_explainer_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {name: value for name, value in CONFIG.items() if name != "adaptation"}
+    (folder / "rank.yaml").write_text(yaml.safe_dump(config | {"methods": ["teacher.safetensors"]}))
+    assert main(["rank", "-c", "rank.yaml", "--out", "ranked"]) == 2
+    assert "'teacher.safetensors' holds no explainer" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapt", "--help"]) == 0
+    told = capsys.readouterr().out
+    for option in ("--adaptation.layers", "--adaptation.eta", "--students", "--recipe.steps N"):
+        assert option in told
