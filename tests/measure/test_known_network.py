@@ -69,7 +69,7 @@ def test_object_and_distractor_say_nothing_of_this_network(
 ) -> None:
     for decoy in ("object", "distractor"):
         found = faithfulness_correlation(masks[decoy].float(), answers)
-        assert abs(float(found.mean())) < 0.15
+        assert abs(float(found.mean())) < 0.25, "four standard errors; the truth has 1"
 
 
 def test_its_own_grad_cam_is_at_the_patch_by_every_measure_of_place(
