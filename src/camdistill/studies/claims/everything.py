@@ -1,10 +1,14 @@
 """The claims in the paper's order; worlds of their own, and what the shipped networks answer."""
 
 from camdistill.errors import UserError, nearest
-from camdistill.studies.claims import exactness
+from camdistill.studies.claims import counterfactuals, discrimination, exactness
 from camdistill.studies.claims.rows import Claim
 
-ROWS: tuple[tuple[str, Claim], ...] = (("1", exactness.generalises_cam),)
+ROWS: tuple[tuple[str, Claim], ...] = (
+    ("1", exactness.generalises_cam),
+    ("9", discrimination.discriminates),
+    ("13", counterfactuals.counterfactuals),
+)
 """Number and experiment."""
 
 

@@ -4,8 +4,9 @@ import hashlib
 import json
 import signal
 import warnings
+from collections.abc import Iterable
 
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 
 from camdistill.data.modules import ImageData, ShapesData
 from camdistill.distill.checkpoints import load, save
@@ -38,7 +39,7 @@ def trained(
     path = lab.folder / f"{name}-{_digest(module, data, epochs)}.safetensors"
     if not path.exists():
         lab.tell(f"training {name}")
-        _fit(lab, module, data, epochs)
+        fit(lab, module, data, epochs)
         save(module, path)
     return load(path).network.eval().requires_grad_(False).to(lab.device)
 
@@ -54,7 +55,8 @@ def _digest(module: Classifier | DistilledExplainer, data: ImageData, epochs: in
     return hashlib.sha256(known.encode()).hexdigest()[:10]
 
 
-def _fit(lab: Lab, module: Classifier | DistilledExplainer, data: ImageData, epochs: int) -> None:
+def fit(lab: Lab, module: LightningModule, data: ImageData | Iterable[object], epochs: int) -> None:
+    """Fits a module on the lab's device, to a data module or to batches."""
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="gpu" if lab.device != "cpu" else "cpu",
@@ -70,7 +72,7 @@ def _fit(lab: Lab, module: Classifier | DistilledExplainer, data: ImageData, epo
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            trainer.fit(module, datamodule=data)
+            trainer.fit(module, data)
     except SystemExit as end:
         # What Lightning makes of Ctrl-C, having switched it off for the rest of the process.
         if not isinstance(end.__context__, KeyboardInterrupt):
