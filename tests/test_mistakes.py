@@ -331,6 +331,12 @@ MISTAKES = {
     "word without an option": Mistake(
         "explain photo.png", r"'photo\.png' belongs to no option; options begin with --"
     ),
+    "number below 0 that reads as an option": Mistake(
+        "explain --classes -1", r"'-1' reads as an option; give a number below 0 as --NAME=-1"
+    ),
+    "command that comes from a config": Mistake(
+        "rank", r"methods.* are missing; give a config: -c FILE \(configs/ has examples\)"
+    ),
     "wrong type": Mistake(f"{FIT} --model.beta abc", r"model\.beta is 'abc'; it takes a number"),
     "wrong choice": Mistake(
         f"{FIT} --model.transfer.distance perason", r"it takes 'pearson'.*; nearest: 'pearson'"

@@ -179,7 +179,7 @@ def told(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"can't write the teacher cache {folder} ({error.strerror or error}); free some space, "
-            "choose another folder, or train with the live teacher"
+            "or name another folder with CAMDISTILL_CACHE"
         ) from error
 
 

@@ -177,6 +177,10 @@ def _unknown(found: re.Match[str], options: list[str]) -> UserError:
     name = f"{named['group']}.{named['name']}" if named.get("group") else named["name"]
     if not name:
         return UserError(f"'{named['word']}' belongs to no option; options begin with --")
+    if name[0].isdecimal():
+        return UserError(
+            f"'{named['word']}' reads as an option; give a number below 0 as --NAME=-1"
+        )
     group, _, last = name.rpartition(".")
     beside = {
         option.rpartition(".")[2]: option
@@ -199,6 +203,9 @@ def _missing(found: re.Match[str], options: list[str]) -> UserError:
         )
     marks = ", ".join("{}" for _ in names)
     verb = "is" if len(names) == 1 else "are"
+    if len(names) > 2:
+        cure = "give a config: -c FILE (configs/ has examples), or --{}, ..."
+        return OptionError(f"{marks} {verb} missing; {cure}", *names, names[0])
     return OptionError(
         f"{marks} {verb} missing; give --{{}} or set it in the config", *names, names[0]
     )
