@@ -403,7 +403,7 @@ def test_limit_on_the_size_of_files_is_a_users_mistake_and_no_crash(tmp_path: Pa
 
 def test_root_that_is_a_file_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another folder"):
+    with pytest.raises(UserError, match="name another folder"):
         made(tmp_path / "file" / "caches")
 
 
