@@ -1,9 +1,6 @@
-import contextlib
 import io
 import json
 import re
-import subprocess
-import sys
 import time
 import urllib.parse
 import urllib.request
@@ -23,6 +20,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from camdistill import tags
 from camdistill.report.tensorboard import TensorBoardLogger, front_page_url, scalars, settings_page
+
+from .conftest import get, tensorboard_of
 
 OPENED: list[TensorBoardLogger] = []
 
@@ -236,36 +235,6 @@ def test_settings_page_is_plain_yaml() -> None:
     assert yaml.safe_load(page) == {"a": [1, 2], "b": {"c": "x"}}
 
 
-def _get(url: str, data: bytes | None = None) -> bytes:
-    headers = {"Content-Type": "application/json"} if data else {}
-    request = urllib.request.Request(url, data, headers)
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return answer.read()
-
-
-@contextlib.contextmanager
-def tensorboard_of(folder: Path, load_fast: str) -> Iterator[str]:
-    """Address of a server that has read the folder; "true" is the loader that users get."""
-    options = ["--logdir", str(folder), "--port", "0", "--load_fast", load_fast]
-    command = [sys.executable, "-m", "tensorboard.main", *options, "--reload_interval", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            lines = iter(server.stderr.readline, "")
-            found = next(match for line in lines if (match := re.search(r"http://\S+", line)))
-            url = found[0].rstrip("/")
-            for _ in range(100):
-                if json.loads(_get(f"{url}/data/runs")):
-                    break
-                time.sleep(0.1)
-            yield url
-        finally:
-            server.terminate()
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("load_fast", ["false", "true"])
 def test_tensorboard_serves_what_was_written(tmp_path: Path, load_fast: str) -> None:
@@ -297,7 +266,7 @@ def test_tensorboard_shows_a_resumed_run_as_one_line(tmp_path: Path, load_fast: 
     tag = urllib.parse.quote(tags.LOSS_TRAIN, safe="")
     run = urllib.parse.quote(resumed.run, safe="")
     with tensorboard_of(tmp_path, load_fast) as url:
-        points = json.loads(_get(f"{url}/data/plugin/scalars/scalars?tag={tag}&run={run}"))
+        points = json.loads(get(f"{url}/data/plugin/scalars/scalars?tag={tag}&run={run}"))
     assert [point[1:] for point in points] == [
         [step, step + (100.0 if step >= 6 else 0.0)] for step in range(12)
     ]
@@ -305,7 +274,7 @@ def test_tensorboard_shows_a_resumed_run_as_one_line(tmp_path: Path, load_fast: 
 
 def _check_pages(url: str, logger: TensorBoardLogger, picture: np.ndarray) -> None:
     run = urllib.parse.quote(logger.run, safe="")
-    known = json.loads(_get(f"{url}/data/plugin/timeseries/tags"))
+    known = json.loads(get(f"{url}/data/plugin/timeseries/tags"))
     assert sorted(known["scalars"]["runTagInfo"][logger.run]) == [tags.AGREEMENT, tags.LOSS_VAL]
     assert tags.describe(tags.AGREEMENT).split("`")[0][:30] in json.dumps(
         known["scalars"]["tagDescriptions"]
@@ -314,17 +283,17 @@ def _check_pages(url: str, logger: TensorBoardLogger, picture: np.ndarray) -> No
         tags.grid("layer3"): {logger.run: {"maxSamplesPerStep": 1}}
     }
     tag = urllib.parse.quote(tags.AGREEMENT, safe="")
-    points = json.loads(_get(f"{url}/data/plugin/scalars/scalars?tag={tag}&run={run}"))
+    points = json.loads(get(f"{url}/data/plugin/scalars/scalars?tag={tag}&run={run}"))
     assert [point[1:] for point in points] == [[step, step / 8] for step in range(5)]
     tag = urllib.parse.quote(tags.grid("layer3"), safe="")
-    images = json.loads(_get(f"{url}/data/plugin/images/images?tag={tag}&run={run}&sample=0"))
-    content = _get(f"{url}/data/plugin/images/individualImage?{images[0]['query']}")
+    images = json.loads(get(f"{url}/data/plugin/images/images?tag={tag}&run={run}&sample=0"))
+    content = get(f"{url}/data/plugin/images/individualImage?{images[0]['query']}")
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), picture)
     tag = urllib.parse.quote(tags.HOW_TO_READ, safe="")
-    (page,) = json.loads(_get(f"{url}/data/plugin/text/text?tag={tag}&run={run}"))
+    (page,) = json.loads(get(f"{url}/data/plugin/text/text?tag={tag}&run={run}"))
     assert "<table>" in page["text"]
     asked = json.dumps({"allowedStatuses": ["STATUS_SUCCESS"], "sliceSize": 10}).encode()
-    (group,) = json.loads(_get(f"{url}/data/plugin/hparams/session_groups", asked))["sessionGroups"]
+    (group,) = json.loads(get(f"{url}/data/plugin/hparams/session_groups", asked))["sessionGroups"]
     assert group["hparams"] == {"beta": 2.0}
     values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
     assert values[tags.AGREEMENT] == 0.5

@@ -21,6 +21,8 @@ from camdistill.report.tensorboard import (
     Picture,
     front_page_url,
     logged_step,
+    picture_due,
+    reports,
     settings_page,
     tensorboards,
 )
@@ -94,7 +96,7 @@ class MapGrids(Callback):
             self._shown = Batch(*(torch.cat(parts) for parts in zip(*self._found, strict=True)))
             self._found = []
         self._validations += 1
-        due = self._due(trainer)
+        due = picture_due(trainer, self._validations, self.pictures)
         if self._shown is None or due == self._drawn:
             return
         self._drawn = due
@@ -106,19 +108,7 @@ class MapGrids(Callback):
                 logger.log_picture(tag, picture, logged_step(trainer))
 
     def _shows(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        return (
-            not trainer.sanity_checking
-            and trainer.state.fn == "fit"
-            and bool(tensorboards(trainer))
-            and isinstance(pl_module, ExplainsImages)
-        )
-
-    def _due(self, trainer: Trainer) -> int:
-        """Number of the picture that belongs here: 1 at first, `pictures` at the run's end."""
-        steps = trainer.estimated_stepping_batches
-        if steps == float("inf"):  # trained until stopped: after 1, 2, 4, 8, ... validations
-            return min(self._validations.bit_length(), self.pictures)
-        return 1 + min(trainer.global_step * (self.pictures - 1) // int(steps), self.pictures - 1)
+        return reports(trainer) and isinstance(pl_module, ExplainsImages)
 
     def _panels(
         self, comparison: MapComparison, names: tuple[str, ...], step: int

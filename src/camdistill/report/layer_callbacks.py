@@ -16,7 +16,13 @@ from camdistill.layers.summary import Sweep
 from camdistill.layers.sweep import sweep
 from camdistill.networks.teachers import Preprocessed
 from camdistill.report.figures.depth import Profile, profile_chart
-from camdistill.report.tensorboard import TensorBoardLogger, logged_step, tensorboards
+from camdistill.report.tensorboard import (
+    TensorBoardLogger,
+    logged_step,
+    picture_due,
+    reports,
+    tensorboards,
+)
 from camdistill.types import Batch
 
 TEACHER = "teacher"  # its run's folder below the student's, and its line in the picture
@@ -178,7 +184,7 @@ class LayersForm(Callback):
 
     def _draw(self, trainer: Trainer, found: Sweep, step: int) -> None:
         """The picture, when enough of the run has passed since the last one."""
-        if (due := self._due(trainer)) == self._drawn:
+        if (due := picture_due(trainer, self._validations, self.pictures)) == self._drawn:
             return
         self._drawn = due
         self._past.append(
@@ -212,19 +218,7 @@ class LayersForm(Callback):
         }
 
     def _shows(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        return (
-            not trainer.sanity_checking
-            and trainer.state.fn == "fit"
-            and bool(tensorboards(trainer))
-            and isinstance(pl_module, FitsNetwork)
-        )
-
-    def _due(self, trainer: Trainer) -> int:
-        """Number of the picture that belongs here: 1 at first, `pictures` at the run's end."""
-        steps = trainer.estimated_stepping_batches
-        if steps == math.inf:  # trained until stopped: after 1, 2, 4, 8, ... validations
-            return min(self._validations.bit_length(), self.pictures)
-        return 1 + min(trainer.global_step * (self.pictures - 1) // int(steps), self.pictures - 1)
+        return reports(trainer) and isinstance(pl_module, FitsNetwork)
 
 
 def _shown(found: Sweep) -> dict[str, tuple[list[float], list[float]]]:

@@ -6,6 +6,7 @@ card's description only for these.
 
 import io
 import json
+import math
 import os
 import re
 from argparse import Namespace
@@ -216,6 +217,25 @@ def logged_step(trainer: Trainer) -> int:
     where the scalars of a 4-batch epoch stand at 3.
     """
     return max(trainer.global_step - 1, 0)
+
+
+def picture_due(trainer: Trainer, validations: int, most: int) -> int:
+    """Number of the picture that belongs at this validation: 1 at first, `most` at the run's end.
+
+    Args:
+        trainer: Of the run.
+        validations: How many there were, this one among them.
+        most: Pictures of a tag in a run; TensorBoard shows 10.
+    """
+    steps = trainer.estimated_stepping_batches
+    if steps == math.inf:  # trained until stopped: after 1, 2, 4, 8, ... validations
+        return min(validations.bit_length(), most)
+    return 1 + min(trainer.global_step * (most - 1) // int(steps), most - 1)
+
+
+def reports(trainer: Trainer) -> bool:
+    """Whether a callback that draws has somewhere to draw now: training, after the sanity check."""
+    return not trainer.sanity_checking and trainer.state.fn == "fit" and bool(tensorboards(trainer))
 
 
 def front_page_url(
