@@ -1,11 +1,25 @@
 """The claims in the paper's order; worlds of their own, and what the shipped networks answer."""
 
 from camdistill.errors import UserError, nearest
-from camdistill.studies.claims import counterfactuals, discrimination, exactness
+from camdistill.studies.claims import (
+    counterfactuals,
+    discrimination,
+    exactness,
+    heads,
+    localisation,
+)
 from camdistill.studies.claims.rows import Claim
 
 ROWS: tuple[tuple[str, Claim], ...] = (
     ("1", exactness.generalises_cam),
+    ("2", heads.any_head),
+    ("3", localisation.boxes_flattened),
+    ("4", localisation.boxes_student),
+    ("5", localisation.boxes_teacher),
+    ("5b", localisation.boxes_own_threshold),
+    ("6", heads.no_cost),
+    ("7", localisation.seeds_for_segmentation),
+    ("8", localisation.pointing_with_rejection),
     ("9", discrimination.discriminates),
     ("13", counterfactuals.counterfactuals),
 )

@@ -1,6 +1,6 @@
 """What a claim's experiment is given, and what it gives back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from camdistill.data.shapes import Shapes
 from camdistill.distill.training import as_images
 from camdistill.measure.intervals import Interval, interval, paired_interval
 from camdistill.networks.teachers import Preprocessed
+from camdistill.studies.statistics import Bootstrap
 from camdistill.types import Images, Labels, Masks
 
 
@@ -154,6 +155,18 @@ def gain(name: str, values: Tensor, others: Tensor, lab: Lab, of: str = "") -> M
     found = paired_interval(first, second, lab.seed)
     count = int((~np.isnan(first - second)).sum())
     return Measured(name, found.mean, found.low, found.high, count, of)
+
+
+def trained_gain(
+    name: str, runs: Sequence[Tensor], others: Sequence[Tensor], lab: Lab, of: str = ""
+) -> Measured:
+    """The same of several trainings of each, resampled over trainings and images."""
+    scores = {
+        arm: torch.stack(list(each)).detach().cpu().double().numpy()
+        for arm, each in (("runs", runs), ("others", others))
+    }
+    found = Bootstrap(scores, lab.seed).gain("runs", "others")
+    return Measured(name, found.mean, found.low, found.high, scores["runs"].shape[1], of)
 
 
 def exact(name: str, value: float | int, n: int, of: str = "") -> Measured:

@@ -52,7 +52,11 @@ def _digest(module: Classifier | DistilledExplainer, data: ImageData, epochs: in
         images = data.fingerprints["train"]
     order = [data.seed, data.batch_size, data.limit or 0, epochs]
     known = json.dumps([module.settings, images, order], sort_keys=True, default=str)
-    return hashlib.sha256(known.encode()).hexdigest()[:10]
+    found = hashlib.sha256(known.encode())
+    if "network" in dict(module.named_children()):  # it starts from weights that were put there
+        for value in module.fitted.state_dict().values():
+            found.update(value.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:10]
 
 
 def fit(lab: Lab, module: LightningModule, data: ImageData | Iterable[object], epochs: int) -> None:
