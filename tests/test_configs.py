@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from camdistill.commands.adapt import adapt
+from camdistill.commands.learn import learn
 from camdistill.commands.parsing import call
 from camdistill.commands.rank import rank
 from camdistill.commands.study import study
@@ -19,12 +20,14 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OF_STUDIES = [path for path in CONFIGS if "arms" in yaml.safe_load(path.read_text())]
 OF_ADAPTATIONS = [path for path in CONFIGS if "adaptation" in yaml.safe_load(path.read_text())]
+OF_METRICS = [path for path in CONFIGS if "studies" in yaml.safe_load(path.read_text())]
 OF_RANKINGS = [
     path
     for path in CONFIGS
     if "methods" in yaml.safe_load(path.read_text()) and path not in OF_ADAPTATIONS
 ]
-OF_RUNS = [path for path in CONFIGS if path not in [*OF_STUDIES, *OF_RANKINGS, *OF_ADAPTATIONS]]
+OF_OTHERS = [*OF_STUDIES, *OF_RANKINGS, *OF_ADAPTATIONS, *OF_METRICS]
+OF_RUNS = [path for path in CONFIGS if path not in OF_OTHERS]
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +99,21 @@ def test_config_of_an_adaptation_parses(path: Path, monkeypatch: pytest.MonkeyPa
     ((plan, how),) = asked
     how.demand_fresh(plan)
     assert how.layers
+
+
+@pytest.mark.parametrize("path", OF_METRICS, ids=lambda path: path.stem)
+def test_config_of_a_learned_metric_parses_and_names_what_there_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Plan] = []
+
+    def note(plan: Plan, **_: object) -> None:
+        asked.append(plan)
+        raise InterruptedError
+
+    monkeypatch.setattr("camdistill.commands.learn.ranked", note)
+    with pytest.raises(InterruptedError):
+        call(learn, ["learn", "-c", str(path), "--out", str(tmp_path)])
+    (plan,) = asked
+    for name in plan.methods:
+        source(name, plan.data)

@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "a student as one graph of logits and maps: ONNX, torch.export",
     "rank": "rank explanation methods by how much they teach a student",
     "adapt": "adapt an explainer's parameters to what its maps teach a student",
+    "learn": "learn a metric of maps from what rankings found they teach",
     "study": "train several arms with several seeds and compare them",
 }
 

@@ -17,7 +17,15 @@ from camdistill.commands.sources import source_from
 from camdistill.data.datasets import ImageSet
 from camdistill.errors import UserError
 from camdistill.measure.intervals import Interval, interval
-from camdistill.measure.metrics import DEFAULT, DEFAULT_WITH_MASKS, METRICS, Use, demand_metrics
+from camdistill.measure.metrics import (
+    DEFAULT,
+    DEFAULT_WITH_MASKS,
+    FILE,
+    Use,
+    demand_metrics,
+    metric_of,
+)
+from camdistill.networks.weights import sha256_of
 from camdistill.report.results import Cell, text_table, write_atomically, write_results
 from camdistill.studies.evaluation import Evaluation, Subject
 from camdistill.studies.evaluation import evaluate as run
@@ -30,6 +38,7 @@ _BLOCKS: dict[str, tuple[Use, ...]] = {
     "faithfulness": ("rank", "reference"),
     "from papers, not to be trusted": ("paper",),
     "localisation": ("mask",),
+    "learned from what maps taught": ("learned",),
     "size of the map, and gates": ("axis", "gate"),
 }
 
@@ -72,7 +81,8 @@ def evaluate(
             Default: grad_cam, and the student beside its teacher.
         of: Whose decisions are explained: teacher or student.
         layer: Of the network that is explained. Default: the checkpoint's, or the last layer.
-        metrics: Their names. Default: those that survived their own test.
+        metrics: Their names, or FILE.safetensors of a learned one. Default: those that survived
+            their own test.
         meta: Put the metrics themselves to the test: ladder, controls, halves, references.
         count: At most so many images, spread evenly.
         size: Side in pixels that images are scaled and cut to. Default: the training images'.
@@ -98,7 +108,7 @@ def evaluate(
     settings = {
         "checkpoint": networks.sha256,
         "explainers": [f"{one.name} {one.digest}" for one in compared],
-        "metrics": list(chosen),
+        "metrics": [_told_apart(name) for name in chosen],
         "images": [_fingerprint(looked_at), looked_at.ids.tolist()],
         **{"of": of, "layer": networks.layer, "batch": batch, "seed": seed, "meta": meta},
     }
@@ -132,6 +142,11 @@ def _device(name: Literal["cpu", "cuda"] | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _told_apart(metric: str) -> str:
+    """A learned metric's file may change under its name."""
+    return f"{metric} {sha256_of(Path(metric))}" if metric.endswith(FILE) else metric
+
+
 def _fingerprint(images: ImageSet) -> str:
     """Of files on the command line nobody has taken one yet."""
     if images.fingerprint:
@@ -144,7 +159,7 @@ def _chosen(names: Sequence[str], subject: Subject, meta: bool) -> tuple[str, ..
     chosen = list(names or DEFAULT)
     if not names and subject.located:
         chosen += DEFAULT_WITH_MASKS
-    masked = [name for name in chosen if METRICS[name].use == "mask"]
+    masked = [name for name in chosen if metric_of(name).use == "mask"]
     if masked and not subject.located:
         raise UserError(
             f"metric '{masked[0]}' needs masks, and these images have none: leave it out, or put a "
@@ -175,7 +190,7 @@ def _told(
     beats = {metric: beaten(values, metric, seed) for metric in values.metrics}
     blocks = []
     for title, uses in _BLOCKS.items():
-        columns = [metric for metric in values.metrics if METRICS[metric].use in uses]
+        columns = [metric for metric in values.metrics if metric_of(metric).use in uses]
         if columns:
             blocks.append(_block(title, columns, table, len(values.table[0, 0])))
     blocks.append(_warnings(values, beats))
@@ -206,7 +221,7 @@ def _told(
 
 
 def _block(title: str, columns: Sequence[str], table: Table, count: int) -> str:
-    arrows = {metric: f"{metric} {'+' if METRICS[metric].higher else '-'}" for metric in columns}
+    arrows = {metric: f"{metric} {'+' if metric_of(metric).higher else '-'}" for metric in columns}
     shown: dict[str, dict[str, Cell]] = {
         entry: {arrows[metric]: row.get(metric) for metric in columns}
         for entry, row in table.items()
@@ -218,7 +233,7 @@ def _block(title: str, columns: Sequence[str], table: Table, count: int) -> str:
 def _warnings(values: Values, beats: Mapping[str, Sequence[str]]) -> str:
     lines = ["+ higher is better, - lower is better; 95 % intervals over images."]
     for metric, pairs in beats.items():
-        if pairs and METRICS[metric].use in ("rank", "paper", "mask"):
+        if pairs and metric_of(metric).use in ("rank", "paper", "mask", "learned"):
             lines.append(f"Don't rank by {metric} here, controls stand above: {', '.join(pairs)}")
     for kind, flags in (("failed (NaN or infinity)", values.failed), ("blank", values.blank)):
         for entry, count in zip(values.entries, flags.sum(1).tolist(), strict=True):

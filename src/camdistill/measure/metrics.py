@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from camdistill.errors import UserError, nearest
+from camdistill.measure.learned import load_metric
 from camdistill.perturb.imputers import BASELINES
 
-Use = Literal["rank", "reference", "mask", "paper", "axis", "gate"]
+Use = Literal["rank", "reference", "mask", "paper", "axis", "gate", "learned"]
 """What a metric is for: ranking explainers; being the truth that metrics are held against; ground
 truth of the image, not of the network; a paper's row, not to be trusted; an axis beside
-faithfulness; a gate that an explainer passes or not."""
+faithfulness; a gate that an explainer passes or not; a file that `camdistill learn` wrote."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ METRICS: dict[str, Metric] = {
     "average_precision": Metric(True, "mask", "localisation"),
     "box_error": Metric(False, "mask", "localisation"),
 }
+FILE = ".safetensors"
 DEFAULT = (
     "faithfulness_correlation",
     "infidelity",
@@ -88,5 +90,12 @@ DEFAULT_WITH_MASKS = (
 def demand_metrics(names: Sequence[str]) -> None:
     """Refuse names that mean nothing, before anything runs."""
     for name in names:
-        if name not in METRICS:
-            raise UserError(f"no metric '{name}'; {nearest(name, METRICS)}")
+        if name.endswith(FILE):
+            load_metric(name)
+        elif name not in METRICS:
+            raise UserError(f"no metric '{name}'; {nearest(name, METRICS)}; or give FILE{FILE}")
+
+
+def metric_of(name: str) -> Metric:
+    """What is known of a metric; one that was learnt is called by its file."""
+    return Metric(True, "learned", name) if name.endswith(FILE) else METRICS[name]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -21,7 +21,8 @@ from camdistill.measure import (
     removal,
     robustness,
 )
-from camdistill.measure.metrics import METRICS
+from camdistill.measure.learned import Context, LearnedMetric, context, load_metric
+from camdistill.measure.metrics import FILE, metric_of
 from camdistill.perturb.asking import logits_of
 from camdistill.perturb.bank import Bank, Plan, bank
 from camdistill.perturb.imputers import BASELINES, baseline
@@ -45,6 +46,8 @@ class Scene:
         shown: What stands where something is removed, by kind; "rerendered" is the image drawn
             again without its objects.
         masks: The objects'; empty ones where there is none.
+        learned: Metrics that were learnt, by their file.
+        context: What those are told of the images; None without any.
     """
 
     network: nn.Module
@@ -55,6 +58,8 @@ class Scene:
     bank: Bank | None = None
     shown: dict[str, Images] = field(default_factory=dict)
     masks: Masks | None = None
+    learned: dict[str, LearnedMetric] = field(default_factory=dict)
+    context: Context | None = None
 
     def generator(self, purpose: str) -> torch.Generator:
         """A stream of its own for each purpose."""
@@ -105,7 +110,7 @@ def scene(
         rerendered: The images without their objects, where the data can draw them.
         fill: What stands where the bank removes something.
     """
-    families = {METRICS[name].family for name in metrics}
+    families = {metric_of(name).family for name in metrics}
     logits = logits_of(network, images)
     shown: dict[str, Images] = {
         kind: baseline(images, kind)
@@ -114,7 +119,11 @@ def scene(
     }
     if rerendered is not None:
         shown["rerendered"] = rerendered
-    whole = Scene(network, images, logits.argmax(1), logits, seed, shown=shown, masks=masks)
+    classes = logits.argmax(1)
+    whole = Scene(network, images, classes, logits, seed, shown=shown, masks=masks)
+    if learned := [family for family in families if family.endswith(FILE)]:
+        by_file = {name: load_metric(name).to(images.device) for name in sorted(learned)}
+        whole = replace(whole, learned=by_file, context=context(network, images, classes))
     if "bank" not in families:
         return whole
     plan = Plan(subsets=_MORE_SHARES) if "sensitivity_n" in metrics else Plan()
@@ -126,7 +135,7 @@ def scene(
         classes=whole.classes,
         plan=plan,
     )
-    return Scene(network, images, whole.classes, logits, seed, asked, shown, masks)
+    return replace(whole, bank=asked)
 
 
 def measure(
@@ -147,7 +156,7 @@ def measure(
     live = None if explain is None else _watched(explain, broken)
     shot = _Shot(scene, usable, ranks(usable, scene.generator("ties")), live, {})
     values: dict[str, PerImage] = {}
-    for family in dict.fromkeys(METRICS[name].family for name in metrics):
+    for family in dict.fromkeys(metric_of(name).family for name in metrics):
         if _possible(family, shot):
             broken.zero_()
             computed = _computed(family, shot)
@@ -181,6 +190,8 @@ def _possible(family: str, shot: _Shot) -> bool:
 
 
 def _computed(family: str, shot: _Shot) -> dict[str, PerImage]:
+    if family in shot.scene.learned:
+        return {family: _learned(family, shot)}
     if family in _GATES:
         return {family: _GATES[family](shot)}
     if family.startswith(("insertion_", "deletion_")):
@@ -240,6 +251,13 @@ def _complexity(shot: _Shot) -> dict[str, PerImage]:
         "entropy": complexity.entropy(evidence),
         "mean_size": complexity.mean_size(evidence),
     }
+
+
+def _learned(name: str, shot: _Shot) -> PerImage:
+    known = shot.scene.context
+    assert known is not None, "the scene was made for this metric"
+    with torch.no_grad():
+        return shot.scene.learned[name](shot.maps, known)  # type: ignore[no-any-return]
 
 
 def _localisation(shot: _Shot) -> dict[str, PerImage]:

@@ -61,10 +61,10 @@ class Adaptation:
     rounds: int = 4
     patience: int = 2
     beta: float = 30.0
-    lr: float = 0.01
+    lr: float = 1e-3
     eta: float | None = None
     seed: int = 3000
-    judges: list[int] = field(default_factory=lambda: [2000, 2001])
+    judges: list[int] = field(default_factory=lambda: [2000, 2001, 2002, 2003])
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.patience < 1:

@@ -7,7 +7,7 @@ import numpy as np
 
 from camdistill import tags
 from camdistill.measure.intervals import Interval
-from camdistill.measure.metrics import METRICS
+from camdistill.measure.metrics import metric_of
 from camdistill.measure.removal import LEVELS
 from camdistill.report.figures.curves import removal_chart
 from camdistill.report.figures.intervals import interval_chart
@@ -48,8 +48,8 @@ def write_pictures(
 def _chart(
     values: Values, table: Mapping[str, Mapping[str, Interval]], *, mask: bool
 ) -> Picture | None:
-    chosen = [metric for metric in values.metrics if (METRICS[metric].use == "mask") == mask]
-    titles = {metric: f"{metric} ({'+' if METRICS[metric].higher else '-'})" for metric in chosen}
+    chosen = [metric for metric in values.metrics if (metric_of(metric).use == "mask") == mask]
+    titles = {metric: f"{metric} ({'+' if metric_of(metric).higher else '-'})" for metric in chosen}
     rows = {
         entry: {titles[metric]: row[metric] for metric in chosen if metric in row}
         for entry, row in table.items()
@@ -87,7 +87,7 @@ def _curves(values: Values) -> Picture | None:
 
 def _best_and_worst(evaluation: Evaluation, values: Values) -> Picture | None:
     """Of the first explainer, by the first metric that ranks."""
-    chosen = [metric for metric in values.metrics if METRICS[metric].use == "rank"]
+    chosen = [metric for metric in values.metrics if metric_of(metric).use == "rank"]
     if not chosen:
         return None
     metric, explainer = chosen[0], evaluation.explainers[0]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from camdistill.measure.intervals import Interval, percentiles, resampled_means
-from camdistill.measure.metrics import METRICS
+from camdistill.measure.metrics import metric_of
 from camdistill.studies.values import ORACLE, Values, signed
 
 REFERENCES = ("deletion_rerendered", "rank_accuracy")
@@ -68,7 +68,7 @@ def beaten(values: Values, metric: str, seed: int) -> list[str]:
 
 def verdicts(values: Values, seed: int) -> dict[str, Verdict]:
     """Of every metric that is not a gate; needs a ladder among the values."""
-    chosen = [metric for metric in values.metrics if METRICS[metric].use != "gate"]
+    chosen = [metric for metric in values.metrics if metric_of(metric).use != "gate"]
     beats = {metric: beaten(values, metric, seed) for metric in chosen}
     return {metric: _verdict(values, metric, beats, seed) for metric in chosen}
 
@@ -172,7 +172,7 @@ def rows(found: Mapping[str, Verdict]) -> dict[str, dict[str, Interval | float |
     table: dict[str, dict[str, Interval | float | int | str | None]] = {}
     for metric, verdict in found.items():
         row: dict[str, Interval | float | int | str | None] = {
-            "use": METRICS[metric].use,
+            "use": metric_of(metric).use,
             "ladder": verdict.ladder,
             "halves": verdict.reliability,
         }

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
-from camdistill.measure.metrics import METRICS
+from camdistill.measure.metrics import metric_of
 from camdistill.report.results import write_atomically
 
 CURVES = ("insertion_blur", "deletion_grey")  # whose curves are kept, where they are measured
@@ -103,4 +103,4 @@ def joined(paths: Sequence[Path], metrics: Sequence[str], explainers: int) -> Va
 
 def signed(metric: str) -> int:
     """1 where higher is better, else -1."""
-    return 1 if METRICS[metric].higher else -1
+    return 1 if metric_of(metric).higher else -1

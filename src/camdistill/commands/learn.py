@@ -1,0 +1,118 @@
+"""`learn`: a metric of maps, learnt from what rankings found they teach."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+from camdistill.commands.rank import STACK, chosen_device, progress_bar, teller
+from camdistill.errors import UserError
+from camdistill.networks.teachers import Teacher
+from camdistill.report.results import available_cores, write_atomically, write_results
+from camdistill.studies.metric_learning import (
+    Lessons,
+    Recipe,
+    by_hand,
+    fitted,
+    lessons_of,
+    unseen_methods,
+    unseen_networks,
+)
+from camdistill.studies.metric_report import Answer, answer_text, answers, beats, results
+from camdistill.studies.plan import Study
+from camdistill.studies.simulatability import ranked
+
+METRIC = "metric.safetensors"
+Tell = Callable[[str, int, int], None]
+
+
+def learn(
+    studies: dict[str, Study],
+    fit: Recipe = Recipe(),  # noqa: B008  (never changed; jsonargparse shows it)
+    images: int = 64,
+    out: Path = Path("runs/learn"),
+    workers: int | None = None,
+    stack: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> dict[str, object]:
+    """Learns a metric of maps from rankings: how much a map teaches, without teaching anyone.
+
+    Each ranking is run first (or gone on with: they are those of `rank`, in the folders OUT/NAME).
+    A small differentiable network then learns to tell an arm's gain from its maps, their images and
+    the explained network. It is tested on methods and networks that it never saw, beside every
+    metric made by hand. No labels are used, but by metrics that need masks.
+
+    Args:
+        studies: Rankings by name, one for each network, each with the options of `rank`.
+        fit: How the metric is trained.
+        images: On how many images metrics are compared.
+        out: Folder of the rankings, the metric, results.json and table.txt.
+        workers: Processes that train students, of one thread each. Default: the cores; 0 on a GPU.
+        stack: Students that train as one. Default: 1, on a GPU 32.
+        device: Where; auto takes a GPU if there is one.
+    """
+    start = time.monotonic()
+    if not studies or images < 2:
+        raise UserError(
+            f"there are {len(studies)} studies and {images} images; give at least one ranking "
+            "(studies) and 2 images"
+        )
+    where = chosen_device(device)
+    on_gpu = where != "cpu"
+    with progress_bar() as bar:
+        tell = teller(bar)
+        found = {
+            name: ranked(
+                replace(study, folder=out / name),
+                workers=workers if workers is not None else (0 if on_gpu else available_cores()),
+                stack=stack or (STACK if on_gpu else 1),
+                device=where,
+                on_progress=_named(name, tell),
+            )
+            for name, study in studies.items()
+        }
+        teachers = {name: Teacher(study.teacher) for name, study in studies.items()}
+        lessons = {name: lessons_of(found[name], teachers[name], fit.seed) for name in studies}
+        methods = unseen_methods(lessons, fit, lambda *done: tell("unseen methods", *done))
+        networks = unseen_networks(lessons, fit, lambda *done: tell("unseen networks", *done))
+        others = {
+            name: by_hand(
+                found[name], teachers[name], one, images, _step(tell, f"{name}: metrics by hand")
+            )
+            for name, one in lessons.items()
+        }
+    whole = answers(lessons, {"method": methods, "network": networks}, others)
+    return _written(out, lessons, fit, whole, time.monotonic() - start)
+
+
+def _written(
+    out: Path,
+    lessons: Mapping[str, Lessons],
+    fit: Recipe,
+    whole: Mapping[str, Answer],
+    seconds: float,
+) -> dict[str, object]:
+    metric = fitted(lessons, lambda _name, _bag: True, fit)
+    about = {"fit": asdict(fit), "networks": list(lessons), "beats": beats(whole)}
+    sha256 = metric.save(out / METRIC, about)
+    text = f"{answer_text(whole)}\n"
+    write_atomically(out / "table.txt", text.encode())
+    told = results(lessons, whole)
+    path = write_results(out / "results.json", told, seconds=seconds, sha256={"metric": sha256})
+    print(f"\n{text}\nMetric: {out / METRIC}   Results: {path}")
+    return told
+
+
+def _named(name: str, tell: Tell) -> Tell:
+    def told(what: str, done: int, total: int) -> None:
+        tell(f"{name}: {what}", done, total)
+
+    return told
+
+
+def _step(tell: Tell, what: str) -> Callable[[int, int], None]:
+    def told(done: int, total: int) -> None:
+        tell(what, done, total)
+
+    return told
