@@ -6,6 +6,8 @@ a horse looks like. The other is trained on the method's own maps of other image
 whatever a map carries, also what no person would see.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -201,7 +203,7 @@ def _decoded(lab: Lab, scenes: Scenes, shown: dict[str, Pictures]) -> dict[str, 
             lab,
             f"observer-of-{name}",
             lambda: ShallowCNN(lab.shapes.classes, (24, 32, 48), (2, 2, 1), 1),
-            lambda name=name: examples(name),  # type: ignore[misc]
+            partial(examples, name),
             _loss,
             recipe=Recipe(20),
             settings={

@@ -2,11 +2,15 @@
 
 from camdistill.errors import UserError, nearest
 from camdistill.studies.claims import (
+    bias,
     counterfactuals,
     discrimination,
     exactness,
+    failures,
     heads,
     localisation,
+    naming,
+    trust,
 )
 from camdistill.studies.claims.rows import Claim
 
@@ -21,7 +25,12 @@ ROWS: tuple[tuple[str, Claim], ...] = (
     ("7", localisation.seeds_for_segmentation),
     ("8", localisation.pointing_with_rejection),
     ("9", discrimination.discriminates),
+    ("10", trust.trust),
     ("13", counterfactuals.counterfactuals),
+    ("14", failures.failure_modes),
+    ("15", failures.adversarial),
+    ("16", bias.bias_found_and_removed),
+    ("17", naming.textual),
 )
 """Number and experiment."""
 

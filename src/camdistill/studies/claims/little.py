@@ -79,7 +79,9 @@ def fitted(
     if not _kept(network, path, said):
         lab.tell(f"training {name}")
         batches = Batches(examples(), recipe.batch, seed)
-        fit(lab, _Fitting(network.train(), loss, recipe), batches, recipe.epochs)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # of what a loss draws
+            fit(lab, _Fitting(network.train(), loss, recipe), batches, recipe.epochs)
         save_safetensors(path, network.state_dict(), {"settings": said})
     return network.to(lab.device).eval().requires_grad_(False)
 
