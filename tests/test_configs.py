@@ -9,11 +9,13 @@ from camdistill.commands.adapt import adapt
 from camdistill.commands.learn import learn
 from camdistill.commands.parsing import call
 from camdistill.commands.rank import rank
+from camdistill.commands.refine import refine
 from camdistill.commands.study import study
 from camdistill.studies.adaptation import Adaptation
 from camdistill.studies.experiment import Experiment
 from camdistill.studies.explanations import source
 from camdistill.studies.plan import Study as Plan
+from camdistill.studies.refinement_plan import Plan as Refinement
 from camdistill.studies.runs import Study
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +28,8 @@ OF_RANKINGS = [
     for path in CONFIGS
     if "methods" in yaml.safe_load(path.read_text()) and path not in OF_ADAPTATIONS
 ]
-OF_OTHERS = [*OF_STUDIES, *OF_RANKINGS, *OF_ADAPTATIONS, *OF_METRICS]
+OF_REFINEMENTS = [path for path in CONFIGS if "objective" in yaml.safe_load(path.read_text())]
+OF_OTHERS = [*OF_STUDIES, *OF_RANKINGS, *OF_ADAPTATIONS, *OF_METRICS, *OF_REFINEMENTS]
 OF_RUNS = [path for path in CONFIGS if path not in OF_OTHERS]
 
 
@@ -77,6 +80,22 @@ def test_config_of_a_ranking_parses_and_names_what_there_is(
     (plan,) = asked
     for method in plan.methods:
         source(method, plan.data)
+
+
+@pytest.mark.parametrize("path", OF_REFINEMENTS, ids=lambda path: path.stem)
+def test_config_of_a_refinement_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Refinement] = []
+
+    def note(plan: Refinement, **_: object) -> None:
+        asked.append(plan)
+        raise InterruptedError
+
+    monkeypatch.setattr("camdistill.commands.refine.refined", note)
+    with pytest.raises(InterruptedError):
+        call(refine, ["refine", "-c", str(path)])
+    (plan,) = asked
+    assert plan.main in plan.refined
+    assert len(plan.starts) > 1
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -26,6 +26,7 @@ COMMANDS = {
     "rank": "rank explanation methods by how much they teach a student",
     "adapt": "adapt an explainer's parameters to what its maps teach a student",
     "learn": "learn a metric of maps from what rankings found they teach",
+    "refine": "adapt a network to a metric of its own maps, controls beside it",
     "study": "train several arms with several seeds and compare them",
 }
 

@@ -53,6 +53,16 @@ LOSS_MAPS = _tag(
     "Distance between the student's and the teacher's maps, on training images, summed over"
     " the layer pairs, before `beta`. 0: the same maps.",
 )
+LOSS_KEPT = _tag(
+    f"{OVERVIEW}/loss_kept",
+    "Of a network that is refined, on training images, in nats: cross-entropy with the labels, or"
+    " without labels the divergence from its own answers at the start.",
+)
+LOSS_OBJECTIVE = _tag(
+    f"{OVERVIEW}/loss_objective",
+    "What a refined network's maps are trained to be, on training images, before its weight."
+    " Smaller is better; it may not judge what it trained: see the held-out metrics.",
+)
 ACCURACY_TRAIN = _tag(
     f"{OVERVIEW}/accuracy_train",
     "Share of training images (as augmented) whose top class is the label. 1 is perfect.",
@@ -70,6 +80,11 @@ AGREEMENT = _tag(
     f"{OVERVIEW}/agreement",
     "Share of validation images for which student and teacher have the same top class. Needs no"
     " label. 1 is perfect; it may exceed the accuracy.",
+)
+AGREEMENT_START = _tag(
+    f"{OVERVIEW}/agreement_start",
+    "Share of validation images for which a refined network has the top class that it had at the"
+    " start.",
 )
 PEARSON = _tag(
     f"{MAPS}/pearson",
@@ -124,6 +139,21 @@ CURVES = _tag(
 BEST_AND_WORST = _tag(
     f"{EVALUATION}/best_and_worst",
     "The images whose map the first ranking metric likes most, and least.",
+)
+REFINED = _tag(
+    f"{EVALUATION}/map_parts",
+    "What a refined network's own map gained by every metric, less what its start's map gained on"
+    " the same network; 95 % intervals over starts and images. 0: only the answers changed.",
+)
+MAP_PART = _tag(
+    f"{EVALUATION}/map_part_of_road",
+    "ROAD of a refined network's map less that of its start's map, both on the refined network;"
+    " test images. Step: the chosen epoch. 0: only the answers changed, if anything.",
+)
+REFINED_MAPS = _tag(
+    f"{MAPS}/refined",
+    "The same test images: the start network's map, and that of what each arm made of it, each as a"
+    " share of its own maximum. Step: number of the image.",
 )
 EVALUATION_TABLE = _tag(f"{EVALUATION}/table", "All numbers, and what to beware of.")
 HOW_TO_READ = _tag(f"{RUN}/how_to_read", "What every card means.")

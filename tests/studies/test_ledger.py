@@ -22,19 +22,19 @@ def test_scores_come_back_as_they_were(agrees: list[bool]) -> None:
 
 def test_runs_are_read_back_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "runs.jsonl"
-    Ledger(path).add([RECORD, replace(RECORD, key="l")])
+    Ledger(path, Record).add([RECORD, replace(RECORD, key="l")])
     with path.open("a") as file:
         file.write('{"key": "m", "fam')
-    found = Ledger(path)
+    found = Ledger(path, Record)
     assert found.records == {"k": RECORD, "l": replace(RECORD, key="l")}
     found.add([replace(RECORD, key="n")])
-    assert list(Ledger(path).records) == ["k", "l", "n"]
+    assert list(Ledger(path, Record).records) == ["k", "l", "n"]
 
 
 def test_a_first_line_that_was_cut_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     path.write_text('{"key":')
-    assert Ledger(path).records == {}
+    assert Ledger(path, Record).records == {}
     assert path.read_text() == ""
 
 
@@ -42,4 +42,4 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     path.write_text('{"key": 1}\n')
     with pytest.raises(UserError, match=r"line 1 of .* is no run"):
-        Ledger(path)
+        Ledger(path, Record)

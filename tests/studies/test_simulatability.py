@@ -91,7 +91,7 @@ def test_controls_are_those_that_can_be_made() -> None:
 
 
 def test_beta_is_the_best_on_validation_images_of_other_seeds(study: Study, whole: Found) -> None:
-    records = Ledger(study.folder / LEDGER).records.values()
+    records = Ledger(study.folder / LEDGER, Record).records.values()
     for (family, name), beta in whole.betas.items():
         tried = [one for one in records if (one.arm, one.seed, one.family) == (name, 7, family)]
         if name == "none":
@@ -127,7 +127,7 @@ def test_a_killed_study_goes_on_and_equals_the_one_that_was_not(
     with path.open("ab") as file:
         file.write(b'{"key": "torn')
     found = ranked(again)
-    total = len(Ledger(path).records)
+    total = len(Ledger(path, Record).records)
     assert len(ran) - first == total - 19
     assert found.betas == whole.betas
     plain = {key: replace(one, seconds=0.0) for key, one in found.records.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.module import DistilledExplainer
+from camdistill.distill.refiner import Refiner
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import Explanation, explain
 from camdistill.explain.request import Classes, Grad, Score
@@ -84,7 +85,7 @@ class Explainer(nn.Module):
         return explain(self.network, images, layers, classes, score=score, grad=grad)
 
 
-def save(module: DistilledExplainer | Classifier, path: Path) -> str:
+def save(module: DistilledExplainer | Classifier | Refiner, path: Path) -> str:
     """Writes what was trained as a small safetensors file, the experiment in its metadata.
 
     Args:
@@ -143,7 +144,7 @@ def load(
     )
 
 
-def restore(module: DistilledExplainer | Classifier, path: str | Path) -> None:
+def restore(module: DistilledExplainer | Classifier | Refiner, path: str | Path) -> None:
     """Puts the weights of a small checkpoint into a module, to test it or to predict with it.
 
     Args:
@@ -155,7 +156,7 @@ def restore(module: DistilledExplainer | Classifier, path: str | Path) -> None:
     """
     weights = read_weights(path)
     settings = _settings(weights)
-    if isinstance(module, Classifier):
+    if isinstance(module, Classifier | Refiner):
         module.network = _network(module.spec, weights, settings, None)
         return
     load_state(module.student.network, weights)

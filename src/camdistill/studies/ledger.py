@@ -3,14 +3,27 @@
 import base64
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from camdistill.errors import UserError
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """A finished run: a dataclass of values that JSON has."""
+
+    @property
+    def key(self) -> str:
+        """Of everything that decides the run: equal keys, equal runs."""
+
+
+RunT = TypeVar("RunT", bound=Keyed)
 
 
 @dataclass(frozen=True)
@@ -56,15 +69,19 @@ def packed(agrees: NDArray[np.bool_]) -> str:
     return base64.b64encode(np.packbits(agrees).tobytes()).decode()
 
 
-class Ledger:
+class Ledger(Generic[RunT]):
     """Finished runs by key, and the file that they are added to as they finish.
 
     A line that a killed process left unfinished is dropped.
+
+    Args:
+        path: The file.
+        kind: What its lines are.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.records: dict[str, Record] = {}
+    def __init__(self, path: Path, kind: Callable[..., RunT]) -> None:
+        self._path, self._kind = path, kind
+        self.records: dict[str, RunT] = {}
         if not path.exists():
             return
         try:
@@ -74,7 +91,7 @@ class Ledger:
         whole = content.rpartition(b"\n")[0]
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                record = Record(**json.loads(line))
+                record = kind(**json.loads(line))
             except (ValueError, TypeError):
                 raise UserError(
                     f"line {number} of {path} is no run of this study; mend or remove it"
@@ -84,14 +101,18 @@ class Ledger:
             with path.open("r+b") as file:
                 file.truncate(len(whole) + 1 if whole else 0)
 
-    def add(self, records: Iterable[Record]) -> None:
+    def add(self, records: Iterable[RunT]) -> None:
         """Writes down finished runs; they are on the disk when this returns."""
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        lines = "".join(json.dumps(_as_json(record)) + "\n" for record in records)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
         for line in lines.splitlines():
-            record = Record(**json.loads(line))
+            record = self._kind(**json.loads(line))
             self.records[record.key] = record
+
+
+def _as_json(record: Keyed) -> dict[str, object]:
+    return {one.name: getattr(record, one.name) for one in fields(record)}  # type: ignore[arg-type]

@@ -141,7 +141,7 @@ def ranked(
         arms = arms_of(study.methods, study.controls, study.with_controls, study.shares, asked)
         first = [arm for arm in arms if _gated(arm, study.with_controls)]
         rest = [arm for arm in arms if arm not in first]
-        with _Work(study, classroom, Ledger(study.folder / LEDGER), workers, stack) as work:
+        with _Work(study, classroom, Ledger(study.folder / LEDGER, Record), workers, stack) as work:
             work.announce(arms, on_progress)
             betas = work.tuned(first)
             records = work.done(first, betas)
@@ -163,7 +163,7 @@ class _Work:
     """Runs on processes, and what is done of them."""
 
     def __init__(
-        self, study: Study, classroom: Classroom, ledger: Ledger, workers: int, stack: int
+        self, study: Study, classroom: Classroom, ledger: Ledger[Record], workers: int, stack: int
     ) -> None:
         self._study, self._classroom, self._ledger = study, classroom, ledger
         self._stack = stack

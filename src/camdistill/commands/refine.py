@@ -1,0 +1,99 @@
+"""`refine`: a network adapted to a metric of its own maps, with controls."""
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from camdistill.commands.rank import chosen_device, progress_bar, teller
+from camdistill.data.modules import ImageData
+from camdistill.distill.refining import ARMS, Arm, Objective
+from camdistill.networks.teachers import NetworkSpec
+from camdistill.report.figures.pictures import save_png
+from camdistill.report.results import available_cores, write_results
+from camdistill.studies.refinement import LEDGER, Found, refined
+from camdistill.studies.refinement_plan import Judging, Plan, RefineRecipe, StartRecipe
+from camdistill.studies.refinement_report import (
+    chart,
+    log_board,
+    pictures,
+    refinement_text,
+    results,
+)
+from camdistill.studies.refinement_work import Workshop
+
+
+def refine(
+    data: ImageData,
+    objective: Objective = Objective(),  # noqa: B008  (frozen)
+    checkpoints: list[Path] = [],  # noqa: B006  (never changed; jsonargparse shows it)
+    network: NetworkSpec | None = None,
+    seeds: list[int] = [0, 1, 2, 3, 4],  # noqa: B006
+    arms: list[Arm] = list(ARMS),  # noqa: B006
+    also: dict[str, Objective] = {},  # noqa: B006
+    start: StartRecipe = StartRecipe(),  # noqa: B008
+    recipe: RefineRecipe = RefineRecipe(),  # noqa: B008
+    judging: Judging = Judging(),  # noqa: B008
+    seed: int = 0,
+    out: Path = Path("runs/refine"),
+    workers: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    trust: list[str] = [],  # noqa: B006
+) -> dict[str, object]:
+    """Fine-tunes networks so that a metric of their own maps improves, and says what it did.
+
+    Every start network is refined by the objective and by its controls: cross-entropy alone of the
+    same length, a constant map, random targets, another image's. Each is measured on test images
+    with its own map and with its start's, by metrics that it was not trained on, and with
+    explainers that were not refined. Claimed is only what the map itself gained.
+
+    Killed and started again, or with more seeds, arms or objectives, it does what is missing.
+
+    Args:
+        data: Images to refine on, to choose the epoch on and to judge on. Without labels the
+            network's own answers at the start are kept.
+        objective: What the maps are trained to be.
+        checkpoints: Start networks, trained independently.
+        network: Where there are no checkpoints: what is trained to be start networks.
+        seeds: Of these, one each.
+        arms: Of the objective and its controls; ce always runs.
+        also: Further objectives by name: {energy: {kind: energy}}.
+        start: How start networks are trained.
+        recipe: How every arm is trained.
+        judging: How networks are measured.
+        seed: Of the order of training, of what is random in arms, and of which images are taken.
+        out: Folder of the runs, the networks, results.json, table.txt and pictures.
+        workers: Processes of one thread each. Default: the cores; 0 on a GPU.
+        device: Where; auto takes a GPU if there is one.
+        trust: Packages that class paths in checkpoints may come from.
+    """
+    begun = time.monotonic()
+    plan = Plan(
+        data, objective, checkpoints, network, seeds, arms, also, start, recipe, judging, seed,
+        trust, out,
+    )  # fmt: skip
+    where = chosen_device(device)
+    count = 0 if where != "cpu" else available_cores()
+    with progress_bar() as bar:
+        found = refined(
+            plan,
+            workers=count if workers is None else workers,
+            device=where,
+            on_progress=teller(bar),
+        )
+    return _written(found, Workshop(plan, where), time.monotonic() - begun)
+
+
+def _written(found: Found, workshop: Workshop, seconds: float) -> dict[str, object]:
+    """Writes and prints what was found."""
+    out, whole, text = found.plan.folder, results(found), refinement_text(found)
+    (out / "table.txt").write_text(f"{text}\n", encoding="utf-8")
+    path = write_results(out / "results.json", whole, seconds=seconds)
+    picture = save_png(out / "map_parts.png", chart(found))
+    panels = pictures(found, workshop)
+    for number, panel in enumerate(panels):
+        save_png(out / f"maps-{number}.png", panel)
+    board = log_board(found, out, panels, text)
+    print(f"\n{text}\n\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
+    print(f"Networks, for --checkpoint: {out / 'networks'}")
+    print(f"TensorBoard: tensorboard --logdir {board}")
+    return whole

@@ -1,0 +1,252 @@
+"""A trained network whose own maps are refined: the training step whole, on one screen."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from scipy.stats import binomtest
+from torch import Tensor
+from torchmetrics import MeanMetric, SumMetric
+
+from camdistill import tags
+from camdistill.data.datasets import ImageSet
+from camdistill.data.modules import ImageData
+from camdistill.data.views import Augment, View, view_maps
+from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
+from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.refining import (
+    Arm,
+    Objective,
+    Refinement,
+    Seen,
+    explained,
+    settled,
+)
+from camdistill.distill.training import Training, as_images, plain
+from camdistill.errors import UserError
+from camdistill.measure.boxes import inside_boxes
+from camdistill.measure.intervals import Interval
+from camdistill.networks.heads import head_size
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, preprocessed
+from camdistill.types import Batch, Images, Labels, Logits, Masks, PerImage
+
+RECIPE = Optimisation(optimiser="adamw", lr=3e-4, schedule="cosine", warmup=0.1)
+
+
+class Refiner(Training):
+    """Fine-tunes a trained network so that a metric of its own maps improves.
+
+    The loss is cross-entropy with the labels, or without labels the divergence from what the
+    network said at the start, plus the objective times its weight. Maps are those of the network
+    in eval mode: what is refined is what will be used.
+
+    Args:
+        network: What is refined; it has weights.
+        objective: What its maps are trained to be.
+        arm: The objective, or one of its controls.
+        keep: What the answers are held to: labels, start (the network's own answers at the start),
+            or auto, which takes labels where the images have them.
+        frozen_statistics: Keep the statistics of batch normalisation (and leave out dropout).
+        augment: Views of the training images.
+        optimisation: Optimiser and schedule.
+        ema: Decay of a running average of the weights; null keeps the last weights.
+        seed: Of views, random targets and changes.
+    """
+
+    cards = (tags.ACCURACY_VAL, tags.AGREEMENT_START, tags.LOSS_OBJECTIVE)
+
+    def __init__(
+        self,
+        network: NetworkSpec,
+        objective: Objective = Objective(),  # noqa: B008  (frozen)
+        *,
+        arm: Arm = "objective",
+        keep: str = "auto",
+        frozen_statistics: bool = True,
+        augment: Augment = Augment(),  # noqa: B008
+        optimisation: Optimisation = RECIPE,
+        ema: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        given = dict(locals())
+        super().__init__(optimisation, augment, ema=ema, seed=seed)
+        if keep not in ("auto", "labels", "start"):
+            raise UserError(f"keep is '{keep}'; it is auto, labels or start")
+        self.settings = {
+            name: plain(value) for name, value in given.items() if name not in ("self", "__class__")
+        }
+        self.spec, self.keep, self.frozen = network, keep, frozen_statistics
+        self.refinement = Refinement(objective, arm, seed)
+        self.accuracy, self.agreement, self.seen = MeanMetric(), MeanMetric(), SumMetric()
+        self.tested: tuple[float, float, int] | None = None
+        self.labelled = False
+        self._size: tuple[int, int] | None = None
+        self._masks: Bool[Tensor, "images height width"] | None = None
+        self._places: Labels | None = None
+
+    @property
+    def fitted(self) -> Preprocessed:
+        """The network."""
+        return self.network
+
+    def setup(self, stage: str) -> None:
+        """Builds the network and keeps a copy of it as it starts."""
+        if not hasattr(self, "network"):
+            if self.spec.weights is None:
+                raise UserError(
+                    f"network {self.spec.name} has no weights; give those that are refined"
+                )
+            self.network = preprocessed(self.spec)
+        self.network.train(not self.frozen)  # Lightning leaves a network in the mode it is in
+        if not hasattr(self, "start"):
+            mean, std = (part.flatten().tolist() for part in (self.network.mean, self.network.std))
+            own = copy.deepcopy(self.network.network)
+            self.start = Teacher.of(own, mean, std)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ImageData):
+            self._meet(data)
+        super().setup(stage)
+
+    def _meet(self, data: ImageData) -> None:
+        classes, own = len(data.classes), head_size(self.network.network)
+        if self.keep == "labels" and not classes:
+            raise UserError("keep is labels, but the images have none; --keep start needs no label")
+        if classes and classes != own and self.keep != "start":
+            raise UserError(
+                f"the images have {classes} classes, the network {own}; give the data that it was "
+                "trained with, or --keep start, which needs no label"
+            )
+        self.labelled = bool(classes) and classes == own
+        self._size = data.size
+        wanted = self.refinement.objective.kind == "energy" and self.refinement.arm != "ce"
+        if wanted and data.train_set is not None and self._masks is None:
+            self._masks, self._places = masks_of(data.train_set)
+
+    def experiment(self) -> dict[str, Any]:
+        """Everything that a checkpoint needs to say, with the size of its images."""
+        size = {} if self._size is None else {"size": list(self._size)}
+        return {**super().experiment(), **size}
+
+    def train(self, mode: bool = True) -> "Refiner":
+        """Batch normalisation stays as it is where its statistics are frozen."""
+        super().train(mode)
+        if self.frozen and hasattr(self, "network"):
+            self.network.eval()
+        return self
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """One step: keep the answers, refine the maps."""
+        images, view = self.training_view(batch)
+        wanted, arm = self.refinement.objective, self.refinement.arm
+        weight = wanted.weight * beta_factor(wanted.schedule, self.progress)
+        if arm == "ce" or weight == 0:
+            kept = self._kept(self.network(images), batch, images).mean()
+            loss = kept
+        else:
+            with settled(self.network):
+                logits, classes, maps = explained(self.network, images, wanted)
+                masks = self._masks_of(batch, view)
+                seen = Seen(images, batch.ids, view, classes.detach(), maps, masks)
+                objective = self.refinement.loss(self.network, seen, self.global_step).mean()
+            kept = self._kept(logits if self.frozen else self.network(images), batch, images).mean()
+            loss = kept + weight * objective
+            self.log(tags.LOSS_OBJECTIVE, objective, prog_bar=True, sync_dist=True)
+        self.log(tags.LOSS_KEPT, kept, sync_dist=True)
+        self.log(tags.LOSS_TRAIN, loss, prog_bar=True, sync_dist=True)
+        return self.finite(loss)
+
+    def _kept(self, logits: Logits, batch: Batch, images: Images) -> PerImage:
+        if self.keep != "start" and self.labelled:
+            return cross_entropy(logits, batch.labels)
+        with torch.no_grad():
+            answers = self.start(images)
+        return soft_targets_kl(logits, answers, 1.0)
+
+    def _masks_of(self, batch: Batch, view: View) -> Masks | None:
+        if self._masks is None or self._places is None:
+            return None
+        rows = torch.searchsorted(self._places, batch.ids.cpu())
+        masks = self._masks[rows].to(batch.ids.device)
+        return view_maps(masks.float(), view, flipped=False) > 0.5
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Accuracy, and agreement with the start, on images as they are."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        """The same in float32."""
+        with torch.autocast(self.device.type, enabled=False):
+            self._evaluate(batch)
+
+    def _evaluate(self, batch: Batch) -> None:
+        images, counted = as_images(batch.pixels), batch.counted.float()
+        top, before = self.network(images).argmax(1), self.start(images).argmax(1)
+        if self.labelled:
+            self.accuracy.update((top == batch.labels).float(), counted)
+        self.agreement.update((top == before).float(), counted)
+        self.seen.update(counted)
+
+    def kept_share(self) -> float:
+        """Accuracy of what was evaluated last; agreement with the start where there is no label."""
+        metric = self.accuracy if self.labelled else self.agreement
+        return float(metric.compute())
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets what was evaluated before."""
+        self._forget()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over the validation images."""
+        if self.labelled:
+            self.log(tags.ACCURACY_VAL, self.accuracy.compute(), rank_zero_only=True)
+        self.log(tags.AGREEMENT_START, self.agreement.compute(), rank_zero_only=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets what was evaluated before."""
+        super().on_test_epoch_start()
+        self._forget()
+
+    def on_test_epoch_end(self) -> None:
+        """Keeps what `results` tells."""
+        accuracy = float(self.accuracy.compute()) if self.labelled else float("nan")
+        agreement, count = float(self.agreement.compute()), round(float(self.seen.compute()))
+        self.tested = (accuracy, agreement, count)
+        self.log(tags.on_test(tags.AGREEMENT_START), agreement, rank_zero_only=True)
+
+    def results(self) -> dict[str, object]:
+        """What the test measured, with Wilson's 95 % intervals."""
+        if self.tested is None:
+            raise UserError("nothing was tested yet; run `camdistill test` first")
+        accuracy, agreement, n = self.tested
+        shares = {"accuracy": accuracy, "agreement": agreement}
+        known = {name: share for name, share in shares.items() if not np.isnan(share)}
+        intervals = {}
+        for name, share in known.items():
+            found = binomtest(round(share * n), n).proportion_ci(method="wilson")
+            intervals[f"network.{name}"] = Interval(share, found.low, found.high)
+        return {"n": n, "network": known, "intervals": intervals}
+
+    def _forget(self) -> None:
+        for metric in (self.accuracy, self.agreement, self.seen):
+            metric.reset()
+
+
+def masks_of(images: ImageSet) -> tuple[Bool[Tensor, "images height width"], Labels]:
+    """The objects' masks (or the insides of their boxes), and the images' ids, both by id.
+
+    Raises:
+        UserError: The images have neither.
+    """
+    order = np.argsort(images.ids)
+    if images.masks is not None:
+        masks = torch.from_numpy(np.asarray(images.masks[order]) > 0)
+    elif images.boxes is not None:
+        masks = inside_boxes(torch.from_numpy(images.boxes[order]), images.size)
+    else:
+        raise UserError(
+            "the objective is energy, but the images have no masks and no boxes.csv: give data "
+            "that have them (ShapesData does), or another --objective.kind"
+        )
+    return masks, torch.from_numpy(images.ids[order])

@@ -1,0 +1,195 @@
+"""What a refinement is asked to do, and what is wrong with the question."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from camdistill.data.modules import ImageData
+from camdistill.data.views import Augment
+from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.refiner import RECIPE
+from camdistill.distill.refining import ARMS, Arm, Objective
+from camdistill.errors import UserError
+from camdistill.explain.methods import AT_PIXELS, explainer
+from camdistill.measure.removal import ROAD_LEVELS
+from camdistill.networks.teachers import NetworkSpec
+
+START: Literal["start"] = "start"
+CE: Arm = "ce"
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class StartRecipe:
+    """How start networks are trained, where none are given.
+
+    Args:
+        epochs: Times that each training image is seen.
+        optimisation: The optimiser and its schedule.
+        augment: Views of the training images.
+        precision: "bfloat16" is autocast.
+    """
+
+    epochs: int = 14
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=0.1))
+    augment: Augment = field(default_factory=Augment)
+    precision: Precision = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise UserError(f"start.epochs is {self.epochs}; give 1 or more")
+
+
+@dataclass(frozen=True)
+class RefineRecipe:
+    """How every arm is trained: all alike.
+
+    Args:
+        epochs: Times that each training image is seen.
+        keep: What the answers are held to: labels, start, or auto (labels where there are any).
+        tolerance: An arm's last epoch counts whose validation accuracy (without labels agreement
+            with the start) is at most so much below that of cross-entropy alone.
+        images: Train on so many of the training images; null is all.
+        frozen_statistics: Keep the statistics of batch normalisation, and leave out dropout.
+        optimisation: The optimiser and its schedule.
+        augment: Views of the training images.
+        precision: "bfloat16" is autocast; maps and objectives are float32.
+    """
+
+    epochs: int = 10
+    keep: Literal["auto", "labels", "start"] = "auto"
+    tolerance: float = 0.01
+    images: int | None = None
+    frozen_statistics: bool = True
+    optimisation: Optimisation = RECIPE
+    augment: Augment = field(default_factory=Augment)
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise UserError(f"recipe.epochs is {self.epochs}; give 1 or more")
+        if self.images is not None and self.images < 2:
+            raise UserError(f"recipe.images is {self.images}; give 2 or more, or null for all")
+        if not 0 <= self.tolerance < 1:
+            raise UserError(f"recipe.tolerance is {self.tolerance}; give a share in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How start and refined networks are measured, on test images.
+
+    Args:
+        images: At most so many.
+        held_out: Explainers that were not refined, by method@layer.
+        road: Shares of the image that ROAD removes.
+        batch: Images at once.
+    """
+
+    images: int = 500
+    held_out: tuple[str, ...] = ("gradient", "guided_backprop")
+    road: tuple[float, ...] = ROAD_LEVELS
+    batch: int = 100
+
+    def __post_init__(self) -> None:
+        if self.images < 2 or self.batch < 1:
+            raise UserError(
+                f"judging.images {self.images} and batch {self.batch}; give at least 2 images and "
+                "a batch of 1"
+            )
+        if not self.road or not all(0 < share < 1 for share in self.road):
+            raise UserError(f"judging.road is {list(self.road)}; give shares between 0 and 1")
+        for name in self.held_out:
+            method, _, layer = name.partition("@")
+            explainer(method)
+            if method == "grad_cam" and not layer:
+                raise UserError(
+                    "judging.held_out has grad_cam, which is what is refined; name another method, "
+                    "or a layer: grad_cam@layer2"
+                )
+            if method in AT_PIXELS and layer:
+                raise UserError(f"'{method}' explains at the pixels; leave out '@{layer}'")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A refinement of several start networks, with the arms that it has to beat.
+
+    Args:
+        data: Where images come from.
+        objective: What the maps are trained to be; its controls are the study's.
+        checkpoints: Start networks; or, where there are none,
+        network: what is trained as start networks,
+        seeds: one with each of these.
+        arms: Which of the objective and its controls run; cross-entropy alone always does.
+        also: Further objectives by name, without controls of their own.
+        start: How start networks are trained.
+        recipe: How every arm is.
+        judging: How networks are measured.
+        seed: Of the order of training, of what is random in arms, and of which images are taken.
+        trust: Packages that class paths in checkpoints may come from.
+        folder: Of the runs.
+    """
+
+    data: ImageData
+    objective: Objective
+    checkpoints: Sequence[Path] = ()
+    network: NetworkSpec | None = None
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    arms: Sequence[Arm] = ARMS
+    also: Mapping[str, Objective] = field(default_factory=dict)
+    start: StartRecipe = field(default_factory=StartRecipe)
+    recipe: RefineRecipe = field(default_factory=RefineRecipe)
+    judging: Judging = field(default_factory=Judging)
+    seed: int = 0
+    trust: Sequence[str] = ()
+    folder: Path = Path("runs/refine")
+
+    def __post_init__(self) -> None:
+        if self.checkpoints and self.network is not None:
+            raise UserError("give either checkpoints, or a network to train start networks of")
+        if not self.checkpoints and self.network is None:
+            raise UserError(
+                "no start network: give --checkpoints FILE ..., or --network.name and --seeds to "
+                "train some"
+            )
+        if self.network is not None and self.network.weights is not None:
+            raise UserError(
+                "network has weights; give them as --checkpoints, or leave them out to train it"
+            )
+        for name in ("checkpoints", "seeds", "arms"):
+            values = [str(one) for one in getattr(self, name)]
+            if len(set(values)) < len(values):
+                raise UserError(f"{name} is {values}; give each once")
+        if not self.checkpoints and not self.seeds:
+            raise UserError("seeds is empty; give one for each start network")
+        if min([self.seed, *self.seeds]) < 0:
+            raise UserError(f"a seed is {min([self.seed, *self.seeds])}; seeds are 0 or more")
+        if taken := sorted(set(self.also) & {*ARMS, START, self.objective.kind}):
+            raise UserError(
+                f"also has '{taken[0]}', which is another arm's name; call it otherwise"
+            )
+
+    @property
+    def starts(self) -> list[str]:
+        """Names of the start networks."""
+        if not self.checkpoints:
+            return [f"seed{seed}" for seed in self.seeds]
+        stems = [path.stem for path in self.checkpoints]
+        if len(set(stems)) == len(stems):
+            return stems
+        return [f"{path.parent.name}-{path.stem}" for path in self.checkpoints]
+
+    @property
+    def main(self) -> str:
+        """Name of the objective's own arm."""
+        return self.objective.kind
+
+    @property
+    def refined(self) -> dict[str, tuple[Objective, Arm]]:
+        """Every arm by name, cross-entropy alone first: what the others are matched to."""
+        chosen: dict[str, tuple[Objective, Arm]] = {CE: (self.objective, CE)}
+        for arm in self.objective.arms:
+            if arm in self.arms and arm != CE:
+                chosen[self.main if arm == "objective" else arm] = (self.objective, arm)
+        return chosen | {name: (one, "objective") for name, one in self.also.items()}

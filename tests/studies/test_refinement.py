@@ -1,0 +1,400 @@
+"""A refinement: matched epochs, parts that add up, claims that need the map, exact resuming."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from camdistill.data.modules import ShapesData
+from camdistill.distill.checkpoints import load
+from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.refining import Objective
+from camdistill.distill.training import as_images
+from camdistill.errors import UserError
+from camdistill.explain.methods import at_image
+from camdistill.measure.panel import measure, scene
+from camdistill.networks.students import ShallowCNN
+from camdistill.networks.teachers import NetworkSpec, Preprocessed
+from camdistill.studies.ledger import Ledger
+from camdistill.studies.refinement import LEDGER, Found, refined
+from camdistill.studies.refinement_judging import Column, Judge, trained_metrics
+from camdistill.studies.refinement_plan import (
+    START,
+    Judging,
+    Plan,
+    RefineRecipe,
+    StartRecipe,
+)
+from camdistill.studies.refinement_report import refinement_text, results
+from camdistill.studies.refinement_results import hypotheses, of_these_starts, row, told, verdict
+from camdistill.studies.refinement_training import Chosen
+from camdistill.studies.refinement_work import Job, Refined, Workshop, packed
+
+TINY = NetworkSpec("shallow_cnn", args={"channels": [4, 6], "strides": [2, 2]})
+JUDGING = Judging(images=6, held_out=("gradient",), road=(0.5,))
+
+
+def shapes(**options: object) -> ShapesData:
+    sizes = {"train": 48, "val": 20, "test": 12, "batch_size": 16}
+    return ShapesData(**(sizes | options))  # type: ignore[arg-type]
+
+
+def plan_in(folder: Path, **options: object) -> Plan:
+    known: dict[str, object] = {
+        "data": shapes(),
+        "objective": Objective(shares=(0.5,)),
+        "network": TINY,
+        "seeds": [0, 1],
+        "start": StartRecipe(epochs=1, precision="float32"),
+        "recipe": RefineRecipe(epochs=2, optimisation=Optimisation("adamw", 3e-3)),
+        "judging": JUDGING,
+        "folder": folder,
+    }
+    return Plan(**(known | options))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    also = {"energy": Objective(kind="energy")}
+    return refined(plan_in(tmp_path_factory.mktemp("refine"), also=also))
+
+
+# Whole runs
+
+
+def test_gains_are_the_sum_of_the_answers_and_the_maps_part(found: Found) -> None:
+    for arm in found.arms:
+        for explainer in ("map", "gradient"):
+            for metric in found.metrics(explainer):
+                whole = found.gained(arm, metric, explainer)
+                parts = found.by_answers(arm, metric, explainer)
+                parts = parts + found.by_map(arm, metric, explainer)
+                np.testing.assert_allclose(whole, parts, atol=1e-6)
+
+
+def test_every_arm_runs_from_every_start(found: Found) -> None:
+    arms = ["ce", "insertion_deletion", "detached", "random", "shuffled", "energy"]
+    assert found.arms == arms
+    starts = ("seed0", "seed1")
+    assert set(found.records) == {(start, arm) for start in starts for arm in [START, *arms]}
+
+
+def test_a_refined_network_has_the_accuracy_that_its_record_tells(found: Found) -> None:
+    workshop = Workshop(found.plan)
+    test = workshop.sets().test
+    batch = test.batch(np.arange(len(test)))
+    for key, record in found.records.items():
+        with torch.no_grad():
+            top = load(record.checkpoint).network(as_images(batch.pixels)).argmax(1)
+        expected = (top == batch.labels).float().mean()
+        assert record.values("accuracy").mean() == pytest.approx(float(expected)), key
+
+
+def test_killed_and_started_again_it_does_what_is_missing_and_gets_the_same_numbers(
+    found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (found.plan.folder / LEDGER).read_text().splitlines()
+    (tmp_path / LEDGER).write_text("\n".join(lines[:-3]) + '\n{"key": "cut')
+    networks = tmp_path / "networks"
+    networks.mkdir()
+    for file in (found.plan.folder / "networks").iterdir():
+        (networks / file.name).write_bytes(file.read_bytes())
+    done: list[Job] = []
+    work = Workshop.__call__
+
+    def counted(self: Workshop, job: Job) -> Refined:
+        done.append(job)
+        return work(self, job)
+
+    monkeypatch.setattr(Workshop, "__call__", counted)
+    again = refined(replace(found.plan, folder=tmp_path, data=shapes()))
+    assert len(done) == 3
+    for key, record in found.records.items():
+        assert again.records[key].columns == record.columns
+        assert again.records[key].accuracies == record.accuracies
+
+
+def test_a_network_that_is_gone_is_made_again(found: Found, tmp_path: Path) -> None:
+    plan = plan_in(tmp_path, seeds=[0], arms=["objective"])
+    first = refined(plan)
+    gone = Path(first.records["seed0", "ce"].checkpoint)
+    gone.unlink()
+    again = refined(plan)
+    assert gone.exists()
+    assert again.records["seed0", "ce"].columns == first.records["seed0", "ce"].columns
+    assert len(Ledger(plan.folder / LEDGER, Refined).records) == 3
+
+
+def test_start_networks_may_be_checkpoints_and_stay_as_they_are(
+    found: Found, tmp_path: Path
+) -> None:
+    files = [Path(found.records[f"seed{seed}", START].checkpoint) for seed in (0, 1)]
+    before = [file.read_bytes() for file in files]
+    plan = plan_in(tmp_path, network=None, checkpoints=files, arms=["objective"])
+    again = refined(plan)
+    assert [file.read_bytes() for file in files] == before
+    own = again.records[plan.starts[0], "ce"]
+    assert own.accuracies == found.records["seed0", "ce"].accuracies
+    assert own.columns == found.records["seed0", "ce"].columns
+
+
+def test_without_labels_the_starts_answers_are_kept_and_matched(
+    found: Found, tmp_path: Path
+) -> None:
+    files = [Path(found.records[f"seed{seed}", START].checkpoint) for seed in (0, 1)]
+    recipe = replace(found.plan.recipe, keep="start")
+    plan = plan_in(tmp_path, network=None, checkpoints=files, arms=["objective"], recipe=recipe)
+    again = refined(plan)
+    assert again.kept == "agreement"
+    assert "agreement over ce" in refinement_text(again)
+
+
+def test_the_report_tells_parts_verdict_and_every_hypothesis(found: Found) -> None:
+    text = refinement_text(found)
+    for words in ("by answers", "by map", "Verdict", "2 starts are few", "gradient: road"):
+        assert words in text
+    assert [one.name for one in hypotheses(found)] == ["H1", "H2", "H3", "H4", "H5", "H6"]
+    whole = results(found)
+    assert whole["n"] == 6
+    assert set(whole["arms"]) == set(found.arms)  # type: ignore[call-overload]
+
+
+# The epoch
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.none() | st.floats(0, 1))
+def test_the_last_epoch_that_is_accurate_enough_is_chosen_else_the_most_accurate(
+    accuracies: list[float], floor: float | None
+) -> None:
+    chosen = Chosen(floor)
+    for accuracy in accuracies:
+        chosen.look(accuracy, {})
+    enough = [n for n, one in enumerate(accuracies, 1) if floor is None or one >= floor]
+    expected = enough[-1] if enough else accuracies.index(max(accuracies)) + 1
+    assert chosen.epoch == expected
+    assert chosen.matched == bool(enough)
+
+
+# Judging
+
+
+def network(seed: int) -> Preprocessed:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inner = ShallowCNN(8, (4, 6), (2, 2))
+    return Preprocessed(inner).eval()
+
+
+def test_a_judge_measures_what_the_panel_measures() -> None:
+    data = shapes()
+    data.setup("test")
+    images = data.test_set
+    assert images is not None
+    net = network(0)
+    found = Judge(images, Objective(), Judging(held_out=()), 0)(net, net)
+    pictures = as_images(images.batch(np.arange(12)).pixels)
+    assert images.masks is not None
+    masks = torch.from_numpy(np.asarray(images.masks[np.arange(12)]) > 0)
+    names = ["insertion_blur", "deletion_blur", "rank_accuracy", "energy_share"]
+    asked = scene(net, pictures, names, "any", masks=masks)
+    maps = at_image("grad_cam")(net, pictures, asked.classes)
+    expected = measure(asked, maps, names).values
+    for name in names:
+        own = found[Column("map", "own", name).name]
+        np.testing.assert_allclose(own, expected[name].numpy(), atol=1e-5)
+    assert not any("before" in name for name in found)
+
+
+def test_a_network_that_did_not_change_gains_nothing() -> None:
+    data = shapes()
+    data.setup("test")
+    assert data.test_set is not None
+    found = Judge(data.test_set, Objective(), JUDGING, 0)(network(0), network(0))
+    assert found["agreement"].min() == 1
+    for name, value in found.items():
+        if "|own|" in name:
+            np.testing.assert_array_equal(value, found[name.replace("|own|", "|before|")])
+
+
+def test_start_maps_are_the_starts_asked_of_the_new_network() -> None:
+    data = shapes()
+    data.setup("test")
+    images = data.test_set
+    assert images is not None
+    new, start = network(0), network(1)
+    found = Judge(images, Objective(), Judging(held_out=()), 0)(new, start)
+    pictures = as_images(images.batch(np.arange(12)).pixels)
+    asked = scene(new, pictures, ["insertion_blur"], "any")
+    maps = at_image("grad_cam")(start, pictures, asked.classes)
+    expected = measure(asked, maps, ["insertion_blur"]).values["insertion_blur"]
+    own = found[Column("map", "before", "insertion_blur").name]
+    np.testing.assert_allclose(own, expected.numpy(), atol=1e-3)  # rounding turns near ties
+
+
+@pytest.mark.parametrize("kind", ["insertion_deletion", "faithfulness", "consistency", "energy"])
+def test_what_an_objective_is_trained_on_is_measured(kind: str) -> None:
+    data = shapes()
+    data.setup("test")
+    assert data.test_set is not None
+    objective = Objective(kind=kind)  # type: ignore[arg-type]
+    found = Judge(data.test_set, objective, Judging(held_out=(), road=(0.5,)), 0)(
+        network(0), network(1)
+    )
+    for metric in trained_metrics(objective):
+        assert np.isfinite(found[Column("map", "own", metric).name]).all()
+
+
+# What may be claimed
+
+
+STARTS, IMAGES = 5, 40
+
+
+def planted(
+    folder: Path, by_map: Mapping[str, float], by_answers: Mapping[str, float], **options: object
+) -> Found:
+    """Records in which each arm has a known map's part and answers' part of every metric."""
+    plan = plan_in(folder, seeds=list(range(STARTS)), **options)
+    rng = np.random.default_rng(0)
+    records = {}
+    for start in plan.starts:
+        base = rng.normal(0.3, 0.05, IMAGES)
+        for arm in [START, *plan.refined]:
+            columns = {"accuracy": np.ones(IMAGES), "agreement": np.ones(IMAGES)}
+            for explainer in ("map", "gradient"):
+                for metric in ("road", "faithfulness_correlation", "rank_accuracy"):
+                    answers = base + by_answers.get(arm, 0) + rng.normal(0, 0.004, IMAGES)
+                    part = by_map.get(f"{arm} {explainer} {metric}", by_map.get(arm, 0))
+                    part = part if explainer == "map" else by_map.get(f"{arm} gradient", 0)
+                    own = answers + part + rng.normal(0, 0.004, IMAGES)
+                    columns[f"{explainer}|before|{metric}"] = answers
+                    columns[f"{explainer}|own|{metric}"] = base if arm == START else own
+            records[start, arm] = Refined(
+                "k", start, arm, [0.9, 0.9], 2, True, packed(columns), IMAGES, "", 0.0
+            )
+    return Found(plan, records, True)
+
+
+def answers_of(found: Found) -> dict[str, str]:
+    return {one.name: one.answer for one in hypotheses(found)}
+
+
+def test_a_gain_of_the_map_above_all_controls_is_claimed(tmp_path: Path) -> None:
+    found = planted(tmp_path, {"insertion_deletion": 0.05}, {"insertion_deletion": 0.02})
+    (said,) = verdict(found)
+    assert "claimed: road +0.05" in said
+    assert "above ce, detached, random, shuffled" in said
+    one = row(found, "insertion_deletion", "road")
+    assert one.by_map is not None
+    assert one.by_answers is not None
+    assert one.by_map.mean == pytest.approx(0.05, abs=0.005)
+    assert one.by_answers.mean == pytest.approx(0.02, abs=0.005)
+    assert one.gained.mean == pytest.approx(0.07, abs=0.005)
+    assert answers_of(found) == {
+        "H1": "not asked", "H2": "yes", "H3": "not asked", "H4": "not asked", "H5": "yes",
+        "H6": "yes",
+    }  # fmt: skip
+
+
+def test_a_gain_of_the_answers_alone_is_a_null(tmp_path: Path) -> None:
+    found = planted(tmp_path, {}, {"insertion_deletion": 0.2})
+    (said,) = verdict(found)
+    assert "claimed" not in said
+    assert "null: road" in said
+    answers = answers_of(found)
+    assert answers["H2"] != "yes"
+    assert answers["H5"] == answers["H6"] == "undecided"
+
+
+def test_a_gain_that_random_targets_have_too_is_not_claimed(tmp_path: Path) -> None:
+    found = planted(tmp_path, {"insertion_deletion": 0.05, "random": 0.05}, {})
+    (said,) = verdict(found)
+    assert "not above random" in said
+    assert answers_of(found)["H5"] == "no"
+
+
+def test_a_gain_that_moves_to_the_gradient_is_said(tmp_path: Path) -> None:
+    effects = {"insertion_deletion": 0.05, "insertion_deletion gradient": 0.04}
+    assert answers_of(planted(tmp_path, effects, {}))["H6"] == "no"
+
+
+def test_an_arm_that_is_less_accurate_claims_nothing(tmp_path: Path) -> None:
+    found = planted(tmp_path, {"insertion_deletion": 0.05}, {})
+    records = dict(found.records)
+    records["seed0", "insertion_deletion"] = replace(
+        records["seed0", "insertion_deletion"], matched=False
+    )
+    (said,) = verdict(Found(found.plan, records, True))
+    assert "accuracy is not matched" in said
+    assert "claimed" not in said
+
+
+def test_energy_that_localises_without_faithfulness_is_told_from_energy_that_does_both(
+    tmp_path: Path,
+) -> None:
+    also = {"energy": Objective(kind="energy")}
+    place = {"energy map rank_accuracy": 0.05}
+    assert answers_of(planted(tmp_path, place, {}, also=also))["H4"] == "yes"
+    both = place | {"energy map road": 0.05}
+    assert answers_of(planted(tmp_path, both, {}, also=also))["H4"] == "no"
+    assert answers_of(planted(tmp_path, {}, {}, also=also))["H4"] == "undecided"
+
+
+def test_images_without_ground_truth_are_left_out_of_its_intervals() -> None:
+    values = np.random.default_rng(0).normal(0.5, 1, (4, 30))
+    gaps = values.copy()
+    gaps[2, 5] = np.nan
+    kept = np.delete(values, 5, 1)
+    assert told(gaps) == told(kept)
+    assert np.isnan(told(np.full((2, 3), np.nan)).mean)
+
+
+def test_intervals_of_these_starts_have_the_width_of_images_alone() -> None:
+    """Against the standard error of a mean; starts that differ don't widen it."""
+    rng = np.random.default_rng(1)
+    values = np.array([[-1.0], [1.0]]) + rng.normal(0, 0.5, (2, 400))
+    found = of_these_starts(values)
+    assert found.se == pytest.approx(values.mean(0).std(ddof=1) / 20, rel=0.1)
+    assert told(values).se > 5 * found.se
+
+
+def test_values_come_back_from_the_file_as_they_were() -> None:
+    values = np.linspace(-1, 1, 7).astype(np.float32)
+    record = Refined("k", "s", "ce", [], 0, True, packed({"a": values}), 7, "", 0.0)
+    np.testing.assert_array_equal(record.values("a"), values)
+    assert base64.b64decode(record.columns["a"])[:4] == values[:1].tobytes()
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"network": None}, "no start network"),
+        ({"checkpoints": [Path("a")]}, "either checkpoints, or a network"),
+        ({"network": replace(TINY, weights="w")}, "network has weights"),
+        ({"arms": ["objective", "objective"]}, "give each once"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"seeds": [-1]}, "a seed is -1"),
+        ({"also": {"random": Objective()}}, "another arm's name"),
+    ],
+)
+def test_a_plan_that_means_nothing_is_refused(
+    tmp_path: Path, options: dict[str, object], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        plan_in(tmp_path, **options)
+
+
+def test_a_layer_that_is_not_there_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path, objective=Objective(layer="stage9"))
+    with pytest.raises(UserError, match="stage9"):
+        refined(plan)
+    assert not (tmp_path / "networks").exists()
