@@ -60,7 +60,7 @@ def guided_gradient(
     """
     ask = request(network, images, [], classes, score=score, logits=logits)
     done = pixel_pass(ask)
-    with _relus_changed(ask, done, rule):
+    with relus_changed(ask, done, rule):
         found = [_at_pixels(ask, done, column) for column in range(done.scores.shape[1])]
     return stacked(found, done.classes)
 
@@ -118,7 +118,7 @@ def guided_grad_cam(
     size = (images.shape[-2], images.shape[-1])
     count = done.scores.shape[1]
     plain = [done.gradients(column, ask.names) for column in range(count)]
-    with _relus_changed(ask, done, "guided"):
+    with relus_changed(ask, done, "guided"):
         guided = [_at_pixels(ask, done, column) for column in range(count)]
     found = {}
     for name in ask.names:
@@ -141,7 +141,7 @@ def _at_pixels(ask: Request, done: Pass, column: int) -> Tensor:
 
 
 @contextmanager
-def _relus_changed(ask: Request, done: Pass, rule: Rule) -> Iterator[None]:
+def relus_changed(ask: Request, done: Pass, rule: Rule) -> Iterator[None]:
     """Replace the rule of every ReLU in the graph of a forward."""
     if rule not in ("guided", "deconvnet"):
         raise ValueError(f"rule is {rule!r}; it is 'guided' or 'deconvnet'")

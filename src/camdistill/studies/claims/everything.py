@@ -2,11 +2,14 @@
 
 from camdistill.errors import UserError, nearest
 from camdistill.studies.claims import (
+    ablations,
     bias,
     counterfactuals,
+    depth,
     discrimination,
     exactness,
     failures,
+    faithfulness_rows,
     heads,
     localisation,
     naming,
@@ -26,11 +29,18 @@ ROWS: tuple[tuple[str, Claim], ...] = (
     ("8", localisation.pointing_with_rejection),
     ("9", discrimination.discriminates),
     ("10", trust.trust),
+    ("11", faithfulness_rows.faithful),
+    ("12", faithfulness_rows.cheap),
     ("13", counterfactuals.counterfactuals),
     ("14", failures.failure_modes),
     ("15", failures.adversarial),
     ("16", bias.bias_found_and_removed),
     ("17", naming.textual),
+    ("22", depth.worse_earlier),
+    ("23", ablations.without_relu),
+    ("24", ablations.pooling),
+    ("25", ablations.backward_rules),
+    ("26", faithfulness_rows.finer),
 )
 """Number and experiment."""
 

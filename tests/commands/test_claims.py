@@ -1,0 +1,89 @@
+"""`camdistill claims`: from the command line to the files, quick and small."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from camdistill.cli import main
+from camdistill.report.tensorboard import written
+from camdistill.studies.claims import backbones
+
+ROOT = Path(__file__).parents[2]
+LEAST = ["claims", "--count", "16", "--seed", "5"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty one with the shipped networks, in which little networks train for a moment."""
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backbones, "IMAGES", 128)
+    monkeypatch.setattr(backbones, "EPOCHS", 1)
+    return tmp_path
+
+
+def test_rows_reach_the_terminal_the_file_the_chart_and_tensorboard(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*LEAST, "--rows", "1", "2", "4", "--out", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert "  1  pass  Grad-CAM generalises CAM" in printed
+    assert "AlexNet" in printed
+    results = json.loads(Path("out/results.json").read_text())
+    assert list(results["rows"]) == ["1", "2", "4"]
+    assert (results["n"], results["seeds"]) == (16, [5])
+    assert set(results["sha256"]) == {"teacher", "student"}
+    assert {"machine", "versions", "seconds"} <= set(results)
+    error = results["rows"]["4"]["row"]["ours"][0]
+    assert error["low"] <= error["value"] <= error["high"]
+    assert error["n"] == 16
+    assert len(list(Path("out/networks").glob("flattened0-*.safetensors"))) == 1
+    with Image.open("out/claims_localisation.png") as picture:
+        assert np.asarray(picture).std() > 10
+    cards = written(Path("out/tensorboard"))
+    assert cards["0_evaluation/claims"] == "text"
+    assert cards["0_evaluation/claims_localisation"] == "images"
+
+    made = Path("out/networks").stat().st_mtime_ns
+    assert main([*LEAST, "--rows", "4", "1", "--out", "out"]) == 0
+    again = capsys.readouterr().out
+    assert again.index("Grad-CAM generalises") < again.index("AlexNet")
+    assert json.loads(Path("out/results.json").read_text())["rows"] == results["rows"]
+    assert Path("out/networks").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--rows", "99"], "no row '99'"),
+        (["--count", "3"], "count is 3; give 16 or more"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--teacher", "nothing.safetensors"], "no file 'nothing.safetensors'"),
+        (
+            ["--student", "checkpoints/cifar10-student-seed0.safetensors"],
+            "tells 10 classes apart, Shapes has 8",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    assert main([*LEAST, "--rows", "1", "--out", "out", *options]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1
+    assert says in told[0]
+    assert not Path("out").exists()
+
+
+def test_a_folder_of_other_settings_is_left_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--rows", "1", "--out", "out"]
+    assert main([*LEAST, *line]) == 0
+    before = Path("out/results.json").read_bytes()
+    assert main(["claims", "--count", "17", "--seed", "5", *line]) == 2
+    assert "count 16, now 17" in capsys.readouterr().err
+    assert Path("out/results.json").read_bytes() == before
