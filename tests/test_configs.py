@@ -11,7 +11,7 @@ from camdistill.commands.parsing import call
 from camdistill.commands.rank import rank
 from camdistill.commands.refine import refine
 from camdistill.commands.study import study
-from camdistill.studies.adaptation import Adaptation
+from camdistill.studies.adaptation_rounds import Adaptation
 from camdistill.studies.experiment import Experiment
 from camdistill.studies.explanations import source
 from camdistill.studies.plan import Study as Plan

@@ -69,7 +69,7 @@ def test_it_adapts_judges_on_fresh_students_and_goes_on(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was done before")
 
-    monkeypatch.setattr("camdistill.studies.adaptation.adapt_once", never)
+    monkeypatch.setattr("camdistill.studies.adaptation_rounds.adapt_once", never)
     assert main(["adapt", "-c", "tiny.yaml", "--out", "out"]) == 0
     assert (folder / "out/runs.jsonl").read_text() == runs
     again = json.loads((folder / "out/results.json").read_text())

@@ -52,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             state = ShallowCNN(6, (4, 6), (2, 2)).state_dict()
         save_safetensors(tmp_path / f"{name}.safetensors", state, {})
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-    monkeypatch.setattr("camdistill.studies.metric_learning.RESAMPLES", 50)
+    monkeypatch.setattr("camdistill.studies.metric_rivals.RESAMPLES", 50)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -14,7 +14,6 @@ from camdistill.studies.metric_learning import (
     Bag,
     Lessons,
     Recipe,
-    agreements,
     fitted,
     group_of,
     predicted,
@@ -23,6 +22,7 @@ from camdistill.studies.metric_learning import (
     without,
 )
 from camdistill.studies.metric_report import answers, beats, verdict
+from camdistill.studies.metric_rivals import agreements
 
 IMAGES = 80
 QUICK = Recipe(steps=150, images=16, members=2, units=8)
@@ -30,7 +30,7 @@ QUICK = Recipe(steps=150, images=16, members=2, units=8)
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("camdistill.studies.metric_learning.RESAMPLES", 300)
+    monkeypatch.setattr("camdistill.studies.metric_rivals.RESAMPLES", 300)
 
 
 def planted(seed: int, count: int = 14, noise: float = 0.02) -> Lessons:

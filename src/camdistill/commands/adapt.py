@@ -10,8 +10,9 @@ from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import available_cores, write_atomically, write_results
-from camdistill.studies.adaptation import ADAPTED, Adaptation, adapt_study
+from camdistill.studies.adaptation import ADAPTED, adapt_study
 from camdistill.studies.adaptation_report import adaptation_results, adaptation_text, intervals
+from camdistill.studies.adaptation_rounds import Adaptation
 from camdistill.studies.controls import Control
 from camdistill.studies.lessons import Recipe
 from camdistill.studies.plan import Study, Tuning

@@ -13,13 +13,13 @@ from camdistill.report.results import available_cores, write_atomically, write_r
 from camdistill.studies.metric_learning import (
     Lessons,
     Recipe,
-    by_hand,
     fitted,
     lessons_of,
     unseen_methods,
     unseen_networks,
 )
 from camdistill.studies.metric_report import Answer, answer_text, answers, beats, results
+from camdistill.studies.metric_rivals import by_hand
 from camdistill.studies.plan import Study
 from camdistill.studies.simulatability import ranked
 

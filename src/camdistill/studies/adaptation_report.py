@@ -8,7 +8,8 @@ import torch
 from camdistill.explain.learnable import LearnableCAM, sparsemax
 from camdistill.measure.intervals import Interval
 from camdistill.report.results import Cell, text_table
-from camdistill.studies.adaptation import Adapted, Learnt
+from camdistill.studies.adaptation import Adapted
+from camdistill.studies.adaptation_rounds import Learnt
 from camdistill.studies.ranking import LEVEL, Condition, bootstrap, conditions, table
 from camdistill.studies.statistics import Gain, holm
 

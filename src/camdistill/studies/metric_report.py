@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from camdistill.measure.metrics import METRICS
 from camdistill.report.results import Cell, text_table
-from camdistill.studies.metric_learning import Agreement, Bag, Lessons, agreements, groups_of
+from camdistill.studies.metric_learning import Bag, Lessons, groups_of
+from camdistill.studies.metric_rivals import Agreement, agreements
 
 LEARNED = "learned"
 Scores = Mapping[str, Mapping[str, float]]
