@@ -77,7 +77,7 @@ class LearnedMetric(nn.Module):
         units: Of each convolution.
     """
 
-    def __init__(self, members: int = 3, units: int = 12) -> None:
+    def __init__(self, members: int = 3, units: int = 8) -> None:
         super().__init__()
         if members < 1 or units < 1:
             raise UserError(f"members {members} and units {units}; give 1 or more")

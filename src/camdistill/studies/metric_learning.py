@@ -43,12 +43,12 @@ class Recipe:
         seed: Of everything that is random.
     """
 
-    steps: int = 300
-    images: int = 16
+    steps: int = 200
+    images: int = 8
     lr: float = 3e-3
     weight_decay: float = 0.05
     members: int = 3
-    units: int = 12
+    units: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
