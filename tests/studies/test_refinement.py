@@ -30,11 +30,13 @@ from camdistill.studies.refinement_plan import (
     Plan,
     RefineRecipe,
     StartRecipe,
+    StudentRecipe,
 )
+from camdistill.studies.refinement_records import Job, Refined, packed
 from camdistill.studies.refinement_report import refinement_text, results
 from camdistill.studies.refinement_results import hypotheses, of_these_starts, row, told, verdict
 from camdistill.studies.refinement_training import Chosen
-from camdistill.studies.refinement_work import Job, Refined, Workshop, packed
+from camdistill.studies.refinement_work import Workshop
 
 TINY = NetworkSpec("shallow_cnn", args={"channels": [4, 6], "strides": [2, 2]})
 JUDGING = Judging(images=6, held_out=("gradient",), road=(0.5,))
@@ -153,6 +155,35 @@ def test_without_labels_the_starts_answers_are_kept_and_matched(
     again = refined(plan)
     assert again.kept == "agreement"
     assert "agreement over ce" in refinement_text(again)
+
+
+@pytest.mark.slow
+def test_students_are_taught_by_both_networks_and_answer_h3(tmp_path: Path) -> None:
+    students = StudentRecipe(TINY, epochs=1)
+    plan = plan_in(tmp_path, arms=["objective"], students=students)
+    found = refined(plan)
+    arm = "student of insertion_deletion"
+    for start in found.plan.starts:
+        student = load(found.records[start, arm].checkpoint)
+        told_teacher = student.settings["teacher"]["weights"]
+        assert told_teacher == found.records[start, "insertion_deletion"].checkpoint
+    h3 = hypotheses(found)[2]
+    assert h3.name == "H3"
+    assert h3.answer != "not asked"
+    assert refined(plan).records[found.plan.starts[0], arm].key == found.records["seed0", arm].key
+
+
+def test_students_that_inherit_the_maps_part_are_told(tmp_path: Path) -> None:
+    found = planted(tmp_path, {}, {})
+    rng = np.random.default_rng(3)
+    records = dict(found.records)
+    for start in found.plan.starts:
+        for arm, effect in (("student of ce", 0.0), ("student of insertion_deletion", 0.05)):
+            before = rng.normal(0.3, 0.05, IMAGES)
+            own = before + effect + rng.normal(0, 0.004, IMAGES)
+            columns = {"accuracy": np.ones(IMAGES), "map|before|road": before, "map|own|road": own}
+            records[start, arm] = replace(records[start, START], arm=arm, columns=packed(columns))
+    assert answers_of(Found(found.plan, records, True))["H3"] == "yes"
 
 
 def test_the_report_tells_parts_verdict_and_every_hypothesis(found: Found) -> None:
@@ -287,9 +318,10 @@ def answers_of(found: Found) -> dict[str, str]:
 
 def test_a_gain_of_the_map_above_all_controls_is_claimed(tmp_path: Path) -> None:
     found = planted(tmp_path, {"insertion_deletion": 0.05}, {"insertion_deletion": 0.02})
-    (said,) = verdict(found)
-    assert "claimed: road +0.05" in said
-    assert "above ce, detached, random, shuffled" in said
+    said = verdict(found)
+    assert said[0] == "insertion_deletion: accuracy over ce +0.000 [+0.000, +0.000]"
+    assert "of road (held out): +0.05" in said[1]
+    assert "Claimed: above ce, detached, random, shuffled" in said[1]
     one = row(found, "insertion_deletion", "road")
     assert one.by_map is not None
     assert one.by_answers is not None
@@ -304,9 +336,9 @@ def test_a_gain_of_the_map_above_all_controls_is_claimed(tmp_path: Path) -> None
 
 def test_a_gain_of_the_answers_alone_is_a_null(tmp_path: Path) -> None:
     found = planted(tmp_path, {}, {"insertion_deletion": 0.2})
-    (said,) = verdict(found)
-    assert "claimed" not in said
-    assert "null: road" in said
+    said = verdict(found)
+    assert not any("Claimed" in line for line in said)
+    assert "A null" in said[1] or "Worse" in said[1]
     answers = answers_of(found)
     assert answers["H2"] != "yes"
     assert answers["H5"] == answers["H6"] == "undecided"
@@ -314,8 +346,7 @@ def test_a_gain_of_the_answers_alone_is_a_null(tmp_path: Path) -> None:
 
 def test_a_gain_that_random_targets_have_too_is_not_claimed(tmp_path: Path) -> None:
     found = planted(tmp_path, {"insertion_deletion": 0.05, "random": 0.05}, {})
-    (said,) = verdict(found)
-    assert "not above random" in said
+    assert "not shown above random: not claimed" in verdict(found)[1]
     assert answers_of(found)["H5"] == "no"
 
 
@@ -330,9 +361,16 @@ def test_an_arm_that_is_less_accurate_claims_nothing(tmp_path: Path) -> None:
     records["seed0", "insertion_deletion"] = replace(
         records["seed0", "insertion_deletion"], matched=False
     )
-    (said,) = verdict(Found(found.plan, records, True))
-    assert "accuracy is not matched" in said
-    assert "claimed" not in said
+    said = verdict(Found(found.plan, records, True))
+    assert "not matched: nothing is claimed" in said[0]
+    assert "at a lower accuracy: not claimed" in said[1]
+    assert not any("Claimed" in line for line in said)
+
+
+def test_a_second_objective_without_controls_of_its_own_claims_nothing(tmp_path: Path) -> None:
+    also = {"faithful": Objective(kind="faithfulness")}
+    said = verdict(planted(tmp_path, {"faithful": 0.05}, {}, also=also))
+    assert "its own controls did not run" in said[-1]
 
 
 def test_energy_that_localises_without_faithfulness_is_told_from_energy_that_does_both(

@@ -11,7 +11,13 @@ from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import available_cores, write_results
 from camdistill.studies.refinement import LEDGER, Found, refined
-from camdistill.studies.refinement_plan import Judging, Plan, RefineRecipe, StartRecipe
+from camdistill.studies.refinement_plan import (
+    Judging,
+    Plan,
+    RefineRecipe,
+    StartRecipe,
+    StudentRecipe,
+)
 from camdistill.studies.refinement_report import (
     chart,
     log_board,
@@ -33,6 +39,7 @@ def refine(
     start: StartRecipe = StartRecipe(),  # noqa: B008
     recipe: RefineRecipe = RefineRecipe(),  # noqa: B008
     judging: Judging = Judging(),  # noqa: B008
+    students: StudentRecipe | None = None,
     seed: int = 0,
     out: Path = Path("runs/refine"),
     workers: int | None = None,
@@ -60,6 +67,8 @@ def refine(
         start: How start networks are trained.
         recipe: How every arm is trained.
         judging: How networks are measured.
+        students: Distilled from the refined networks and from cross-entropy's: do they inherit the
+            gain?
         seed: Of the order of training, of what is random in arms, and of which images are taken.
         out: Folder of the runs, the networks, results.json, table.txt and pictures.
         workers: Processes of one thread each. Default: the cores; 0 on a GPU.
@@ -68,8 +77,8 @@ def refine(
     """
     begun = time.monotonic()
     plan = Plan(
-        data, objective, checkpoints, network, seeds, arms, also, start, recipe, judging, seed,
-        trust, out,
+        data, objective, checkpoints, network, seeds, arms, also, start, recipe, judging, students,
+        seed, trust, out,
     )  # fmt: skip
     where = chosen_device(device)
     count = 0 if where != "cpu" else available_cores()

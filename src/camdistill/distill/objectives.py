@@ -75,7 +75,7 @@ def insertion_deletion(
     *,
     shares: Sequence[float] = LEVELS,
     temperature: float = TEMPERATURE,
-    form: Form = "log",
+    form: Form = "probability",
     deletion: float = 1.0,
 ) -> PerImage:
     """Soft deletion minus soft insertion: what is shown should suffice, what is hidden be needed.

@@ -52,7 +52,9 @@ class Objective:
         layer: Of the maps. Default: the last before the head.
         answers: insertion_deletion: "trained" lets the answers to changed images be trained too
             (the paper's), "constant" leaves the map as the only way.
-        form: insertion_deletion: of probabilities or their logarithms.
+        form: insertion_deletion: of probabilities, or of their logarithms (the paper's), whose
+            deletion has no lower bound: at weight 0.1 it took 10 points of accuracy (Shapes, one
+            start, 4 epochs).
         deletion: insertion_deletion: weight of deletion beside insertion.
         shares: insertion_deletion: of the image, shown and hidden at each level.
         temperature: Of the soft masks, in deviations of the map; of consistency's cosines.
@@ -71,7 +73,7 @@ class Objective:
     cam: Literal["grad_cam", "hires_cam"] = "grad_cam"
     layer: str | None = None
     answers: Literal["trained", "constant"] = "trained"
-    form: Form = "log"
+    form: Form = "probability"
     deletion: float = 1.0
     shares: tuple[float, ...] = LEVELS
     temperature: float | None = None

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from camdistill.distill.cache_files import locked
 from camdistill.measure.metrics import METRICS
 from camdistill.studies.ledger import Ledger
+from camdistill.studies.refinement_checks import demand_possible
 from camdistill.studies.refinement_judging import BEFORE, MAP, OWN, Column
-from camdistill.studies.refinement_plan import CE, START, Plan
-from camdistill.studies.refinement_work import Job, Refined, Workshop
+from camdistill.studies.refinement_plan import CE, START, STUDENT, Plan
+from camdistill.studies.refinement_records import Job, Refined
+from camdistill.studies.refinement_work import Workshop
 from camdistill.studies.workers import Crew
 
 LEDGER = "runs.jsonl"
@@ -125,7 +127,7 @@ def refined(
     plan.folder.mkdir(parents=True, exist_ok=True)
     with locked(plan.folder / "study", wait=False):
         workshop = Workshop(plan, device)
-        workshop.demand_possible()
+        demand_possible(workshop)
         ledger = Ledger(plan.folder / LEDGER, Refined)
         with Crew(workshop, workers) as crew:
             work = _Work(workshop, ledger, crew, on_progress)
@@ -139,6 +141,11 @@ def refined(
             others = [arm for arm in plan.refined if arm != CE]
             jobs = [Job(name, arm, floors[name]) for name in plan.starts for arm in others]
             found |= work.done("other arms", jobs)
+            if plan.students is not None and plan.main in plan.refined:
+                first = [Job(name, STUDENT + CE) for name in plan.starts]
+                found |= work.done("students", first)
+                second = [Job(name, STUDENT + plan.main, floors[name]) for name in plan.starts]
+                found |= work.done("students of refined networks", second)
         labelled = bool(workshop.sets().whole.classes)
     return Found(plan, found, labelled)
 

@@ -17,6 +17,8 @@ from camdistill.networks.teachers import NetworkSpec
 
 START: Literal["start"] = "start"
 CE: Arm = "ce"
+STUDENT = "student of "
+"""Before the arm whose network taught it."""
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -76,6 +78,36 @@ class RefineRecipe:
 
 
 @dataclass(frozen=True)
+class StudentRecipe:
+    """How students of refined networks are distilled: without labels, maps included.
+
+    Args:
+        network: What is distilled.
+        epochs: Times that each training image is seen.
+        beta: Weight of the maps' distance, beside 1 of distillation.
+        images: Train on so many of the training images; null is all.
+        optimisation: The optimiser and its schedule.
+        augment: Views of the training images; maps move with them.
+    """
+
+    network: NetworkSpec
+    epochs: int = 8
+    beta: float = 10.0
+    images: int | None = None
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=0.1))
+    augment: Augment = field(default_factory=lambda: Augment(flip=True))
+
+    def __post_init__(self) -> None:
+        if self.network.weights is not None:
+            raise UserError("students.network has weights; students start untrained")
+        if self.epochs < 1 or self.beta <= 0:
+            raise UserError(
+                f"students.epochs {self.epochs} and beta {self.beta}; give at least 1 epoch and a "
+                "weight above 0"
+            )
+
+
+@dataclass(frozen=True)
 class Judging:
     """How start and refined networks are measured, on test images.
 
@@ -126,6 +158,7 @@ class Plan:
         start: How start networks are trained.
         recipe: How every arm is.
         judging: How networks are measured.
+        students: Taught by the refined networks and by cross-entropy's; None for none.
         seed: Of the order of training, of what is random in arms, and of which images are taken.
         trust: Packages that class paths in checkpoints may come from.
         folder: Of the runs.
@@ -141,6 +174,7 @@ class Plan:
     start: StartRecipe = field(default_factory=StartRecipe)
     recipe: RefineRecipe = field(default_factory=RefineRecipe)
     judging: Judging = field(default_factory=Judging)
+    students: StudentRecipe | None = None
     seed: int = 0
     trust: Sequence[str] = ()
     folder: Path = Path("runs/refine")

@@ -16,6 +16,7 @@ from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.studies.refinement import Found
 from camdistill.studies.refinement_judging import LOCALISATION, MAP
 from camdistill.studies.refinement_plan import CE, START
+from camdistill.studies.refinement_records import Job
 from camdistill.studies.refinement_results import (
     hypotheses,
     is_matched,
@@ -26,7 +27,7 @@ from camdistill.studies.refinement_results import (
     trained,
     verdict,
 )
-from camdistill.studies.refinement_work import Job, Workshop
+from camdistill.studies.refinement_work import Workshop
 from camdistill.studies.statistics import Gain
 
 RUNS = "tensorboard"

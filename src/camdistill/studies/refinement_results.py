@@ -8,7 +8,7 @@ import numpy as np
 
 from camdistill.studies.refinement import Found, Scores, signed
 from camdistill.studies.refinement_judging import LOCALISATION, MAP, trained_metrics
-from camdistill.studies.refinement_plan import CE
+from camdistill.studies.refinement_plan import CE, STUDENT
 from camdistill.studies.statistics import Bootstrap, Gain, holm
 
 LEVEL = 0.05
@@ -117,34 +117,37 @@ def is_matched(found: Found, arm: str) -> bool:
 def verdict(found: Found) -> list[str]:
     """What may be claimed of every objective, a line each; nulls are said."""
     names = [found.main] if found.main in found.arms else []
-    return [_verdict(found, arm) for arm in [*names, *found.plan.also]]
+    lines = []
+    for arm in [*names, *found.plan.also]:
+        matched = "" if is_matched(found, arm) else " (not matched: nothing is claimed)"
+        difference = _interval(kept(found, arm))
+        lines.append(f"{arm}: {found.kept} over {CE} {difference}{matched}")
+        rows = {metric: row(found, arm, metric) for metric in held_out(found, arm)}
+        parts = {metric: one.by_map for metric, one in rows.items() if one.by_map is not None}
+        corrected = holm({metric: part.p for metric, part in parts.items()})
+        for metric in parts:
+            said = _said(found, arm, rows[metric], corrected[metric])
+            lines.append(f"  the map's own part of {metric} (held out): {said}")
+    return lines
 
 
-def _verdict(found: Found, arm: str) -> str:
-    metrics = held_out(found, arm)
-    rows = {metric: row(found, arm, metric) for metric in metrics}
-    parts = {metric: one.by_map for metric, one in rows.items() if one.by_map is not None}
-    corrected = holm({metric: part.p for metric, part in parts.items()})
-    sentences = []
-    for metric, part in parts.items():
-        against = rows[metric].over
-        short = [other for other, gain in against.items() if not gain.low > 0]
-        clear = part.low > 0 and corrected[metric] < LEVEL
-        said = f"{metric} {_interval(part)}"
-        if clear and not short and is_matched(found, arm):
-            sentences.append(f"claimed: {said}, above {', '.join(against)}")
-        elif part.high < 0:
-            sentences.append(f"worse: {said}")
-        else:
-            why = [] if clear else [f"a true {part.mde:.3f} would have been found in 80 of 100"]
-            why += [f"not above {', '.join(short)}"] if short else []
-            why += [] if is_matched(found, arm) else ["accuracy is not matched"]
-            sentences.append(f"null: {said} ({'; '.join(why)})")
-    difference = kept(found, arm)
-    return (
-        f"{arm}: the map's own part of held-out metrics: {'; '.join(sentences)}. "
-        f"{found.kept.capitalize()} against {CE}: {_interval(difference)}."
-    )
+def _said(found: Found, arm: str, one: Row, p: float) -> str:
+    """Claimed only where the map's part is above zero and above every control."""
+    part = one.by_map
+    assert part is not None, "only metrics with parts are judged"
+    said = _interval(part)
+    if part.high < 0:
+        return f"{said}. Worse"
+    if not (part.low > 0 and p < LEVEL):
+        return f"{said}. A null; a true {part.mde:.3f} would have been found in 80 of 100"
+    against = one.over if arm == found.main else {CE: one.over[CE]}
+    if short := [other for other, gain in against.items() if not gain.low > 0]:
+        return f"{said}. Above zero, but not shown above {', '.join(short)}: not claimed"
+    if arm != found.main:
+        return f"{said}. Above {CE}; its own controls did not run: make it the objective"
+    if not is_matched(found, arm):
+        return f"{said}. Above {', '.join(against)}, at a lower accuracy: not claimed"
+    return f"{said}. Claimed: above {', '.join(against)}"
 
 
 def hypotheses(found: Found) -> list[Hypothesis]:
@@ -157,12 +160,7 @@ def hypotheses(found: Found) -> list[Hypothesis]:
             "camdistill evaluate asks it",
         ),
         _h2(found),
-        Hypothesis(
-            "H3",
-            "students of a refined teacher's maps inherit the gain",
-            "not asked",
-            "distil from a refined checkpoint: it is a teacher like others",
-        ),
+        _h3(found),
         _h4(found),
         _h5(found),
         _h6(found),
@@ -187,6 +185,25 @@ def _h2(found: Found) -> Hypothesis:
         return Hypothesis("H2", asks, "yes", says)
     worse = one.by_map.high < 0 or over.high < 0
     return Hypothesis("H2", asks, "no" if worse else "undecided", says)
+
+
+def _h3(found: Found) -> Hypothesis:
+    asks = "students of a refined network's maps inherit the gain"
+    arm = STUDENT + found.main
+    if (found.plan.starts[0], arm) not in found.records:
+        return Hypothesis("H3", asks, "not asked", "--students.network.name shallow_cnn asks it")
+    part = told(found.by_map(arm, ROAD))
+    whole = told(found.maps(arm, ROAD) - found.maps(STUDENT + CE, ROAD))
+    alike = told(found.scores(arm, found.kept) - found.scores(STUDENT + CE, found.kept))
+    says = (
+        f"{ROAD} of a student's map, less that of the map of {CE}'s student on the same network: "
+        f"{_interval(part)}; each on its own network {_interval(whole)}; {found.kept} "
+        f"{_interval(alike)}"
+    )
+    if found.kept == "agreement":
+        says = says.rpartition("; ")[0]
+    answer: Answer = "yes" if part.low > 0 else "no" if part.high < 0 else "undecided"
+    return Hypothesis("H3", asks, answer, says)
 
 
 def _h4(found: Found) -> Hypothesis:

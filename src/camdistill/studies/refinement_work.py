@@ -1,85 +1,33 @@
 """One run of a refinement: a start network trained and measured, or an arm from it."""
 
-import base64
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float
 
 from camdistill.data.datasets import ImageSet, limited
 from camdistill.data.modules import ImageData
 from camdistill.distill.checkpoints import load, save
 from camdistill.distill.classifier import Classifier
-from camdistill.distill.refiner import Refiner, masks_of
-from camdistill.distill.training import as_images, plain
+from camdistill.distill.module import DistilledExplainer
+from camdistill.distill.refiner import Refiner
+from camdistill.distill.training import plain
 from camdistill.errors import UserError
-from camdistill.explain.methods import at_image
-from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
 from camdistill.networks.weights import sha256_of
 from camdistill.studies import refinement_judging
-from camdistill.studies.refinement_judging import Judge, Values
-from camdistill.studies.refinement_plan import START, Plan
+from camdistill.studies.refinement_judging import Judge
+from camdistill.studies.refinement_plan import CE, START, STUDENT, Plan
+from camdistill.studies.refinement_records import Job, Refined, packed
 from camdistill.studies.refinement_training import Chosen, trained
 from camdistill.studies.teacher_work import digest_of
 from camdistill.types import Images, Labels, Maps
 
 VERSION = 1  # goes up when the same run would give other numbers
-
-
-@dataclass(frozen=True)
-class Job:
-    """A start network, or an arm from one.
-
-    Attributes:
-        start: Name of the start network.
-        arm: "start" for itself.
-        floor: Validation accuracy that the chosen epoch must have; None takes the last.
-    """
-
-    start: str
-    arm: str
-    floor: float | None = None
-
-
-@dataclass(frozen=True)
-class Refined:
-    """What came out of one job.
-
-    Attributes:
-        key: Of everything that decides it: equal keys, equal runs.
-        start: Name of the start network.
-        arm: "start", "ce", the objective's kind, or a control.
-        accuracies: On validation images after each epoch; without labels agreement with the start.
-        epoch: The chosen one, from 1; 0 for the start.
-        matched: Whether it is as accurate as cross-entropy alone, within the tolerance.
-        columns: By name, one value a test image, packed.
-        images: How many test images.
-        checkpoint: The network's file.
-        seconds: Wall clock.
-    """
-
-    key: str
-    start: str
-    arm: str
-    accuracies: list[float]
-    epoch: int
-    matched: bool
-    columns: dict[str, str]
-    images: int
-    checkpoint: str
-    seconds: float
-
-    def values(self, column: str) -> Float[np.ndarray, "images"]:
-        """One value a test image."""
-        raw = base64.b64decode(self.columns[column])
-        return np.frombuffer(raw, "<f4").astype(np.float64)
 
 
 class _Sets(NamedTuple):
@@ -107,13 +55,17 @@ class Workshop:
     def __call__(self, job: Job) -> Refined:
         """Trains what is missing, and measures it."""
         begun = time.monotonic()
+        chosen = Chosen()
         if job.arm == START:
-            network, chosen = self._started(job.start), Chosen(accuracies=[])
-            values = self.judge()(network, network)
+            network = before = self._started(job.start)
+        elif job.arm.startswith(STUDENT):
+            network = self._taught(job)
+            base = replace(job, arm=STUDENT + CE, floor=None)
+            before = network if job == base else self._at(self.path(base))
         else:
             network, chosen = self._refined(job)
-            start = self.network(job.start)
-            values = self.judge()(network, start)
+            before = self.network(job.start)
+        values = self.judge()(network, before)
         return Refined(
             key=self.key(job),
             start=job.start,
@@ -139,6 +91,12 @@ class Workshop:
         }
         if job.arm == START:
             return digest_of(common)
+        if job.arm.startswith(STUDENT):
+            teacher = replace(job, arm=job.arm.removeprefix(STUDENT))
+            taught = [plain(plan.students), self.key(teacher)]
+            base = replace(job, arm=STUDENT + CE, floor=None)
+            against = None if job == base else self.key(base)
+            return digest_of(common | {"student": taught, "against": against})
         objective, arm = plan.refined[job.arm]
         own = {
             "objective": plain(objective) if arm != "ce" else None,
@@ -155,17 +113,21 @@ class Workshop:
         if job.arm == START and self.plan.checkpoints:
             return self.plan.checkpoints[self.plan.starts.index(job.start)]
         key = self._start_digest(job.start) if job.arm == START else self.key(job)
-        return self.plan.folder / "networks" / f"{job.start}-{job.arm}-{key[:8]}.safetensors"
+        name = f"{job.start}-{job.arm}-{key[:8]}.safetensors".replace(" ", "-")
+        return self.plan.folder / "networks" / name
 
     def network(self, start: str) -> Preprocessed:
         """A start network, from its file."""
-        found = load(self.path(Job(start, START)), trust=self.plan.trust).network
+        return self._at(self.path(Job(start, START)))
+
+    def _at(self, path: Path) -> Preprocessed:
+        found = load(path, trust=self.plan.trust).network
         return found.to(self.device).eval()
 
     def made(self, job: Job, record: Refined, images: Images, classes: Labels) -> Maps:
         """The refined explainer's maps of what a job made."""
-        found = load(Path(record.checkpoint), trust=self.plan.trust).network
-        return self.judge().explain(found.to(self.device).eval(), images, classes).detach()
+        found = self._at(Path(record.checkpoint))
+        return self.judge().explain(found, images, classes).detach()
 
     def judge(self) -> Judge:
         """What measures."""
@@ -187,39 +149,16 @@ class Workshop:
             self._sets = _Sets(data, refining, test.subset(rows))
         return self._sets
 
-    def demand_possible(self) -> None:
-        """Refuse what can't be done, before anything is spent.
-
-        Raises:
-            UserError: No masks for energy, another number of classes, no such layer.
-        """
-        plan, sets = self.plan, self.sets()
-        for objective, _ in plan.refined.values():
-            if objective.kind == "energy":
-                masks_of(_known(sets.whole.train_set))
-        classes = len(sets.whole.classes)
-        if plan.network is not None:
-            if not classes:
-                raise UserError(
-                    "the images have no labels, so no start network can be trained; give "
-                    "--checkpoints"
-                )
-            networks = [preprocessed(plan.network, classes=classes).eval()]
-        else:
-            networks = [self.network(name) for name in plan.starts]
-        images = as_images(sets.test.batch(np.arange(1)).pixels).to(self.device)
-        for network in networks:
-            own = head_size(network.network)
-            if classes and own != classes and plan.recipe.keep != "start":
-                raise UserError(
-                    f"the images have {classes} classes, a start network {own}; give the data "
-                    "that it was trained with, or --recipe.keep start, which needs no label"
-                )
-            for objective, _ in plan.refined.values():
-                at_image(objective.cam, objective.layer)(network, images, _top(network, images))
-            for name in plan.judging.held_out:
-                method, _, layer = name.partition("@")
-                at_image(method, layer or None)(network, images, _top(network, images))
+    def starting(self) -> list[Preprocessed]:
+        """The start networks; those that are trained here as one that is not, if it can be."""
+        plan, classes = self.plan, len(self.sets().whole.classes)
+        if plan.network is None:
+            return [self.network(name) for name in plan.starts]
+        if not classes:
+            raise UserError(
+                "the images have no labels, so no start network can be trained; give --checkpoints"
+            )
+        return [preprocessed(plan.network, classes=classes).to(self.device).eval()]
 
     def _started(self, start: str) -> Preprocessed:
         plan, path = self.plan, self.path(Job(start, START))
@@ -269,6 +208,35 @@ class Workshop:
         save(module, self.path(job))
         return module.network.to(self.device).eval(), chosen
 
+    def _taught(self, job: Job) -> Preprocessed:
+        """A student of what another job made."""
+        recipe, sets = self.plan.students, self.sets()
+        assert recipe is not None, "there are jobs of students"
+        teacher = self.path(replace(job, arm=job.arm.removeprefix(STUDENT)))
+        module = DistilledExplainer(
+            replace(self._spec(job.start), weights=str(teacher)),
+            recipe.network,
+            ce=0.0,
+            kd=1.0,
+            beta=recipe.beta,
+            augment=recipe.augment,
+            optimisation=recipe.optimisation,
+            cached=False,
+            seed=self._order(job.start),
+        )
+        data = copy.copy(sets.whole)
+        data.train_set = limited(_known(data.train_set), recipe.images, self.plan.seed)
+        trained(
+            module,
+            data,
+            epochs=recipe.epochs,
+            seed=self._order(job.start),
+            precision="float32",
+            device=self.device,
+        )
+        save(module, self.path(job))
+        return module.student.to(self.device).eval()
+
     def _spec(self, start: str) -> NetworkSpec:
         path = self.path(Job(start, START))
         if self.plan.network is not None:
@@ -303,14 +271,6 @@ class Workshop:
         return [found, counts, self.plan.data.split_seed, self.plan.data.batch_size]
 
 
-def packed(values: Values) -> dict[str, str]:
-    """Values by column as text."""
-    return {
-        name: base64.b64encode(np.asarray(value, "<f4").tobytes()).decode()
-        for name, value in values.items()
-    }
-
-
 def _of_maps(plan: Plan) -> Mapping[str, object]:
     """What of the objective decides what is measured."""
     one = plan.objective
@@ -320,12 +280,6 @@ def _of_maps(plan: Plan) -> Mapping[str, object]:
         "extra": plain(extra) if one.kind in ("consistency", "fidelity") else None,
         "kind": one.kind if one.kind in ("consistency", "fidelity") else None,
     }
-
-
-def _top(network: Preprocessed, images: Images) -> Labels:
-    with torch.no_grad():
-        top: Labels = network(images).argmax(1)
-    return top
 
 
 def _known(images: ImageSet | None) -> ImageSet:
