@@ -156,6 +156,23 @@ REFINED_MAPS = _tag(
     " share of its own maximum. Step: number of the image.",
 )
 EVALUATION_TABLE = _tag(f"{EVALUATION}/table", "All numbers, and what to beware of.")
+CLAIMS_TABLE = _tag(
+    f"{EVALUATION}/claims",
+    "The Grad-CAM paper's claims: its numbers, ours, the criterion, and whether the claim holds.",
+)
+CLAIMS_LOCALISATION = _tag(
+    f"{EVALUATION}/claims_localisation",
+    "What the paper says of where maps lie, row by row, with 95 % intervals.",
+)
+CLAIMS_FAITHFULNESS = _tag(
+    f"{EVALUATION}/claims_faithfulness",
+    "What it says of maps and the network's behaviour, of layers, and its ablations.",
+)
+CLAIMS_WORLDS = _tag(
+    f"{EVALUATION}/claims_worlds",
+    "What it says of observers, trust, bias, counterfactuals and adversaries, each in a little"
+    " world whose truth is known.",
+)
 HOW_TO_READ = _tag(f"{RUN}/how_to_read", "What every card means.")
 CONFIG = _tag(f"{RUN}/config", "The configuration that made this run.")
 

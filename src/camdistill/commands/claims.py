@@ -41,13 +41,13 @@ def claims(
         rows: Their numbers. Default: all.
         teacher: A network of Shapes that most rows explain.
         student: A shallow one beside it.
-        boxes: An image folder with a boxes.csv, for localisation in photographs too (row 5b).
+        boxes: An image folder with a boxes.csv, for localisation in photographs too (row 5c).
         count: Images of each row.
         seed: Of the images and of every random choice.
         device: cpu or cuda. Default: a GPU where there is one.
         out: Folder for results.json, table.txt, charts and the little networks.
     """
-    asked = chosen(rows)
+    asked = chosen(rows, photographs=boxes is not None)
     lab, sha256 = _lab(teacher, student, boxes, count, seed, device, out)
     settings = {
         "count": count, "seed": seed, "boxes": str(boxes) if boxes else None, **sha256,

@@ -84,10 +84,35 @@ def test_results_of_other_settings_are_not_mixed_in(
         run_claims(lab(), [("1", Counted("1"))], path, SETTINGS | {"seed": 4}, {})
 
 
+def test_what_was_left_out_before_may_be_given_later(
+    lab: Callable[..., Lab], tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    one = Counted("1")
+    for boxes in (None, "photographs", None):
+        run_claims(lab(), [("1", one)], path, SETTINGS | {"boxes": boxes}, {})
+        run_claims(lab(), [("2", Counted("2"))], path, SETTINGS | {"boxes": boxes}, {})
+    assert one.made == 1
+    assert len(json.loads(path.read_text())["rows"]) == 2
+    three = [("3", Counted("3"))]
+    run_claims(lab(), three, path, SETTINGS | {"boxes": "photographs"}, {})
+    with pytest.raises(UserError, match=r"boxes photographs, now drawings"):
+        run_claims(lab(), [("1", one)], path, SETTINGS | {"boxes": "drawings"}, {})
+
+
+def test_another_commands_results_are_left_alone(lab: Callable[..., Lab], tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text('{"explainers": {}}')
+    with pytest.raises(UserError, match=r"not written by `camdistill claims`"):
+        run_claims(lab(), [("1", Counted("1"))], path, SETTINGS, {})
+    assert path.read_text() == '{"explainers": {}}'
+
+
 def test_rows_come_in_the_papers_order_and_unknown_ones_are_a_mistake() -> None:
     numbers = [number for number, _ in ROWS]
-    assert numbers == sorted(numbers, key=lambda text: (int(text.rstrip("b")), text))
+    assert numbers == sorted(numbers, key=lambda text: (int(text.rstrip("bc")), text))
     assert [number for number, _ in chosen(numbers[::-1])] == numbers
+    assert "5c" not in [number for number, _ in chosen([], photographs=False)]
     with pytest.raises(UserError, match=r"no row '99'"):
         chosen(["99"])
 

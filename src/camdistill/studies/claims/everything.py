@@ -13,6 +13,7 @@ from camdistill.studies.claims import (
     heads,
     localisation,
     naming,
+    photographs,
     trust,
 )
 from camdistill.studies.claims.rows import Claim
@@ -24,6 +25,7 @@ ROWS: tuple[tuple[str, Claim], ...] = (
     ("4", localisation.boxes_student),
     ("5", localisation.boxes_teacher),
     ("5b", localisation.boxes_own_threshold),
+    ("5c", photographs.boxes_in_photographs),
     ("6", heads.no_cost),
     ("7", localisation.seeds_for_segmentation),
     ("8", localisation.pointing_with_rejection),
@@ -43,10 +45,16 @@ ROWS: tuple[tuple[str, Claim], ...] = (
     ("26", faithfulness_rows.finer),
 )
 """Number and experiment."""
+PHOTOGRAPHS = "5c"
+"""The row that needs an image folder with boxes."""
 
 
-def chosen(numbers: list[str]) -> tuple[tuple[str, Claim], ...]:
-    """The rows of some numbers, in the paper's order; all where none is given.
+def chosen(numbers: list[str], *, photographs: bool = True) -> tuple[tuple[str, Claim], ...]:
+    """The rows of some numbers, in the paper's order.
+
+    Args:
+        numbers: All where none is given.
+        photographs: Whether there is an image folder with boxes: without, all are all the others.
 
     Raises:
         UserError: There is no row of that number.
@@ -58,4 +66,5 @@ def chosen(numbers: list[str]) -> tuple[tuple[str, Claim], ...]:
                 f"no row '{number}'; {nearest(number, known)}; --rows takes any of "
                 f"{', '.join(known)}"
             )
-    return tuple((number, claim) for number, claim in ROWS if not numbers or number in numbers)
+    wanted = numbers or [number for number in known if photographs or number != PHOTOGRAPHS]
+    return tuple((number, claim) for number, claim in ROWS if number in wanted)

@@ -39,7 +39,7 @@ NEAR = 2  # pixels of 32: TorchRay's 15 of 224
 
 def boxes_flattened(lab: Lab) -> Row:
     """Row 3: a network with fully connected layers."""
-    paper = "VGG-16, ILSVRC-15: top-1 error 56.51 % (Backprop 61.12 %, as remembered)"
+    paper = "VGG-16, ILSVRC-15: top-1 error 56.51 %"
     errors = errors_of(lab, backbones.flattened(lab))
     return judged_boxes(lab, "3", "flattened", paper, errors)
 
@@ -92,7 +92,7 @@ def errors_of(lab: Lab, network: nn.Module) -> Errors:
 
 def judged_boxes(lab: Lab, number: str, name: str, paper: str, errors: Errors) -> Row:
     """Rows 3 to 5 of one network's errors."""
-    steps = _steps(lab, errors.at_papers, "error more")
+    steps = steps_of(lab, errors.at_papers, "error more")
     shares = ", ".join(f"{method} {errors.chosen[method]:.0%}" for method in COMPARED)
     return Row(
         number=number,
@@ -125,7 +125,7 @@ def judged_own(lab: Lab, errors: dict[str, Errors]) -> Row:
     ours = tuple(
         step
         for name, found in errors.items()
-        for step in _steps(lab, found.at_own, f"error more, {name}")
+        for step in steps_of(lab, found.at_own, f"error more, {name}")
     )
     return Row(
         number="5b",
@@ -145,7 +145,7 @@ def _top1(errors: PerImage, wrong: Tensor) -> PerImage:
     return torch.maximum(errors, wrong.to(errors))
 
 
-def _steps(lab: Lab, errors: dict[str, PerImage], of: str) -> list[Measured]:
+def steps_of(lab: Lab, errors: dict[str, PerImage], of: str) -> list[Measured]:
     """How much each method's error is above the one before."""
     pairs = zip(COMPARED[1:], COMPARED[:-1], strict=True)
     return [

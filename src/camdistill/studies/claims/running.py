@@ -44,7 +44,7 @@ def run_claims(
         lab: What experiments use.
         rows: Number and experiment.
         path: `results.json`: read at the start, written after each row.
-        settings: What tells these results from others.
+        settings: What tells these results from others; None is not known.
         sha256: Of the files that were used.
         on_row: Told each row as it is there, from the file or new.
 
@@ -54,7 +54,7 @@ def run_claims(
     Raises:
         UserError: The file holds results of other settings.
     """
-    kept = _kept(path, settings)
+    kept, settings = _kept(path, settings)
     found: dict[str, Outcome] = {}
     for number, claim in rows:
         if number not in kept or kept[number].row is None:
@@ -96,24 +96,32 @@ def _write(
     )
 
 
-def _kept(path: Path, settings: Mapping[str, object]) -> dict[str, Outcome]:
+def _kept(
+    path: Path, settings: Mapping[str, object]
+) -> tuple[dict[str, Outcome], dict[str, object]]:
+    """The rows that are there, and the settings with what was known before."""
     if not path.exists():
-        return {}
+        return {}, dict(settings)
     found: dict[str, Any] = read_results(path)
-    if found.get("settings") != json.loads(json.dumps(settings)):
-        raise UserError(
-            f"{path} holds results of other settings ({_difference(found, settings)}): name "
-            "another folder with --out, or remove the file"
-        )
-    return {number: _outcome(entry) for number, entry in found["rows"].items()}
-
-
-def _difference(found: Mapping[str, Any], settings: Mapping[str, object]) -> str:
     before = found.get("settings")
-    if not isinstance(before, dict):
-        return "it was not written by `camdistill claims`"
-    names = [name for name in settings if before.get(name) != settings[name]]
-    return ", ".join(f"{name} {before.get(name)}, now {settings[name]}" for name in names)
+    if not isinstance(before, dict) or not isinstance(found.get("rows"), dict):
+        raise UserError(
+            f"{path} was not written by `camdistill claims`: name another folder with --out"
+        )
+    # What was left out, then or now, contradicts nothing.
+    odd = [
+        f"{name} {before[name]}, now {value}"
+        for name, value in json.loads(json.dumps(settings)).items()
+        if value is not None and before.get(name) not in (None, value)
+    ]
+    if odd:
+        raise UserError(
+            f"{path} holds results of other settings ({', '.join(odd)}): name another folder with "
+            "--out, or remove the file"
+        )
+    known = {name: value for name, value in settings.items() if value is not None}
+    rows = {number: _outcome(entry) for number, entry in found["rows"].items()}
+    return rows, {**before, **known}
 
 
 def _outcome(entry: Mapping[str, Any]) -> Outcome:

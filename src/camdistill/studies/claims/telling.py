@@ -17,9 +17,9 @@ from camdistill.studies.claims.running import Outcome
 
 WIDTH = 96
 CHARTS: dict[str, tuple[str, ...]] = {
-    f"{tags.EVALUATION}/claims_localisation": ("3", "4", "5", "6", "7", "8"),
-    f"{tags.EVALUATION}/claims_faithfulness": ("11", "12", "22", "23", "24", "25", "26"),
-    f"{tags.EVALUATION}/claims_worlds": ("9", "10", "13", "14", "15", "16", "17", "18", "20"),
+    tags.CLAIMS_LOCALISATION: ("3", "4", "5", "5b", "5c", "6", "7", "8"),
+    tags.CLAIMS_FAITHFULNESS: ("11", "12", "22", "23", "24", "25", "26"),
+    tags.CLAIMS_WORLDS: ("9", "10", "13", "14", "15", "16", "17", "18", "20"),
 }
 """Rows whose charts stand below one another in one picture."""
 
@@ -94,7 +94,7 @@ def write_pictures(found: Mapping[str, Outcome], folder: Path) -> None:
             whole = _stacked(charts)
             save_png(folder / f"{tags.short(tag)}.png", whole)
             logger.log_picture(tag, whole, 0)
-    logger.log_text(f"{tags.EVALUATION}/claims", f"{markdown(found)}\n\n{verdict(found)}")
+    logger.log_text(tags.CLAIMS_TABLE, f"{markdown(found)}\n\n{verdict(found)}")
     logger.finalize("success")
 
 
