@@ -39,9 +39,9 @@ def test_a_network_of_the_patch_alone_is_found_out(lab: Callable[..., Lab]) -> N
     whole = Preprocessed(Patch(colours), (0.0,) * 3, (1.0,) * 3).eval()
     found = conflicting(lab(count=32))
     seen = seen_through(whole, found)
-    assert seen.right.tolist() == [0.0] * 32
+    assert seen.right.tolist() == [[0.0] * 32]
     share = found.masks["shortcut"].flatten(1).float().mean(1)
-    assert torch.allclose(seen.on_patch, 1 / share)  # all of its energy
+    assert torch.allclose(seen.on_patch[0], 1 / share)  # all of its energy
     assert float(seen.on_object.max()) == 0
 
 
@@ -63,7 +63,7 @@ def test_networks_that_are_alike_differ_by_nothing(lab: Callable[..., Lab]) -> N
 
 
 def test_moved_is_the_paired_difference(lab: Callable[..., Lab]) -> None:
-    ones, zeros = torch.ones(16), torch.zeros(16)
+    ones, zeros = torch.ones(3, 16), torch.zeros(3, 16)
     accuracy, patch = _moved(lab(), Seen(ones, zeros, ones), Seen(zeros, ones * 3, ones), "")
     assert (accuracy.value, patch.value) == (1, -3)
     assert accuracy.above

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from camdistill.studies.claims.rows import Lab
-from camdistill.studies.claims.sight import Look, Sight, features_of, last_stage, log_odds
+from camdistill.studies.claims.sight import Look, Sight, features_of, log_odds
 
 
 def test_log_odds_are_of_the_own_answers_and_have_log_p_s_direction() -> None:
@@ -40,13 +40,6 @@ def test_sight_is_pixels_and_two_stages_on_the_last_grid(lab: Callable[..., Lab]
     assert torch.allclose(found[:, :3], F.avg_pool2d(normal, 4), atol=1e-6)
     assert sight.units == 17
     assert features_of(sight, images).dtype == torch.float16
-
-
-def test_layer_is_in_what_sees(lab: Callable[..., Lab]) -> None:
-    here = lab()
-    holder = torch.nn.Module()
-    holder.sight = Sight(here.student)
-    assert last_stage(here) in dict(holder.named_modules())
 
 
 def test_look_without_a_question_is_convolutions_and_with_one_changes() -> None:

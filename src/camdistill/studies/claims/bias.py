@@ -11,6 +11,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from camdistill.data.modules import ShapesData
 from camdistill.distill.classifier import Classifier
@@ -22,7 +24,7 @@ from camdistill.measure.localisation import energy_lift, energy_pointing_game
 from camdistill.networks.teachers import NetworkSpec, Preprocessed
 from camdistill.perturb.asking import logits_of
 from camdistill.studies.claims.little import Examples, Recipe, fitted, weights_digest
-from camdistill.studies.claims.rows import Drawn, Lab, Measured, Row, drawn, gain, mean
+from camdistill.studies.claims.rows import Drawn, Lab, Measured, Row, drawn, mean, trained_gain
 from camdistill.studies.claims.scenes import drawn_lessons, taught
 from camdistill.studies.claims.training import trained
 from camdistill.types import PerImage
@@ -41,11 +43,17 @@ ACCURACY, ON_PATCH, ON_OBJECT = (
 
 
 class Seen(NamedTuple):
-    """What one network does where the patch disagrees with the label."""
+    """What networks do where the patch disagrees with the label; one row a network.
 
-    right: PerImage
-    on_patch: PerImage
-    on_object: PerImage
+    Attributes:
+        right: Whether the answer is the label.
+        on_patch: Energy of the answer's map on the patch, over its area.
+        on_object: Likewise.
+    """
+
+    right: Float[Tensor, "networks n"]
+    on_patch: Float[Tensor, "networks n"]
+    on_object: Float[Tensor, "networks n"]
 
 
 def shortcut_network(lab: Lab, rho: float, seed: int, *, epochs: int | None = None) -> Preprocessed:
@@ -67,13 +75,14 @@ def conflicting(lab: Lab) -> Drawn:
 
 
 def seen_through(network: Preprocessed, found: Drawn) -> Seen:
-    """Accuracy, and where the maps of the network's own answers are."""
+    """Of one network."""
     (maps,) = grad_cam(network, found.images).values()
     maps = upsample(relu(maps), (found.images.shape[-2], found.images.shape[-1]))
+    right = logits_of(network, found.images).argmax(1) == found.labels
     return Seen(
-        (logits_of(network, found.images).argmax(1) == found.labels).float(),
-        energy_lift(maps, found.masks["shortcut"]),
-        energy_lift(maps, found.masks["object"]),
+        right.float()[None],
+        energy_lift(maps, found.masks["shortcut"])[None],
+        energy_lift(maps, found.masks["object"])[None],
     )
 
 
@@ -81,9 +90,9 @@ def bias_found_and_removed(lab: Lab) -> Row:
     """Row 16: maps show that a network goes by a shortcut; each of three cures moves both."""
     found = conflicting(lab)
     dial = {
-        f"rho {rho:g}": _mean_seen(lab, found, partial(shortcut_network, lab, rho)) for rho in DIAL
+        f"rho {rho:g}": _all_seen(lab, found, partial(shortcut_network, lab, rho)) for rho in DIAL
     }
-    cures = {name: _mean_seen(lab, found, partial(cured, lab, name)) for name in CURES}
+    cures = {name: _all_seen(lab, found, partial(cured, lab, name)) for name in CURES}
     moved = _moved(lab, dial[f"rho {BIASED:g}"], dial["rho 0"], f"rho {BIASED:g} - rho 0")
     biased, better = moved[0].high or 0, moved[1]
     cure = {
@@ -108,24 +117,25 @@ def bias_found_and_removed(lab: Lab) -> Row:
         passed=biased < 0
         and better.above
         and all(cure[name][0].above and (cure[name][1].high or 0) < 0 for name in promised),
-        note=f"means over {SEEDS} networks each; the intervals are over images. rho is the share "
-        "of training images whose patch agrees with the label (rho 0 has none). Cures go on for "
-        f"{CURE.epochs} epochs from the network of rho {BIASED:g}: balanced has the patch by "
-        "chance; the others keep the bias, and teach the true class's map to lie on the object's "
-        "mask, or the logits of the shipped teacher, which never saw a patch, with its maps or "
-        "without. Its logits alone are nearly the labels, and no cure was expected of them",
+        note=f"means over {SEEDS} networks each; intervals of differences are over networks and "
+        "images, the others over images. rho is the share of training images whose patch agrees "
+        f"with the label (rho 0 has none). Cures go on for {CURE.epochs} epochs from the network "
+        f"of rho {BIASED:g}: balanced has the patch by chance; the others keep the bias, and teach "
+        "the true class's map to lie on the object's mask, or the logits of the shipped teacher, "
+        "which never saw a patch, with its maps or without. Its logits alone are nearly the "
+        "labels, and no cure was expected of them",
     )
 
 
-def _mean_seen(lab: Lab, found: Drawn, network: Callable[[int], Preprocessed]) -> Seen:
-    """Of the networks of all seeds, image by image."""
+def _all_seen(lab: Lab, found: Drawn, network: Callable[[int], Preprocessed]) -> Seen:
+    """Of the networks of all seeds."""
     each = [seen_through(network(lab.seed + place), found) for place in range(SEEDS)]
-    return Seen(*(torch.stack(values).mean(0) for values in zip(*each, strict=True)))
+    return Seen(*(torch.cat(values) for values in zip(*each, strict=True)))
 
 
 def _told(lab: Lab, seen: dict[str, Seen]) -> list[Measured]:
     return [
-        mean(name, getattr(one, field), lab, of)
+        mean(name, getattr(one, field).mean(0), lab, of)
         for field, of in zip(Seen._fields, (ACCURACY, ON_PATCH, ON_OBJECT), strict=True)
         for name, one in seen.items()
     ]
@@ -134,8 +144,8 @@ def _told(lab: Lab, seen: dict[str, Seen]) -> list[Measured]:
 def _moved(lab: Lab, first: Seen, second: Seen, name: str) -> tuple[Measured, Measured]:
     """Differences of the accuracy and of the energy on the patch."""
     return (
-        gain(name, first.right, second.right, lab, ACCURACY),
-        gain(name, first.on_patch, second.on_patch, lab, ON_PATCH),
+        trained_gain(name, list(first.right), list(second.right), lab, ACCURACY),
+        trained_gain(name, list(first.on_patch), list(second.on_patch), lab, ON_PATCH),
     )
 
 

@@ -3,7 +3,9 @@
 from camdistill.errors import UserError, nearest
 from camdistill.studies.claims import (
     ablations,
+    answers,
     bias,
+    captions,
     counterfactuals,
     depth,
     discrimination,
@@ -38,6 +40,8 @@ ROWS: tuple[tuple[str, Claim], ...] = (
     ("15", failures.adversarial),
     ("16", bias.bias_found_and_removed),
     ("17", naming.textual),
+    ("18", captions.captions),
+    ("20", answers.answers),
     ("22", depth.worse_earlier),
     ("23", ablations.without_relu),
     ("24", ablations.pooling),

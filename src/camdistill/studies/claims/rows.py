@@ -145,6 +145,8 @@ def drawn(lab: Lab, shapes: Shapes | None = None) -> Drawn:
 def mean(name: str, values: Tensor, lab: Lab, of: str = "") -> Measured:
     """A mean over images with its bootstrap interval; NaN is left out, and not counted."""
     found = values.detach().cpu().double().numpy()
+    if np.isnan(found).all():
+        return _nothing(name, of)
     low = interval(found, lab.seed)
     return Measured(name, low.mean, low.low, low.high, int((~np.isnan(found)).sum()), of)
 
@@ -152,6 +154,8 @@ def mean(name: str, values: Tensor, lab: Lab, of: str = "") -> Measured:
 def gain(name: str, values: Tensor, others: Tensor, lab: Lab, of: str = "") -> Measured:
     """The mean of values - others over the same images, with its paired bootstrap interval."""
     first, second = (one.detach().cpu().double().numpy() for one in (values, others))
+    if np.isnan(first - second).all():
+        return _nothing(name, of)
     found = paired_interval(first, second, lab.seed)
     count = int((~np.isnan(first - second)).sum())
     return Measured(name, found.mean, found.low, found.high, count, of)
@@ -167,6 +171,12 @@ def trained_gain(
     }
     found = Bootstrap(scores, lab.seed).gain("runs", "others")
     return Measured(name, found.mean, found.low, found.high, scores["runs"].shape[1], of)
+
+
+def _nothing(name: str, of: str) -> Measured:
+    """Of no image at all: no interval of it lies above anything."""
+    nan = float("nan")
+    return Measured(name, nan, nan, nan, 0, of)
 
 
 def exact(name: str, value: float | int, n: int, of: str = "") -> Measured:

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
-from camdistill.studies.claims.rows import Lab
 from camdistill.types import Activations, Images, Labels, PerImage
 
 WIDTH, NARROW, CELLS = 64, 48, 4
@@ -77,13 +76,6 @@ class Look(nn.Module):
         if scale is not None and shift is not None:
             hidden = F.relu(hidden * (1 + scale[..., None, None]) + shift[..., None, None])
         return F.adaptive_avg_pool2d(self.second(hidden), CELLS).flatten(1)
-
-
-def last_stage(lab: Lab) -> str:
-    """The layer whose maps are made: the last of the student's, inside whatever sees with it."""
-    network = lab.student.network
-    assert isinstance(network, ShallowCNN), "the lab's student is a shallow one"
-    return f"sight.student.network.{network.last_stage}"
 
 
 def log_odds(scores: Float[Tensor, "batch answers"], own: Labels) -> PerImage:

@@ -1,0 +1,335 @@
+"""Row 20: a network that answers questions about an image, explained through a score."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from camdistill.distill.optimisation import Optimisation
+from camdistill.explain.compare import spearman
+from camdistill.explain.gradcam import grad_cam
+from camdistill.explain.guided import guided_backprop
+from camdistill.explain.maps import relu, resize, upsample
+from camdistill.explain.perturbation import occlusion
+from camdistill.measure.localisation import energy_pointing_game
+from camdistill.studies.claims.little import Examples, Recipe, fitted, weights_digest
+from camdistill.studies.claims.rows import Lab, Measured, Row, gain, mean
+from camdistill.studies.claims.scenes import Scenes, held_out, lessons, taught
+from camdistill.studies.claims.sight import WIDTH, Look, Sight, features_of, log_odds
+from camdistill.types import Activations, Images, Labels, Maps, PerImage
+
+IMAGES = 8000
+RECIPE = Recipe(24, 256, Optimisation("adamw", lr=5e-3, weight_decay=0.05))
+PATCH, STRIDE = 8, 4  # of the occlusion: a quarter of an image's side, as large as an object
+SIDES = ("left", "right", "top", "bottom")
+TONES = ("bright", "dark")
+PLACES = ("left", "right")
+TYPES = ("shape", "brightness", "side")
+APART = 4.0  # pixels between centres, or a side is not asked about
+WORD, HIDDEN = 16, 64
+
+Words = Int[Tensor, "n 6"]
+
+
+@dataclass(frozen=True)
+class Language:
+    """Questions and answers about Shapes.
+
+    Attributes:
+        shapes: Names of the classes.
+    """
+
+    shapes: tuple[str, ...]
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """All there are: of a shape by its side, of a brightness and a side by the shape."""
+        return (
+            *(f"which shape is on the {side}" for side in SIDES),
+            *(f"is the {shape} bright or dark" for shape in self.shapes),
+            *(f"on which side is the {shape}" for shape in self.shapes),
+        )
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Shapes, brightnesses, sides."""
+        return (*self.shapes, *TONES, *PLACES)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Of questions, in the order of their first use."""
+        return tuple(dict.fromkeys(" ".join(self.questions).split()))
+
+    def spelled(self, questions: Sequence[str]) -> Words:
+        """Questions as numbers of words."""
+        number = {word: place for place, word in enumerate(self.words)}
+        return torch.tensor([[number[word] for word in one.split()] for one in questions])
+
+
+class Asked(NamedTuple):
+    """A question about each image, with its true answer.
+
+    Attributes:
+        questions: Numbers in `Language.questions`.
+        answers: Numbers in `Language.answers`.
+        about: Which of the two objects is asked about.
+        sensible: Whether the image has an answer: two objects at one height have no upper one.
+    """
+
+    questions: Labels
+    answers: Labels
+    about: Labels
+    sensible: Bool[Tensor, "n"]
+
+
+def asked_of_side(scenes: Scenes, side: int) -> Asked:
+    """Which shape is on a side."""
+    axis = 1 if SIDES[side] in ("left", "right") else 0
+    places = scenes.places[:, :, axis]
+    last = SIDES[side] in ("right", "bottom")
+    about = places.argmax(1) if last else places.argmin(1)
+    apart = (places[:, 0] - places[:, 1]).abs() >= APART
+    answers = scenes.classes.gather(1, about[:, None])[:, 0]
+    return Asked(torch.full_like(answers, side), answers, about, apart)
+
+
+def asked_of_object(language: Language, scenes: Scenes, kind: str, which: int) -> Asked:
+    """The brightness or the side of one of the objects, named by its shape."""
+    shapes, classes = len(language.shapes), scenes.classes[:, which]
+    about = torch.full_like(classes, which)
+    if kind == "brightness":
+        dark = (~scenes.bright[:, which]).long()
+        sensible = torch.ones_like(dark, dtype=torch.bool)
+        return Asked(len(SIDES) + classes, shapes + dark, about, sensible)
+    across = scenes.places[:, :, 1]
+    right = (across[:, which] > across[:, 1 - which]).long()
+    apart = (across[:, 0] - across[:, 1]).abs() >= APART
+    first = shapes + len(TONES)
+    return Asked(len(SIDES) + shapes + classes, first + right, about, apart)
+
+
+def all_asked(language: Language, scenes: Scenes) -> dict[str, list[Asked]]:
+    """By type: of shapes four questions an image, of the others one of each object."""
+    return {
+        "shape": [asked_of_side(scenes, side) for side in range(len(SIDES))],
+        "brightness": [asked_of_object(language, scenes, "brightness", one) for one in (0, 1)],
+        "side": [asked_of_object(language, scenes, "side", one) for one in (0, 1)],
+    }
+
+
+class Answerer(nn.Module):
+    """A question, read by a GRU, scales and shifts what the convolutions see."""
+
+    def __init__(self, sight: Sight, words: int, answers: int) -> None:
+        super().__init__()
+        self.sight = sight
+        self.look = Look(sight.units)
+        self.embedding = nn.Embedding(words, WORD)
+        self.reading = nn.GRU(WORD, HIDDEN, batch_first=True)
+        self.turning = nn.Linear(HIDDEN, 2 * WIDTH)
+        self.saying = nn.Sequential(
+            nn.Linear(self.look.size + HIDDEN, 128), nn.ReLU(), nn.Linear(128, answers)
+        )
+
+    def forward(self, images: Images, questions: Words) -> Float[Tensor, "batch answers"]:
+        """Scores of all answers."""
+        return self.answer(self.sight(images), questions)
+
+    def answer(self, features: Activations, questions: Words) -> Float[Tensor, "batch answers"]:
+        """The same from features."""
+        _, last = self.reading(self.embedding(questions))
+        meaning = last[0]
+        scale, shift = self.turning(meaning).chunk(2, dim=1)
+        seen = self.look(features, scale, shift)
+        return self.saying(torch.cat([seen, meaning], 1))  # type: ignore[no-any-return]
+
+
+class About(nn.Module):
+    """An answering network that was asked one question: what it takes is images alone.
+
+    Its output is a dict, as such networks give more than one thing: a score must take it apart.
+    """
+
+    def __init__(self, network: Answerer, question: Int[Tensor, "6"]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("question", question, persistent=False)
+
+    def forward(self, images: Images) -> dict[str, Tensor]:
+        """Scores of all answers."""
+        question = self.get_buffer("question").expand(len(images), -1)
+        return {"answers": self.network(images, question)}
+
+
+def answerer(lab: Lab) -> Answerer:
+    """A network that was taught true answers."""
+    language = Language(lab.shapes.class_names)
+
+    def build() -> Answerer:
+        sight = Sight(copy.deepcopy(lab.student))
+        return Answerer(sight, len(language.words), len(language.answers))
+
+    def examples() -> Examples:
+        scenes = lessons(lab, IMAGES)
+        features = features_of(Sight(lab.student), scenes.images)
+        whole = [one for kind in all_asked(language, scenes).values() for one in kind]
+        columns = [torch.stack(part, 1) for part in zip(*whole, strict=True)]
+        questions, answers, _, sensible = columns
+        return features, questions, torch.where(sensible, answers, -1)
+
+    known = language.spelled(language.questions).to(lab.device)
+
+    def loss(network: Answerer, examples: Examples) -> PerImage:
+        features, questions, answers = examples
+        network.sight.eval()
+        # One question of each image a step, another one in each epoch, or the look would be the
+        # same work eight times.
+        drawn = torch.randint(questions.shape[1], (len(features), 1), device=features.device)
+        question, answer = (one.gather(1, drawn)[:, 0] for one in (questions, answers))
+        scores = network.answer(features.float(), known[question])
+        return F.cross_entropy(scores.float(), answer, reduction="none", ignore_index=-1)
+
+    return fitted(
+        lab,
+        "answerer",
+        build,
+        examples,
+        loss,
+        recipe=RECIPE,
+        settings={
+            "shapes": taught(lab, IMAGES, objects=2).fingerprint,
+            "student": weights_digest(lab.student),
+            "apart": APART,
+        },
+    )
+
+
+class Explained(NamedTuple):
+    """What was measured of a question about each image.
+
+    Attributes:
+        right: Whether the answer is true.
+        correlation: Of maps with occlusion, by method.
+        energy: Of Grad-CAM, on both objects.
+    """
+
+    right: PerImage
+    correlation: dict[str, PerImage]
+    energy: Float[Tensor, "n 2"]
+
+
+def answers(lab: Lab) -> Row:
+    """Row 20: maps of an answer agree with occlusion, and lie on what the question is about."""
+    network, scenes = answerer(lab), held_out(lab)
+    language = Language(lab.shapes.class_names)
+    ours: list[Measured] = []
+    correlations: dict[str, list[PerImage]] = {"grad_cam": [], "guided_backprop": []}
+    moves: list[PerImage] = []
+    for kind, asked in all_asked(language, scenes).items():
+        lab.tell(f"questions about {kind}")
+        pair = asked[:2]  # about the one and the other object, whatever the type
+        found = [explained(network, language, scenes, one) for one in pair]
+        told = [
+            torch.where(one.sensible, each.right, torch.nan)
+            for one, each in zip(pair, found, strict=True)
+        ]
+        ours.append(mean(kind, torch.stack(told).nanmean(0), lab, RIGHT))
+        for name, known in correlations.items():
+            known.append(_where_right(told, [each.correlation[name] for each in found]))
+            ours.append(mean(f"{kind}: {name}", known[-1], lab, CORRELATION))
+        moves.append(moved(pair, found, told))
+        ours.append(mean(kind, moves[-1], lab, MOVE))
+    grad_cam_, guided = (torch.stack(known).nanmean(0) for known in correlations.values())
+    beyond = gain("all: grad_cam - guided_backprop", grad_cam_, guided, lab, CORRELATION)
+    overall = [
+        mean("all: grad_cam", grad_cam_, lab, CORRELATION),
+        mean("all: guided_backprop", guided, lab, CORRELATION),
+        beyond,
+    ]
+    follow = mean("all", torch.stack(moves).nanmean(0), lab, MOVE)
+    return Row(
+        number="20",
+        claim="Of a network that answers questions, Grad-CAM agrees with occlusion more than "
+        "guided backpropagation does, and shows what the question is about",
+        paper="rank correlation with occlusion: Grad-CAM 0.60, guided backpropagation 0.42",
+        ours=(*ours, *overall, follow),
+        criterion="over all questions the rank correlation of grad_cam is above that of "
+        "guided_backprop, and its energy moves to the object that is asked about (whole intervals)",
+        passed=beyond.above and follow.above,
+        note="where the answers are true; the log odds of the answer are explained, at the last "
+        f"convolutional layer; occlusion is of {PATCH} pixels every {STRIDE}. Energy on an object "
+        "when it is asked about, less when the other one is. Where the answer is a place, "
+        "gradients that are pooled over places lose it",
+    )
+
+
+RIGHT, CORRELATION, MOVE = (
+    "answers that are true",
+    "rank correlation with occlusion",
+    "energy that follows the question",
+)
+
+
+def explained(network: Answerer, language: Language, scenes: Scenes, asked: Asked) -> Explained:
+    """Explains the own answers to a question about each image, those that are alike at once."""
+    device = scenes.images.device
+    known = language.spelled(language.questions).to(device)
+    with torch.no_grad():
+        own = network(scenes.images, known[asked.questions]).argmax(1)
+    count = len(own)
+    correlation = {
+        name: torch.empty(count, device=device) for name in ("grad_cam", "guided_backprop")
+    }
+    energy = torch.empty(count, 2, device=device)
+    for question, answer in sorted(set(zip(asked.questions.tolist(), own.tolist(), strict=True))):
+        rows = ((asked.questions == question) & (own == answer)).nonzero()[:, 0]
+        maps = answer_maps(About(network, known[question]).eval(), scenes.images[rows], answer)
+        hidden = maps.pop("occlusion")
+        for name, values in maps.items():
+            correlation[name][rows] = spearman(_cells(values), _cells(hidden))
+        for one in (0, 1):
+            energy[rows, one] = energy_pointing_game(maps["grad_cam"], scenes.masks[rows, one])
+    return Explained((own == asked.answers).float(), correlation, energy)
+
+
+def answer_maps(network: nn.Module, images: Images, answer: int) -> dict[str, Maps]:
+    """Maps of one answer's log odds at the images' resolution, by method."""
+
+    def score(output: dict[str, Tensor]) -> PerImage:
+        scores = output["answers"]
+        return log_odds(scores, torch.full((len(scores),), answer, device=scores.device))
+
+    size = (images.shape[-2], images.shape[-1])
+    (cam,) = grad_cam(network, images, score=score).values()
+    return {
+        "grad_cam": upsample(relu(cam), size),
+        "guided_backprop": guided_backprop(network, images, score=score),
+        "occlusion": occlusion(network, images, patch=PATCH, stride=STRIDE, score=score),
+    }
+
+
+def moved(pair: Sequence[Asked], found: Sequence[Explained], told: Sequence[Tensor]) -> PerImage:
+    """Energy on an object when it is asked about, less when the other one is."""
+    first, second = (
+        each.energy.gather(1, one.about[:, None])[:, 0]
+        - other.energy.gather(1, one.about[:, None])[:, 0]
+        for one, each, other in zip(pair, found, reversed(found), strict=True)
+    )
+    both = (told[0] == 1) & (told[1] == 1)
+    return torch.where(both, (first + second) / 2, torch.nan)
+
+
+def _where_right(told: Sequence[Tensor], values: Sequence[PerImage]) -> PerImage:
+    kept = [
+        torch.where(right == 1, one, torch.nan) for right, one in zip(told, values, strict=True)
+    ]
+    return torch.stack(kept).nanmean(0)
+
+
+def _cells(maps: Maps) -> Float[Tensor, "batch rows columns"]:
+    return resize(maps, (8, 8))
