@@ -115,6 +115,12 @@ def prepare(folder: Path) -> None:
         ("-c tiny.yaml --objective.kind enrgy", r"objective\.kind.*energy"),
         ("-c tiny.yaml --objective.layer stage7", r"no layer 'stage7'.*nearest"),
         ("-c tiny.yaml --objective.kind fidelity", r"no objective\.teacher; name it"),
+        (
+            "-c tiny.yaml --objective.kind fidelity --objective.teacher "
+            "'{name: shallow_cnn, args: {classes: 9}}'",
+            r"teacher has 9 classes, a start network 6",
+        ),
+        ("-c tiny.yaml --students.network.name shallow_cnn --students.beta 0", r"beta 0.0; give"),
         ("-c tiny.yaml --arms '[objective, objective]'", r"give each once"),
         ("-c tiny.yaml --arms '[reversed]'", r"arms.*reversed"),
         ("-c tiny.yaml --seeds '[]'", r"seeds is empty"),

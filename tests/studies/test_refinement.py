@@ -154,7 +154,20 @@ def test_without_labels_the_starts_answers_are_kept_and_matched(
     plan = plan_in(tmp_path, network=None, checkpoints=files, arms=["objective"], recipe=recipe)
     again = refined(plan)
     assert again.kept == "agreement"
+    assert min(again.records[again.plan.starts[0], "ce"].accuracies) > 0.9
+    by_labels = found.records["seed0", "ce"].accuracies
+    assert again.records[again.plan.starts[0], "ce"].accuracies != by_labels
     assert "agreement over ce" in refinement_text(again)
+
+
+def test_images_of_other_classes_have_agreement_alone(found: Found, tmp_path: Path) -> None:
+    files = [Path(found.records[f"seed{seed}", START].checkpoint) for seed in (0, 1)]
+    recipe = replace(found.plan.recipe, keep="start", epochs=1)
+    options = {"network": None, "checkpoints": files, "arms": [], "recipe": recipe}
+    again = refined(plan_in(tmp_path, data=shapes(classes=6), **options))
+    assert not again.has("accuracy")
+    assert again.kept == "agreement"
+    assert "agreement" in refinement_text(again)
 
 
 @pytest.mark.slow

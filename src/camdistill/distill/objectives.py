@@ -80,7 +80,7 @@ def insertion_deletion(
 ) -> PerImage:
     """Soft deletion minus soft insertion: what is shown should suffice, what is hidden be needed.
 
-    Yoshikawa and Iwata 2024, section 4. With a the soft mask of a level, x the image and b what
+    Yoshikawa and Iwata 2024 (ID-ExpO). With a the soft mask of a level, x the image and b what
     stands where it is hidden:
 
     - "log": mean over levels of -log p(a x + (1 - a) b), plus `deletion` times the mean of
@@ -137,7 +137,7 @@ def unfaithfulness(maps: Maps, bank: Bank) -> PerImage:
 def contrastive_consistency(maps: Maps, moved: Maps, temperature: float = 0.5) -> PerImage:
     """A view's map should be the image's map, moved: more so than any other image's.
 
-    CGC (Pillai et al. 2022, https://arxiv.org/abs/2110.00527), section 3: InfoNCE of cosines, with
+    CGC (Pillai et al. 2022, https://arxiv.org/abs/2110.00527): InfoNCE of cosines, with
     the maps of the batch's other images as negatives. Their map is HiResCAM.
 
     Args:
@@ -155,7 +155,7 @@ def contrastive_consistency(maps: Maps, moved: Maps, temperature: float = 0.5) -
 def energy_outside(maps: Maps, masks: Bool[Tensor, "batch height width"]) -> PerImage:
     """Share of the map's positive part that lies outside the mask, in [0, 1].
 
-    1 - energy pointing game (Rao et al. 2023, https://arxiv.org/abs/2303.11932, section 3.2). An
+    1 - energy pointing game (Rao et al. 2023, ICCV). An
     image without a mask contributes 0, and so does a map that is nowhere positive.
     """
     evidence = relu(_wide(maps)).flatten(1)

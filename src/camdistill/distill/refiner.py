@@ -1,7 +1,7 @@
 """A trained network whose own maps are refined: the training step whole, on one screen."""
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Refiner(Training):
         objective: Objective = Objective(),  # noqa: B008  (frozen)
         *,
         arm: Arm = "objective",
-        keep: str = "auto",
+        keep: Literal["auto", "labels", "start"] = "auto",
         frozen_statistics: bool = True,
         augment: Augment = Augment(),  # noqa: B008
         optimisation: Optimisation = RECIPE,
@@ -72,8 +72,6 @@ class Refiner(Training):
     ) -> None:
         given = dict(locals())
         super().__init__(optimisation, augment, ema=ema, seed=seed)
-        if keep not in ("auto", "labels", "start"):
-            raise UserError(f"keep is '{keep}'; it is auto, labels or start")
         self.settings = {
             name: plain(value) for name, value in given.items() if name not in ("self", "__class__")
         }
@@ -189,8 +187,9 @@ class Refiner(Training):
         self.seen.update(counted)
 
     def kept_share(self) -> float:
-        """Accuracy of what was evaluated last; agreement with the start where there is no label."""
-        metric = self.accuracy if self.labelled else self.agreement
+        """Accuracy of what was evaluated last; agreement with the start where that is kept."""
+        by_labels = self.labelled and self.keep != "start"
+        metric = self.accuracy if by_labels else self.agreement
         return float(metric.compute())
 
     def on_validation_epoch_start(self) -> None:

@@ -246,7 +246,7 @@ def explained(
 ) -> tuple[Logits, Labels, LayerMaps]:
     """Logits, own top classes (or those given) and their maps, all with a graph.
 
-    HiResCAM is sum_k A_k dS/dA_k (Draelos and Carin 2020, https://arxiv.org/abs/2011.08891, eq. 3).
+    HiResCAM is sum_k A_k dS/dA_k (Draelos and Carin 2020, https://arxiv.org/abs/2011.08891).
     """
     layers = None if objective.layer is None else [objective.layer]
     if objective.cam == "grad_cam":

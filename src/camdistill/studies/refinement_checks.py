@@ -8,7 +8,7 @@ from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.methods import at_image
 from camdistill.networks.heads import head_size
-from camdistill.networks.teachers import Preprocessed
+from camdistill.networks.teachers import Preprocessed, Teacher
 from camdistill.studies.refinement_plan import Plan
 from camdistill.studies.refinement_work import Workshop
 from camdistill.types import Images
@@ -25,6 +25,8 @@ def demand_possible(workshop: Workshop) -> None:
     assert train is not None, "setup made it"
     if any(objective.kind == "energy" for objective, _ in plan.refined.values()):
         masks_of(train)
+    teachers = [one.teacher for one, _ in plan.refined.values() if one.kind == "fidelity"]
+    of_teachers = [Teacher(teacher).classes for teacher in teachers if teacher is not None]
     images = as_images(sets.test.batch(np.arange(1)).pixels).to(workshop.device)
     for network in workshop.starting():
         own = head_size(network.network)
@@ -32,6 +34,11 @@ def demand_possible(workshop: Workshop) -> None:
             raise UserError(
                 f"the images have {classes} classes, a start network {own}; give the data that it "
                 "was trained with, or --recipe.keep start, which needs no label"
+            )
+        if other := [count for count in of_teachers if count != own]:
+            raise UserError(
+                f"objective.teacher has {other[0]} classes, a start network {own}: maps are of the "
+                "same class, so give a teacher with the same classes"
             )
         _demand_layers(plan, network, images)
 

@@ -26,6 +26,7 @@ from camdistill.measure.localisation import (
     relevance_rank_accuracy,
 )
 from camdistill.measure.removal import deletion, insertion, road
+from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed, Teacher
 from camdistill.perturb.asking import logits_of
 from camdistill.perturb.bank import Bank, Plan, bank
@@ -99,7 +100,7 @@ class Judge:
         scene = _scene(self, network, images, self._masks(rows), str(rows[0]))
         before = logits_of(start, images).argmax(1)
         found = {"agreement": (scene.classes == before).float()}
-        if self.images.labelled:
+        if len(self.images.classes) == head_size(network.network):
             found["accuracy"] = (scene.classes == batch.labels.to(self.device)).float()
         asked = {MAP: self.explain, **{name: _named(name) for name in self.judging.held_out}}
         for explainer, explain in asked.items():

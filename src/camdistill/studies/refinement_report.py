@@ -57,7 +57,9 @@ def results(found: Found) -> dict[str, object]:
         "n": next(iter(found.records.values())).images,
         "starts": list(plan.starts),
         "seeds": [] if plan.checkpoints else list(plan.seeds),
-        "trained": {arm: list(trained(found, arm)) for arm in found.arms if arm != CE},
+        "trained": {
+            metric: arms for metric in found.metrics() if (arms := _trained_by(found, metric))
+        },
         "start": {
             explainer: {m: mean_of(found, START, m, explainer) for m in found.metrics(explainer)}
             for explainer in explainers
@@ -79,11 +81,15 @@ def chart(found: Found) -> Picture:
         for metric in found.metrics():
             part = row(found, arm, metric).by_map
             if part is not None:
-                title = f"{metric} (trained)" if metric in _trained(found) else metric
+                arms = _trained_by(found, metric)
+                title = f"{metric} ({', '.join(arms)})" if arms else metric
                 rows.setdefault(arm, {})[title] = Interval(part.mean, part.low, part.high)
     zero = {title: 0.0 for titles in rows.values() for title in titles}
     starts, count = len(found.plan.starts), next(iter(found.records.values())).images
-    title = f"The map's own part, larger is better: {starts} starts, {count} images, 95 %"
+    title = (
+        f"The map's own part, larger is better: {starts} starts, {count} test images, 95 % "
+        "(in brackets: who was trained on it)"
+    )
     return interval_chart(rows, title=title, references=zero)
 
 
@@ -165,7 +171,8 @@ def _metric_table(found: Found, metric: str, explainer: str) -> str:
             f"by map, over {CE}": _cell(one.over.get(CE)),
         }
     whose = "" if explainer == MAP else f"{explainer}: "
-    used = "trained" if explainer == MAP and metric in _trained(found) else "held out"
+    arms = _trained_by(found, metric) if explainer == MAP else []
+    used = f"trained by {', '.join(arms)}" if arms else "held out"
     kind = ", ground truth" if metric in LOCALISATION else ""
     return text_table(rows, corner=f"{whose}{metric} ({used}{kind})")
 
@@ -225,8 +232,10 @@ def _row(found: Found, arm: str, metric: str, explainer: str) -> Mapping[str, ob
     }
 
 
-def _trained(found: Found) -> set[str]:
-    return {metric for arm in found.arms if arm != CE for metric in trained(found, arm)}
+def _trained_by(found: Found, metric: str) -> list[str]:
+    """The objectives that are trained on a metric; controls are of the first."""
+    own = [found.main] if found.main in found.arms else []
+    return [arm for arm in (*own, *found.plan.also) if metric in trained(found, arm)]
 
 
 def _cell(gain: Gain | None) -> Interval | None:
