@@ -58,7 +58,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_it_learns_tests_and_tells(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_learns_tests_and_tells(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["learn", "-c", "tiny.yaml", "--out", "out"]) == 0
     told = capsys.readouterr().out
     assert "one, unseen method: all arms" in told
@@ -74,7 +76,11 @@ def test_it_learns_tests_and_tells(folder: Path, capsys: pytest.CaptureFixture[s
         assert len(runs) == 2 * (len(arms) + 1)
     assert isinstance(load_metric("out/metric.safetensors"), LearnedMetric)
 
-    # once more: no student is trained again, and the metric is the same file
+    # once more: no student is trained again, nothing is measured again, the metric is the same
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it was measured before")
+
+    monkeypatch.setattr("camdistill.studies.metric_rivals.measure", never)
     before = (folder / "out/metric.safetensors").read_bytes()
     assert main(["learn", "-c", "tiny.yaml", "--out", "out"]) == 0
     assert (folder / "out/metric.safetensors").read_bytes() == before

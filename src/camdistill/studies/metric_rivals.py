@@ -1,20 +1,25 @@
 """How well metrics foretell what maps teach: one that was learnt, beside those made by hand."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+from torch import Tensor
 
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images
 from camdistill.explain.maps import upsample
 from camdistill.measure.intervals import Interval, percentiles
 from camdistill.measure.metrics import METRICS
-from camdistill.measure.panel import measure, scene
+from camdistill.measure.panel import Scene, measure, scene
 from camdistill.networks.teachers import Teacher
+from camdistill.report.results import write_atomically
 from camdistill.studies.meta_evaluation import kendall
 from camdistill.studies.metric_learning import Bag, Lessons, Values
 from camdistill.studies.simulatability import Found
@@ -23,6 +28,8 @@ from camdistill.studies.values import signed
 from camdistill.types import Masks
 
 RESAMPLES = 2000
+VERSION = 1  # goes up when a metric changes its values
+MEASURED = "by_hand.json"
 USES = ("rank", "paper", "axis", "mask")
 """Of the metrics made by hand; gates need a live explainer, which a control has not."""
 
@@ -36,7 +43,8 @@ def by_hand(
 ) -> dict[str, dict[str, float]]:
     """Means of metrics made by hand by metric and arm; higher is better in all.
 
-    They are asked about the first `count` images of those that the learned one is asked about.
+    They are asked about the first `count` images of those that the learned one is asked about. What
+    was measured stands in the ranking's folder, arm by arm, and isn't measured again.
     """
     rows = lessons.halves[1][:count]
     pool = pool_of(found.classroom.known, found.study.n[0])
@@ -47,14 +55,21 @@ def by_hand(
         for name, one in METRICS.items()
         if one.use in USES and (one.use != "mask" or masks is not None) and one.family != "adcc"
     ]
-    asked = scene(teacher, images, names, "learn", masks=masks)
-    values: dict[str, dict[str, float]] = {}
     size = (images.shape[-2], images.shape[-1])
+    path = found.study.folder / MEASURED
+    known = _known(path)
+    asked: Scene | None = None
+    values: dict[str, dict[str, float]] = {}
     for number, bag in enumerate(lessons.bags):
-        measured = measure(asked, upsample(bag.maps[rows], size), names)
-        for name, one in measured.values.items():
-            mean = float(torch.nanmean(one.double()))
-            values.setdefault(name, {})[bag.name] = signed(name) * mean
+        maps = bag.maps[rows]
+        key = _key(maps, [VERSION, found.classroom.known.sha256, rows.tolist(), names])
+        if key not in known:
+            asked = asked or scene(teacher, images, names, "learn", masks=masks)
+            means = measure(asked, upsample(maps, size), names).values.items()
+            known[key] = {name: float(torch.nanmean(one.double())) for name, one in means}
+            write_atomically(path, json.dumps(known).encode())
+        for name, value in known[key].items():
+            values.setdefault(name, {})[bag.name] = signed(name) * value
         told(number + 1, len(lessons.bags))
     whole = {bag.name for bag in lessons.bags}
     return {
@@ -62,6 +77,20 @@ def by_hand(
         for name, one in values.items()
         if set(one) == whole and np.isfinite(list(one.values())).all()
     }
+
+
+def _known(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found
+
+
+def _key(maps: Tensor, parts: Sequence[object]) -> str:
+    content = hashlib.sha256(maps.contiguous().numpy().tobytes())
+    content.update(json.dumps(parts).encode())
+    return content.hexdigest()
 
 
 def _masks(found: Found, ids: NDArray[np.int64]) -> Masks | None:
