@@ -9,20 +9,22 @@ from torch import Tensor, nn
 from camdistill.distill.optimisation import Optimisation
 from camdistill.studies.claims import answers
 from camdistill.studies.claims.answers import (
-    SIDES,
     About,
     Answerer,
-    Asked,
     Explained,
-    Language,
-    all_asked,
     answer_maps,
-    asked_of_object,
-    asked_of_side,
     explained,
     moved,
 )
 from camdistill.studies.claims.little import Recipe
+from camdistill.studies.claims.questions import (
+    SIDES,
+    Asked,
+    Language,
+    all_asked,
+    asked_of_object,
+    asked_of_side,
+)
 from camdistill.studies.claims.rows import Drawn, Lab
 from camdistill.studies.claims.scenes import Scenes, held_out
 from camdistill.studies.claims.sight import Sight

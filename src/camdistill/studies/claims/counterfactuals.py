@@ -22,21 +22,20 @@ ENERGY, RISE = "energy on the other object", "rise of the class's probability"
 def counterfactuals(lab: Lab) -> Row:
     """Row 13: maps of -dS/dA of one object's class cover the other; without it p rises."""
     scenes = held_out(lab)
-    images, first = scenes.images, scenes.classes[:, 0]
-    other = scenes.masks[:, 1]
-    against, own = (
-        at_image(method)(lab.teacher, images, first) for method in ("counterfactual", "grad_cam")
-    )
-    on_other = {
-        "counterfactual": energy_pointing_game(against, other),
-        "grad_cam": energy_pointing_game(own, other),
+    images, first, other = scenes.images, scenes.classes[:, 0], scenes.masks[:, 1]
+    maps = {
+        name: at_image(name)(lab.teacher, images, first) for name in ("counterfactual", "grad_cam")
     }
+    on_other = {name: energy_pointing_game(one, other) for name, one in maps.items()}
     covers = gain(
         "counterfactual - grad_cam", on_other["counterfactual"], on_other["grad_cam"], lab, ENERGY
     )
     rises = {
-        name: removal_gain(lab.teacher, images, first, maps, lab.generator(f"removal {name}"))
-        for name, maps in (("counterfactual", against), ("random", torch.zeros_like(own)))
+        name: removal_gain(lab.teacher, images, first, one, lab.generator(f"removal {name}"))
+        for name, one in (
+            ("counterfactual", maps["counterfactual"]),
+            ("random", torch.zeros_like(images[:, 0])),
+        )
     }
     alone = rendered(lab, dataclasses.replace(lab.shapes, objects=2), ["second"])
     rises["the other object, drawn without it"] = _gained(lab.teacher, images, alone, first)

@@ -67,8 +67,9 @@ def dissection(lab: Lab) -> Dissection:
 def named(found: Dissection, classes: tuple[str, ...]) -> Int[Tensor, "units"]:
     """The class that each unit is named after; -1 where its IoU is too small for a name."""
     order = torch.tensor([classes.index(name) for name in found.concepts])
-    best = (found.iou - found.chance).argmax(1)
-    told = found.iou.gather(1, best[:, None])[:, 0] >= DETECTOR
+    iou = found.iou.cpu()
+    best = (iou - found.chance.cpu()).argmax(1)
+    told = iou.gather(1, best[:, None])[:, 0] >= DETECTOR
     return torch.where(told, order[best], -1)
 
 

@@ -52,8 +52,9 @@ def trust(lab: Lab) -> Row:
         "better network above 0.5 (chance) for both kinds of worse ones, whole intervals",
         passed=all((one.low or 0) > 0.5 for one in probes),
         note=f"share of images in which the better network is picked (the forced choice's AUC), "
-        f"where both are right; {SEEDS} pairs each. Worse is a network after {WEAK_EPOCHS} epochs, "
-        f"and one that learnt a shortcut (rho {BIASED:g}), in images with the patch",
+        f"where both are right; {SEEDS} pairs each, the same images for all. Worse is a network "
+        f"after {WEAK_EPOCHS} epochs, and one that learnt a shortcut (rho {BIASED:g}), in images "
+        "with the patch",
     )
 
 
@@ -68,7 +69,7 @@ def compared(lab: Lab, good: nn.Module, worse: nn.Module, found: Drawn) -> Stati
         right &= logits_of(network, found.images).argmax(1) == found.labels
         sides.append(statistics(lab, network, found))
     differences = sides[0] - sides[1]
-    return torch.where(right[:, None], differences, torch.nan)
+    return torch.where(right[:, None], differences, torch.nan).cpu()
 
 
 def statistics(lab: Lab, network: nn.Module, found: Drawn) -> Statistics:
