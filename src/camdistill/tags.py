@@ -106,6 +106,12 @@ SKILL = _tag(
     "How much of the way from always drawing the teacher's *mean* map to drawing the right one the"
     " student has come, by cosine. 1 is perfect; 0 is the mean map; below 0 is worse.",
 )
+RUNNER_UP = _tag(
+    f"{MAPS}/runner_up",
+    "Correlation of the student's and the teacher's *signed* maps of the teacher's second likeliest"
+    " class. Near `pearson`: the maps depend on the class as the teacher's do; near 0 or below: the"
+    " student draws one map whatever class it is asked for.",
+)
 GAIN = _tag(
     f"{OVERVIEW}/simulatability_gain",
     "What students taught with a method's maps agree with the teacher on unseen images more than"

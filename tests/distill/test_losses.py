@@ -19,6 +19,7 @@ from camdistill.distill.losses import (
     class_map_distance,
     cross_entropy,
     map_distance,
+    several_maps_distance,
     soft_targets_kl,
 )
 
@@ -307,6 +308,32 @@ def test_beta_schedules_have_their_published_ends_and_middles() -> None:
 
 
 # All classes (CAT-KD)
+
+
+@pytest.mark.parametrize("kind", ["pearson", "cosine", "l2", "l1"])
+def test_several_maps_are_half_the_first_and_half_the_mean_of_the_others_signed(kind) -> None:
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = torch.randn(2, 3, 4, 5, 6, generator=generator, dtype=torch.float64)
+    teacher[1, 2] = 0.7 if kind == "pearson" else 0  # an image's third class tells nothing
+    found = several_maps_distance(student, teacher, kind)
+
+    def distance(own: np.ndarray, its: np.ndarray) -> float:
+        if kind == "pearson":
+            own, its = own - own.mean(), its - its.mean()
+        sizes = [np.sqrt((one**2).sum()) for one in (own, its)]
+        if sizes[1] < 1e-12:
+            return 0.0
+        own, its = own / sizes[0], its / sizes[1]
+        if kind in ("pearson", "cosine"):
+            return 1 - (own * its).sum()
+        return np.abs(own - its).sum() if kind == "l1" else np.sqrt(((own - its) ** 2).sum())
+
+    for image in range(3):
+        first = distance(student[image, 0].numpy().clip(0), teacher[image, 0].numpy().clip(0))
+        others = [distance(student[image, k].numpy(), teacher[image, k].numpy()) for k in (1, 2, 3)]
+        assert found[image].item() == pytest.approx((first + np.mean(others)) / 2, abs=1e-9)
+    alone = several_maps_distance(student[:, :1], teacher[:, :1], kind)
+    torch.testing.assert_close(alone, map_distance(student[:, 0], teacher[:, 0], kind))
 
 
 def test_class_map_distance_of_grad_cams_is_the_mse_of_cat_kds_class_activation_maps() -> None:

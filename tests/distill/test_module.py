@@ -367,7 +367,7 @@ def test_scalars_are_logged_under_their_tags(
     test_logger = TensorBoardLogger(tmp_path, version="test")
     trainer_of(logger=test_logger).test(module, data, verbose=False)
     tested = scalars(tmp_path / "test")
-    assert set(tested) == {tags.on_test(tag) for tag in each_epoch}
+    assert set(tested) == {tags.on_test(tag) for tag in {*each_epoch, tags.RUNNER_UP}}
     assert tested[tags.on_test(tags.SKILL)][0][1] == pytest.approx(
         module.results()["student"]["skill"]  # type: ignore[index]
     )

@@ -149,6 +149,56 @@ def test_cached_targets_equal_live_ones_without_augmentation(
         assert not asked.requires_grad
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_maps_of_several_classes_are_cached_live_and_by_hand_the_same(
+    teacher: Teacher, images: ImageSet, mirrored: bool, tmp_path: Path
+) -> None:
+    pixels, ids = pixels_of(images, 20)
+    cache = TeacherCache.open_or_build(teacher, images, LAYERS, root=tmp_path, classes=3)
+    view = identity_view(20)._replace(flip=torch.full((20,), mirrored))
+    cached = cached_targets(cache, ids, view, LAYERS, quantity="grad_cam")
+    given = (pixels.flip(-1) if mirrored else pixels).float() / 255
+    live = live_targets(teacher, given, LAYERS, quantity="grad_cam", classes=3, p=2.0)
+    assert torch.equal(cached.classes, live.classes)
+    assert torch.equal(live.classes, live.logits.topk(3, 1).indices)
+    for layer in LAYERS:
+        expected = by_hand(teacher, given.clone(), layer, live.classes)
+        torch.testing.assert_close(live.maps_by_layer[layer], expected, rtol=1e-3, atol=1e-6)
+        scale = expected.abs().amax((1, 2, 3), keepdim=True)
+        assert (
+            (cached.maps_by_layer[layer] - expected).abs() <= 2e-3 * scale
+        ).float().mean() > 0.99
+        mean = expected[:, 0].clamp(min=0).mean(0)
+        assert cache.mean_map_by_layer[layer].shape == mean.shape
+    single = TeacherCache.open_or_build(teacher, images, LAYERS, root=tmp_path)
+    assert single.folder != cache.folder
+    for layer in LAYERS:
+        torch.testing.assert_close(
+            single.mean_map_by_layer[layer], cache.mean_map_by_layer[layer], rtol=2e-3, atol=1e-6
+        )
+
+
+def test_more_classes_than_there_are_is_all_of_them(
+    teacher: Teacher, images: ImageSet, tmp_path: Path
+) -> None:
+    cache = TeacherCache.open_or_build(teacher, images, ["layer3"], root=tmp_path, classes=50)
+    assert cache.plan.classes == 8
+    _, maps = cache.lookup(pixels_of(images, 4)[1], torch.zeros(4, dtype=torch.bool))
+    assert maps["layer3"].shape == (4, 8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"classes": 0}, "transfer.classes is 0; give 1"),
+        ({"classes": 2, "quantity": "attention"}, "attention has none to choose"),
+    ],
+)
+def test_classes_that_cannot_be_transferred_are_refused(options: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Transfer(**options)
+
+
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_cached_targets_of_mirrored_images_are_of_the_mirrored_images(
     teacher: Teacher, images: ImageSet, quantity: Quantity, tmp_path: Path

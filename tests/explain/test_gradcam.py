@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import explain, grad_cam, last_layer
+from camdistill.explain.gradcam import Top, explain, grad_cam, last_layer
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
@@ -145,6 +145,18 @@ def test_classes_may_be_one_number_one_an_image_or_several_an_image(images: Tens
                 close(found[name][:, column], true)
             close(each[name], found[name][:, 0])
             close(one[name], reference(twin, images, names, torch.full((3,), 7))[name])
+
+
+def test_top_is_each_images_own_likeliest_classes(images: Tensor) -> None:
+    network = student().double().eval()
+    found = explain(network, images, ["stage1", "stage2"], Top(3))
+    assert torch.equal(found.classes, network(images).topk(3, 1).indices)
+    named = explain(network, images, ["stage1", "stage2"], found.classes)
+    for layer, maps in found.maps.items():
+        assert torch.equal(maps, named.maps[layer])
+    assert explain(network, images, ["stage2"], Top(99)).classes.shape == (3, network(images).shape[1])
+    with pytest.raises(UserError, match="the top 0 classes were asked for; give 1 or more"):
+        grad_cam(network, images, classes=Top(0))
 
 
 def test_completeness_of_all_class_maps_at_the_last_stage(images: Tensor) -> None:

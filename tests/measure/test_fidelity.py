@@ -414,3 +414,58 @@ def test_seed_interval_is_students() -> None:
     assert math.isnan(seed_interval([3.0]).low)
     with pytest.raises(ValueError, match="no seed"):
         seed_interval([])
+
+
+# Whether maps depend on the class
+
+
+def _second(data: Batches, meter: FidelityMeter, student: dict[str, Tensor]) -> FidelityTable:
+    teacher = {layer: normal(*maps.shape, seed=9) for layer, maps in data.teacher_maps.items()}
+    count = len(data.labels)
+    meter.update(
+        data.student,
+        data.teacher,
+        data.labels,
+        data.student_maps,
+        data.teacher_maps,
+        torch.ones(count, dtype=torch.bool),
+        torch.arange(count),
+        (student, teacher),
+    )
+    return meter.table()
+
+
+def test_runner_up_is_scipys_pearson_of_signed_maps_and_its_control_the_top_classes_map() -> None:
+    data = Batches(9)
+    student = {layer: normal(*maps.shape, seed=8) for layer, maps in data.student_maps.items()}
+    student["stage2"][4] = 0.25  # a constant map is like nothing
+    table = _second(data, FidelityMeter(PAIRS, data.means, runner_up=True), student)
+    for layer, its in PAIRS.items():
+        teacher = normal(*data.teacher_maps[its].shape, seed=9)
+        for who, maps in (("student", student), ("controls.same_map", data.student_maps)):
+            values = table.columns[f"{who}.layers.{layer}.runner_up"]
+            for image in range(9):
+                own, other = maps[layer][image].flatten(), teacher[image].flatten()
+                blank = own.max() == own.min()
+                expected = 0 if blank else scipy.stats.pearsonr(own, other).statistic
+                assert values[image] == pytest.approx(expected, abs=1e-5)
+    found = summary(table)
+    assert found["student"]["runner_up"] == pytest.approx(
+        table.columns["student.layers.stage5.runner_up"].mean(dtype=float)
+    )
+    assert found["controls"]["same_map"]["pearson"] is None
+    assert "student.runner_up" in intervals(table)
+    assert "controls.same_map.runner_up" in intervals(table)
+
+
+def test_a_student_with_one_map_for_all_classes_is_its_own_control() -> None:
+    data = Batches(12)
+    table = _second(data, FidelityMeter(PAIRS, runner_up=True), data.student_maps)
+    found = summary(table)
+    assert found["student"]["runner_up"] == found["controls"]["same_map"]["runner_up"]
+
+
+def test_maps_of_the_runner_up_come_always_or_never() -> None:
+    data = Batches(4)
+    with pytest.raises(ValueError, match="with every batch, or with none"):
+        data.feed(FidelityMeter(PAIRS, runner_up=True), torch.arange(4))

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,8 +34,9 @@ from camdistill.distill.cache_files import (
 )
 from camdistill.distill.losses import attention_map
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import explain
+from camdistill.explain.gradcam import Top, explain
 from camdistill.explain.maps import relu
+from camdistill.explain.request import Classes, columns
 from camdistill.networks.teachers import Teacher
 from camdistill.types import Labels, Logits, Pixels
 
@@ -63,11 +64,12 @@ class Plan:
     Attributes:
         layers: The teacher's layers.
         quantities: "grad_cam" (always stored), the signed maps of the teacher's top class for that
-            orientation; "attention", attention maps of power `p`; "class_maps", the signed maps of
-            every class.
+            orientation, or of its likeliest `classes`; "attention", attention maps of power `p`;
+            "class_maps", the signed maps of every class.
         flips: Whether the mirrored images are stored too.
         precision: The teacher's; "bfloat16" is autocast.
         p: Power of attention maps.
+        classes: How many of the likeliest classes; above 1, Grad-CAMs are [B, classes, h, w].
     """
 
     layers: tuple[str, ...]
@@ -75,6 +77,7 @@ class Plan:
     flips: bool = True
     precision: Precision = "float32"
     p: float = 2.0
+    classes: int = 1
 
     @property
     def orientations(self) -> int:
@@ -95,6 +98,7 @@ class Plan:
             "flips": self.flips,
             "precision": self.precision,
             "p": self.p if "attention" in self.quantities else None,
+            **({"classes": self.classes} if self.classes > 1 else {}),
         }
 
 
@@ -130,6 +134,7 @@ class TeacherCache:
         *,
         root: Path,
         quantities: Sequence[Quantity] = ("grad_cam",),
+        classes: int = 1,
         flips: bool = True,
         precision: Precision = "float32",
         p: float = 2.0,
@@ -146,7 +151,8 @@ class TeacherCache:
             image_set: The images as stored; ids are unique.
             layers: Names of the teacher's layers.
             root: Folder of caches; made if missing.
-            quantities: What to store besides the Grad-CAMs of the top class.
+            quantities: What to store besides the Grad-CAMs.
+            classes: Of how many of the likeliest classes these are.
             flips: Store the mirrored images too.
             precision: "bfloat16" is faster where the hardware has it. It moves a ResNet's maps by
                 1 % at the last layer and by 5 to 10 % at inner ones (median relative L2 error).
@@ -159,7 +165,9 @@ class TeacherCache:
                 teacher does not repeat its own maps.
         """
         wanted: set[Quantity] = {"grad_cam", *quantities}
-        plan = Plan(tuple(dict.fromkeys(layers)), tuple(sorted(wanted)), flips, precision, p)
+        classes = min(classes, teacher.classes)
+        names = tuple(dict.fromkeys(layers))
+        plan = Plan(names, tuple(sorted(wanted)), flips, precision, p, classes)
         if not len(image_set):
             raise UserError("no images to ask the teacher about; check the data's folder")
         if len(np.unique(image_set.ids)) < len(image_set):
@@ -221,7 +229,8 @@ class TeacherCache:
             layers: Of which layers; None is all that are stored.
 
         Returns:
-            Logits, and by layer float32 maps [B, h, w] ([B, C, h, w] for "class_maps").
+            Logits, and by layer float32 maps [B, h, w] ([B, C, h, w] for "class_maps", and for the
+            Grad-CAMs of several classes).
 
         Raises:
             ValueError: For something that is not stored. (Held in a GPU's memory, the cache answers
@@ -270,7 +279,7 @@ class TeacherCache:
         flip = torch.from_numpy(mirror)
         pixels = torch.where(flip[:, None, None, None], batch.pixels.flip(-1), batch.pixels)
         logits, _ = self.lookup(batch.ids, flip)
-        live = _values(self.plan, teacher, pixels, logits.argmax(1))
+        live = _values(self.plan, teacher, pixels, likeliest(logits, self.plan.classes))
         allowed, allowed_of_maps = TOLERANCE[self.plan.precision]
         right = _error(logits, live["logits"]) <= allowed
         for quantity in self.plan.quantities:
@@ -280,6 +289,13 @@ class TeacherCache:
         wrong = int((~right).sum())
         if wrong > min(STRAYS, len(positions) // 4):
             raise CacheError(f"the live teacher differs on {wrong} of {len(positions)} images")
+
+
+def likeliest(logits: Logits, count: int) -> Int[Tensor, "batch *count"]:
+    """The top class, [B], or with a count above 1 the likeliest ones, [B, count]."""
+    if count == 1:
+        return logits.argmax(1)
+    return logits.topk(min(count, logits.shape[1]), 1).indices
 
 
 def teacher_sha256(teacher: Teacher) -> str:
@@ -335,25 +351,31 @@ def _build(
 
 
 def _values(
-    plan: Plan, teacher: Teacher, pixels: Pixels, classes: Labels | None = None
+    plan: Plan,
+    teacher: Teacher,
+    pixels: Pixels,
+    classes: Int[Tensor, "batch *classes"] | None = None,
 ) -> dict[str, Tensor]:
     """Logits and, as `quantity/number of the layer`, maps of a batch, on the CPU."""
     device = teacher.mean.device
     images = (pixels.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
     every = "class_maps" in plan.quantities
-    asked = None if classes is None else classes.to(device)
+    asked: Classes = classes if classes is None else classes.to(device)
+    if asked is None and plan.classes > 1:
+        asked = Top(plan.classes)
     if every:
         asked = torch.arange(teacher.classes, device=device).expand(len(images), -1)
     bfloat16 = plan.precision == "bfloat16"
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         found = explain(teacher, images, list(plan.layers), asked)
     values = {"logits": found.logits.float().cpu()}
-    top = values["logits"].argmax(1) if classes is None else classes
+    top = likeliest(values["logits"], plan.classes) if classes is None else classes
     for number, layer in enumerate(plan.layers):
         maps = found.maps[layer].float().cpu()
         if every:
             values[f"class_maps/{number}"] = maps
-            maps = maps[torch.arange(len(maps)), top]
+            maps = maps.gather(1, columns(top)[:, :, None, None].expand(-1, -1, *maps.shape[2:]))
+            maps = maps if top.dim() == 2 else maps[:, 0]
         values[f"grad_cam/{number}"] = maps
         if "attention" in plan.quantities:
             values[f"attention/{number}"] = attention_map(found.activations[layer], plan.p).cpu()
@@ -373,12 +395,13 @@ def _mean_maps(plan: Plan, draft: Draft) -> dict[str, NDArray[np.float32]]:
     means = {}
     for number in range(len(plan.layers)):
         packed, scale = (draft.arrays[f"grad_cam/{number}{part}"] for part in ("", "/scale"))
-        total = np.zeros(packed.shape[2:], np.float64)
+        total = np.zeros(packed.shape[-2:], np.float64)
         for start in range(0, len(packed), 1024):
             maps = unpack(
                 *(torch.from_numpy(part[start : start + 1024, 0]) for part in (packed, scale))
             )
-            total += relu(maps).sum(0, dtype=torch.float64).numpy()
+            first = maps if maps.dim() == 3 else maps[:, 0]
+            total += relu(first).sum(0, dtype=torch.float64).numpy()
         means[f"mean_map/{number}"] = (total / len(packed)).astype(np.float32)
     return means
 

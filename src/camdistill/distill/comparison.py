@@ -1,17 +1,17 @@
 """Teacher and student on the same images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from camdistill import tags
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images
-from camdistill.explain.gradcam import explain
+from camdistill.explain.gradcam import Explanation, Top, explain
 from camdistill.explain.maps import relu
 from camdistill.measure.fidelity import FidelityMeter, StudentSummary
 from camdistill.networks.teachers import Preprocessed, Teacher
@@ -19,17 +19,23 @@ from camdistill.types import Batch, Images, Labels, Logits, Maps
 
 BATCH = 256
 
+MapsByLayer = dict[str, Float[Tensor, "batch _ _"]]  # each layer has its own grid
 Pairs = Sequence[tuple[str, str, float]]  # the student's layer, the teacher's, and a weight
 
 
 class Comparison(NamedTuple):
-    """What both networks say; the raw maps are of the teacher's top class."""
+    """What both networks say; the raw maps are of the teacher's top class.
+
+    The maps of its second likeliest class may stand beside them.
+    """
 
     teacher_logits: Logits
     student_logits: Logits
     classes: Labels
-    teacher_maps_by_layer: dict[str, Maps]
-    student_maps_by_layer: dict[str, Maps]
+    teacher_maps_by_layer: MapsByLayer
+    student_maps_by_layer: MapsByLayer
+    teacher_runner_up_by_layer: MapsByLayer | None = None
+    student_runner_up_by_layer: MapsByLayer | None = None
 
 
 class MapComparison(NamedTuple):
@@ -57,11 +63,54 @@ class MapComparison(NamedTuple):
 
 
 @torch.no_grad()
-def compare(student: Preprocessed, teacher: Teacher, images: Images, pairs: Pairs) -> Comparison:
-    """Both networks on images in [0, 1], at pairs of layers."""
-    told = explain(teacher, images, [layer for _, layer, _ in pairs])
+def compare(
+    student: Preprocessed,
+    teacher: Teacher,
+    images: Images,
+    pairs: Pairs,
+    *,
+    runner_up: bool = False,
+) -> Comparison:
+    """Both networks on images in [0, 1], at pairs of layers.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        images: In [0, 1].
+        pairs: Layers.
+        runner_up: Whether maps of the teacher's second class are compared too, where it has one.
+    """
+    asked = Top(2) if runner_up and teacher.classes > 1 else None
+    told = explain(teacher, images, [layer for _, layer, _ in pairs], asked)
     shown = explain(student, images, [layer for layer, _, _ in pairs], told.classes)
-    return Comparison(told.logits, shown.logits, told.classes, told.maps, shown.maps)
+    return compared(told.logits, told.classes, told.maps, shown)
+
+
+def compared(
+    teacher_logits: Logits,
+    classes: Int[Tensor, "batch *classes"],
+    teacher_maps_by_layer: Mapping[str, Tensor],
+    student: Explanation,
+) -> Comparison:
+    """A comparison from maps of one class, or of several of which the first two are told.
+
+    Args:
+        teacher_logits: The teacher's.
+        classes: Of which the maps are, the teacher's likeliest first.
+        teacher_maps_by_layer: [B, h, w], or [B, C, h, w] for classes [B, C].
+        student: Maps of the same classes.
+    """
+    if classes.dim() == 1:
+        own = dict(student.maps)
+        return Comparison(teacher_logits, student.logits, classes, dict(teacher_maps_by_layer), own)
+    first, second = (
+        [
+            {name: maps[:, place] for name, maps in side.items()}
+            for side in (teacher_maps_by_layer, student.maps)
+        ]
+        for place in (0, 1)
+    )
+    return Comparison(teacher_logits, student.logits, classes[:, 0], *first, *second)
 
 
 def score(meter: FidelityMeter, batch: Batch, found: Comparison) -> None:
@@ -74,7 +123,14 @@ def score(meter: FidelityMeter, batch: Batch, found: Comparison) -> None:
         found.teacher_maps_by_layer,
         batch.counted,
         batch.ids,
+        runner_up_of(found),
     )
+
+
+def runner_up_of(found: Comparison) -> tuple[MapsByLayer, MapsByLayer] | None:
+    """The student's and the teacher's maps of the second class, where there are any."""
+    own, its = found.student_runner_up_by_layer, found.teacher_runner_up_by_layer
+    return None if own is None or its is None else (own, its)
 
 
 def fidelity_scalars(student: StudentSummary) -> dict[str, float]:
@@ -86,6 +142,7 @@ def fidelity_scalars(student: StudentSummary) -> dict[str, float]:
         tags.SPEARMAN: student["spearman"],
         tags.COSINE: student["cosine"],
         tags.SKILL: student["skill"],
+        tags.RUNNER_UP: student["runner_up"],
     }
     if len(student["layers"]) > 1:
         for layer, values in student["layers"].items():

@@ -126,6 +126,30 @@ def map_distance(
     return torch.where(told, distance, torch.zeros_like(distance))
 
 
+def several_maps_distance(
+    student_maps: ClassMaps, teacher_maps: TeacherClassMaps, kind: MapDistance = "pearson"
+) -> PerImage:
+    """Distance of the maps of several classes, the teacher's top class first.
+
+    Half of it is `map_distance` of the first class; the other half is the mean over the other
+    classes, of signed maps: what speaks against a class is most of what a map of it says. A student
+    that is taught the first class alone draws much the same map whatever class it is asked for.
+
+    Args:
+        student_maps: Raw maps; they carry the graph.
+        teacher_maps: Raw maps of the same classes, any grid.
+        kind: See `map_distance`.
+    """
+    first = map_distance(student_maps[:, 0], teacher_maps[:, 0], kind)
+    others = student_maps.shape[1] - 1
+    if not others:
+        return first
+    rest = map_distance(
+        student_maps[:, 1:].flatten(0, 1), teacher_maps[:, 1:].flatten(0, 1), kind, rectify=False
+    )
+    return (first + rest.view(-1, others).mean(1)) / 2
+
+
 def class_map_distance(
     student_maps: ClassMaps, teacher_maps: TeacherClassMaps, *, pool: int = 2
 ) -> PerImage:

@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from camdistill import tags
 from camdistill.data.cache import cache_folder
 from camdistill.data.datasets import ImageSet
 from camdistill.data.views import Augment, View, identity_view
-from camdistill.distill.cache import TeacherCache
+from camdistill.distill.cache import TeacherCache, likeliest
 from camdistill.distill.comparison import (
     Comparison,
     MapComparison,
     compare,
+    compared,
     fidelity_scalars,
     for_pictures,
     mean_maps,
+    runner_up_of,
     score,
 )
 from camdistill.distill.demands import demand_labels, demand_weights
@@ -32,7 +35,7 @@ from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, intervals, summary
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build
-from camdistill.types import Batch, Images, Labels, Logits
+from camdistill.types import Batch, Images, Logits
 
 
 class DistilledExplainer(Training):
@@ -140,10 +143,11 @@ class DistilledExplainer(Training):
         if cache is not None:
             return cached_targets(cache, batch.ids, view, layers, quantity=quantity)
         teacher = self._live[0] if self._live else self.teacher
-        return live_targets(teacher, images, layers, quantity=quantity, p=self.transfer.p)
+        classes, p = self.transfer.classes, self.transfer.p
+        return live_targets(teacher, images, layers, quantity=quantity, classes=classes, p=p)
 
     def student_quantities(
-        self, images: Images, classes: Labels
+        self, images: Images, classes: Int[Tensor, "batch *classes"]
     ) -> tuple[Logits, dict[str, Tensor]]:
         """The student's logits and its side of the transfer, with graph."""
         if not self.beta:
@@ -158,10 +162,10 @@ class DistilledExplainer(Training):
             grad=self.transfer.grad,
         )
 
-    def compare(self, images: Images) -> Comparison:
+    def compare(self, images: Images, *, runner_up: bool = False) -> Comparison:
         """Teacher and student on images in [0, 1], at the layer pairs."""
         self._name_pairs(images)
-        return compare(self.student, self.teacher, images, self.pairs)
+        return compare(self.student, self.teacher, images, self.pairs, runner_up=runner_up)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Fidelity, agreement and accuracy on images as they are."""
@@ -171,14 +175,14 @@ class DistilledExplainer(Training):
             self._score(batch, self.compare(images))
             return
         logits, maps = cache.lookup(batch.ids, identity_view(len(images)).flip)
-        classes = logits.argmax(1)
+        classes = likeliest(logits, cache.plan.classes)
         shown = explain(self.student, images, [own for own, _, _ in self.pairs], classes)
-        self._score(batch, Comparison(logits, shown.logits, classes, maps, shown.maps))
+        self._score(batch, compared(logits, classes, maps, shown))
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32, with the live teacher."""
         with torch.autocast(self.device.type, enabled=False):
-            self._score(batch, self.compare(as_images(batch.pixels)))
+            self._score(batch, self.compare(as_images(batch.pixels), runner_up=True))
 
     def predict_step(self, batch: Batch, batch_index: int) -> Comparison:
         """Logits and raw maps of both networks."""
@@ -282,6 +286,7 @@ class DistilledExplainer(Training):
             what=what,
             root=cache_folder(self.cache_dir) / "teachers",
             quantities=[self.transfer.quantity] if flips else [],
+            classes=self.transfer.classes,
             flips=flips and self.augment.flip,
             p=self.transfer.p,
         )
@@ -290,7 +295,8 @@ class DistilledExplainer(Training):
     def _score(self, batch: Batch, found: Comparison) -> None:
         if self._meter is None:
             pairs = {own: teacher for own, teacher, _ in self.pairs}
-            self._meter = FidelityMeter(pairs, self.mean_map_by_layer)
+            second = runner_up_of(found) is not None
+            self._meter = FidelityMeter(pairs, self.mean_map_by_layer, runner_up=second)
         if not self._labels_count:
             batch = batch._replace(labels=torch.full_like(batch.labels, -1))
         score(self._meter, batch, found)

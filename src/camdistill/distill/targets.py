@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
 from pytorch_lightning import Trainer
 from rich.progress import Progress
 from torch import Tensor
 
 from camdistill.data.datasets import ImageSet
 from camdistill.data.views import View, view_maps
-from camdistill.distill.cache import Precision, Quantity, TeacherCache
+from camdistill.distill.cache import Precision, Quantity, TeacherCache, likeliest
 from camdistill.distill.transfer import quantity_maps
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import last_layer
+from camdistill.explain.gradcam import Top, last_layer
 from camdistill.networks.teachers import Teacher
 from camdistill.types import Images, Labels, Logits
 
@@ -24,23 +25,30 @@ class Targets(NamedTuple):
 
     Attributes:
         logits: The teacher's.
-        classes: Its top class.
+        classes: Of which Grad-CAMs are: its top class, [B], or its likeliest ones, [B, C].
         maps_by_layer: By the teacher's layer, the quantity that is transferred: [B, h, w], or
-            [B, C, h, w] for class maps.
+            [B, C, h, w] for several classes.
     """
 
     logits: Logits
-    classes: Labels
+    classes: Int[Tensor, "batch *classes"]
     maps_by_layer: dict[str, Tensor]
 
 
 @torch.no_grad()
 def live_targets(
-    teacher: Teacher, images: Images, layers: list[str], *, quantity: Quantity, p: float
+    teacher: Teacher,
+    images: Images,
+    layers: list[str],
+    *,
+    quantity: Quantity,
+    classes: int = 1,
+    p: float,
 ) -> Targets:
     """What the teacher says of augmented images when it is asked."""
-    logits, maps = quantity_maps(teacher, images, layers, None, quantity=quantity, p=p)
-    return Targets(logits, logits.argmax(1), maps)
+    asked = Top(classes) if classes > 1 else None
+    logits, maps = quantity_maps(teacher, images, layers, asked, quantity=quantity, p=p)
+    return Targets(logits, likeliest(logits, classes), maps)
 
 
 def cached_targets(
@@ -49,7 +57,7 @@ def cached_targets(
     """What the teacher said of the whole images, mirrored where the view is; maps are cropped."""
     logits, maps = cache.lookup(ids, view.flip, quantity, layers)
     moved = {layer: _moved(maps[layer], view) for layer in layers}
-    return Targets(logits, logits.argmax(1), moved)
+    return Targets(logits, likeliest(logits, cache.plan.classes), moved)
 
 
 def _moved(maps: Tensor, view: View) -> Tensor:
@@ -70,6 +78,7 @@ def shared_cache(
     what: str,
     root: Path,
     quantities: Sequence[Quantity],
+    classes: int = 1,
     flips: bool,
     p: float,
 ) -> TeacherCache:
@@ -88,6 +97,7 @@ def shared_cache(
         what: Of what the images are, for the progress bar.
         root: Folder of caches.
         quantities: Besides Grad-CAMs.
+        classes: How many of the teacher's likeliest classes Grad-CAMs are of.
         flips: Whether mirrored images are asked about too.
         p: Power of attention maps.
 
@@ -103,6 +113,7 @@ def shared_cache(
             layers,
             root=root,
             quantities=quantities,
+            classes=classes,
             flips=flips,
             precision=precision,
             p=p,

@@ -16,13 +16,14 @@ from camdistill.distill.losses import (
     attention_map,
     class_map_distance,
     map_distance,
+    several_maps_distance,
 )
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain, last_layer
-from camdistill.explain.request import Grad
+from camdistill.explain.request import Classes, Grad
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
-from camdistill.types import Images, Labels, Logits, PerImage
+from camdistill.types import Images, Logits, PerImage
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,13 @@ class Transfer:
     """The explanation that is transferred.
 
     Args:
-        quantity: "grad_cam" transfers the teacher's Grad-CAM for its top class; "attention" the
-            activation attention maps of Zagoruyko and Komodakis (2017); "class_maps" the maps of
-            all classes (CAT-KD, Guo et al. 2023).
+        quantity: "grad_cam" transfers the teacher's Grad-CAM for its likeliest classes; "attention"
+            the activation attention maps of Zagoruyko and Komodakis (2017); "class_maps" the maps
+            of all classes (CAT-KD, Guo et al. 2023).
+        classes: Of Grad-CAM: how many of the teacher's likeliest classes. With 1, its top class,
+            the student's maps of other classes are left to chance, and come out much like the
+            first's; asking for more costs little at a last layer that GAP and a linear head follow,
+            and a backward a class at any other.
         distance: Between Grad-CAMs.
         pairs: Layers that are matched, and at which fidelity is measured; the last pair is the main
             one.
@@ -64,6 +69,7 @@ class Transfer:
     """
 
     quantity: Quantity = "grad_cam"
+    classes: int = 1
     distance: MapDistance = "pearson"
     pairs: list[LayerPair] = field(default_factory=lambda: [LayerPair()])
     schedule: BetaSchedule = "constant"
@@ -73,6 +79,13 @@ class Transfer:
     grad: Literal["activations", "full"] = "full"
 
     def __post_init__(self) -> None:
+        if self.classes < 1:
+            raise UserError(f"transfer.classes is {self.classes}; give 1 (the top class) or more")
+        if self.classes > 1 and self.quantity != "grad_cam":
+            raise UserError(
+                f"transfer.classes is {self.classes}, but {self.quantity} has none to choose; "
+                "leave it out, or transfer grad_cam"
+            )
         if self.p < 1:
             raise UserError(f"p is {self.p}; a power of attention maps is at least 1, usually 2")
         if not self.pairs:
@@ -115,7 +128,7 @@ def quantity_maps(
     network: Preprocessed,
     images: Images,
     layers: list[str],
-    classes: Labels | None,
+    classes: Classes,
     *,
     quantity: Quantity,
     p: float,
@@ -127,7 +140,7 @@ def quantity_maps(
         network: Teacher or student.
         images: In [0, 1].
         layers: Names.
-        classes: Of the Grad-CAMs; None is the network's own top class.
+        classes: Of the Grad-CAMs, as `explain` takes them.
         quantity: What is transferred.
         p: Power of attention maps.
         grad: "none" for targets; a student's maps carry a graph.
@@ -152,7 +165,10 @@ def transfer_distance(
     for student_layer, teacher_layer, weight in pairs:
         student, teacher = student_by_layer[student_layer], teacher_by_layer[teacher_layer]
         if transfer.quantity == "grad_cam":
-            distance = map_distance(student, teacher, transfer.distance)
+            several = student.dim() == 4
+            distance = (several_maps_distance if several else map_distance)(
+                student, teacher, transfer.distance
+            )
         elif transfer.quantity == "attention":
             distance = attention_distance(student, teacher, form=transfer.form)
         else:

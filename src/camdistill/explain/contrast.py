@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain, last_layer
-from camdistill.explain.request import Classes, wide
+from camdistill.explain.request import Classes, ClassNumbers, wide
 from camdistill.explain.tokens import Layout
 from camdistill.types import Images, Labels, Logits, PerImage
 
@@ -36,8 +36,8 @@ def contrast(
     network: nn.Module,
     images: Images,
     layers: Sequence[str] | None = None,
-    classes: Classes = None,
-    against: Classes = None,
+    classes: ClassNumbers = None,
+    against: ClassNumbers = None,
     *,
     gamma: float | int = 1.0,
     layout: Layout = "auto",

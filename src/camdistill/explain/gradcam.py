@@ -22,6 +22,7 @@ from camdistill.explain.request import (
     Grad,
     Request,
     Score,
+    Top,
     demand_known,
     demand_separate_images,
 )
@@ -29,7 +30,7 @@ from camdistill.explain.tokens import Layout, are_tokens
 from camdistill.networks.capture import bare, plain, structure, undisturbed, visiting
 from camdistill.types import Images
 
-__all__ = ["Explanation", "explain", "grad_cam", "last_layer"]
+__all__ = ["Explanation", "Top", "explain", "grad_cam", "last_layer"]
 
 # Modules that only pass on what the layer before them gave, smaller or thinned out.
 PASSING = (
@@ -96,7 +97,8 @@ def explain(
             `networks.capture`). None is the last spatial layer before the head; an empty list
             asks for logits alone.
         classes: None is each image's own top class; an int, or [B], is one class an image; [B, C]
-            is several classes for each image and gives maps [B, C, h, w].
+            is several classes for each image and gives maps [B, C, h, w], and so does Top(C): each
+            image's own C likeliest classes.
         score: What is explained. "logit" is the class's logit, "probability" its softmax. A
             callable takes whatever the network gave (a tuple or dict too) and returns one score an
             image, [B]; `classes` must then be None.

@@ -16,11 +16,12 @@ from camdistill.explain.attribution import (
     smooth_grad,
 )
 from camdistill.explain.contrast import contrast, counterfactual
+from camdistill.explain.gradcam import explain as engine
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.guided import deconvnet, guided_backprop, guided_grad_cam
 from camdistill.explain.maps import upsample
 from camdistill.explain.perturbation import occlusion, rise, score_cam
-from camdistill.explain.request import Classes
+from camdistill.explain.request import Classes, Top
 from camdistill.explain.variants import (
     cam,
     eigen_cam,
@@ -133,6 +134,8 @@ def _contrast(
     classes: Classes = None,
 ) -> dict[str, Float[Tensor, "..."]]:
     """Against the likeliest other class; [B, C] asks for each of the C."""
+    if isinstance(classes, Top):
+        classes = engine(network, images, [], classes).classes
     given = None if classes is None else torch.as_tensor(classes)
     if given is None or given.dim() < 2:
         return contrast(network, images, layers, given)

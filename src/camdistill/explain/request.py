@@ -17,7 +17,21 @@ from camdistill.types import Images
 
 Grad = Literal["none", "activations", "full"]
 Score = Literal["logit", "probability"] | Callable[..., Tensor]
-Classes = int | Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Top:
+    """Each image's own likeliest classes, the likeliest first; all of them where there are fewer.
+
+    Attributes:
+        count: How many, at least 1.
+    """
+
+    count: int
+
+
+ClassNumbers = int | Sequence[int] | Tensor | None
+Classes = ClassNumbers | Top
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,11 @@ def asked_classes(ask: Request, output: object) -> Tensor:
         return torch.full((count,), -1, device=device)
     if ask.classes is None:
         return demand_logits(ask, output).detach().argmax(1)
+    if isinstance(ask.classes, Top):
+        if ask.classes.count < 1:
+            raise UserError(f"the top {ask.classes.count} classes were asked for; give 1 or more")
+        logits = demand_logits(ask, output).detach()
+        return logits.topk(min(ask.classes.count, logits.shape[1]), 1).indices
     try:
         given = torch.as_tensor(ask.classes)
     except (TypeError, ValueError):

@@ -3,6 +3,10 @@
 Maps are compared rectified, on the teacher's grid, for the teacher's top class. A blank or constant
 student map scores 0 and counts. A blank or constant teacher map has no shape to be faithful to: the
 image is left out of the map scores (NaN in the table), and every summary says how many were scored.
+
+`runner_up` asks whether the student's maps depend on the class: Pearson of the *signed* maps of the
+teacher's second likeliest class. Its control `same_map` draws the student's map of the top class
+again: a student that is no better than that has one map for all classes.
 """
 
 from collections.abc import Mapping
@@ -31,6 +35,8 @@ IntArray = NDArray[np.int64]
 MapsByLayer = Mapping[str, Float[Tensor, "batch _ _"]]  # each layer has its own grid
 
 MEASURES = ("pearson", "spearman", "cosine")
+RUNNER_UP = "runner_up"
+SAME_MAP = "controls.same_map"
 FLAT = 1e-6  # of its largest value: a map that varies less is constant up to float32's rounding
 
 
@@ -43,12 +49,13 @@ class MapScores(NamedTuple):
 
 
 class MapSummary(TypedDict):
-    """Means over the `scored` images; None where nothing could be scored."""
+    """Means over the `scored` images; None where nothing could be scored, or wasn't asked."""
 
     pearson: float | None
     spearman: float | None
     cosine: float | None
     skill: float | None
+    runner_up: float | None
     scored: int
 
 
@@ -124,6 +131,17 @@ def map_scores(student_maps: Maps, teacher_maps: Float[Tensor, "batch rows colum
     return MapScores(*(torch.where(told, value.masked_fill(blank, 0), nan) for value in values))
 
 
+def signed_pearson(
+    student_maps: Maps, teacher_maps: Float[Tensor, "batch rows columns"]
+) -> PerImage:
+    """Pearson of signed maps on the teacher's grid; NaN where the teacher's is constant."""
+    student, teacher = student_maps.float(), teacher_maps.float()
+    if student.shape[-2:] != teacher.shape[-2:]:
+        student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
+    value = pearson(student, teacher).masked_fill(_constant(student), 0)
+    return value.masked_fill(_constant(teacher), torch.nan)
+
+
 class FidelityMeter:
     """Gathers fidelity over a loop of batches, and over processes.
 
@@ -134,20 +152,24 @@ class FidelityMeter:
             values stand directly under `student`.
         mean_map_by_layer: The mean ReLU map of the training split by the teacher's layer, for the
             mean-map control and skill; without it there is neither.
+        runner_up: Whether maps of the runner-up class come with each batch.
     """
 
     def __init__(
         self,
         pairs: Mapping[str, str],
         mean_map_by_layer: Mapping[str, Float[Tensor, "_ _"]] | None = None,
+        *,
+        runner_up: bool = False,
     ) -> None:
         self.pairs = dict(pairs)
+        self.runner_up = runner_up
         self.mean_map_by_layer = dict(mean_map_by_layer or {})
         if self.mean_map_by_layer:
             missing = sorted(set(self.pairs.values()) - set(self.mean_map_by_layer))
             if missing:
                 raise ValueError(f"no mean map of the teacher's layers {missing}")
-        self.names = _column_names(list(self.pairs), bool(self.mean_map_by_layer))
+        self.names = _column_names(list(self.pairs), bool(self.mean_map_by_layer), runner_up)
         self.reset()
 
     def reset(self) -> None:
@@ -164,6 +186,7 @@ class FidelityMeter:
         teacher_maps_by_layer: MapsByLayer,
         counted: Bool[Tensor, "batch"],
         ids: Labels,
+        runner_up: tuple[MapsByLayer, MapsByLayer] | None = None,
     ) -> None:
         """Take in one batch.
 
@@ -175,7 +198,11 @@ class FidelityMeter:
             teacher_maps_by_layer: Raw maps of the teacher's top class.
             counted: False for images that only fill up a shard; they are dropped.
             ids: The images' numbers; one that comes twice counts once.
+            runner_up: The student's and the teacher's raw maps of the teacher's second likeliest
+                class, by layer; if the meter was told that they come.
         """
+        if (runner_up is not None) != self.runner_up:
+            raise ValueError("maps of the runner-up come with every batch, or with none")
         columns = [
             correct(student_logits, labels),
             agreement(student_logits, teacher_logits),
@@ -187,6 +214,10 @@ class FidelityMeter:
             if self.mean_map_by_layer:
                 mean = self.mean_map_by_layer[teacher_layer].to(teacher_maps.device)
                 columns += map_scores(mean.expand(len(teacher_maps), -1, -1), teacher_maps)
+            if runner_up is not None:
+                second = runner_up[1][teacher_layer]
+                for drawn in (runner_up[0], student_maps_by_layer):
+                    columns.append(signed_pearson(drawn[student_layer], second))
         # Selecting by a mask waits for the device; a training loop's validation can afford it.
         self._rows.append(torch.stack([column.detach().float() for column in columns], 1)[counted])
         self._ids.append(ids.detach()[counted])
@@ -231,6 +262,9 @@ def summary(table: FidelityTable) -> FidelitySummary:
             layer: _map_summary(table, "controls.mean_map", layer) for layer in table.layers
         }
         controls["mean_map"] = ControlSummary(**_main(by_layer), layers=by_layer)
+    if any(key.startswith(SAME_MAP) for key in table.columns):
+        by_layer = {layer: _map_summary(table, SAME_MAP, layer) for layer in table.layers}
+        controls["same_map"] = ControlSummary(**_main(by_layer), layers=by_layer)
     return FidelitySummary(n=len(table), student=student, controls=controls)
 
 
@@ -271,22 +305,28 @@ def intervals(
     return found
 
 
-def _column_names(layers: list[str], with_mean_map: bool) -> tuple[str, ...]:
+def _column_names(layers: list[str], with_mean_map: bool, runner_up: bool) -> tuple[str, ...]:
     names = ["student.accuracy", "student.agreement", "student.kl"]
     for layer in layers:
         names += [f"student.layers.{layer}.{measure}" for measure in MEASURES]
         if with_mean_map:
             names += [f"controls.mean_map.layers.{layer}.{measure}" for measure in MEASURES]
+        if runner_up:
+            names += [f"{who}.layers.{layer}.{RUNNER_UP}" for who in ("student", SAME_MAP)]
     return tuple(names)
 
 
 def _constant(maps: Maps) -> Bool[Tensor, "batch"]:
     high, low = maps.amax((1, 2)), maps.amin((1, 2))
-    return high - low <= FLAT * high.abs()
+    return high - low <= FLAT * high.abs().maximum(low.abs())
 
 
 def _map_summary(table: FidelityTable, who: str, layer: str) -> MapSummary:
-    values = {measure: table.columns[f"{who}.layers.{layer}.{measure}"] for measure in MEASURES}
+    nothing = np.full(len(table), np.nan, np.float32)
+    values = {
+        measure: table.columns.get(f"{who}.layers.{layer}.{measure}", nothing)
+        for measure in (*MEASURES, RUNNER_UP)
+    }
     own = values["cosine"]
     baseline = table.columns.get(f"controls.mean_map.layers.{layer}.cosine")
     known = ~np.isnan(own)
@@ -300,6 +340,7 @@ def _map_summary(table: FidelityTable, who: str, layer: str) -> MapSummary:
         spearman=_mean(values["spearman"]),
         cosine=_mean(own),
         skill=gain,
+        runner_up=_mean(values[RUNNER_UP]),
         scored=int(known.sum()),
     )
 
@@ -307,7 +348,9 @@ def _map_summary(table: FidelityTable, who: str, layer: str) -> MapSummary:
 def _main(by_layer: dict[str, MapSummary]) -> MapSummary:
     if by_layer:
         return by_layer[next(reversed(by_layer))]
-    return MapSummary(pearson=None, spearman=None, cosine=None, skill=None, scored=0)
+    return MapSummary(
+        pearson=None, spearman=None, cosine=None, skill=None, runner_up=None, scored=0
+    )
 
 
 def _mean(values: FloatArray) -> float | None:

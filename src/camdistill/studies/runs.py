@@ -17,7 +17,7 @@ from camdistill.measure.intervals import FloatArray, Interval, paired_interval, 
 from camdistill.report.results import Cell, read_results, write_results
 from camdistill.studies.experiment import Experiment, read_table
 
-MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill")
+MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill", "runner_up")
 RESULTS = "results.json"
 
 
