@@ -154,7 +154,10 @@ def test_top_is_each_images_own_likeliest_classes(images: Tensor) -> None:
     named = explain(network, images, ["stage1", "stage2"], found.classes)
     for layer, maps in found.maps.items():
         assert torch.equal(maps, named.maps[layer])
-    assert explain(network, images, ["stage2"], Top(99)).classes.shape == (3, network(images).shape[1])
+    assert explain(network, images, ["stage2"], Top(99)).classes.shape == (
+        3,
+        network(images).shape[1],
+    )
     with pytest.raises(UserError, match="the top 0 classes were asked for; give 1 or more"):
         grad_cam(network, images, classes=Top(0))
 

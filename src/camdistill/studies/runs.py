@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError, nearest
-from camdistill.measure.fidelity import FidelityTable, intervals
+from camdistill.measure.fidelity import SAME_MAP, FidelityTable, intervals
 from camdistill.measure.intervals import FloatArray, Interval, paired_interval, seed_interval
 from camdistill.report.results import Cell, read_results, write_results
 from camdistill.studies.experiment import Experiment, read_table
@@ -118,6 +118,9 @@ def summarise(
     controls["mean_map"] = measured(tables[main], "controls.mean_map")
     gain_over = {other: gains(tables[main], tables[other], "student") for other in others}
     gain_over["mean_map"] = gains(tables[main], tables[main], "controls.mean_map")
+    if same := measured(tables[main], SAME_MAP):
+        controls["same_map"] = same
+        gain_over["same_map"] = gains(tables[main], tables[main], SAME_MAP)
     return {
         "n": len(tables[main][0]),
         "student": measured(tables[main], "student"),
