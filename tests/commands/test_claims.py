@@ -55,6 +55,21 @@ def test_rows_reach_the_terminal_the_file_the_chart_and_tensorboard(
     assert Path("out/networks").stat().st_mtime_ns == made
 
 
+@pytest.mark.slow
+def test_every_row_of_the_shipped_networks_is_made(folder: Path) -> None:
+    numbers = [*"12345", "5b", *"678", "11", "12", "22", "23", "24", "25", "26"]
+    assert main([*LEAST, "--rows", *numbers, "--out", "out"]) == 0
+    rows = json.loads(Path("out/results.json").read_text())["rows"]
+    assert list(rows) == numbers
+    for number, entry in rows.items():
+        assert entry["error"] == ""
+        assert entry["row"]["number"] == number
+        assert entry["row"]["passed"] in (True, False)
+        assert entry["row"]["ours"]
+    for chart in ("localisation", "faithfulness"):
+        assert Path(f"out/claims_{chart}.png").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

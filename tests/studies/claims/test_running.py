@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from camdistill.errors import UserError
 from camdistill.studies.claims.everything import ROWS, chosen
 from camdistill.studies.claims.rows import Lab, Measured, Row, exact
 from camdistill.studies.claims.running import Outcome, run_claims
-from camdistill.studies.claims.telling import markdown, text
+from camdistill.studies.claims.telling import chart, markdown, text, write_pictures
 
 SETTINGS = {"count": 16, "seed": 3}
 
@@ -136,3 +137,28 @@ def test_text_and_table_have_number_interval_n_criterion_and_verdict() -> None:
     rows = [line for line in markdown(found).splitlines() if line.startswith("| 3 ")]
     assert rows[0].count("|") == 7, "a cell with a bar breaks the table"
     assert rows[0].endswith("| FAIL |")
+
+
+def test_chart_leaves_out_what_is_not_a_number() -> None:
+    nothing = Row("3", "maps", "-", (exact("a", float("nan"), 2),), "holds", None)
+    assert chart(nothing) is None
+    ours = (Measured("a", 0.5, 0.4, 0.6, 9, "error"), Measured("a - b", 0.1, 0.0, 0.2, 9, "more"))
+    picture = chart(Row("3", "maps", "-", ours, "holds", True))
+    assert picture is not None
+    assert picture.std() > 10
+
+
+def test_charts_of_all_sizes_stand_below_one_another(tmp_path: Path) -> None:
+    few = (Measured("a", 0.5, 0.4, 0.6, 9, "error"),)
+    many = (*few, Measured("b", 0.5, 0.4, 0.6, 9, "error"), Measured("a", 1.0, 0.0, 2.0, 9, "time"))
+    found = {
+        number: Outcome(Row(number, "maps", "-", ours, "holds", True), 1.0)
+        for number, ours in (("3", few), ("4", many))
+    }
+    alone = [chart(one.row) for one in found.values() if one.row is not None]
+    write_pictures(found, tmp_path)
+    with Image.open(tmp_path / "claims_localisation.png") as picture:
+        heights = sum(one.shape[0] for one in alone if one is not None)
+        widths = max(one.shape[1] for one in alone if one is not None)
+        assert picture.size == (widths, heights)
+    assert (tmp_path / "table.txt").read_text() == f"{text(found)}\n"

@@ -25,7 +25,7 @@ from camdistill.types import Images, Logits
 
 HIDDEN = 128
 EPOCHS, IMAGES = 3, 12000
-RUNS = 3  # trainings of each, where a row speaks of training
+RUNS = 5  # trainings of each, where a row speaks of training
 
 
 class FlattenedCNN(ShallowCNN):

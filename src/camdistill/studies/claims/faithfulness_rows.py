@@ -22,7 +22,7 @@ from camdistill.types import Explain, Images, Labels, PerImage
 
 ORDERED = ("grad_cam", "guided_grad_cam", "guided_backprop", "gradient", "random")
 SIDES = {1: "4 pixels", 2: "8 pixels"}  # of the occluder, in cells of the bank's 8 x 8
-REPEATS, TIMED = 9, 32  # timings of each; images of a timing
+REPEATS, TIMED = 5, 16  # timings of each; images of a timing
 CHEAPER = 100.0  # times: two orders of magnitude
 RANDOMISED = 64  # images of the gate, which makes some hundred maps of each
 GATE = 0.5  # rank correlation above which a map has hardly noticed that weights are random

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
@@ -16,6 +17,7 @@ from camdistill.studies.claims.located import at_best, box_error, tops
 from camdistill.studies.claims.rows import Lab, Row, drawn, exact, mean, trained_gain
 from camdistill.types import Images, PerImage
 
+Answers = Float[Tensor, "tested"]
 BOXES = "box error more"
 TESTED = 2000  # images for accuracies near 1; drawing and one forward cost little
 
@@ -89,7 +91,7 @@ def no_cost(lab: Lab) -> Row:
     """Row 6: pooling, which CAM asks for, costs accuracy; Grad-CAM's boxes are no worse."""
     many = replace(lab, ids=np.arange(TESTED))
     test = drawn(many, replace(lab.shapes, length=TESTED))
-    right: dict[str, list[PerImage]] = {"flattened": [], "pooled": []}
+    right: dict[str, list[Answers]] = {"flattened": [], "pooled": []}
     errors: dict[str, list[PerImage]] = {"grad_cam": [], "cam": []}
     for run in range(backbones.RUNS):
         for head, method, network in (
@@ -102,7 +104,7 @@ def no_cost(lab: Lab) -> Row:
 
 
 def judged_cost(
-    lab: Lab, right: dict[str, list[PerImage]], errors: dict[str, list[PerImage]]
+    lab: Lab, right: dict[str, list[Answers]], errors: dict[str, list[PerImage]]
 ) -> Row:
     """Row 6 of what each training got right, and its maps' box errors."""
     costs = trained_gain(

@@ -1,10 +1,11 @@
 """Claims as text, as Markdown and as charts."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from camdistill import tags
 from camdistill.measure.intervals import Interval
@@ -107,10 +108,13 @@ def chart(row: Row) -> Picture | None:
     if not table:
         return None
     title = textwrap.shorten(row.claim, 80, placeholder=" ...")
-    return interval_chart(table, title=f"{row.number} {_word(row.passed)}: {title}")
+    differences = {one.of or "value": 0.0 for one in row.ours if " - " in one.name}
+    return interval_chart(
+        table, title=f"{row.number} {_word(row.passed)}: {title}", references=differences
+    )
 
 
-def _stacked(charts: list[Picture]) -> Picture:
+def _stacked(charts: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     """One below the other, on white."""
     width = max(one.shape[1] for one in charts)
     wide = [
