@@ -169,6 +169,7 @@ def _metric_table(found: Found, metric: str, explainer: str) -> str:
             "by answers": _cell(one.by_answers),
             "by map": _cell(one.by_map),
             f"by map, over {CE}": _cell(one.over.get(CE)),
+            "of these starts": _cell(one.here),
         }
     whose = "" if explainer == MAP else f"{explainer}: "
     arms = _trained_by(found, metric) if explainer == MAP else []
@@ -186,6 +187,8 @@ def _footnote(found: Found) -> str:
         "starts and images at once. Gains are signed so that larger is better.",
         "by answers: the start's map on the new network, less the same on the start. by map: the "
         "new network's map less the start's, both on the new network; only this is the map's.",
+        f"of these starts: by map, over {CE}, with an interval over images alone: it says nothing "
+        "of other starts.",
     ]
     if starts < 5:
         lines.append(
@@ -228,6 +231,7 @@ def _row(found: Found, arm: str, metric: str, explainer: str) -> Mapping[str, ob
         "gained": _values(one.gained),
         "by_answers": _values(one.by_answers),
         "by_map": _values(one.by_map),
+        "by_map_over_ce_of_these_starts": _values(one.here),
         "by_map_over": {other: _values(gain) for other, gain in one.over.items()},
     }
 

@@ -28,6 +28,7 @@ class Row:
         by_answers: What the starts' maps gained on the arm's networks; None where it isn't known.
         by_map: The rest.
         over: The map's part less that of another arm, by arm.
+        here: The map's part less cross-entropy's, of these very starts: over images alone.
     """
 
     value: float
@@ -35,6 +36,7 @@ class Row:
     by_answers: Gain | None
     by_map: Gain | None
     over: Mapping[str, Gain]
+    here: Gain | None = None
 
 
 class Hypothesis(NamedTuple):
@@ -70,9 +72,10 @@ def of_these_starts(values: Scores) -> Gain:
 def row(found: Found, arm: str, metric: str, explainer: str = MAP) -> Row:
     """One arm by one metric."""
     parts = found.has_parts(metric, explainer)
-    over = {}
+    over, here = {}, None
     if parts and arm != CE:
         own = found.by_map(arm, metric, explainer)
+        here = of_these_starts(own - found.by_map(CE, metric, explainer))
         over = {
             other: told(own - found.by_map(other, metric, explainer))
             for other in controls(found)
@@ -84,6 +87,7 @@ def row(found: Found, arm: str, metric: str, explainer: str = MAP) -> Row:
         by_answers=told(found.by_answers(arm, metric, explainer)) if parts else None,
         by_map=told(found.by_map(arm, metric, explainer)) if parts else None,
         over=over,
+        here=here,
     )
 
 
