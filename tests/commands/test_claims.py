@@ -53,6 +53,8 @@ def test_rows_reach_the_terminal_the_file_the_chart_and_tensorboard(
     assert again.index("Grad-CAM generalises") < again.index("AlexNet")
     assert json.loads(Path("out/results.json").read_text())["rows"] == results["rows"]
     assert Path("out/networks").stat().st_mtime_ns == made
+    assert "needs no other architecture" not in again
+    assert "needs no other architecture" in Path("out/table.txt").read_text()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.studies.claims.everything import chosen
 from camdistill.studies.claims.rows import Lab
-from camdistill.studies.claims.running import Outcome, run_claims
+from camdistill.studies.claims.running import Outcome, outcomes, run_claims
 from camdistill.studies.claims.telling import block, verdict, write_pictures
 
 LEAST = 16  # images: fewer and an interval says nothing
@@ -65,9 +65,9 @@ def claims(
 
         busy = dataclasses.replace(lab, tell=tell)
         found = run_claims(busy, asked, out / "results.json", settings, sha256, on_row)
-    write_pictures(found, out)
+    write_pictures(outcomes(out / "results.json"), out)
     print(verdict(found))
-    print(f"{out / 'results.json'}, table.txt and charts beside it")
+    print(f"{out / 'results.json'}; table.txt and charts of all its rows beside it")
     print(f"TensorBoard: tensorboard --logdir {out}")
     return {number: outcome.row for number, outcome in found.items()}
 

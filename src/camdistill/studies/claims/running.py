@@ -120,8 +120,13 @@ def _kept(
             "--out, or remove the file"
         )
     known = {name: value for name, value in settings.items() if value is not None}
-    rows = {number: _outcome(entry) for number, entry in found["rows"].items()}
-    return rows, {**before, **known}
+    return outcomes(path), {**before, **known}
+
+
+def outcomes(path: Path) -> dict[str, Outcome]:
+    """All rows of a results file."""
+    found: dict[str, Any] = read_results(path)
+    return {number: _outcome(entry) for number, entry in found["rows"].items()}
 
 
 def _outcome(entry: Mapping[str, Any]) -> Outcome:
