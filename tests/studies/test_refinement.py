@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from camdistill.data.modules import ShapesData
+from camdistill.data.modules import FolderData, ShapesData
 from camdistill.distill.checkpoints import load
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.refining import Objective
@@ -120,6 +121,7 @@ def test_killed_and_started_again_it_does_what_is_missing_and_gets_the_same_numb
     for key, record in found.records.items():
         assert again.records[key].columns == record.columns
         assert again.records[key].accuracies == record.accuracies
+        assert Path(again.records[key].checkpoint).parent == networks  # the folder was moved
 
 
 def test_a_network_that_is_gone_is_made_again(found: Found, tmp_path: Path) -> None:
@@ -168,6 +170,23 @@ def test_images_of_other_classes_have_agreement_alone(found: Found, tmp_path: Pa
     assert not again.has("accuracy")
     assert again.kept == "agreement"
     assert "agreement" in refinement_text(again)
+
+
+def test_a_flat_folder_without_labels_or_masks_is_refined(found: Found, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "flat" / f"{number}.png")
+    files = [Path(found.records[f"seed{seed}", START].checkpoint) for seed in (0, 1)]
+    data = FolderData(tmp_path / "flat", batch_size=16, val_fraction=0.2, test_fraction=0.2)
+    options = {"network": None, "checkpoints": files, "arms": ["objective", "random"]}
+    again = refined(plan_in(tmp_path / "out", data=data, **options))
+    assert again.kept == "agreement"
+    assert "rank_accuracy" not in again.metrics()
+    assert "road" in again.metrics()
+    assert "agreement over ce" in refinement_text(again)
+    assert answers_of(again)["H4"] == "not asked"
+    assert results(again)["n"] == 6
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ map's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +173,15 @@ class _Work:
             self._ledger.add([record])
             ready += 1
             self._tell(what, ready, len(jobs))
-        return {(job.start, job.arm): self._ledger.records[keys[job]] for job in jobs}
+        found = {}
+        for job in jobs:
+            # names and folders may have been others when the same run was made
+            where = str(self._workshop.path(job))
+            record = self._ledger.records[keys[job]]
+            found[job.start, job.arm] = replace(
+                record, start=job.start, arm=job.arm, checkpoint=where
+            )
+        return found
 
     def _known(self, job: Job, key: str) -> bool:
         """Whether a job's numbers and its network are there."""
