@@ -15,6 +15,7 @@ from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.guided import guided_backprop
 from camdistill.explain.maps import relu, resize, upsample
 from camdistill.explain.perturbation import occlusion
+from camdistill.explain.variants import hires_cam
 from camdistill.measure.localisation import energy_pointing_game
 from camdistill.studies.claims.little import Examples, Recipe, fitted, weights_digest
 from camdistill.studies.claims.questions import APART, Asked, Language, Words, all_asked
@@ -27,6 +28,7 @@ IMAGES = 8000
 RECIPE = Recipe(24, 256, Optimisation("adamw", lr=5e-3, weight_decay=0.05))
 PATCH, STRIDE = 8, 4  # of the occlusion: a quarter of an image's side, as large as an object
 WORD, HIDDEN = 16, 64
+METHODS = ("grad_cam", "guided_backprop", "hires_cam")
 
 
 class Answerer(nn.Module):
@@ -134,7 +136,7 @@ def answers(lab: Lab) -> Row:
     """Row 20: maps of an answer agree with occlusion, and lie on what the question is about."""
     network, scenes, language = answerer(lab), held_out(lab), Language(lab.shapes.class_names)
     ours: list[Measured] = []
-    correlations: dict[str, list[PerImage]] = {"grad_cam": [], "guided_backprop": []}
+    correlations: dict[str, list[PerImage]] = {name: [] for name in METHODS}
     moves: list[PerImage] = []
     for kind, asked in all_asked(language, scenes).items():
         lab.tell(f"questions about {kind}")
@@ -149,12 +151,15 @@ def answers(lab: Lab) -> Row:
             ours.append(mean(f"{kind}: {name}", known[-1], lab, CORRELATION))
         moves.append(moved(asked[:2], found, told))
         ours.append(mean(kind, moves[-1], lab, MOVE))
-    grad_cam_, guided = (torch.stack(known).nanmean(0) for known in correlations.values())
-    beyond = gain("all: grad_cam - guided_backprop", grad_cam_, guided, lab, CORRELATION)
-    overall = [
-        mean(f"all: {name}", one, lab, CORRELATION)
-        for name, one in (("grad_cam", grad_cam_), ("guided_backprop", guided))
-    ]
+    whole = {name: torch.stack(known).nanmean(0) for name, known in correlations.items()}
+    overall = [mean(f"all: {name}", one, lab, CORRELATION) for name, one in whole.items()]
+    beyond = gain(
+        "all: grad_cam - guided_backprop",
+        whole["grad_cam"],
+        whole["guided_backprop"],
+        lab,
+        CORRELATION,
+    )
     follow = mean("all", torch.stack(moves).nanmean(0), lab, MOVE)
     return Row(
         number="20",
@@ -167,8 +172,8 @@ def answers(lab: Lab) -> Row:
         passed=beyond.above and follow.above,
         note="where the answers are true; the log odds of the answer are explained, at the last "
         f"convolutional layer; occlusion is of {PATCH} pixels every {STRIDE}. Energy on an object "
-        "when it is asked about, less when the other one is. Where the answer is a place, "
-        "gradients that are pooled over places lose it",
+        "when it is asked about, less when the other one is. hires_cam is Grad-CAM whose gradients "
+        "are not pooled over places, which answers may be read from",
     )
 
 
@@ -186,9 +191,7 @@ def explained(network: Answerer, language: Language, scenes: Scenes, asked: Aske
     with torch.no_grad():
         own = network(scenes.images, known[asked.questions]).argmax(1)
     count = len(own)
-    correlation = {
-        name: torch.empty(count, device=device) for name in ("grad_cam", "guided_backprop")
-    }
+    correlation = {name: torch.empty(count, device=device) for name in METHODS}
     energy = torch.empty(count, 2, device=device)
     for question, answer in sorted(set(zip(asked.questions.tolist(), own.tolist(), strict=True))):
         rows = ((asked.questions == question) & (own == answer)).nonzero()[:, 0]
@@ -210,9 +213,11 @@ def answer_maps(network: nn.Module, images: Images, answer: int) -> dict[str, Ma
 
     size = (images.shape[-2], images.shape[-1])
     (cam,) = grad_cam(network, images, score=score).values()
+    (unpooled,) = hires_cam(network, images, score=score).values()
     return {
         "grad_cam": upsample(relu(cam), size),
         "guided_backprop": guided_backprop(network, images, score=score),
+        "hires_cam": upsample(relu(unpooled), size),
         "occlusion": occlusion(network, images, patch=PATCH, stride=STRIDE, score=score),
     }
 
