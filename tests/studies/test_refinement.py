@@ -463,6 +463,16 @@ def test_a_plan_that_means_nothing_is_refused(
         plan_in(tmp_path, **options)
 
 
+def test_students_without_a_judged_layer_are_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    students = StudentRecipe(NetworkSpec("shallow_cnn", args={"channels": [4], "strides": [2]}))
+    judging = replace(JUDGING, held_out=("layer_cam@stage2",))
+    with pytest.raises(UserError, match="stage2"):
+        refined(plan_in(tmp_path, students=students, judging=judging))
+    assert not (tmp_path / "networks").exists()
+
+
 def test_a_layer_that_is_not_there_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     plan = plan_in(tmp_path, objective=Objective(layer="stage9"))
     with pytest.raises(UserError, match="stage9"):

@@ -8,7 +8,7 @@ from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.methods import at_image
 from camdistill.networks.heads import head_size
-from camdistill.networks.teachers import Preprocessed, Teacher
+from camdistill.networks.teachers import Preprocessed, Teacher, preprocessed
 from camdistill.studies.refinement_plan import Plan
 from camdistill.studies.refinement_work import Workshop
 from camdistill.types import Images
@@ -41,6 +41,9 @@ def demand_possible(workshop: Workshop) -> None:
                 "same class, so give a teacher with the same classes"
             )
         _demand_layers(plan, network, images)
+        if plan.students is not None:  # they are judged at the same layers
+            student = preprocessed(plan.students.network, classes=own)
+            _demand_layers(plan, student.to(workshop.device).eval(), images)
 
 
 def _demand_layers(plan: Plan, network: Preprocessed, images: Images) -> None:
