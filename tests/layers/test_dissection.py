@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from camdistill.errors import UserError
+from camdistill.layers import dissection
 from camdistill.layers.dissection import DETECTOR, TOPS, dissect
 
 
@@ -75,5 +76,32 @@ def test_masks_must_fit_the_images(planted) -> None:
     small = {"red": masks["red"][:, :6]}
     with pytest.raises(UserError, match="'red' doesn't fit 40 images of 12x12"):
         dissect(Colours(), images, small, ["layer"])
-    with pytest.raises(UserError, match="2 or more"):
-        dissect(Colours(), images[:1], {"red": masks["red"][:1]}, ["layer"])
+
+
+def test_fewer_than_two_images_have_no_halves_to_choose_and_tell_with(planted) -> None:
+    images, masks = planted
+    for count in (0, 1):
+        few = {name: mask[:count] for name, mask in masks.items()}
+        assert dissect(Colours(), images[:count], few, ["layer"]) == {}
+
+
+@pytest.mark.parametrize("room", [1, 12 * 7 * 144 * 2, 1 << 30])
+def test_room_changes_memory_and_nothing_else(
+    planted, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, masks = planted
+    network = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.ReLU())
+    expected = dissect(network, images, masks, ["1"], chunk=7)["1"]
+    widths: list[int] = []
+    stretched = dissection._stretched
+
+    def watched(output: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        widths.append(output.shape[1])
+        return stretched(output, size)
+
+    monkeypatch.setattr(dissection, "_stretched", watched)
+    found = dissect(network, images, masks, ["1"], chunk=7, room=room)["1"]
+    for name in ("iou", "chance", "top"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert max(widths) == {1: 1, 1 << 30: 5}.get(room, max(widths))
+    assert sum(widths) % 5 == 0

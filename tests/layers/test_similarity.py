@@ -30,7 +30,7 @@ def features(seed: int, images: int) -> list[torch.Tensor]:
 
 def sums(layers: list[torch.Tensor], sound: torch.Tensor | None = None) -> CkaSums:
     if sound is None:
-        sound = torch.ones(len(layers[0]), dtype=torch.bool)
+        sound = torch.ones(len(layers), len(layers[0]), dtype=torch.bool)
     return CkaSums.of([grams(layer) for layer in layers], sound)
 
 
@@ -107,9 +107,71 @@ def test_broken_images_are_left_out_and_a_small_last_batch_does_no_harm() -> Non
     sound = torch.arange(12) != 5
     expected = sums([one[sound] for one in layers]).similarity(NAMES)
     last = [one[:2] for one in features(4, 5)]
-    found = sums(broken, sound).merged(sums(last)).similarity(NAMES)
+    found = sums(broken, sound.expand(3, -1)).merged(sums(last)).similarity(NAMES)
     torch.testing.assert_close(found.cka, expected.cka)
     assert found.images == 11
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.lists(st.floats(0, 1), min_size=3, max_size=3))
+def test_two_layers_are_compared_on_the_images_that_are_finite_at_both(
+    seed: int, shares: list[float]
+) -> None:
+    """A layer that is broken for some images, or all, takes nothing from the others."""
+    sizes, generator = (17, 9), torch.Generator().manual_seed(seed)
+    state, batches = CkaSums.empty(3), []
+    for number, size in enumerate(sizes):
+        layers = [one.clone() for one in features(seed + number, size)]
+        sound = torch.rand(3, size, generator=generator) >= torch.tensor(shares)[:, None]
+        for layer, good in zip(layers, sound, strict=True):
+            layer[~good] = torch.nan
+        batches.append((layers, sound))
+        state = state.merged(sums(layers, sound))
+    found = state.similarity(NAMES)
+    for row in range(3):
+        for column in range(row, 3):
+            totals, images = np.zeros(3), 0
+            for layers, sound in batches:
+                both = sound[row] & sound[column]
+                if int(both.sum()) < 4:
+                    continue
+                one, two = (layers[place][both].numpy() for place in (row, column))
+                images += len(one)
+                totals += len(one) * np.array([hsic(one, two), hsic(one, one), hsic(two, two)])
+            assert int(state.images[row, column]) == images
+            if not images:
+                assert (row, column) in found.reasons
+                assert found.cka[row, column].isnan()
+            elif min(totals[1:]) > 0.01:
+                expected = totals[0] / (totals[1] * totals[2]) ** 0.5
+                assert float(found.cka[row, column]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_units_are_matched_on_the_images_that_are_finite_at_both(
+    generator: torch.Generator,
+) -> None:
+    teacher = [torch.rand(20, c, generator=generator, dtype=torch.float64) for c in (4, 3)]
+    student = [torch.rand(20, 2, generator=generator, dtype=torch.float64) for _ in range(2)]
+    good = torch.rand(2, 20, generator=generator) > 0.3, torch.ones(2, 20, dtype=torch.bool)
+    good[1][1] = False  # a layer that is never finite
+    teacher[0][~good[0][0]], student[1][:] = torch.nan, torch.nan
+    pairs = (range(2), range(2))
+    parts = [
+        MatchSums.of(
+            [one[rows] for one in teacher],
+            [one[rows] for one in student],
+            pairs,
+            (good[0][:, rows], good[1][:, rows]),
+        )
+        for rows in (slice(8), slice(8, 20))
+    ]
+    matches = parts[0].merged(parts[1]).matches([("a", 4), ("b", 3)], ["s", "broken"], pairs)
+    assert [(one.teacher, one.student) for one in matches] == [("a", "s"), ("b", "s")]
+    for layer, match, sound in zip(teacher, matches, good[0], strict=True):
+        size = layer.shape[1]
+        table = np.corrcoef(layer[sound].numpy().T, student[0][sound].numpy().T)[:size, size:]
+        np.testing.assert_allclose(match.correlation, table.max(0), rtol=1e-9)
+        assert match.images == int(sound.sum())
 
 
 def test_grams_are_the_same_in_every_layout(generator: torch.Generator) -> None:
@@ -153,17 +215,18 @@ def test_matches_equal_numpys_correlations_of_everything_stored(seed: int, cut: 
     teacher = [torch.rand(30, c, generator=generator, dtype=torch.float64) for c in (4, 3)]
     student = [teacher[1][:, [2, 0]] + 0.01 * torch.rand(30, 2, generator=generator).double()]
     pairs = (range(0, 2),)
-    every = torch.ones(30, dtype=torch.bool)
+    every = torch.ones(2, 30, dtype=torch.bool)
 
     def part(rows: slice) -> MatchSums:
+        good = every[:, rows], every[:1, rows]
         return MatchSums.of(
-            [one[rows] for one in teacher], [one[rows] for one in student], pairs, every[rows]
+            [one[rows] for one in teacher], [one[rows] for one in student], pairs, good
         )
 
     state = (
         MatchSums.empty([4, 3], [2], pairs).merged(part(slice(cut))).merged(part(slice(cut, 30)))
     )
-    matches = state.matches(["a", "b"], ["s"], pairs)
+    matches = state.matches([("a", 4), ("b", 3)], ["s"], pairs)
     for layer, match in zip(teacher, matches, strict=True):
         size = layer.shape[1]
         table = np.corrcoef(layer.numpy().T, student[0].numpy().T)[:size, size:]
@@ -179,8 +242,9 @@ def test_matches_equal_numpys_correlations_of_everything_stored(seed: int, cut: 
 def test_a_unit_that_never_varies_follows_none() -> None:
     teacher = [torch.rand(10, 3, generator=torch.Generator()).double()]
     student = [torch.cat([teacher[0][:, 1:2], torch.full((10, 1), 0.7).double()], 1)]
-    every = torch.ones(10, dtype=torch.bool)
-    (match,) = MatchSums.of(teacher, student, (range(1),), every).matches(["t"], ["s"], (range(1),))
+    every = torch.ones(1, 10, dtype=torch.bool)
+    sums = MatchSums.of(teacher, student, (range(1),), (every, every))
+    (match,) = sums.matches([("t", 3)], ["s"], (range(1),))
     assert match.best.tolist() == [1, -1]
 
 

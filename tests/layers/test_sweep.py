@@ -21,6 +21,7 @@ from camdistill.layers.probes import MOST_HELD
 from camdistill.layers.state import load_state, save_state
 from camdistill.layers.summary import Sweep
 from camdistill.layers.sweep import LayerSweep, sweep
+from camdistill.layers.through_depth import spatial, through_depth
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 from camdistill.types import Batch
@@ -515,3 +516,69 @@ def test_a_damaged_state_is_told(tmp_path: Path) -> None:
     file.write_bytes(b"short")
     with pytest.raises(UserError, match="cut short"):
         load_state(file)
+
+
+@pytest.mark.parametrize("broken", ["an image", "weights"])
+def test_where_no_map_is_finite_the_sweep_goes_on(
+    networks: dict[str, nn.Module], images: torch.Tensor, broken: str
+) -> None:
+    """One image with NaN, alone among those explained in its batch; or a network of NaN."""
+    shown, ill = images.clone(), copy.deepcopy(networks)
+    if broken == "an image":
+        shown[5] = torch.nan
+    else:
+        with torch.no_grad():
+            ill["student"].stage2.conv.weight.fill_(torch.nan)
+    parts = [[5], [place for place in range(IMAGES) if place != 5]]
+    result = swept(ill, shown, parts, Options(explained=1.0)).result()
+    lost = 1 if broken == "an image" else 0
+    cams = {layer.name: layer.cams for layer in result.networks["student"]}
+    assert result.layer("teacher", "blocks.1").cams.images == IMAGES - lost
+    assert cams["stage2"].images == (IMAGES - 1 if lost else 0)
+    assert np.isnan(cams["stage2"].scale) == (not lost)
+    assert result.cam_similarity.images in (IMAGES - lost, 0)
+
+
+def test_a_layer_that_is_never_finite_takes_nothing_from_the_others(
+    networks: dict[str, nn.Module], images: torch.Tensor
+) -> None:
+    ill = copy.deepcopy(networks)
+    with torch.no_grad():
+        ill["student"].stage2.conv.weight.fill_(torch.nan)
+    parts = [list(range(12)), list(range(12, IMAGES))]
+    found, sound = (swept(nets, images, parts, Options()).result() for nets in (ill, networks))
+    whole = found.similarity.layers
+    assert whole[-1] == ("student", "stage2")
+    torch.testing.assert_close(
+        found.similarity.cka[:-1, :-1], sound.similarity.cka[:-1, :-1], rtol=1e-12, atol=1e-12
+    )
+    assert found.similarity.cka[-1].isnan().all()
+    assert {column for _, column in found.similarity.reasons} == {len(whole) - 1}
+    assert all("student stage2" in reason for reason in found.similarity.reasons.values())
+    assert found.similarity.images == IMAGES
+    kept = [match for match in sound.matches if match.student != "stage2"]
+    assert len(found.matches) == len(kept) < len(sound.matches)
+    for mine, its in zip(found.matches, kept, strict=True):
+        torch.testing.assert_close(mine.correlation, its.correlation, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("vectors", [("teacher", "student"), ("teacher",), ("student",)])
+def test_layers_without_cells_have_no_maps_and_do_no_harm(
+    networks: dict[str, nn.Module], images: torch.Tensor, vectors: tuple[str, ...]
+) -> None:
+    layers = {"teacher": ["blocks.*"], "student": ["stage?"]}
+    layers |= {name: [{"teacher": "head", "student": "linear"}[name]] for name in vectors}
+    state = LayerSweep(networks, images, layers=layers, options=Options(explained=1.0))
+    state.update(images, torch.arange(IMAGES))
+    state.merge(LayerSweep(networks, images, layers=layers, options=Options(explained=1.0)))
+    result = state.result()
+    assert result.cam_similarity is None
+    for name, found in result.networks.items():
+        assert all((layer.cams is None) == (name in vectors) for layer in found)
+        assert any(f"{name}: no Grad-CAM at" in note for note in result.notes) == (name in vectors)
+    names = {name: spatial(found, 4) for name, found in result.networks.items()}
+    assert [not names[name] for name in networks] == [name in vectors for name in networks]
+    shown = through_depth(networks, images[:2], ["a", "b"], names)
+    assert len(shown) == (0 if len(vectors) == 2 else 2)
+    for one in shown:
+        assert {name: list(views) for name, views in one.views.items()} == names

@@ -6,7 +6,8 @@ and ReLUs without biases, the sum of gradient times activation is the logit at e
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -27,43 +28,53 @@ Maps = Float[Tensor, "_ _ _"]  # of sizes that differ from layer to layer
 
 @dataclass(frozen=True)
 class CamSums:
-    """Sums over the images explained.
+    """Sums over the images explained; a map that is not finite counts nowhere.
 
     Attributes:
-        images: How many; those with a map that is not finite are left out.
-        scales: Histogram of the maxima in logits, by layer, the first network's first.
+        images: How many have a finite map, by layer, the first network's first.
+        scales: Histogram of the maxima in logits, by layer.
         zero: Images with a blank map, by layer.
         cosine: Sums of cosines, rows of the first network and columns of the second; empty with
             one network.
+        pairs: Images that have finite maps at both.
     """
 
-    images: Int[Tensor, ""]
+    images: Int[Tensor, "layers"]
     scales: Int[Tensor, "layers all_bins"]
     zero: Int[Tensor, "layers"]
     cosine: Float[Tensor, "rows columns"]
+    pairs: Int[Tensor, "rows columns"]
 
     @classmethod
     def empty(cls, layers: Sequence[int]) -> "CamSums":
         """Of no image, for networks with so many layers."""
         rows, columns = (layers[0], layers[1]) if len(layers) == 2 else (0, 0)
         raw = HistogramCounts.empty().raw.expand(sum(layers), -1).clone()
-        return cls(counts(), raw, counts(sum(layers)), zeros(rows, columns))
+        every = sum(layers)
+        return cls(counts(every), raw, counts(every), zeros(rows, columns), counts(rows, columns))
 
     @classmethod
     def of(cls, maps: Sequence[Sequence[Maps]]) -> "CamSums":
-        """Of a batch's raw maps by network and layer."""
-        finite = torch.stack(
-            [torch.isfinite(layer).flatten(1).all(1) for network in maps for layer in network]
-        ).all(0)
-        maps = [[layer[finite] for layer in network] for network in maps]
-        every = [layer for network in maps for layer in network]
-        peaks = [wide(layer).flatten(1).amax(1).clamp_min(0) * layer[0].numel() for layer in every]
-        return cls(
-            torch.tensor(len(every[0])),
-            torch.stack([HistogramCounts.of(peak.cpu()).raw for peak in peaks]),
-            torch.stack([(peak == 0).sum().cpu() for peak in peaks]),
-            _cosines(maps[0], maps[1]) if len(maps) == 2 else zeros(0, 0),
-        )
+        """Of a batch's raw maps by network and layer; a network may have no layer."""
+        found = cls.empty([len(network) for network in maps])
+        sound = [[torch.isfinite(layer).flatten(1).all(1) for layer in part] for part in maps]
+        places = zip(chain(*maps), chain(*sound), strict=True)
+        for place, (layer, good) in enumerate(places):
+            # The number of cells is known also where no map is finite.
+            cells = layer.shape[1] * layer.shape[2]
+            peaks = wide(layer[good]).flatten(1).amax(1).clamp_min(0) * cells
+            found.images[place] = good.sum()
+            found.scales[place] = HistogramCounts.of(peaks.cpu()).raw
+            found.zero[place] = (peaks == 0).sum()
+        if len(maps) != 2 or not all(maps):
+            return found
+        rows, columns = (torch.stack(part).cpu().double() for part in sound)
+        blanked = [
+            [torch.where(good[:, None, None], layer, 0) for layer, good in zip(*part, strict=True)]
+            for part in zip(maps, sound, strict=True)
+        ]
+        cosine, pairs = _cosines(blanked[0], blanked[1]), (rows @ columns.T).long()
+        return replace(found, cosine=cosine, pairs=pairs)
 
     def merged(self, other: "CamSums") -> "CamSums":
         """Of both."""
@@ -72,22 +83,24 @@ class CamSums:
             self.scales + other.scales,
             self.zero + other.zero,
             self.cosine + other.cosine,
+            self.pairs + other.pairs,
         )
 
     def cams(self, layer: int, point: Point) -> Cams:
         """What is told of a layer."""
-        images = int(self.images)
+        images = int(self.images[layer])
         if images == 0:
             return Cams(torch.nan, torch.nan, torch.nan, torch.nan, 0)
         scales = HistogramCounts(self.scales[layer], counts(2)).histogram(point)
         low, scale, high = (middle(scales, share) for share in (0.25, 0.5, 0.75))
         return Cams(scale, low, high, int(self.zero[layer]) / images, images)
 
-    def similarity(self, rows: Sequence[str], columns: Sequence[str]) -> CamSimilarity:
-        """What is told of two networks."""
-        images = int(self.images)
-        cosine = self.cosine / images if images else self.cosine + torch.nan
-        return CamSimilarity(tuple(rows), tuple(columns), cosine, images)
+    def similarity(self, rows: Sequence[str], columns: Sequence[str]) -> CamSimilarity | None:
+        """What is told of two networks; None if one of them has no maps."""
+        if not rows or not columns:
+            return None
+        cosine = torch.where(self.pairs > 0, self.cosine / self.pairs, torch.nan)
+        return CamSimilarity(tuple(rows), tuple(columns), cosine, int(self.pairs.max()))
 
 
 def layer_maps(
@@ -95,7 +108,8 @@ def layer_maps(
 ) -> list[list[Maps]]:
     """Raw maps by network and layer, all of the first network's top class.
 
-    A network with another number of outputs explains its own top class.
+    A network with another number of outputs explains its own top class; one without layers has no
+    maps.
     """
     found: list[list[Maps]] = []
     classes: Tensor | None = None

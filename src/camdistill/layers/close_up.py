@@ -64,11 +64,11 @@ def close_up(
         on_step: Called after each layer and each step of making images.
     """
     names = [layer.name for layer in layers]
-    fields = receptive_fields(network, sample.images, names)
+    fields = receptive_fields(network, sample.images, names) if names else {}
     for layer in layers:
         found = None
         if sample.masks:
-            found = dissect(network, sample.images, sample.masks, [layer.name])[layer.name]
+            found = dissect(network, sample.images, sample.masks, [layer.name]).get(layer.name)
         asked = (chosen or {}).get(layer.name)
         units = interesting(layer, how.units, found) if asked is None else tuple(asked)
         if not units:

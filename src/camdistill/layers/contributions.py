@@ -47,7 +47,7 @@ class Contribution:
         return (self.gradients.clamp_min(0) * self.activations).sum(1) * cells
 
     def strongest(self, image: int, count: int) -> Int[Tensor, "chosen"]:
-        """Units with the largest alpha in one image, the largest first."""
+        """Units whose alpha is largest in magnitude in one image, the largest first."""
         units = self.alphas.shape[1]
         return self.alphas[image].abs().topk(min(count, units)).indices
 
@@ -64,7 +64,8 @@ def contributions(
         classes: One class an image; None is each image's own top class.
 
     Returns:
-        Logits, classes, and what each layer contributes, on the CPU in float32.
+        Logits, classes, and what each layer contributes, on the CPU in float32; of no layers,
+        nothing.
 
     Raises:
         UserError: A class has no gradient at one of the layers.
@@ -75,7 +76,7 @@ def contributions(
         found = explain(network, asked, layers, classes, grad="activations", maps=False)
         chosen = found.logits.gather(1, found.classes.view(-1, 1)).sum()
         outputs = [found.activations[layer] for layer in layers]
-        gradients = torch.autograd.grad(chosen, outputs, allow_unused=True)
+        gradients = torch.autograd.grad(chosen, outputs, allow_unused=True) if outputs else ()
     by_layer = {}
     for layer, output, gradient in zip(layers, outputs, gradients, strict=True):
         if gradient is None:

@@ -21,6 +21,8 @@ from camdistill.networks.capture import capture, plain, undisturbed
 from camdistill.types import Images
 
 TOPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+ROOM = 256 << 20  # bytes of units' levels at the images' size
+COPIES = 3  # a level, whether it is above a threshold, and that as a number again
 DETECTOR = 0.04  # the paper's: a unit with this IoU or more is a detector
 
 # Of their own size, so that a misfit is told in words.
@@ -69,6 +71,7 @@ def dissect(
     layers: Sequence[str],
     *,
     chunk: int = 64,
+    room: int = ROOM,
 ) -> dict[str, Dissection]:
     """What units respond to, by layer.
 
@@ -78,13 +81,18 @@ def dissect(
         masks: Where each concept is in each image, by name, at the images' size.
         layers: Layers [B, K, h, w]; see `networks.capture`.
         chunk: Images in one forward.
+        room: Bytes for units stretched to the images' size; as many units at once as fit, one in
+            any case. Changes nothing but memory.
+
+    Returns:
+        By layer; nothing for fewer than 2 images, as there are no two halves.
 
     Raises:
-        UserError: Fewer than 2 images, or masks that don't fit them.
+        UserError: The masks don't fit the images.
     """
     count = len(images)
     if count < 2:
-        raise UserError(f"{count} image: dissection needs two halves, so give 2 or more")
+        return {}
     wrong = [name for name, mask in masks.items() if mask.shape != (count, *images.shape[2:])]
     if wrong or not masks:
         raise UserError(
@@ -96,7 +104,7 @@ def dissect(
     tallies: dict[str, list[_Tally]] = {}
     with undisturbed(network):
         for layer, values in _sampled(network, images[0::2], layers, chunk).items():
-            thresholds[layer] = _quantiles(values)
+            thresholds[layer] = _quantiles(values, images.shape[2:], room)
         for start in range(0, count, chunk):
             part = images[start : start + chunk]
             with capture(network, layers) as outputs:
@@ -107,9 +115,11 @@ def dissect(
                 for number, chosen in enumerate((~half, half)):
                     if chosen.any():
                         both[number].add(
-                            _stretched(outputs[layer][chosen], part.shape[2:]),
+                            outputs[layer][chosen],
                             concepts[start : start + len(part)][chosen],
                             thresholds[layer],
+                            part.shape[2:],
+                            room,
                         )
     return {layer: _told(layer, tuple(masks), *tallies[layer]) for layer in layers}
 
@@ -123,17 +133,19 @@ class _Tally:
         self.concepts: Tensor | int = 0
         self.pixels = 0
 
-    def add(self, levels: Tensor, concepts: Tensor, thresholds: Tensor) -> None:
-        """Counts some images: levels [B, K, P], concepts [B, N, P], thresholds [T, K]."""
-        units = levels.shape[1]
+    def add(
+        self, output: Tensor, concepts: Tensor, thresholds: Tensor, size: Sequence[int], room: int
+    ) -> None:
+        """Counts some images: output [B, K, h, w], concepts [B, N, P], thresholds [T, K]."""
         known = concepts.transpose(0, 1).flatten(1).float()
         both, own = [], []
-        for threshold in thresholds:
-            above = (levels > threshold[:, None]).transpose(0, 1).reshape(units, -1).float()
-            both.append((above @ known.T).double())
-            own.append(above.sum(1).double())
-        self.both = self.both + torch.stack(both)
-        self.units = self.units + torch.stack(own)
+        for units in _slices(output, size, room):
+            levels = _stretched(output[:, units], size).transpose(0, 1).flatten(1)
+            counted = [_overlaps(levels > one[:, None], known) for one in thresholds[:, units]]
+            both.append(torch.stack([shared for shared, _ in counted]))
+            own.append(torch.stack([alone for _, alone in counted]))
+        self.both = self.both + torch.cat(both, 1)
+        self.units = self.units + torch.cat(own, 1)
         self.concepts = self.concepts + known.sum(1).double()
         self.pixels += known.shape[1]
 
@@ -153,6 +165,12 @@ class _Tally:
         return both / (unit + concept - both).clamp_min(1e-12)
 
 
+def _overlaps(above: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels that units [K, P] share with concepts [N, P], and those that they have."""
+    numbers = above.float()
+    return (numbers @ known.T).double(), numbers.sum(1).double()
+
+
 def _told(layer: str, concepts: tuple[str, ...], choosing: _Tally, telling: _Tally) -> Dissection:
     best = (choosing.iou() - choosing.chance()).argmax(0, keepdim=True)
     tops = torch.tensor(TOPS, dtype=torch.float64)[best[0]]
@@ -168,28 +186,38 @@ def _told(layer: str, concepts: tuple[str, ...], choosing: _Tally, telling: _Tal
 def _sampled(
     network: nn.Module, images: Images, layers: Sequence[str], chunk: int
 ) -> dict[str, Tensor]:
-    """Activations [K, S] of at most 64 evenly spread images, by layer, at the layer's own grid."""
+    """Outputs [S, K, h, w] of at most 64 evenly spread images, by layer."""
     places = torch.linspace(0, len(images) - 1, min(len(images), 64)).long()
     found: dict[str, list[Tensor]] = {}
     for part in torch.split(images[places], chunk):
         with capture(network, layers) as outputs:
             plain(network)(part)
         for layer, output in outputs.items():
-            values = _stretched(output, part.shape[2:])
-            # Every seventh pixel: 7 shares no factor with sides and strides.
-            found.setdefault(layer, []).append(values[:, :, ::7])
-    return {layer: torch.cat(parts).transpose(0, 1).flatten(1) for layer, parts in found.items()}
+            found.setdefault(layer, []).append(output)
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
-def _quantiles(values: Float[Tensor, "units samples"]) -> Float[Tensor, "tops units"]:
+def _quantiles(output: Tensor, size: Sequence[int], room: int) -> Float[Tensor, "tops units"]:
     """Thresholds above which the shares `TOPS` lie; at least 0, as an inactive unit has no mask."""
-    ordered = values.sort(dim=1).values
-    last = ordered.shape[1] - 1
-    places = [round((1 - top) * last) for top in TOPS]
-    return ordered[:, places].T.clamp_min(0)
+    found = []
+    for units in _slices(output, size, room):
+        # Every seventh pixel: 7 shares no factor with sides and strides.
+        values = _stretched(output[:, units], size)[:, :, ::7].transpose(0, 1).flatten(1)
+        ordered = values.sort(dim=1).values
+        last = ordered.shape[1] - 1
+        places = [round((1 - top) * last) for top in TOPS]
+        found.append(ordered[:, places].T.clamp_min(0))
+    return torch.cat(found, 1)
+
+
+def _slices(output: Tensor, size: Sequence[int], room: int) -> list[slice]:
+    """Units of an output [B, K, h, w] that fit into so many bytes at the images' size."""
+    units, values = output.shape[1], len(output) * size[0] * size[1]
+    width = max(room // (4 * COPIES * values), 1)
+    return [slice(start, start + width) for start in range(0, units, width)]
 
 
 def _stretched(output: Tensor, size: Sequence[int]) -> Tensor:
     """A layer's output at the images' size, [B, K, pixels]."""
-    values = wide(output).float()
+    values = wide(output).float().contiguous()  # one way to compute, whatever the slice
     return F.interpolate(values, tuple(size), mode="bilinear", align_corners=False).flatten(2)

@@ -58,55 +58,59 @@ def grams(output: Tensor) -> list[Float[Tensor, "_ _"]]:
 
 @dataclass(frozen=True)
 class CkaSums:
-    """Sums over groups, each times its images.
+    """Sums over groups, each times its images: every pair of layers by the images sound at both.
 
     Attributes:
-        images: Of groups that took part.
-        groups: How many took part.
-        hsic: Of all pairs of layers.
-        power: Mean square of the Gram matrices without their diagonals.
+        images: Of groups in which a pair took part.
+        groups: In how many it did.
+        hsic: Of the pair.
+        own: Of the row's layer with itself, over the same images.
+        power: Mean square of the row's Gram matrix without its diagonal, over the same images.
     """
 
-    images: Int[Tensor, ""]
-    groups: Int[Tensor, ""]
+    images: Int[Tensor, "layers layers"]
+    groups: Int[Tensor, "layers layers"]
     hsic: Float[Tensor, "layers layers"]
-    power: Float[Tensor, "layers"]
+    own: Float[Tensor, "layers layers"]
+    power: Float[Tensor, "layers layers"]
 
     @classmethod
     def empty(cls, layers: int) -> "CkaSums":
         """Of no image."""
-        return cls(counts(), counts(), zeros(layers, layers), zeros(layers))
+        sums = [zeros(layers, layers) for _ in range(3)]
+        return cls(counts(layers, layers), counts(layers, layers), *sums)
 
     @classmethod
-    def of(cls, products: Sequence[Sequence[Tensor]], sound: Bool[Tensor, "batch"]) -> "CkaSums":
+    def of(
+        cls, products: Sequence[Sequence[Tensor]], sound: Bool[Tensor, "layers batch"]
+    ) -> "CkaSums":
         """Of a batch.
 
         Args:
             products: What `grams` gave, by layer.
-            sound: Images whose activations are finite at every layer; the others are left out.
+            sound: Images whose activations are finite, by layer.
         """
         found = cls.empty(len(products))
-        for number, good in enumerate(torch.split(sound, groups(len(sound)))):
+        for number, good in enumerate(torch.split(sound, groups(sound.shape[1]), 1)):
             found = found.merged(cls._of_group([layer[number] for layer in products], good))
         return found
 
     @classmethod
     def _of_group(cls, products: Sequence[Tensor], sound: Tensor) -> "CkaSums":
-        chosen = sound.nonzero().flatten()
-        count = len(chosen)
-        if count < FEWEST:
-            return cls.empty(len(products))
         whole = torch.stack([one.cpu() for one in products]).double()
-        if count < len(sound):
-            whole = whole[:, chosen[:, None], chosen]
         whole.diagonal(dim1=1, dim2=2).zero_()
-        rows, flat = whole.sum(2), whole.flatten(1)
-        totals = rows.sum(1)
-        hsic = flat @ flat.T
-        power = hsic.diagonal() / (count * (count - 1))
-        hsic = hsic + totals[:, None] * totals / ((count - 1) * (count - 2))
-        hsic = (hsic - rows @ rows.T * (2 / (count - 2))) / (count * (count - 3))
-        return cls(torch.tensor(count), torch.tensor(1), count * hsic, count * power)
+        if sound.all():
+            count = torch.tensor(float(sound.shape[1]), dtype=torch.float64)
+            hsic, own, power = _hsic(whole, count)
+        else:
+            good = sound.double()
+            whole = torch.where(sound[:, :, None] & sound[:, None], whole, 0)
+            count = good @ good.T
+            hsic, own, power = _hsic_of_both(whole, good, count)
+        told = (count >= FEWEST).expand_as(hsic)
+        count = count.expand_as(hsic)
+        sums = [torch.where(told, count * one, 0) for one in (hsic, own, power)]
+        return cls(torch.where(told, count, 0).long(), told.long(), *sums)
 
     def merged(self, other: "CkaSums") -> "CkaSums":
         """Of both."""
@@ -114,6 +118,7 @@ class CkaSums:
             self.images + other.images,
             self.groups + other.groups,
             self.hsic + other.hsic,
+            self.own + other.own,
             self.power + other.power,
         )
 
@@ -123,36 +128,78 @@ class CkaSums:
         Args:
             layers: (network, name) of each.
         """
-        own = self.hsic.diagonal()
-        constant = own <= CONSTANT * self.power
-        scale = torch.where(constant, torch.nan, own).rsqrt()
-        cka = self.hsic * scale[:, None] * scale
+        constant = self.own <= CONSTANT * self.power
+        scale = torch.where(constant, torch.nan, self.own).rsqrt()
+        cka = self.hsic * scale * scale.T
         reasons: dict[tuple[int, int], str] = {}
+        told = self.images > 0
         for row in range(len(layers)):
             for column in range(row, len(layers)):
-                if int(self.images) == 0:
+                lost = [place for place in (row, column) if not told[place, place]]
+                if lost and told.any():
+                    network, name = layers[lost[0]]
+                    reasons[row, column] = (
+                        f"{network} {name} has no group with {FEWEST} images whose values are "
+                        "finite"
+                    )
+                elif not told[row, column]:
                     reasons[row, column] = f"no group had {FEWEST} sound images or more"
-                elif constant[row] or constant[column]:
-                    network, name = layers[row if constant[row] else column]
+                elif constant[row, column] or constant[column, row]:
+                    network, name = layers[row if constant[row, column] else column]
                     reasons[row, column] = f"{network} {name} is the same for every image"
-        return Similarity(tuple(layers), cka, reasons, int(self.images), int(self.groups))
+        most = [int(one.max()) if len(layers) else 0 for one in (self.images, self.groups)]
+        return Similarity(tuple(layers), cka, reasons, most[0], most[1])
+
+
+def _hsic(whole: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """HSIC of all pairs, of each layer with itself, and power, of Gram matrices [L, n, n]."""
+    rows, flat = whole.sum(2), whole.flatten(1)
+    products = flat @ flat.T
+    hsic = _estimate(products, rows.sum(1)[:, None] * rows.sum(1), rows @ rows.T, count)
+    power = products.diagonal() / (count * (count - 1))
+    return hsic, hsic.diagonal()[:, None].expand_as(hsic), power[:, None].expand_as(hsic)
+
+
+def _hsic_of_both(
+    whole: Tensor, good: Float[Tensor, "layers n"], count: Float[Tensor, "layers layers"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where each layer has unsound images of its own, whose rows and columns are 0.
+
+    Products of two Gram matrices then hold the images sound at both; sums of one need the other's.
+    """
+    flat, squares = whole.flatten(1), whole.square().flatten(1)
+    both = (good[:, :, None] * good[:, None]).flatten(1)
+    rows = torch.einsum("iab,jb->ija", whole, good) * good  # [i, j]: of i, over what is sound at j
+    totals, powers = flat @ both.T, squares @ both.T
+    cross = torch.einsum("ija,jia->ij", rows, rows)
+    hsic = _estimate(flat @ flat.T, totals * totals.T, cross, count)
+    own = _estimate(powers, totals.square(), rows.square().sum(2), count)
+    return hsic, own, powers / (count * (count - 1))
+
+
+def _estimate(products: Tensor, totals: Tensor, cross: Tensor, count: Tensor) -> Tensor:
+    """The estimator in the module's docstring; meaningless with fewer than 4 images."""
+    hsic = products + totals / ((count - 1) * (count - 2)) - cross * (2 / (count - 2))
+    return hsic / (count * (count - 3))
 
 
 @dataclass(frozen=True)
 class MatchSums:
-    """Sums over images that are finite at every layer, of channels' spatial means.
+    """Sums of channels' spatial means, of each pair of layers over the images sound at both.
+
+    All are by the student's layer; its partners are the teacher's layers that it is compared with,
+    whose channels stand side by side.
 
     Attributes:
-        images: How many.
-        totals: Sum, of the teacher's layers and of the student's, one after another.
-        squares: Sum of squares of the same.
-        cross: For each of the student's layers, products with the teacher's channels that it is
-            compared with.
+        images: How many, by partner.
+        partners: Sums and sums of squares of the partners' channels.
+        own: Sums and sums of squares of the layer's channels, by partner.
+        cross: Products.
     """
 
-    images: Int[Tensor, ""]
-    totals: tuple[Float[Tensor, "_"], ...]
-    squares: tuple[Float[Tensor, "_"], ...]
+    images: tuple[Int[Tensor, "_"], ...]
+    partners: tuple[Float[Tensor, "2 _"], ...]
+    own: tuple[Float[Tensor, "_ 2 _"], ...]
     cross: tuple[Float[Tensor, "_ _"], ...]
 
     @classmethod
@@ -161,7 +208,7 @@ class MatchSums:
         teacher: Sequence[Tensor],
         student: Sequence[Tensor],
         pairs: Sequence[range],
-        sound: Bool[Tensor, "batch"],
+        sound: tuple[Bool[Tensor, "teacher_layers batch"], Bool[Tensor, "student_layers batch"]],
     ) -> "MatchSums":
         """Of a batch.
 
@@ -169,20 +216,22 @@ class MatchSums:
             teacher: Means [B, C] by layer.
             student: The same.
             pairs: The teacher's layers that each of the student's is compared with.
-            sound: Images that count.
+            sound: Images that count, by layer, of the teacher and of the student.
         """
-        chosen = sound.nonzero().flatten()
-        first = [layer[chosen] for layer in teacher]
-        second = [layer[chosen] for layer in student]
-        return cls(
-            torch.tensor(len(chosen)),
-            tuple(layer.sum(0) for layer in (*first, *second)),
-            tuple(layer.square().sum(0) for layer in (*first, *second)),
-            tuple(
-                torch.cat([first[place] for place in partners], 1).T @ layer
-                for partners, layer in zip(pairs, second, strict=True)
-            ),
+        first, second = (
+            [torch.where(good[:, None], layer, 0) for layer, good in zip(part, mask, strict=True)]
+            for part, mask in zip((teacher, student), sound, strict=True)
         )
+        good, its = (mask.to(torch.float64) for mask in sound)
+        images, sums, own, cross = [], [], [], []
+        for partners, layer, mask in zip(pairs, second, its, strict=True):
+            whole = torch.cat([first[place] for place in partners], 1)
+            chosen = good[list(partners)]
+            images.append((chosen @ mask).long())
+            sums.append(torch.stack([mask @ whole, mask @ whole.square()]))
+            own.append(torch.stack([chosen @ layer, chosen @ layer.square()], 1))
+            cross.append(whole.T @ layer)
+        return cls(tuple(images), tuple(sums), tuple(own), tuple(cross))
 
     @classmethod
     def empty(
@@ -190,40 +239,59 @@ class MatchSums:
     ) -> "MatchSums":
         """Of no image, for layers of so many channels."""
         nothing = [[zeros(0, count) for count in channels] for channels in (teacher, student)]
-        return cls.of(nothing[0], nothing[1], pairs, torch.zeros(0, dtype=torch.bool))
+        sound = [torch.zeros(len(channels), 0, dtype=torch.bool) for channels in (teacher, student)]
+        return cls.of(nothing[0], nothing[1], pairs, (sound[0], sound[1]))
 
     def merged(self, other: "MatchSums") -> "MatchSums":
         """Of both."""
         sums = [
             tuple(one + two for one, two in zip(mine, its, strict=True))
             for mine, its in (
-                (self.totals, other.totals),
-                (self.squares, other.squares),
+                (self.images, other.images),
+                (self.partners, other.partners),
+                (self.own, other.own),
                 (self.cross, other.cross),
             )
         ]
-        return MatchSums(self.images + other.images, sums[0], sums[1], sums[2])
+        return MatchSums(sums[0], sums[1], sums[2], sums[3])
+
+    @property
+    def most(self) -> int:
+        """Images of the pair of layers that has most."""
+        return max((int(one.max()) for one in self.images), default=0)
 
     def matches(
-        self, teacher: Sequence[str], student: Sequence[str], pairs: Sequence[range]
+        self,
+        teacher: Sequence[tuple[str, int]],
+        student: Sequence[str],
+        pairs: Sequence[range],
     ) -> tuple[Match, ...]:
-        """Of every pair of layers that was asked for; none with fewer than 2 images."""
-        count = int(self.images)
-        if count < 2:
-            return ()
-        means = [total / count for total in self.totals]
-        powers = [square / count for square in self.squares]
-        variances = [power - mean.square() for power, mean in zip(powers, means, strict=True)]
+        """Of every pair of layers that was asked for and has 2 images or more.
+
+        Args:
+            teacher: (name, channels) of its layers.
+            student: Names of its layers.
+            pairs: As in `of`.
+        """
         found = []
         for number, partners in enumerate(pairs):
-            own = len(teacher) + number
-            blocks = torch.split(self.cross[number], [len(means[place]) for place in partners])
-            for place, block in zip(partners, blocks, strict=True):
-                cross = block / count - means[place][:, None] * means[own]
+            widths = [teacher[place][1] for place in partners]
+            blocks = torch.split(self.cross[number], widths)
+            sums = torch.split(self.partners[number], widths, 1)
+            for order, place in enumerate(partners):
+                count = int(self.images[number][order])
+                if count < 2:
+                    continue
+                mean, power = sums[order] / count
+                own_mean, own_power = self.own[number][order] / count
                 table = correlation(
-                    cross, powers[place], powers[own], variances[place], variances[own]
+                    blocks[order] / count - mean[:, None] * own_mean,
+                    power,
+                    own_power,
+                    power - mean.square(),
+                    own_power - own_mean.square(),
                 )
-                found.append(_match(teacher[place], student[number], table, count))
+                found.append(_match(teacher[place][0], student[number], table, count))
         return tuple(found)
 
 

@@ -219,7 +219,7 @@ class Cams:
         scale_low: First quartile of the same.
         scale_high: Third quartile of the same.
         zero_share: Share of images whose ReLU map is 0 everywhere.
-        images: How many were explained.
+        images: How many were explained; without those whose map is not finite.
     """
 
     scale: float
@@ -319,8 +319,9 @@ class Similarity:
         layers: (network, name) of each row and column.
         cka: NaN where it can't be told; `reasons` says why.
         reasons: By (row, column), row <= column.
-        images: How many took part; a group of fewer than 4 can't.
-        batches: In how many groups, of at most 64 images each.
+        images: How many took part, at most: of a pair of layers those whose values are finite at
+            both; a group of fewer than 4 can't.
+        batches: In how many groups, at most, of at most 64 images each.
     """
 
     layers: tuple[tuple[str, str], ...]
@@ -348,8 +349,8 @@ class CamSimilarity:
         teacher: Names of its layers.
         student: Names of its layers.
         cosine: Mean over images of the cosine of ReLU maps on the smaller of the two grids; 0 for
-            an image of which one map is blank.
-        images: How many were explained.
+            an image of which one map is blank; NaN without an image that has both.
+        images: How many have both maps, at most.
     """
 
     teacher: tuple[str, ...]
@@ -370,8 +371,10 @@ class Sweep:
             how many images it used at most; a layer that met values which are not finite says its
             own number.
         similarity: None if not asked for.
-        matches: For each student's layer, with the teacher's layers it was compared with.
-        cam_similarity: None with one network, or if not asked for.
+        matches: For each student's layer, with the teacher's layers it was compared with and shares
+            2 images with, whose values are finite at both.
+        cam_similarity: None with one network, if not asked for, or if all layers of one network are
+            vectors.
         notes: What a reader must know: what was sampled, what was left out and why.
     """
 

@@ -185,14 +185,14 @@ class LayerSweep:
 
     def _compared(self, glances: Mapping[str, Glance]) -> dict[str, State]:
         """CKA and unit matching: what needs all layers of all networks."""
-        layers = [one for glance in glances.values() for one in glance.numbers]
-        sound = torch.stack([one.sound for one in layers]).all(0)
+        sound = [torch.stack([one.sound for one in g.numbers]) for g in glances.values()]
         found: dict[str, State] = {}
         if self.plan.options.cka:
-            found["cka"] = CkaSums.of([one for g in glances.values() for one in g.products], sound)
+            products = [one for g in glances.values() for one in g.products]
+            found["cka"] = CkaSums.of(products, torch.cat(sound))
         if self.plan.matched:
             first, second = ([one.mean for one in g.numbers] for g in glances.values())
-            found["match"] = MatchSums.of(first, second, self.plan.pairs, sound)
+            found["match"] = MatchSums.of(first, second, self.plan.pairs, (sound[0], sound[1]))
         return found
 
     def _probed(
@@ -225,6 +225,8 @@ class LayerSweep:
         if not len(wanted):
             return {}
         layers = {name: self.plan.explained(name) for name in self.networks}
+        if not any(layers.values()):
+            return {}
         maps = layer_maps(self.networks, layers, images[wanted.to(images.device)])
         return {"cams": CamSums.of(maps)}
 

@@ -32,9 +32,11 @@ def told(plan: Plan, states: Mapping[str, State]) -> Sweep:
         used["cka"] = similarity.images
     if plan.matched:
         sums = _state(states, "match", MatchSums)
-        first, second = ([one.name for one in plan.layers[name]] for name in plan.networks)
-        matches = sums.matches(first, second, plan.pairs)
-        used["matching"] = int(sums.images)
+        first, second = (plan.layers[name] for name in plan.networks)
+        matches = sums.matches(
+            [(one.name, one.shape[0]) for one in first], [one.name for one in second], plan.pairs
+        )
+        used["matching"] = sums.most
     if plan.options.probes:
         told_images = [
             one.probe.images for layers in networks.values() for one in layers if one.probe
@@ -42,7 +44,7 @@ def told(plan: Plan, states: Mapping[str, State]) -> Sweep:
         used["probe"] = max(told_images)
     if plan.options.explained:
         cams = _state(states, "cams", CamSums)
-        used["grad_cam"] = int(cams.images)
+        used["grad_cam"] = int(cams.images.max()) if len(cams.images) else 0
         if len(plan.networks) == 2:
             rows, columns = (
                 [layer.name for layer in plan.explained(name)] for name in plan.networks
@@ -135,8 +137,8 @@ def _notes(
             notes.append(f"{network}: no Grad-CAM at {', '.join(partial)}, a single cell each")
     if plan.options.cka and used["cka"] < used["histogram"]:
         notes.append(
-            f"CKA uses {used['cka']} of {used['histogram']} images: those that are finite at every "
-            f"layer, in groups of {FEWEST} or more"
+            f"CKA uses {used['cka']} of {used['histogram']} images at most: of two layers those "
+            f"that are finite at both, in groups of {FEWEST} or more"
         )
     if plan.matched and any(len(part) < len(plan.layers[plan.networks[0]]) for part in plan.pairs):
         width = len(plan.pairs[0])

@@ -21,7 +21,7 @@ class LayerView:
     Attributes:
         grad_cam: Raw, in logits.
         layer_cam: Likewise.
-        units: Those chosen, or those with the largest alpha, the largest first.
+        units: Those chosen, or those whose alpha is largest in magnitude, largest first.
         alphas: Theirs.
         features: Their activations.
     """
@@ -94,8 +94,13 @@ def through_depth(
         names: What the images are called.
         layers: By network.
         features: Feature maps kept of a layer.
-        units: Of which units, by layer; of other layers those with the largest alpha.
+        units: Of which units, by layer; of other layers those whose alpha is largest in magnitude.
+
+    Returns:
+        By image; nothing if no network has a layer to show.
     """
+    if not any(layers.values()):
+        return []
     found: list[ThroughDepth] = []
     for start in range(0, len(images), CHUNK):
         part = images[start : start + CHUNK]
