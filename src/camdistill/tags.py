@@ -198,7 +198,10 @@ _GRID = _stem(
 )
 
 # Against depth: the step is the layer's depth in percent, not a training step.
-_DEPTH = " Step: depth in percent, 0 the first layer and 100 the last; a run a network."
+_DEPTH = (
+    " Step: depth in percent, 0 the first layer and 100 the last (of more than 101 layers in"
+    " thousandths, to 1000); a run a network."
+)
 _PROFILES = {
     "active": "Share of values above 0 after the non-linearity.",
     "dead": "Share of units that gave 0 everywhere. Of a student it is an alarm; of a teacher a"

@@ -130,6 +130,29 @@ def test_stopped_early_leaves_a_report_of_what_was_done(
     assert not results["units"]
 
 
+def test_mistake_after_the_sweep_loses_nothing_that_was_computed(tmp_path: Path, capsys) -> None:
+    given = ["--teacher", "resnet20", "--data", "shapes", "--layers", "layer3", "--steps", "0"]
+    out = tmp_path / "out"
+    assert main(["analyze", *given, "--count", "1", "--out", str(out)]) == 2
+    assert "dissection needs two halves" in capsys.readouterr().err
+    results = json.loads((out / "results.json").read_text())
+    assert results["unfinished"] == "stopped during the look at units"
+    assert results["networks"]["teacher"]["layer3"]["active"] >= 0
+    assert "This report is partial" in (out / "report.md").read_text()
+    assert list((out / "pictures").glob("2_maps-through_depth*.png"))
+
+
+def test_mistake_before_the_sweep_keeps_the_earlier_report(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(out), "--pictures", "0"]
+    given += ["--count", "8", "--cards", "0"]
+    assert main(["analyze", *given, "--layers", "layer3"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for wrong in (["--layers", "layr3"], ["--units", "fc:1"], ["--size", "0"]):
+        assert main(["analyze", *given, *wrong]) == 2
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

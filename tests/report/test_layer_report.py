@@ -15,12 +15,14 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch import nn
 
 from camdistill import tags
+from camdistill.errors import UserError
 from camdistill.layers.histograms import octaves
 from camdistill.layers.profiles import profiles
 from camdistill.networks.students import ShallowCNN
 from camdistill.report.layer_report import LayerReport, front_page, standardised
 from camdistill.report.opening import Opening
 from camdistill.report.tensorboard import scalars
+from camdistill.report.written import Written
 
 
 def _events(folder: Path) -> EventAccumulator:
@@ -226,3 +228,77 @@ def test_report_written_again_replaces_the_earlier_events(tmp_path: Path, subjec
         opening.sweep()
         report.finish(opening.found)
     assert len(scalars(tmp_path / "network")[tags.profile("active")]) == 2
+
+
+def test_report_that_never_began_leaves_the_earlier_one_alone(opened: Opening) -> None:
+    folder = opened.report.folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    LayerReport(folder, ("teacher", "student"))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_report_of_another_network_leaves_nothing_of_the_earlier_one(
+    tmp_path: Path, subject
+) -> None:
+    network = ShallowCNN(8, (4, 5), (1, 2)).eval()
+    (tmp_path / "kept.txt").write_text("of somebody else")
+    for name, pictures in (("student", 2), ("teacher", 1)):
+        report = LayerReport(tmp_path, (name,))
+        opening = Opening({name: network}, subject, report)
+        opening.sweep()
+        opening.filters()
+        opening.through_depth(pictures)
+        report.finish(opening.found)
+    assert not list((tmp_path / "student").glob("*events*"))
+    files = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert "2_maps-through_depth.png" in files
+    assert "2_maps-through_depth-1.png" not in files
+    assert not any("student" in name for name in files)
+    assert "student" not in front_page(tmp_path)
+    assert (tmp_path / "kept.txt").exists()
+
+
+@pytest.mark.parametrize("file", ["teacher/events.out.tfevents.1.x.1.0", "results.json"])
+def test_what_others_wrote_is_refused_and_intact(tmp_path: Path, file: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("of a training run")
+    with pytest.raises(UserError, match="give another --out"):
+        LayerReport(tmp_path, ("teacher",))
+    assert path.read_text() == "of a training run"
+
+
+def test_list_of_what_was_written_reaches_nothing_outside_its_folder(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside.txt", tmp_path / "folder"
+    outside.write_text("kept")
+    folder.mkdir()
+    (folder / "written.txt").write_text(f"../outside.txt\n{outside}\n")
+    Written(folder).clear()
+    assert outside.exists()
+
+
+def test_every_one_of_150_layers_has_its_own_step(tmp_path: Path, subject) -> None:
+    parts = [part for _ in range(150) for part in (nn.Conv2d(3, 3, 1), nn.ReLU())]
+    network = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8))
+    report = LayerReport(tmp_path, ("network",))
+    few = replace(subject, order=subject.order[:4])
+    opening = Opening({"network": network.eval()}, few, report)
+    opening.sweep()
+    opening.filters()
+    report.finish(opening.found)
+    read = scalars(tmp_path / "network")
+    for tag, count in ((tags.profile("active"), 150), (tags.WEIGHT_NORM, 151)):
+        steps = [step for step, _ in read[tag]]
+        assert len(set(steps)) == len(steps) == count
+        assert (steps[0], steps[-1]) == (0, 1000)
+
+
+def test_dead_layer_keeps_its_step_in_the_ridges(tmp_path: Path, subject) -> None:
+    network = ShallowCNN(8, (4, 5, 5), (1, 2, 2)).eval()
+    network.stage2.bn.bias.data.fill_(-100.0)
+    report = LayerReport(tmp_path, ("network",))
+    opening = Opening({"network": network}, subject, report)
+    opening.sweep()
+    report.finish(opening.found)
+    assert opening.found.sweep.layer("network", "stage2").post.zero_share == 1
+    assert [e.step for e in _events(tmp_path / "network").Tensors(tags.RIDGE)] == [0, 1, 2]

@@ -99,15 +99,23 @@ def analyze(
             stage = "the pairs of units"
             if cards:
                 opening.pairs(cards)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, UserError) as reason:
             if opening.found is None:
                 raise
             opening.stopped(stage)
-    assert opening.found is not None, "swept"
-    seconds = time.monotonic() - started
-    results = opening.report.finish(opening.found, seconds=seconds, sha256=shown.sha256)
+            if isinstance(reason, UserError):
+                # What was computed until then may have taken hours.
+                _finish(opening, shown, started)
+                raise
+    results = _finish(opening, shown, started)
     _tell(opening, out)
     return results
+
+
+def _finish(opening: Opening, shown: Shown, started: float) -> dict[str, object]:
+    assert opening.found is not None, "swept"
+    seconds = time.monotonic() - started
+    return opening.report.finish(opening.found, seconds=seconds, sha256=shown.sha256)
 
 
 def _subject(source: Source, shown: Shown) -> Subject:

@@ -250,12 +250,7 @@ def _log_layers(logger: TensorBoardLogger, found: Sweep, step: int) -> None:
     for layer in layers:
         edges, counts = octaves(layer.post)
         tag = tags.log10(f"{layer.order:02d}.{layer.name}")
-        logger.log_histogram(tag, *_filled(edges.numpy(), counts.numpy()), step)
-
-
-def _filled(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A dead layer has no values above 0: an empty bin, so that its step is there."""
-    return (edges, counts) if len(counts) else (np.array([-1.0, 1.0]), np.zeros(1))
+        logger.log_histogram(tag, edges.numpy(), counts.numpy(), step)
 
 
 def _log_weights(logger: TensorBoardLogger, summaries: dict[str, WeightSummary], step: int) -> None:

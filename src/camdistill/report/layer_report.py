@@ -5,8 +5,7 @@ The parts are written as they are found, so that a report that was stopped holds
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,12 @@ from camdistill.layers.filters import (
     FilterBank,
     WeightSummary,
     binned_weights,
-    weight_rows,
 )
 from camdistill.layers.findings import Finding
 from camdistill.layers.histograms import octaves, quantile, rebinned
 from camdistill.layers.pairing import Pair
 from camdistill.layers.portraits import Portrait
-from camdistill.layers.profiles import profiles, rows_by_layer
+from camdistill.layers.profiles import profiles
 from camdistill.layers.summary import Histogram, LayerSummary
 from camdistill.layers.through_depth import ThroughDepth
 from camdistill.report.figures.pictures import Picture, save_png
@@ -37,10 +35,13 @@ from camdistill.report.layer_figures import (
     unit_picture,
     weight_picture,
 )
+from camdistill.report.layer_numbers import analysis_results
 from camdistill.report.layer_page import GROUPS, findings_page, layers_page, report_page
 from camdistill.report.results import write_atomically, write_results
 from camdistill.report.tensorboard import TensorBoardLogger, front_page_url
+from camdistill.report.written import EVENTS, Written
 
+FILES = ("report.md", "results.json")
 REPORT = "report"  # the run of what belongs to no network alone
 _TAGS = {"best_cka": tags.BEST_CKA, "matched": tags.MATCHED, "zeros": tags.ZEROS}
 _TAGS |= {"nonfinite": tags.NONFINITE}
@@ -72,32 +73,48 @@ class LayerReport:
     def __init__(self, folder: Path, networks: tuple[str, ...]) -> None:
         self.folder = folder
         self.files: dict[str, list[str]] = {}
-        for run in (REPORT, *networks):
-            # An earlier report in this folder would be drawn into the same charts.
-            for file in (folder / run).glob("events.out.tfevents.*"):
-                file.unlink()
-        self._loggers = {
-            run: TensorBoardLogger(folder, name="", version=run) for run in (REPORT, *networks)
-        }
+        self._written = Written(folder)
+        self._runs = (REPORT, *networks)
+        self._written.demand_free(self._runs, FILES)
+        self._opened: dict[str, TensorBoardLogger] = {}
+
+    @property
+    def _loggers(self) -> dict[str, TensorBoardLogger]:
+        """One a run; at the first one an earlier report goes, and not before: a mistake in what
+        was asked for shows until then.
+        """
+        if not self._opened:
+            # It would be drawn into the same charts.
+            self._written.clear()
+            for run in self._runs:
+                logger = TensorBoardLogger(self.folder, name="", version=run)
+                logger.experiment.flush()
+                for file in (self.folder / run).glob(EVENTS):
+                    self._written.add(file)
+                self._opened[run] = logger
+        return self._opened
 
     def show(self, tag: str, picture: Picture, run: str = REPORT, step: int = 0) -> None:
         """Writes one picture, for TensorBoard and as a file."""
         self._loggers[run].log_picture(tag, picture, step)
         parts = [tag, *([run] if run != REPORT else []), *([str(step)] if step else [])]
         name = re.sub(r"[^\w.-]", "-", "-".join(parts))
-        save_png(self.folder / "pictures" / f"{name}.png", picture)
+        path = self._written.add(self.folder / "pictures" / f"{name}.png")
+        save_png(path, picture)
         self.files.setdefault(tag, []).append(f"pictures/{name}.png")
 
     def sweep(self, found: Analysis) -> None:
         """What a sweep gives: profiles, ridges, charts, findings."""
         written = set()
+        whole = steps(map(len, found.sweep.networks.values()))
         for name, lines in profiles(found.sweep).items():
             tag = _TAGS.get(name, tags.profile(name))
             written.add(tag)
             for network, line in lines.items():
                 for depth, value in zip(line.depth, line.values, strict=True):
                     if not math.isnan(value):
-                        self._loggers[network].log_metrics({tag: value}, round(depth))
+                        step = round(depth * whole / 100)
+                        self._loggers[network].log_metrics({tag: value}, step)
         for network, layers in found.sweep.networks.items():
             for layer in layers:
                 self._ridge(network, layer)
@@ -107,24 +124,23 @@ class LayerReport:
         self._loggers[REPORT].log_text(tags.FINDINGS, findings_page(found))
 
     def _ridge(self, network: str, layer: LayerSummary) -> None:
+        # Of a dead layer there are no bins, and its step is there all the same.
         edges, counts = octaves(layer.post)
-        if len(counts):
-            self._loggers[network].log_histogram(
-                tags.RIDGE, edges.numpy(), counts.numpy(), layer.order
-            )
-        if layer.pre is not None and layer.pre.finite:
+        self._loggers[network].log_histogram(tags.RIDGE, edges.numpy(), counts.numpy(), layer.order)
+        if layer.pre is not None:
             self._loggers[network].log_histogram(
                 tags.RIDGE_BEFORE, *standardised(layer.pre), layer.order
             )
 
     def weights(self, weights: Mapping[str, Mapping[str, WeightSummary]]) -> None:
         """Every layer's weights and norms."""
+        whole = steps(map(len, weights.values()))
         for network, layers in weights.items():
             last = max(len(layers) - 1, 1)
             for number, summary in enumerate(layers.values()):
                 norm = float(summary.norms.median())
                 if math.isfinite(norm):
-                    step = round(100 * number / last)
+                    step = round(whole * number / last)
                     self._loggers[network].log_metrics({tags.WEIGHT_NORM: norm}, step)
                 self._loggers[network].log_histogram(
                     tags.WEIGHTS_RIDGE, *binned_weights(summary, relative=True), number
@@ -173,16 +189,17 @@ class LayerReport:
         sha256: Mapping[str, str | None] | None = None,
     ) -> dict[str, object]:
         """Writes the page and the numbers, closes the events; gives back the numbers."""
-        page = f"[The cards that matter, on top]({self.link()})\n\n{tags.how_to_read(GROUPS)}"
-        self._loggers[REPORT].log_text(tags.HOW_TO_READ, page)
+        guide = f"[The cards that matter, on top]({self.link()})\n\n{tags.how_to_read(GROUPS)}"
+        self._loggers[REPORT].log_text(tags.HOW_TO_READ, guide)
         self._loggers[REPORT].log_text(tags.FINDINGS, findings_page(found), 1)
         self._loggers[REPORT].log_text(tags.LAYERS, layers_page(found))
         for logger in self._loggers.values():
             logger.finalize("success")
         text = report_page(found, self.files)
-        write_atomically(self.folder / "report.md", text.encode())
+        page, numbers = (self._written.add(self.folder / name) for name in FILES)
+        write_atomically(page, text.encode())
         results = analysis_results(found)
-        write_results(self.folder / "results.json", results, seconds=seconds, sha256=sha256)
+        write_results(numbers, results, seconds=seconds, sha256=sha256)
         return results
 
     def link(self, base: str = "http://localhost:6006") -> str:
@@ -201,11 +218,7 @@ def _layout(written: Collection[str]) -> dict[str, dict[str, list[str]]]:
 
 def front_page(folder: Path, base: str = "http://localhost:6006") -> str:
     """A link to TensorBoard with a report's best cards on top."""
-    runs = [
-        run.name
-        for run in sorted(folder.iterdir())
-        if run.is_dir() and run.name != REPORT and any(run.glob("events.out.tfevents.*"))
-    ]
+    runs = [run for run in Written(folder).runs if run != REPORT]
     # The teacher first, whatever the alphabet says.
     runs.sort(key=lambda run: run != "teacher")
     return front_page_url(
@@ -223,72 +236,23 @@ def front_page(folder: Path, base: str = "http://localhost:6006") -> str:
     )
 
 
+def steps(layers: Iterable[int]) -> int:
+    """The step of depth 1: percent, or so many tenths of it that no two layers share a step.
+
+    Args:
+        layers: How many each network has.
+    """
+    whole, most = 100, max(layers, default=0)
+    while most - 1 > whole:
+        whole *= 10
+    return whole
+
+
 def standardised(before: Histogram) -> tuple[np.ndarray, np.ndarray]:
     """Edges and counts of 60 bins: shares of the magnitude that 99.9 % of the values stay below."""
+    edges = np.linspace(-1.0, 1.0, 61)
+    if not before.finite:
+        return edges, np.zeros(60)
     low, high = quantile(before, 0.0005)[0], quantile(before, 0.9995)[1]
     spread = max(abs(low), abs(high)) or 1.0
-    edges = np.linspace(-1.0, 1.0, 61)
     return edges, rebinned(before, torch.from_numpy(edges) * spread).numpy()
-
-
-def analysis_results(found: Analysis) -> dict[str, object]:
-    """What `results.json` holds."""
-    sweep = found.sweep
-    results: dict[str, object] = {
-        "n": sweep.images,
-        "data": found.data,
-        "used": dict(sweep.used),
-        "notes": list(sweep.notes),
-        "unfinished": found.unfinished,
-        "findings": [asdict(one) for one in found.findings],
-        "networks": rows_by_layer(sweep),
-        "weights": {network: weight_rows(rows) for network, rows in found.weights.items()},
-    }
-    if sweep.similarity is not None:
-        results["cka"] = {
-            "layers": [list(pair) for pair in sweep.similarity.layers],
-            "values": sweep.similarity.cka,
-            "images": sweep.similarity.images,
-            "batches": sweep.similarity.batches,
-        }
-    if sweep.cam_similarity is not None:
-        results["cam_cosine"] = {
-            "teacher": list(sweep.cam_similarity.teacher),
-            "student": list(sweep.cam_similarity.student),
-            "values": sweep.cam_similarity.cosine,
-            "images": sweep.cam_similarity.images,
-        }
-    results["matches"] = [
-        {
-            "teacher": match.teacher,
-            "student": match.student,
-            "best": match.best,
-            "correlation": match.correlation,
-            "partner": match.partner,
-            "partner_correlation": match.partner_correlation,
-            "images": match.images,
-        }
-        for match in sweep.matches
-    ]
-    results["pairs"] = {
-        layer: [asdict(pair) for pair in pairs] for layer, pairs in found.pairs.items()
-    }
-    results["units"] = {
-        network: {
-            layer: [_unit_row(one) for one in portraits] for layer, portraits in layers.items()
-        }
-        for network, layers in found.portraits.items()
-    }
-    return results
-
-
-def _unit_row(one: Portrait) -> dict[str, object]:
-    return {
-        "unit": one.unit,
-        "sees": one.seen,
-        "images": [patch.image for patch in one.patches],
-        "values": [patch.value for patch in one.patches],
-        "reached": one.reached,
-        "natural": one.natural,
-        "concepts": [list(concept) for concept in one.concepts],
-    }

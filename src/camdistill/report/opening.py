@@ -16,7 +16,7 @@ from camdistill.distill.training import as_images
 from camdistill.errors import UserError, nearest
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.close_up import Closeness, Sample, close_up
-from camdistill.layers.filters import first_filters, weight_summaries
+from camdistill.layers.filters import FilterBank, first_filters, weight_summaries
 from camdistill.layers.findings import findings
 from camdistill.layers.pairing import clearest_pairs
 from camdistill.layers.plan import Options
@@ -132,7 +132,12 @@ class Opening:
     def filters(self) -> None:
         """First filters and all weights."""
         example = self.subject.fetch(self.subject.order[:1])
-        banks = {name: first_filters(net, example) for name, net in self.networks.items()}
+        banks: dict[str, FilterBank] = {}
+        for name, network in self.networks.items():
+            try:
+                banks[name] = first_filters(network, example)
+            except UserError as reason:
+                self._note(str(reason))
         weights = {name: weight_summaries(net, name) for name, net in self.networks.items()}
         for name, bank in banks.items():
             self.report.filters(name, bank)
@@ -146,9 +151,14 @@ class Opening:
         sweep = self._known.sweep
         numbers = np.sort(self.subject.order[:count])
         layers = {name: spatial(sweep.networks[name], ACROSS, self.units) for name in self.networks}
+        networks = {name: network for name, network in self.networks.items() if layers[name]}
+        for name in self.networks.keys() - networks.keys():
+            self._note(f"no layer of the {name} has a map: all give one number a unit (1x1)")
+        if not networks:
+            return
         names = [str(self.subject.images.names[number]) for number in numbers.tolist()]
         shown = through_depth(
-            self.networks, self.subject.fetch(numbers), names, layers, units=self.units
+            networks, self.subject.fetch(numbers), names, layers, units=self.units
         )
         for number, picture in enumerate(shown):
             self.report.picture(number, picture, self.subject.classes)
@@ -175,6 +185,8 @@ class Opening:
             self.on_step("units", done, total)
 
         for name, network in self.networks.items():
+            if not wanted[name]:
+                continue
             drawn: dict[str, tuple[Portrait, ...]] = {}
             for layer, found in close_up(
                 network, wanted[name], sample, how, chosen=self.units, on_step=step
@@ -224,6 +236,11 @@ class Opening:
         known = self._known
         self.found = replace(known, unfinished=known.unfinished or f"stopped during {stage}")
 
+    def _note(self, text: str) -> None:
+        """Adds to what a reader must know."""
+        sweep = replace(self._known.sweep, notes=(*self._known.sweep.notes, text))
+        self.found = replace(self._known, sweep=sweep)
+
     @property
     def _known(self) -> Analysis:
         assert self.found is not None, "swept first"
@@ -249,6 +266,11 @@ class Opening:
             if not fitting:
                 swept = nearest(name, [layer.name for layer in known])
                 raise UserError(f"no layer '{name}' is looked at; {swept}. --layers adds more")
+            if any(layer.shape[1] * layer.shape[2] == 1 for layer in fitting):
+                raise UserError(
+                    f"{name} gives one number a unit (1x1), so there is no place in the image to "
+                    "show: leave it out of --units"
+                )
             if max(units) >= min(layer.shape[0] for layer in fitting):
                 most = min(layer.shape[0] for layer in fitting) - 1
                 raise UserError(f"{name} has no unit {max(units)}; it has 0 to {most}")

@@ -1,0 +1,73 @@
+"""What an analysis wrote into its folder, so that the next one there removes that and no more.
+
+`written.txt` has a line a file, relative to the folder, and gets it before the file is written: a
+run that was killed leaves nothing that nobody owns.
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from camdistill.errors import UserError
+
+LIST = "written.txt"
+EVENTS = "events.out.tfevents.*"
+
+
+class Written:
+    """The list of one folder.
+
+    Attributes:
+        folder: Where.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def files(self) -> list[Path]:
+        """What an analysis wrote, in this folder or below it; files that are gone too."""
+        try:
+            lines = (self.folder / LIST).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        inside = [Path(line) for line in lines if line and ".." not in Path(line).parts]
+        return [self.folder / path for path in dict.fromkeys(inside) if not path.is_absolute()]
+
+    @property
+    def runs(self) -> list[str]:
+        """Folders of TensorBoard's events that it wrote."""
+        events = [file for file in self.files if file.match(EVENTS) and file.is_file()]
+        return list(dict.fromkeys(file.parent.name for file in events))
+
+    def demand_free(self, runs: Sequence[str], files: Collection[str]) -> None:
+        """Before a long analysis: nothing of others is where it will write.
+
+        Raises:
+            UserError: Somebody else's events or results are there.
+        """
+        own = set(self.files)
+        there = [file for run in runs for file in sorted((self.folder / run).glob(EVENTS))]
+        there += [self.folder / name for name in files if (self.folder / name).exists()]
+        foreign = [file for file in there if file not in own]
+        if foreign:
+            raise UserError(
+                f"{foreign[0]} is there, and no analysis listed in {LIST} wrote it; give another "
+                "--out"
+            )
+
+    def clear(self) -> None:
+        """Removes what an earlier analysis wrote, and folders that this leaves empty."""
+        files = self.files
+        for file in files:
+            file.unlink(missing_ok=True)
+        for folder in {file.parent for file in files} - {self.folder}:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        (self.folder / LIST).unlink(missing_ok=True)
+
+    def add(self, path: Path) -> Path:
+        """Notes a file that is about to be written, and gives it back."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LIST).open("a", encoding="utf-8") as file:
+            file.write(f"{path.relative_to(self.folder).as_posix()}\n")
+        return path
