@@ -64,6 +64,19 @@ def swept(given: Given, rank: int, world: int, file: Path) -> None:
     save_state(file, state.state_dict())
 
 
+def relative_gap(one: torch.Tensor, two: torch.Tensor) -> float:
+    """The largest difference over the largest finite value; infinite where NaN meets a number."""
+    one, two = one.double(), two.double()
+    same = (one == two) | (one.isnan() & two.isnan())
+    gap = torch.where(same, 0, (one - two).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    largest = float(gap.max()) if gap.numel() else 0.0
+    if largest == 0:
+        return 0.0
+    finite = two[two.isfinite()].abs()
+    scale = float(finite.max()) if len(finite) else 0.0
+    return largest / scale if scale else torch.inf
+
+
 def main() -> None:
     """Prints differences by statistic, and what stands out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -95,9 +108,7 @@ def main() -> None:
     differences: dict[str, float] = {}
     for name, value in whole.items():
         key = name.rpartition("/")[2].rstrip(".0123456789")
-        scale = float(value.double().abs().max()) if value.numel() else 0.0
-        gap = (merged[name].double() - value.double()).abs()
-        relative = float(gap[~gap.isnan()].max()) / scale if scale else 0.0
+        relative = relative_gap(merged[name], value)
         exact = not value.is_floating_point()
         key = f"{key}{' (integers)' * exact}"
         differences[key] = max(differences.get(key, 0.0), relative)

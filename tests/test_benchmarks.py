@@ -1,10 +1,12 @@
 """The benchmarks run, small: they assert that what they compare is the same."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -33,3 +35,23 @@ def test_four_engines_give_the_same_maps() -> None:
     # One class: at most half of any peer's memory.
     for row in (megabytes_and_ratios[:4], megabytes_and_ratios[8:12]):
         assert min(row[1:]) > 2
+
+
+def test_a_split_sweep_differs_where_nan_meets_a_number() -> None:
+    place = BENCHMARKS / "layer_sweep_split.py"
+    spec = importlib.util.spec_from_file_location("layer_sweep_split", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    nan, infinite = torch.nan, torch.inf
+    for one, two, expected in (
+        ([1.0, nan, -infinite], [1.0, nan, -infinite], 0.0),
+        ([1.0, nan], [1.0, 2.0], infinite),
+        ([1.0, 2.0], [1.0, nan], infinite),
+        ([1.0, infinite], [1.0, 4.0], infinite),
+        ([1.0, 3.0], [1.0, 4.0], 0.25),
+        ([1e-9], [0.0], infinite),
+        ([], [], 0.0),
+    ):
+        assert module.relative_gap(torch.tensor(one), torch.tensor(two)) == expected, (one, two)

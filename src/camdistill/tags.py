@@ -218,8 +218,8 @@ _PROFILES = {
     "participation": "Participation ratio of the same directions, as a share of what was possible.",
     "saturation": "Smallest share of directions that holds 99 % of the variance.",
     "largest": "The largest value anywhere.",
-    "probe": "Accuracy of a linear readout of the layer's spatial means, each batch predicted from"
-    " those before it.",
+    "probe": "Accuracy of a linear readout of the layer's spatial means on held-out images, a"
+    " fifth of all (1,000 at most), fitted on the others.",
     "probe_untrained": "The same of the network with random weights: what the architecture gives.",
     "cam_scale": "Grad-CAM's largest value times the number of cells, in logits: median over"
     " images.",

@@ -70,13 +70,16 @@ def student(seed: int) -> nn.Module:
     return trained(copy.deepcopy(teacher(seed)), 8, seed + 5000, 0.01)
 
 
-def swept(first: nn.Module, second: nn.Module) -> Sweep:
+def swept(first: nn.Module, second: nn.Module, *, default: bool = False) -> Sweep:
+    """At every ReLU and stage, or where a report looks by default."""
     images, _ = shapes("test", IMAGES)
     layers = {
         name: ["*relu*"] if isinstance(network, CifarResNet) else ["stage?"]
         for name, network in (("teacher", first), ("student", second))
     }
-    state = LayerSweep({"teacher": first, "student": second}, images, layers=layers)
+    state = LayerSweep(
+        {"teacher": first, "student": second}, images, layers=None if default else layers
+    )
     for start in range(0, IMAGES, 64):
         part = images[start : start + 64]
         state.update(part, torch.arange(start, start + len(part)))
@@ -97,6 +100,16 @@ def places(network: nn.Module) -> list[Place]:
         ]
     blocks = [(f"layer{n}.0", getattr(network, f"layer{n}")[0]) for n in (1, 2, 3)]
     return [(f"{name}.relu#0", block.conv1, block.bn1, block.conv2) for name, block in blocks]
+
+
+def stem(network: nn.Module) -> Place:
+    return "relu", network.conv1, network.bn1, network.layer1[0].conv1
+
+
+def block_ends(network: nn.Module) -> list[Place]:
+    """Blocks, whose units are the sum of a convolution's and the shortcut's."""
+    blocks = [(f"layer{n}.0", getattr(network, f"layer{n}")[0]) for n in (1, 2, 3)]
+    return [(name, block.conv2, block.bn2, block.conv2) for name, block in blocks]
 
 
 def chosen_units(place: Place, share: float, draw: random.Random, fewest: int = 1) -> list[int]:
@@ -123,6 +136,13 @@ def duplicated(place: Place, draw: random.Random) -> str:
     return "duplicates"
 
 
+def silenced(place: Place, draw: random.Random) -> str:
+    """Whatever the shortcut adds."""
+    for unit in chosen_units(place, draw.uniform(0.01, 0.5), draw):
+        place[2].bias[unit] = -1e3
+    return "dead"
+
+
 def saturated(place: Place, draw: random.Random) -> str:
     for unit in chosen_units(place, draw.uniform(0.3, 1), draw):
         place[2].bias[unit] = draw.uniform(8, 20) * place[2].weight[unit].abs() + 0.1
@@ -145,14 +165,18 @@ FAULTS: list[Callable[[Place, random.Random], str]] = [dead, duplicated, saturat
 
 
 @torch.no_grad()
-def planted(fault: Callable[[Place, random.Random], str], seed: int) -> bool:
+def planted(
+    fault: Callable[[Place, random.Random], str],
+    seed: int,
+    where: Callable[[nn.Module], list[Place]] = places,
+) -> bool:
     """Whether a fault of the student is named at its layer."""
-    draw = random.Random(1000 * FAULTS.index(fault) + seed)
+    draw = random.Random(1000 * (FAULTS.index(fault) if fault in FAULTS else 9) + seed)
     with torch.enable_grad():
         ill = copy.deepcopy(student(seed))
-    place = draw.choice(places(ill))
+    place = draw.choice(where(ill))
     kind = fault(place, draw)
-    named = findings(swept(teacher(seed), ill))
+    named = findings(swept(teacher(seed), ill, default=where is not places))
     return (kind, "student", place[0]) in {(one.kind, one.network, one.layer) for one in named}
 
 
@@ -162,6 +186,17 @@ def test_faults_at_random_layers_and_doses_are_named() -> None:
     hits = {fault.__name__: [planted(fault, seed) for seed in range(20)] for fault in FAULTS}
     assert sum(map(sum, hits.values())) >= 0.95 * 80, hits
     assert all(sum(named) >= 18 for named in hits.values()), hits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [*FAULTS, silenced], ids=lambda fault: fault.__name__)
+def test_faults_of_residual_networks_are_named_where_a_report_looks(
+    fault: Callable[[Place, random.Random], str],
+) -> None:
+    """At the stem, or at a block's end for faults that a shortcut can't undo."""
+    where = block_ends if fault in (silenced, saturated) else lambda network: [stem(network)]
+    named = [planted(fault, seed, where) for seed in range(1, 20, 2)]
+    assert sum(named) >= 9, named
 
 
 @pytest.mark.slow
@@ -204,6 +239,101 @@ def test_values_that_are_not_finite_and_a_collapsed_rank_are_named() -> None:
     kinds = {(one.kind, one.layer) for one in findings(state.result())}
     assert ("not finite", "stage1") in kinds
     assert ("collapsed rank", "stage3") in kinds
+
+
+def at(network: nn.Module, images: torch.Tensor, layers: list[str]) -> tuple[Finding, ...]:
+    state = LayerSweep({"net": network.eval()}, images, layers=layers)
+    state.update(images, torch.arange(len(images)))
+    return findings(state.result())
+
+
+GATES = [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0.0, 50.0)]
+OTHERS = [nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(2), nn.Softmax2d()]
+
+
+@pytest.mark.parametrize("module", [*GATES, *OTHERS], ids=lambda module: type(module).__name__)
+def test_only_what_cuts_at_0_can_be_always_on(module: nn.Module) -> None:
+    """A sigmoid is above 0 everywhere, as is a mean of what a ReLU6 let through."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1), module)
+    with torch.no_grad():
+        network[2].bias.fill_(4.0)
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        network[2] = nn.Identity()
+    images = torch.rand(30, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    assert float(network(images).detach().min()) >= 0
+    named = [(one.kind, one.units) for one in at(network, images, ["3"]) if one.kind == "always on"]
+    assert named == ([("always on", tuple(range(8)))] if module in GATES else [])
+
+
+def test_units_that_hardly_ever_act_are_named_at_what_cuts_at_0() -> None:
+    """Unit 2 acts in 1 of 1,200 images, unit 1 in 2: 1 in 600, often enough; unit 0 in all."""
+    network = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
+    with torch.no_grad():
+        network[0].weight.fill_(1.0)
+        network[0].bias.copy_(torch.tensor([1.0, -2.0, -4.0]))
+    images = torch.rand(1200, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    images[400, 0, 1, 2], images[700, 0, 3, 3] = 5.0, 3.0
+    named = [one for one in at(network, images, ["1", "2"]) if one.kind == "nearly dead"]
+    assert [(one.layer, one.units, one.value) for one in named] == [("1", (2,), 1.0)]
+    assert named[0].text == (
+        "net 1: 1 of 3 units active in fewer than one of 1,000 images (1,200 seen): 2"
+    )
+
+
+@pytest.mark.parametrize("module", [nn.Sigmoid(), nn.Tanh(), nn.ReLU6(), nn.ReLU()])
+@pytest.mark.parametrize("steep", [True, False])
+def test_a_layer_at_its_bound_is_named_with_the_units_that_are_there(
+    module: nn.Module, steep: bool
+) -> None:
+    """Values 2 x - 1 for x in [0, 1]: at a slope of 40 most of a unit's are beyond the knee."""
+    network = nn.Sequential(nn.Conv2d(1, 4, 1), module)
+    slopes = torch.tensor([40.0, 40.0, 40.0, 0.1] if steep else [0.1] * 4)
+    with torch.no_grad():
+        network[0].weight.copy_(2 * slopes[:, None, None, None])
+        network[0].bias.copy_(slopes * torch.tensor([-0.2, -0.2, -0.2, -1.0]))
+    images = torch.rand(20, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    bound = {nn.ReLU6: 6.0, nn.ReLU: np.inf}.get(type(module), 1.0)
+    values = abs(network(images).detach().numpy()) >= 0.99 * bound
+    shares = values.mean((0, 2, 3))
+    named = [one for one in at(network, images, ["1"]) if one.kind == "saturated"]
+    if not steep or bound == np.inf:
+        assert named == []
+        return
+    (found,) = named
+    assert found.units == tuple(np.flatnonzero(shares > 0.5)) == (0, 1, 2)
+    assert found.value == pytest.approx(shares.mean())
+    assert f"{100 * shares.mean():.0f} % of the values" in found.text
+
+
+class Kin(nn.Module):
+    """A stage of its own beside a head that every network of the same task has."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU())
+        self.head = nn.Linear(3, 10)
+        for module, number in ((self.stage[0], seed), (self.head, 0)):
+            generator = torch.Generator().manual_seed(number)
+            nn.init.normal_(module.weight, generator=generator)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = 0 * self.stage(images).mean()
+        return self.head(images.mean((2, 3))) + hidden
+
+
+def test_heads_of_one_task_make_no_copies_of_independent_networks() -> None:
+    images = torch.rand(320, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    networks = {"teacher": Kin(1).eval(), "student": Kin(2).eval()}
+    state = LayerSweep(networks, images, layers=["stage.1", "head"])
+    state.update(images, torch.arange(320))
+    result = state.result()
+    heads = next(one for one in result.matches if one.teacher == one.student == "head")
+    assert float(heads.same.median()) > 0.99
+    own = float(result.similarity.between("teacher", "student")[0, 0])
+    assert 0.15 < own < 0.8, "as far as a copy that parts from its teacher"
+    assert findings(result) == ()
 
 
 def test_where_a_copy_parts_from_its_teacher_is_named() -> None:

@@ -32,7 +32,7 @@ def test_streaming_equals_numpy_on_everything_stored(
         state = state.merged(sums(part, rectified=rectified, bound=1.0))
     stored = values.numpy().astype(np.float64)
     by_channel = np.moveaxis(stored, 1, 0).reshape(4, -1)
-    units = state.units(rectified=rectified, bounded=True)
+    units = state.units(gated=rectified, bounded=True)
     assert units.images == 9
     assert units.cells == 15
     np.testing.assert_allclose(units.mean, by_channel.mean(1), rtol=1e-6, atol=1e-7)
@@ -113,9 +113,23 @@ def test_a_layer_that_does_not_vary_has_no_rank() -> None:
 def test_duplicated_channels_are_told(generator: torch.Generator) -> None:
     values = torch.rand(30, 5, 2, 2, generator=generator)
     values[:, 4] = 2 * values[:, 1]
-    ((first, second, alike),) = sums(values).units(rectified=True, bounded=False).duplicates
+    ((first, second, alike),) = sums(values).units(gated=True, bounded=False).duplicates
     assert (first, second) == (1, 4)
     assert alike == pytest.approx(1)
+
+
+def test_all_duplicates_are_counted_and_rare_units_hide_none(generator: torch.Generator) -> None:
+    """80 units are active in the same one image and correlate at 1; 20 units are one unit."""
+    values = torch.zeros(40, 100, 2, 2)
+    values[7, :80] = torch.rand(80, 2, 2, generator=generator) + 1
+    copies = list(range(80, 100))
+    scales = torch.linspace(0.5, 2, 20)[:, None, None]
+    values[:, 80:] = scales * torch.rand(40, 1, 2, 2, generator=generator)
+    units = sums(values).units(gated=True, bounded=False)
+    assert units.duplicate_pairs == 20 * 19 // 2
+    assert units.duplicated == tuple(copies)
+    assert len(units.duplicates) == 64
+    assert {unit for one, two, _ in units.duplicates for unit in (one, two)} <= set(copies)
 
 
 def test_an_image_with_nan_or_infinity_is_left_out_whole(generator: torch.Generator) -> None:
@@ -124,8 +138,8 @@ def test_an_image_with_nan_or_infinity_is_left_out_whole(generator: torch.Genera
     broken[1, 2, 0, 0] = torch.nan
     broken[4, 0, 1, 1] = torch.inf
     broken[4, 0, 1, 2] = -torch.inf
-    expected = sums(values[[0, 2, 3, 5]]).units(rectified=True, bounded=False)
-    found = sums(broken).units(rectified=True, bounded=False)
+    expected = sums(values[[0, 2, 3, 5]]).units(gated=True, bounded=False)
+    found = sums(broken).units(gated=True, bounded=False)
     assert found.images == 4
     for name in ("mean", "variance", "largest", "active", "image_active"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=0)
@@ -133,20 +147,20 @@ def test_an_image_with_nan_or_infinity_is_left_out_whole(generator: torch.Genera
 
 def test_sums_beyond_float32_are_still_right() -> None:
     values = torch.full((2, 1, 4, 4), 3e38)
-    units = sums(values, rectified=True).units(rectified=True, bounded=False)
+    units = sums(values, rectified=True).units(gated=True, bounded=False)
     assert units.images == 2
     assert float(units.mean) == pytest.approx(3e38, rel=1e-6)
 
 
 def test_half_precision_sums_are_made_in_float32() -> None:
     values = torch.full((1, 1, 64, 64), 100.0, dtype=torch.float16)
-    units = sums(values.float(), rectified=True).units(rectified=True, bounded=False)
+    units = sums(values.float(), rectified=True).units(gated=True, bounded=False)
     assert float(units.mean) == 100
 
 
 def test_no_image_tells_nothing() -> None:
     state = UnitSums.empty(3)
-    units = state.units(rectified=True, bounded=True)
+    units = state.units(gated=True, bounded=True)
     assert units.mean.isnan().all()
     assert units.dead == ()
     assert np.isnan(state.rank().effective)

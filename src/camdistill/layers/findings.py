@@ -34,9 +34,7 @@ ALWAYS_ON_SHARE = 0.1  # of a layer's units
 SATURATED_SHARE = 0.5  # of a layer's values
 COLLAPSED = 0.1  # effective rank over the possible one
 FEWEST_DIRECTIONS = 8  # possible rank below which a small one says nothing
-FEWEST_ACTIVE = 20  # images in which a unit must be active to be called another's duplicate
-SAME_SCALE = 0.02  # how far a duplicate's mean and maximum may differ in scale, as log
-SAME_ACTIVE = 0.01  # how far its share of active places may
+FEWEST_UNITS = 8  # of a layer that may tell whether one network is the other's copy
 RELATED = 0.8  # median correlation of units with those of the same number: one network's copies
 CERTAIN = 0.93  # median correlation with partners that no independent networks have
 PARTNER = 0.8  # correlation of a unit with the one it was moved from
@@ -127,8 +125,8 @@ def _always_on(layer: LayerSummary) -> Finding | None:
     if len(units.always_on) < max(ALWAYS_ON_SHARE * layer.channels, 1):
         return None
     text = (
-        f"{_counted(units.always_on, layer)} above 0 at more than 99.9 % of places, where the "
-        f"non-linearity does nothing: {_listed(units.always_on)}"
+        f"{_counted(units.always_on, layer)} above 0 at more than 99.9 % of places, where cutting "
+        f"at 0 does nothing: {_listed(units.always_on)}"
     )
     return _finding("always on", layer, text, units.always_on, len(units.always_on))
 
@@ -154,39 +152,28 @@ def _collapsed(layer: LayerSummary) -> Finding | None:
 
 
 def _duplicates(layer: LayerSummary) -> Finding | None:
-    units = layer.units
-    pairs = [(one, two) for one, two, _ in units.duplicates if _same(layer, one, two)]
-    if not pairs:
+    units, count = layer.units, layer.units.duplicate_pairs
+    if not count:
         return None
-    shown = ", ".join(f"{one} and {two}" for one, two in pairs[:6])
+    shown = ", ".join(f"{one} and {two}" for one, two, _ in units.duplicates[:6])
     text = (
-        f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} of units do the same, up to scale: "
-        f"{shown}{', ...' if len(pairs) > 6 else ''}"
+        f"{count:,} pair{'s' if count > 1 else ''} of units do the same, up to scale: "
+        f"{shown}{', ...' if count > 6 else ''}"
     )
-    concerned = tuple(sorted({unit for pair in pairs for unit in pair}))
-    return _finding("duplicates", layer, text, concerned, len(pairs))
-
-
-def _same(layer: LayerSummary, one: int, two: int) -> bool:
-    """Whether two units whose means correlate are also active alike and of one scale."""
-    units = layer.units
-    rarest = float(units.image_active[[one, two]].min()) * units.images
-    active = abs(float(units.active[one] - units.active[two]))
-    scales = [
-        abs(float(values[one]) / float(values[two])) if float(values[two]) else torch.inf
-        for values in (units.mean, units.largest)
-    ]
-    if min(scales) <= 0 or max(scales) == torch.inf:
-        return False
-    differ = abs(float(torch.tensor(scales[0] / scales[1]).log()))
-    return rarest >= FEWEST_ACTIVE and active <= SAME_ACTIVE and differ <= SAME_SCALE
+    return _finding("duplicates", layer, text, units.duplicated, count)
 
 
 def _of_pair(sweep: Sweep) -> list[Finding]:
     teacher, student = sweep.networks
     twins = [match for match in sweep.matches if match.teacher == match.student]
     twins = [match for match in twins if match.same is not None]
-    related = any(float(_same_number(match).median()) >= RELATED for match in twins)
+    # Heads correlate by design: both are taught the same labels. So do maps of very few units.
+    telling = [
+        match
+        for match in twins
+        if (own := sweep.layer(student, match.student)).spatial and own.channels >= FEWEST_UNITS
+    ]
+    related = any(float(_same_number(match).median()) >= RELATED for match in telling)
     found = []
     for match in twins:
         layer = sweep.layer(student, match.student)

@@ -196,7 +196,7 @@ def _moved(images: Images, generator: torch.Generator) -> Images:
         rows, columns = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
         images = images.roll((rows, columns), (2, 3))
     scales = 0.9 + 0.02 * torch.randint(0, 11, (count,), generator=generator)
-    # Ten times out of thirty not turned at all, as most of what networks see is upright.
+    # 6 of 26 aren't turned at all, as most of what networks see is upright.
     turns = torch.randint(-10, 16, (count,), generator=generator)
     angles = torch.where(turns > 10, 0, turns) * (math.pi / 180)
     cos, sin = angles.cos() / scales, angles.sin() / scales

@@ -38,6 +38,9 @@ class Layer:
         shape: Channels, height and width of the output; (1, 1) for a vector.
         rectified: Whether the module is known to give no negative values.
         relu: Whether it is a plain ReLU: the input's histogram then tells the output's.
+        gated: Whether it gives 0 for whatever is below 0 (ReLU, ReLU6), so that a unit that never
+            does so might as well have no non-linearity. Outputs that merely aren't negative
+            (a sigmoid's, a pooling's after a ReLU) say nothing like it.
         bound: The largest magnitude that the module can give; None if there is none.
     """
 
@@ -48,6 +51,7 @@ class Layer:
     shape: tuple[int, int, int]
     rectified: bool = False
     relu: bool = False
+    gated: bool = False
     bound: float | None = None
 
     @property
@@ -202,6 +206,7 @@ def _layers(chosen: list[_Event], events: list[_Event]) -> tuple[Layer, ...]:
             shape=_shape(read.output),
             rectified=isinstance(module, RECTIFIERS),
             relu=type(module) is nn.ReLU,
+            gated=_cuts_at_zero(module),
             bound=_bound(module),
         )
     return tuple(layers[place] for place in sorted(layers))
@@ -214,6 +219,11 @@ def _shape(output: Tensor) -> tuple[int, int, int]:
 
 def _name(path: str, call: int, calls: Counter[str]) -> str:
     return f"{path}#{call}" if calls[path] > 1 else path
+
+
+def _cuts_at_zero(module: nn.Module) -> bool:
+    # ReLU6 is a Hardtanh
+    return isinstance(module, nn.ReLU) or (isinstance(module, nn.Hardtanh) and module.min_val == 0)
 
 
 def _bound(module: nn.Module) -> float | None:

@@ -106,13 +106,15 @@ class Units:
             ReLU6); None where there is no bound.
         dead: Channels that gave 0 everywhere.
         nearly_dead: Channels above 0 in fewer than one image in a thousand, but not never; empty
-            for a layer that gives negative values.
+            for a layer that doesn't end in a ReLU (or another that cuts at 0).
         always_on: Channels above 0 at more than 99.9 % of places, so that their ReLU does nothing;
-            empty for a layer that gives negative values.
+            empty likewise.
         bound: 3/N: of how many images, at most (95 % confidence), a channel may be active that was
             so in none of N.
-        duplicates: Pairs of channels with the same course over images: (channel, channel,
-            correlation), the most alike first.
+        duplicates: Pairs of channels that do the same up to scale: (channel, channel, correlation
+            of means over images), the most alike first; 64 at most.
+        duplicate_pairs: How many such pairs there are, those beyond 64 too.
+        duplicated: Every channel of such a pair.
     """
 
     images: int
@@ -128,6 +130,8 @@ class Units:
     always_on: tuple[int, ...]
     bound: float
     duplicates: tuple[tuple[int, int, float], ...] = ()
+    duplicate_pairs: int = 0
+    duplicated: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,10 +201,11 @@ class Probe:
     """How well a linear readout of a layer's spatial means tells the label.
 
     Attributes:
-        accuracy: Each batch is predicted by ridge regression on those before it.
-        chance: Share of the commonest label among the images predicted.
+        accuracy: On held-out images, a fifth of all (1,000 at most), by ridge regression on the
+            others.
+        chance: What the commonest label among the others gets on the held-out ones.
         untrained: Of the same layer in the same network with random weights; NaN if not asked.
-        images: How many were predicted.
+        images: How many were held out.
     """
 
     accuracy: float
@@ -264,6 +269,11 @@ class LayerSummary:
     def channels(self) -> int:
         """Number of units."""
         return self.shape[0]
+
+    @property
+    def spatial(self) -> bool:
+        """Whether the output has more than one cell."""
+        return self.shape[1] * self.shape[2] > 1
 
     @property
     def rectified(self) -> bool:

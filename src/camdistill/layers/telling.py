@@ -73,7 +73,7 @@ def _layers(plan: Plan, states: Mapping[str, State], network: str) -> tuple[Laye
                 shape=layer.shape,
                 post=post,
                 pre=pre,
-                units=sums.units(rectified=post.negatives == 0, bounded=layer.bound is not None),
+                units=sums.units(gated=layer.gated, bounded=layer.bound is not None),
                 sparsity=sums.sparsity(),
                 rank=sums.rank(),
                 top=_state(states, f"{key}/top", TopKeys).top(layer.shape[2]),

@@ -60,7 +60,7 @@ def spatial(layers: Sequence[LayerSummary], most: int, wanted: Collection[str] =
         most: At most so many.
         wanted: Shown in any case, besides.
     """
-    names = [layer.name for layer in layers if layer.shape[1] * layer.shape[2] > 1]
+    names = [layer.name for layer in layers if layer.spatial]
     if most >= len(names):
         return names
     places = {round(place * (len(names) - 1) / max(most - 1, 1)) for place in range(most)}
@@ -72,7 +72,7 @@ def stage_ends(layers: Sequence[LayerSummary], most: int) -> list[str]:
     """The last layer of each resolution: at most so many, the deepest."""
     last: dict[tuple[int, int], str] = {}
     for layer in layers:
-        if layer.shape[1] * layer.shape[2] > 1:
+        if layer.spatial:
             last[layer.shape[1], layer.shape[2]] = layer.name
     return list(last.values())[-most:]
 

@@ -20,8 +20,11 @@ NEARLY_DEAD = 1e-3  # active in a smaller share of images
 ALWAYS_ON = 0.999  # active in a larger share of places
 SATURATED = 0.99  # of a non-linearity's bound
 DUPLICATE = 0.999  # correlation of spatial means over images
+FEWEST_ACTIVE = 20  # images in which a unit must be active to be called another's duplicate
+SAME_SCALE = 0.02  # how far a duplicate's mean and maximum may differ in scale, as log
+SAME_ACTIVE = 0.01  # how far its share of active places may
+MOST_DUPLICATES = 64  # pairs kept of a layer; all are counted
 VARIES = 1e-12  # variance over the mean square below which a channel is constant, by rounding
-MOST_DUPLICATES = 64
 
 
 @dataclass(frozen=True)
@@ -202,11 +205,11 @@ class UnitSums:
             self.population + other.population,
         )
 
-    def units(self, *, rectified: bool, bounded: bool) -> Units:
+    def units(self, *, gated: bool, bounded: bool) -> Units:
         """What is told of each channel.
 
         Args:
-            rectified: Whether the layer gives no negative values, so that 0 means inactive.
+            gated: Whether the layer's non-linearity cuts at 0.
             bounded: Whether its non-linearity has a bound.
         """
         images, cells = int(self.images), max(int(self.cells), 1)
@@ -216,7 +219,9 @@ class UnitSums:
         active = self.active.double() / cells + nothing
         image_active = self.image_active.double() / max(images, 1) + nothing
         dead = (self.magnitudes == 0) & (images > 0)
-        nearly = (image_active < NEARLY_DEAD) & (image_active > 0) & rectified
+        first, second, alike = self._duplicates()
+        most = [part[:MOST_DUPLICATES].tolist() for part in (first, second, alike)]
+        nearly = (image_active < NEARLY_DEAD) & (image_active > 0) & gated
         return Units(
             images=images,
             cells=cells // images if images else 0,
@@ -228,9 +233,13 @@ class UnitSums:
             saturated=self.saturated.double() / cells + nothing if bounded else None,
             dead=_ids(dead),
             nearly_dead=_ids(nearly),
-            always_on=_ids((active > ALWAYS_ON) & rectified),
+            always_on=_ids((active > ALWAYS_ON) & gated),
             bound=min(3 / images, 1.0) if images else float("nan"),
-            duplicates=self._duplicates(),
+            duplicates=tuple(
+                (one, two, min(value, 1.0)) for one, two, value in zip(*most, strict=True)
+            ),
+            duplicate_pairs=len(first),
+            duplicated=tuple(sorted({*first.tolist(), *second.tolist()})),
         )
 
     def sparsity(self) -> Sparsity:
@@ -281,17 +290,31 @@ class UnitSums:
             eigenvalues=values,
         )
 
-    def _duplicates(self) -> tuple[tuple[int, int, float], ...]:
+    def _duplicates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs of channels and their correlations, the most alike first.
+
+        Means that correlate aren't enough: two channels that are active in the same one image do.
+        They must be active often, in as many places, and of one scale in mean and maximum.
+        """
+        nothing = counts(0)
         if int(self.images) < 2:
-            return ()
+            return nothing, nothing, zeros(0)
         correlations = correlation(
             self.covariance(), *[self.outer.diagonal() / self.images] * 2
         ).triu(1)
         first, second = (correlations >= DUPLICATE).nonzero(as_tuple=True)
+        rarest = torch.minimum(self.image_active[first], self.image_active[second])
+        places = (self.active[first] - self.active[second]).abs() / self.cells
+        mean, largest = (
+            (values[first] / values[second]).abs() for values in (self.total, self.largest)
+        )
+        # NaN and infinity, of channels that are 0, fail the comparison.
+        same = (mean / largest).log().abs() <= SAME_SCALE
+        same &= (rarest >= FEWEST_ACTIVE) & (places <= SAME_ACTIVE)
+        first, second = first[same], second[same]
         values = correlations[first, second]
-        order = values.argsort(descending=True, stable=True)[:MOST_DUPLICATES]
-        found = zip(*(part[order].tolist() for part in (first, second, values)), strict=True)
-        return tuple((one, two, min(value, 1.0)) for one, two, value in found)
+        order = values.argsort(descending=True, stable=True)
+        return first[order], second[order], values[order]
 
 
 def correlation(
