@@ -59,6 +59,12 @@ def test_page_of_some_groups_names_no_others() -> None:
     assert "`1_overview/" not in page
 
 
+def test_page_of_some_cards_names_no_others() -> None:
+    page = tags.how_to_read(cards=[tags.RIDGE, tags.unit_cards("layer3"), "foreign"])
+    told = re.findall(r"^\| `([^`]+)` ", page, re.MULTILINE)
+    assert told == [tags.RIDGE, "7_units/cards_<layer>"]
+
+
 def test_page_names_every_card() -> None:
     page = tags.how_to_read()
     assert all(f"`{tag}`" in page for tag in CONSTANTS)

@@ -256,6 +256,11 @@ WEIGHTS_RIDGE = _tag(
     f"{FILTERS}/weights",
     "Weights in units of the layer's largest magnitude. Step: number of the layer.",
 )
+NORMS_RIDGE = _tag(
+    f"{FILTERS}/norms",
+    "Lengths of the layer's filters as vectors, as shares of the longest; at 0 are dead ones. Step:"
+    " number of the layer; `norm` has the median itself.",
+)
 
 # Pictures of an analysis.
 FINDINGS = _tag(f"{OVERVIEW}/findings", "What stands out, the most serious first.")
@@ -285,11 +290,17 @@ FIRST_SIZE = _tag(
 )
 WEIGHTS_CHART = _tag(
     f"{FILTERS}/weights_through_depth",
-    "Every layer's weights, and the lengths of its filters.",
+    "Magnitudes of every layer's weights, in powers of ten; the share of zeros at the right.",
+)
+NORMS_CHART = _tag(
+    f"{FILTERS}/norms_chart",
+    "Lengths of every layer's filters as vectors, in powers of ten: a filter far left of the others"
+    " of its layer does next to nothing; the share of those without any weight at the right.",
 )
 THROUGH_DEPTH = _tag(
     f"{MAPS}/through_depth",
-    "Maps of one image at all layers of all networks, all of the first network's top class; the bar"
+    "Maps of one image at all layers of all networks (of more than 60 of a network at 60, evenly"
+    " spread, and the picture says so), all of the first network's top class; the bar"
     " is the map's maximum in logits. Grad-CAM weighs a unit by its mean gradient, which says"
     " little at early layers; LayerCAM weighs each cell by its own."
     " Step: number of the image.",
@@ -316,8 +327,8 @@ _UNITS = _stem(
     f"{UNITS}/cards_",
     "Cards of some units: the pieces of images that excite each most, cut to what it sees, their"
     " mean, an image made to excite it (what it reached before the ReLU, and as a multiple of the"
-    " largest value in the data: above 1 it is further than anything there), the histogram of its"
-    " activations, what it responds to.",
+    " largest value in the data: above 1 it is further than anything there), of a first layer its"
+    " filter, the histogram of its activations, what it responds to.",
 )
 _PAIRS = _stem(
     f"{UNITS}/pairs_",
@@ -327,7 +338,7 @@ _PAIRS = _stem(
 )
 _FEATURES = _stem(
     f"{UNITS}/maps_",
-    "Feature maps of one image: the units whose weight in Grad-CAM is largest.",
+    "Feature maps of one image: the units whose weight in Grad-CAM is largest, up or down.",
 )
 
 
@@ -414,13 +425,26 @@ def describe(tag: str) -> str:
         twin = next((known for known in _DESCRIPTIONS if on_test(known) == tag), None)
         twin = twin or f"{MAPS}/{short(tag)}"
         return f"On test images: {meaning}" if (meaning := describe(twin)) else ""
-    stem = next((stem for stem in _OF_LAYERS if tag.startswith(stem)), None)
+    stem = _stem_of(tag)
     return "" if stem is None else f"Layer {tag.removeprefix(stem)}. {_OF_LAYERS[stem]}"
 
 
-def how_to_read(groups: Collection[str] = ()) -> str:
-    """A Markdown page that says what each card means; of some groups, or of all."""
+def _stem_of(tag: str) -> str | None:
+    """What the layer's name follows in a tag of one layer."""
+    return next((stem for stem in _OF_LAYERS if tag.startswith(stem)), None)
+
+
+def how_to_read(groups: Collection[str] = (), cards: Collection[str] | None = None) -> str:
+    """A Markdown page that says what each card means; of some groups, or of all.
+
+    Args:
+        groups: Which; empty for all.
+        cards: Tags that were written, where no others shall be told.
+    """
     told = _DESCRIPTIONS | {f"{stem}<layer>": text for stem, text in _OF_LAYERS.items()}
+    if cards is not None:
+        known = {tag if tag in _DESCRIPTIONS else f"{_stem_of(tag)}<layer>" for tag in cards}
+        told = {tag: text for tag, text in told.items() if tag in known}
     rows = [
         f"| `{tag}` | {text} |"
         for tag, text in told.items()

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from camdistill.cli import main
+from camdistill.errors import UserError
+from camdistill.networks.capture import bare
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
+from camdistill.report.opening import Opening
 
 QUICK = ["--count", "24", "--steps", "2", "--cards", "1", "--pictures", "1"]
 
@@ -130,16 +133,27 @@ def test_stopped_early_leaves_a_report_of_what_was_done(
     assert not results["units"]
 
 
-def test_mistake_after_the_sweep_loses_nothing_that_was_computed(tmp_path: Path, capsys) -> None:
-    given = ["--teacher", "resnet20", "--data", "shapes", "--layers", "layer3", "--steps", "0"]
+def test_mistake_after_the_sweep_loses_nothing_that_was_computed(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*_: object) -> None:
+        raise UserError("the logits don't depend on it")
+
+    monkeypatch.setattr(Opening, "close_up", mistaken)
+    given = ["--teacher", "resnet20", "--data", "shapes", "--layers", "layer3"]
     out = tmp_path / "out"
-    assert main(["analyze", *given, "--count", "1", "--out", str(out)]) == 2
-    assert "dissection needs two halves" in capsys.readouterr().err
+    assert main(["analyze", *given, *QUICK, "--out", str(out)]) == 2
+    assert "the logits don't depend on it" in capsys.readouterr().err
     results = json.loads((out / "results.json").read_text())
     assert results["unfinished"] == "stopped during the look at units"
     assert results["networks"]["teacher"]["layer3"]["active"] >= 0
     assert "This report is partial" in (out / "report.md").read_text()
     assert list((out / "pictures").glob("2_maps-through_depth*.png"))
+
+
+def test_one_image_is_enough(tmp_path: Path) -> None:
+    given = ["--teacher", "resnet20", "--data", "shapes", "--layers", "layer3", "--steps", "0"]
+    assert main(["analyze", *given, "--count", "1", "--out", str(tmp_path / "out")]) == 0
 
 
 def test_mistake_before_the_sweep_keeps_the_earlier_report(tmp_path: Path, capsys) -> None:
@@ -151,6 +165,31 @@ def test_mistake_before_the_sweep_keeps_the_earlier_report(tmp_path: Path, capsy
     for wrong in (["--layers", "layr3"], ["--units", "fc:1"], ["--size", "0"]):
         assert main(["analyze", *given, *wrong]) == 2
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_networks_and_images_go_to_the_device(tmp_path: Path, monkeypatch) -> None:
+    asked: list[tuple[str, str]] = []
+    moved = Opening.sweep
+
+    def sweep(opening: Opening, *, probes: bool) -> None:
+        (network,) = opening.networks.values()
+        weight = next(bare(network).parameters())
+        asked.append((weight.device.type, opening.subject.device))
+        moved(opening, probes=probes)
+
+    monkeypatch.setattr(Opening, "sweep", sweep)
+    given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(tmp_path / "out")]
+    given += ["--layers", "layer3", "--count", "8", "--cards", "0", "--pictures", "0"]
+    assert main(["analyze", *given, "--device", "cpu"]) == 0
+    assert asked == [("cpu", "cpu")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_that_is_missing_is_a_mistake(tmp_path: Path, capsys) -> None:
+    given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(tmp_path / "out")]
+    assert main(["analyze", *given, "--device", "cuda"]) == 2
+    assert "device is 'cuda', but torch finds no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

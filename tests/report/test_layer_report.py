@@ -19,7 +19,7 @@ from camdistill.errors import UserError
 from camdistill.layers.histograms import octaves
 from camdistill.layers.profiles import profiles
 from camdistill.networks.students import ShallowCNN
-from camdistill.report.layer_report import LayerReport, front_page, standardised
+from camdistill.report.layer_report import LayerReport, front_page, standardised, steps
 from camdistill.report.opening import Opening
 from camdistill.report.tensorboard import scalars
 from camdistill.report.written import Written
@@ -44,6 +44,7 @@ def test_every_card_of_the_sweep_exists_in_the_run_of_its_network(opened: Openin
     known = {run: set(_events(folder / run).Tags()["tensors"]) for run in ("teacher", "student")}
     for run, network in (("teacher", "teacher"), ("student", "student")):
         expected = {tags.RIDGE, tags.RIDGE_BEFORE, tags.WEIGHTS_RIDGE, tags.WEIGHT_NORM}
+        expected |= {tags.NORMS_RIDGE}
         expected |= {tags.FIRST_SHAPE, tags.FIRST_SIZE, tags.ZEROS, tags.NONFINITE}
         expected |= {tags.profile(name) for name in ("active", "dead", "effective_rank", "hoyer")}
         expected |= {tags.BEST_CKA, tags.profile("cam_scale"), tags.profile("cam_blank")}
@@ -54,7 +55,8 @@ def test_every_card_of_the_sweep_exists_in_the_run_of_its_network(opened: Openin
     report = set(_events(folder / "report").Tags()["tensors"])
     assert report == {
         *(tags.PROFILE_CHART, tags.RIDGE_CHART, tags.CKA_CHART, tags.CAM_CHART),
-        *(tags.WEIGHTS_CHART, tags.THROUGH_DEPTH, tags.FINDINGS, tags.HOW_TO_READ, tags.LAYERS),
+        *(tags.WEIGHTS_CHART, tags.NORMS_CHART, tags.THROUGH_DEPTH),
+        *(tags.FINDINGS, tags.HOW_TO_READ, tags.LAYERS),
         *(tags.unit_pairs(layer) for layer in ("stage1", "stage2", "stage3")),
         "custom_scalars__config__",
     }
@@ -90,6 +92,84 @@ def test_ridges_hold_the_counts_of_the_sweep_with_the_layers_number_as_step(
             assert np.allclose(read[layer.order][:, 0], edges[:-1].numpy())
             assert np.allclose(read[layer.order][:, 1], edges[1:].numpy())
             assert np.isfinite(read[layer.order]).all()
+
+
+def test_ridges_of_inputs_weights_and_lengths_hold_every_number(opened: Opening) -> None:
+    for network, layers in opened.found.sweep.networks.items():
+        events = _events(opened.report.folder / network)
+        read = {
+            tag: {event.step: make_ndarray(event.tensor_proto) for event in events.Tensors(tag)}
+            for tag in (tags.RIDGE_BEFORE, tags.WEIGHTS_RIDGE, tags.NORMS_RIDGE)
+        }
+        before = {layer.order: layer.pre for layer in layers if layer.pre is not None}
+        assert read[tags.RIDGE_BEFORE].keys() == before.keys()
+        for order, histogram in before.items():
+            counts = read[tags.RIDGE_BEFORE][order][:, 2]
+            assert 0.998 * histogram.finite <= counts.sum() <= histogram.finite
+        bare = opened.networks[network].network
+        parts = [part for part in bare.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+        assert set(read[tags.WEIGHTS_RIDGE]) == set(range(len(parts)))
+        for number, part in enumerate(parts):
+            weights = part.weight.detach().double().flatten(1).numpy()
+            ridge = read[tags.WEIGHTS_RIDGE][number]
+            assert ridge[:, 2].sum() == pytest.approx(weights.size)
+            below = ridge[ridge[:, 1] <= 1e-9, 2].sum()
+            assert below == pytest.approx((weights < 0).sum(), abs=0.01 * weights.size + 1)
+            lengths = np.sqrt((weights**2).sum(1))
+            ridge = read[tags.NORMS_RIDGE][number]
+            assert ridge[:, 2].sum() == len(lengths)
+            assert ridge[-1, 2] == (lengths >= lengths.max() * 29 / 30).sum()
+
+
+def test_arrays_hold_what_results_leave_out(opened: Opening) -> None:
+    with np.load(opened.report.folder / "numbers.npz", allow_pickle=False) as read:
+        arrays = dict(read)
+    images = opened.subject.fetch(opened.subject.order)
+    student = opened.networks["student"]
+    with torch.no_grad():
+        values = student.network.stage1(student.normalise(images)).double().numpy()
+    own = {
+        name.rpartition("/")[2]: array
+        for name, array in arrays.items()
+        if name.startswith("student/stage1/")
+    }
+    assert np.allclose(own["unit_variance"], values.var((0, 2, 3)), rtol=1e-4)
+    means = values.mean((2, 3))
+    count = len(means)
+    lifetime = (1 - means.mean(0) ** 2 / (means**2).mean(0)) / (1 - 1 / count)
+    assert np.allclose(own["unit_lifetime_sparsity"], lifetime, rtol=1e-3, atol=1e-6)
+    covariance = np.cov(means.T, bias=True)
+    spectrum = np.linalg.eigvalsh(covariance)[::-1]
+    scale = own["eigenvalues"][0] / spectrum[0]
+    assert scale == pytest.approx(1, rel=0.03), "over n or n - 1"
+    assert np.allclose(own["eigenvalues"], scale * spectrum, rtol=1e-3, atol=1e-9)
+    peaks = values.max((2, 3))
+    assert np.allclose(own["top_values"][:, 0], peaks.max(0), rtol=1e-5)
+    assert np.array_equal(own["top_images"][:, 0], opened.subject.order[peaks.argmax(0)])
+    assert own["post_counts"].sum() == values.size
+    assert own["post_edges"].shape == (len(own["post_counts"]) + 1,)
+    assert own["pre_counts"].sum() == values.size
+    weight = student.network.stage1.conv.weight.detach().flatten(1).norm(dim=1)
+    assert np.allclose(arrays["student/stage1.conv/weights_norm"], weight)
+    row = json.loads((opened.report.folder / "results.json").read_text())
+    row = row["networks"]["student"]["stage1"]
+    assert row["cam_scale_low"] <= row["cam_scale"] <= row["cam_scale_high"]
+
+
+def test_page_explains_exactly_the_cards_that_were_written(opened: Opening) -> None:
+    folder = opened.report.folder
+    written = {
+        tag
+        for run in ("report", "teacher", "student")
+        for tag in _events(folder / run).Tags()["tensors"]
+    } - {"custom_scalars__config__"}
+    page = (folder / "report.md").read_text().partition("## Every card")[2]
+    told = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    stems = {card.removesuffix("<layer>") for card in told if card.endswith("<layer>")}
+    assert {card for card in told if not card.endswith("<layer>")} == {
+        tag for tag in written if not any(tag.startswith(stem) for stem in stems)
+    }
+    assert stems == {"7_units/cards_", "7_units/pairs_", "7_units/maps_"}
 
 
 def test_pictures_in_events_are_those_of_the_files(opened: Opening) -> None:
@@ -277,6 +357,14 @@ def test_list_of_what_was_written_reaches_nothing_outside_its_folder(tmp_path: P
     assert outside.exists()
 
 
+@pytest.mark.parametrize("count", [1, 2, 100, 101, 102, 150, 1001, 1002, 3000])
+def test_no_two_layers_share_a_step(count: int) -> None:
+    whole = steps([3, count])
+    assert len({round(place * whole / max(count - 1, 1)) for place in range(count)}) == count
+    assert whole == (100 if count <= 101 else 1000 if count <= 1001 else 10_000)
+
+
+@pytest.mark.slow
 def test_every_one_of_150_layers_has_its_own_step(tmp_path: Path, subject) -> None:
     parts = [part for _ in range(150) for part in (nn.Conv2d(3, 3, 1), nn.ReLU())]
     network = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8))
@@ -288,9 +376,9 @@ def test_every_one_of_150_layers_has_its_own_step(tmp_path: Path, subject) -> No
     report.finish(opening.found)
     read = scalars(tmp_path / "network")
     for tag, count in ((tags.profile("active"), 150), (tags.WEIGHT_NORM, 151)):
-        steps = [step for step, _ in read[tag]]
-        assert len(set(steps)) == len(steps) == count
-        assert (steps[0], steps[-1]) == (0, 1000)
+        found = [step for step, _ in read[tag]]
+        assert len(set(found)) == len(found) == count
+        assert (found[0], found[-1]) == (0, 1000)
 
 
 def test_dead_layer_keeps_its_step_in_the_ridges(tmp_path: Path, subject) -> None:

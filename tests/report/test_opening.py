@@ -1,12 +1,20 @@
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from camdistill.errors import UserError
+from camdistill.layers.close_up import Closeness
+from camdistill.layers.filters import first_filters
+from camdistill.layers.summary import Point
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
+from camdistill.report.first_units import of_first_filters
+from camdistill.report.layer_figures import depth_picture
 from camdistill.report.layer_page import findings_page
 from camdistill.report.layer_report import LayerReport
 from camdistill.report.opening import Opening, Subject
@@ -56,3 +64,76 @@ def test_network_without_convolutions_gets_a_note_in_place_of_filters(
     report.finish(opening.found)
     assert "no two-dimensional convolution" in (tmp_path / "report.md").read_text()
     assert set(opening.found.weights["network"]) == {"3"}
+
+
+def test_first_filters_belong_to_layers_that_no_other_weights_reach(subject: Subject) -> None:
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 8)),
+    ).eval()
+    example = subject.fetch([0])
+    points = [Point("network", path, 0, "post") for path in ("0", "2", "3", "4", "5")]
+    found = of_first_filters(network, example, first_filters(network, example), points)
+    assert [point.path for point in found] == ["0", "2", "3"]
+
+
+def test_card_of_a_first_unit_shows_its_filter(opened: Opening) -> None:
+    bank = opened.found.filters["student"]
+    (one, *_) = opened.found.portraits["student"]["stage1"]
+    tall, wide = bank.weights.shape[2:]
+    unit = bank.weights[one.unit].numpy()
+    factor = round(96 / max(tall, wide))
+    level = np.round((unit / np.abs(unit).max() + 1) / 2 * 255)
+    expected = np.kron(level.transpose(1, 2, 0), np.ones((factor, factor, 1)))
+    name = next((opened.report.folder / "pictures").glob("7_units-cards_stage1-student.png"))
+    page = np.asarray(Image.open(name).convert("RGB")).astype(int)
+    corners = np.argwhere(np.abs(page - expected[0, 0]).max(-1) <= 2)
+    rows, columns = factor * tall, factor * wide
+    assert any(
+        np.abs(page[y : y + rows, x : x + columns] - expected).max() <= 2
+        for y, x in corners
+        if y + rows <= page.shape[0] and x + columns <= page.shape[1]
+    )
+
+
+@pytest.mark.slow
+def test_picture_of_fewer_layers_than_there_are_says_so(tmp_path: Path, subject: Subject) -> None:
+    parts = [part for _ in range(70) for part in (nn.Conv2d(3, 3, 1), nn.ReLU())]
+    network = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8))
+    few = replace(subject, order=subject.order[:2])
+    opening = Opening({"network": network.eval()}, few, LayerReport(tmp_path, ("network",)))
+    said: list[tuple] = []
+    opening.sweep()
+    opening.report.picture = lambda *given: said.append(given)
+    opening.through_depth(1)
+    ((_, picture, _, whole),) = said
+    assert len(picture.views["network"]) == 60
+    assert whole == {"network": 70}
+    tall = depth_picture(picture, (), whole).shape[0]
+    assert tall > depth_picture(picture, (), {"network": 60}).shape[0], "a line more"
+
+
+def test_network_without_maps_or_filters_gets_notes_in_their_place(
+    tmp_path: Path, subject: Subject
+) -> None:
+    class Vectors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.relu, self.linear = nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 8)
+
+        def forward(self, images):
+            return self.linear(self.relu(self.hidden(images.mean((2, 3)))))
+
+    report = LayerReport(tmp_path, ("network",))
+    opening = Opening({"network": Vectors().eval()}, subject, report)
+    opening.sweep()
+    opening.filters()
+    opening.through_depth(2)
+    opening.close_up(Closeness(units=2, steps=2))
+    opening.pairs(2)
+    report.finish(opening.found)
+    page = (tmp_path / "report.md").read_text()
+    assert "no two-dimensional convolution" in page
+    assert "no layer of the network has a map" in page
+    assert not opening.found.portraits
+    assert set(opening.found.weights["network"]) == {"hidden", "linear"}

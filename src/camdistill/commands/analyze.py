@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.progress import Progress, TaskID
@@ -21,6 +22,7 @@ from camdistill.report.layer_report import LayerReport
 from camdistill.report.opening import Opening, Step, Subject
 from camdistill.report.results import Cell, text_table
 
+NUMBERS = "pictures/, results.json, and numbers.npz of every unit"
 STAGES = {"sweep": "every layer, all images", "maps": "maps through depth", "units": "units"}
 
 
@@ -39,6 +41,7 @@ def analyze(
     steps: int = 256,
     pictures: int = 6,
     probes: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
     out: Path = Path("runs/analyze"),
     trust: list[str] = [],  # noqa: B006
 ) -> dict[str, object]:
@@ -65,6 +68,7 @@ def analyze(
         steps: Steps of the images made to excite units; 0 makes none.
         pictures: Images that are shown at all layers.
         probes: Whether labels are read out at each layer, here and in an untrained copy.
+        device: cpu or cuda. Default: a GPU where there is one.
         out: Folder for the report.
         trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
             paths may come from.
@@ -80,7 +84,10 @@ def analyze(
     if list_layers:
         return _listed(networks, side_of(size, shown.size), shown.channels)
     source = source_from(images, data, count=count, size=side_of(size, shown.size))
-    subject = _subject(source, shown)
+    where = _device(device)
+    for network in networks.values():
+        network.to(where)
+    subject = _subject(source, shown, where)
     opening = Opening(
         networks, subject, LayerReport(out, tuple(networks)), layers, _chosen_units(units)
     )
@@ -118,7 +125,7 @@ def _finish(opening: Opening, shown: Shown, started: float) -> dict[str, object]
     return opening.report.finish(opening.found, seconds=seconds, sha256=shown.sha256)
 
 
-def _subject(source: Source, shown: Shown) -> Subject:
+def _subject(source: Source, shown: Shown, device: str) -> Subject:
     fitting = len(source.images.classes) == head_size(shown.teacher.network)
     masks = None
     if source.shapes is not None:
@@ -130,7 +137,14 @@ def _subject(source: Source, shown: Shown) -> Subject:
         masks,
         shown.classes or (source.images.classes if fitting else ()),
         shown.channels,
+        device,
     )
+
+
+def _device(name: Literal["cpu", "cuda"] | None) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but torch finds no GPU: leave out --device, or give cpu")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _chosen_units(words: Sequence[str]) -> dict[str, list[int]]:
@@ -183,5 +197,5 @@ def _tell(opening: Opening, out: Path) -> None:
     if found.findings:
         print(f"What stands out ({found.sweep.images:,} images of {found.data}):")
         print("\n".join(f"  {one.text}" for one in found.findings))
-    print(f"\n{out / 'report.md'} explains every card; pictures/ and results.json beside it")
+    print(f"\n{out / 'report.md'} explains every card; beside it {NUMBERS}")
     print(f"TensorBoard: camdistill report --run {out}")

@@ -106,6 +106,7 @@ def portraits(
     large = exceeds(field, size)
     maps = unit_maps(network, shown, layer.name, units) if large and numbers else None
     values = unit_maps(network, sample, layer.name, units)
+    shown = shown.cpu()
     found = []
     for column, unit in enumerate(units):
         patches = []

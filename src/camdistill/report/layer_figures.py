@@ -9,8 +9,6 @@ from camdistill import tags
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.filters import FilterBank, WeightSummary
 from camdistill.layers.histograms import octaves
-from camdistill.layers.pairing import Pair
-from camdistill.layers.portraits import Portrait
 from camdistill.layers.profiles import profiles
 from camdistill.layers.summary import Histogram
 from camdistill.layers.through_depth import ThroughDepth
@@ -25,13 +23,11 @@ from camdistill.report.figures.depth_maps import LayerMap, depth_panel
 from camdistill.report.figures.pictures import SEQUENTIAL, Picture
 from camdistill.report.figures.tiles import (
     Bar,
-    Tile,
     filter_tiles,
     map_tiles,
     patch_tile,
     tile_grid,
 )
-from camdistill.report.figures.units import PATCH, SIDE, UnitCard, unit_sheet
 
 SHOWN_FILTERS = 128
 FEW = 1000  # values in the fullest bin
@@ -167,13 +163,31 @@ def weight_picture(weights: Mapping[str, Mapping[str, WeightSummary]]) -> Pictur
     ridges = {
         network: {layer: log_histogram(summary.sizes) for layer, summary in layers.items()}
         for network, layers in weights.items()
+        if layers
     }
     return ridge_chart(ridges, title="Weights by layer", axis="magnitude of a weight")
 
 
-def depth_picture(picture: ThroughDepth, classes: Sequence[str]) -> Picture:
-    """One image's maps at all layers."""
+def norm_picture(weights: Mapping[str, Mapping[str, WeightSummary]]) -> Picture:
+    """Lengths of all filters of every layer, as ridges."""
+    ridges = {
+        network: {layer: value_histogram(summary.norms) for layer, summary in layers.items()}
+        for network, layers in weights.items()
+        if layers
+    }
+    return ridge_chart(ridges, title="Filters by layer", axis="length of a filter as a vector")
+
+
+def depth_picture(
+    picture: ThroughDepth, classes: Sequence[str], whole: Mapping[str, int]
+) -> Picture:
+    """One image's maps at all layers; where a network has more than are shown, it says so."""
     first = next(iter(picture.views))
+    fewer = [
+        f"{network}: {len(layers)} of {whole[network]} layers, evenly spread"
+        for network, layers in picture.views.items()
+        if len(layers) < whole[network]
+    ]
     told = [
         f"{network}: {_class(top, classes)} {likely:.2f}"
         for network, (top, likely) in picture.tops.items()
@@ -192,7 +206,7 @@ def depth_picture(picture: ThroughDepth, classes: Sequence[str]) -> Picture:
             },
         },
         title=f"{picture.name}: why {explained}? ({first}'s class)",
-        lines=["   ".join(told)],
+        lines=["   ".join(told), *fewer],
     )
 
 
@@ -220,68 +234,6 @@ def feature_picture(
     )
 
 
-def unit_picture(found: Sequence[Portrait], notes: Mapping[int, Sequence[str]]) -> Picture:
-    """Cards of some units of one layer.
-
-    Args:
-        found: The portraits.
-        notes: What stands out of a unit, by unit.
-    """
-    cards = [card_of(portrait, notes.get(portrait.unit, ())) for portrait in found]
-    return unit_sheet(cards, abreast=2 if len(cards) > 1 else 1)
-
-
-def pair_picture(pairs: Sequence[tuple[Pair, Portrait, Portrait]]) -> Picture:
-    """Cards of units that do the same: the teacher's on the left, the student's on the right."""
-    cards = []
-    for pair, teacher, student in pairs:
-        close = f"correlation {pair.correlation:.2f} over {pair.images:,} images"
-        cards += [
-            card_of(teacher, [f"followed by unit {pair.student[1]}, {close}"]),
-            card_of(student, [f"follows {teacher.layer} unit {pair.teacher[1]}, {close}"]),
-        ]
-    return unit_sheet(cards, abreast=2)
-
-
-def card_of(portrait: Portrait, notes: Sequence[str] = ()) -> UnitCard:
-    """A portrait as a card."""
-    values = portrait.values.numpy()
-    sees = "the whole image" if portrait.seen is None else "{}x{} pixels".format(*portrait.seen)
-    active = float((values > 0).mean())
-    words = f"active at {100 * active:.1f} % of places; largest {portrait.natural:.3g}"
-    patches = [
-        patch_tile(
-            patch.pixels.numpy(),
-            size=PATCH,
-            inside=patch.inside.numpy(),
-            region=None if patch.region is None else patch.region.numpy(),
-            note=f"{patch.value:.3g}",
-        )
-        for patch in portrait.patches
-    ]
-    beside: list[tuple[str, Tile]] = []
-    if portrait.mean is not None:
-        mean = patch_tile(
-            portrait.mean.pixels.numpy(), size=SIDE, inside=portrait.mean.inside.numpy()
-        )
-        beside.append((f"mean of the {len(portrait.patches)}", mean))
-    if portrait.made is not None:
-        ratio = portrait.reached / portrait.natural if portrait.natural > 0 else float("nan")
-        note = f"reached {portrait.reached:.3g}"
-        note += f" ({ratio:.1f}x)" if ratio == ratio else ""
-        beside.append(
-            ("made to excite it", patch_tile(portrait.made.numpy(), size=SIDE, note=note))
-        )
-    return UnitCard(
-        title=f"{portrait.network} {portrait.layer}, unit {portrait.unit}",
-        lines=[f"sees {sees}; {words}", *notes],
-        patches=patches,
-        beside=beside,
-        histogram=_of_values(portrait.values),
-        concepts=portrait.concepts,
-    )
-
-
 def log_histogram(histogram: Histogram) -> LogHistogram:
     """A sweep's histogram as the figures want it."""
     edges, counts = octaves(histogram)
@@ -301,7 +253,8 @@ def log_histogram(histogram: Histogram) -> LogHistogram:
     )
 
 
-def _of_values(values: torch.Tensor) -> LogHistogram:
+def value_histogram(values: torch.Tensor) -> LogHistogram:
+    """Of single values; those below 0 aren't drawn."""
     finite = values[torch.isfinite(values)].double().numpy()
     counts, _ = np.histogram(np.log10(finite[finite > 0]), DECADES)
     zeros = float((finite == 0).mean()) if finite.size else 0.0

@@ -1,11 +1,20 @@
 """An analysis as numbers: what a paper's table or figure is made of."""
 
+import io
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+
+import numpy as np
+from jaxtyping import Shaped
 
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.filters import weight_rows
+from camdistill.layers.histograms import edges
 from camdistill.layers.portraits import Portrait
 from camdistill.layers.profiles import rows_by_layer
+from camdistill.layers.summary import Histogram, LayerSummary
+
+Numbers = Shaped[np.ndarray, "..."]
 
 
 def analysis_results(found: Analysis) -> dict[str, object]:
@@ -18,7 +27,10 @@ def analysis_results(found: Analysis) -> dict[str, object]:
         "notes": list(sweep.notes),
         "unfinished": found.unfinished,
         "findings": [asdict(one) for one in found.findings],
-        "networks": rows_by_layer(sweep),
+        "networks": {
+            network: {name: row | _cams(sweep.layer(network, name)) for name, row in layers.items()}
+            for network, layers in rows_by_layer(sweep).items()
+        },
         "weights": {network: weight_rows(rows) for network, rows in found.weights.items()},
     }
     if sweep.similarity is not None:
@@ -69,3 +81,75 @@ def _unit_row(one: Portrait) -> dict[str, object]:
         "natural": one.natural,
         "concepts": [list(concept) for concept in one.concepts],
     }
+
+
+def _cams(layer: LayerSummary) -> dict[str, object]:
+    """Grad-CAM's quartiles; `cam_scale` is the middle one."""
+    if layer.cams is None:
+        return {}
+    return {
+        "cam_scale_low": layer.cams.scale_low,
+        "cam_scale_high": layer.cams.scale_high,
+        "cam_images": layer.cams.images,
+    }
+
+
+def analysis_arrays(found: Analysis) -> dict[str, Numbers]:
+    """What `numbers.npz` holds: every unit's numbers, whole histograms, spectra.
+
+    Names are `network/layer/what`; weights of a module are `network/module/weights_...`.
+    """
+    arrays: dict[str, Numbers] = {}
+    for network, layers in found.sweep.networks.items():
+        for layer in layers:
+            for name, values in _of_layer(layer):
+                arrays[f"{network}/{layer.name}/{name}"] = values
+    for network, summaries in found.weights.items():
+        for module, summary in summaries.items():
+            stem = f"{network}/{module}/weights"
+            arrays[f"{stem}_norm"] = summary.norms.numpy()
+            arrays[f"{stem}_edges"], arrays[f"{stem}_counts"] = trimmed(summary.signed)
+    return arrays
+
+
+def packed(arrays: Mapping[str, Numbers]) -> bytes:
+    """Arrays as a compressed .npz."""
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    return content.getvalue()
+
+
+def trimmed(
+    histogram: Histogram,
+) -> tuple[Shaped[np.ndarray, "bins_and_one"], Shaped[np.ndarray, "bins"]]:
+    """Edges and counts, exact, without the empty bins at both ends.
+
+    The bin about 0, between the smallest magnitudes that float32 tells, holds what is exactly 0.
+    """
+    used = histogram.counts.nonzero().flatten()
+    if not len(used):
+        return np.zeros(1), np.zeros(0, np.int64)
+    first, last = int(used[0]), int(used[-1])
+    return edges()[first : last + 2].numpy(), histogram.counts[first : last + 1].numpy()
+
+
+def _of_layer(layer: LayerSummary) -> Iterator[tuple[str, Numbers]]:
+    units, top = layer.units, layer.top
+    yield "unit_mean", units.mean.numpy()
+    yield "unit_variance", units.variance.numpy()
+    yield "unit_largest", units.largest.numpy()
+    yield "unit_active", units.active.numpy()
+    yield "unit_image_active", units.image_active.numpy()
+    if units.saturated is not None:
+        yield "unit_saturated", units.saturated.numpy()
+    yield "unit_lifetime_sparsity", layer.sparsity.lifetime.numpy()
+    yield "eigenvalues", layer.rank.eigenvalues.numpy()
+    yield "top_values", top.values.numpy()
+    yield "top_images", top.images.numpy()
+    yield "top_rows", top.rows.numpy()
+    yield "top_columns", top.columns.numpy()
+    for side, histogram in (("post", layer.post), ("pre", layer.pre)):
+        if histogram is not None:
+            limits, counts = trimmed(histogram)
+            yield f"{side}_edges", limits
+            yield f"{side}_counts", counts

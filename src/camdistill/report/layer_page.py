@@ -1,12 +1,10 @@
 """An analysis in words: what stands out, what was measured of what, what each card means."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from camdistill import tags
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.summary import LayerSummary
-
-GROUPS = (tags.PROFILE, tags.ACTIVATIONS, tags.FILTERS, tags.SIMILARITY, tags.UNITS)
 
 
 def findings_page(found: Analysis) -> str:
@@ -63,16 +61,19 @@ def _numbers(units: Sequence[int], most: int = 8) -> str:
     return f"{len(units)} ({named})"
 
 
-def report_page(found: Analysis, pictures: Mapping[str, Sequence[str]]) -> str:
+def report_page(
+    found: Analysis, pictures: Mapping[str, Sequence[str]], cards: Collection[str]
+) -> str:
     """The whole report as one Markdown file beside its pictures.
 
     Args:
         found: The analysis.
         pictures: Files relative to the page, by tag.
+        cards: Tags of all that TensorBoard has.
     """
     parts = ["# What the layers do", "", findings_page(found), "", layers_page(found)]
     for tag, files in pictures.items():
         parts += [f"## {tags.short(tag).replace('_', ' ')}", "", tags.describe(tag), ""]
         parts += [f"![{tags.short(tag)}]({file})" for file in files]
         parts.append("")
-    return "\n".join([*parts, "## Every card", "", tags.how_to_read(GROUPS), ""])
+    return "\n".join([*parts, "## Every card", "", tags.how_to_read(cards=cards), ""])

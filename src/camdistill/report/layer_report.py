@@ -31,17 +31,17 @@ from camdistill.report.layer_figures import (
     depth_picture,
     feature_picture,
     filter_pictures,
-    pair_picture,
-    unit_picture,
+    norm_picture,
     weight_picture,
 )
-from camdistill.report.layer_numbers import analysis_results
-from camdistill.report.layer_page import GROUPS, findings_page, layers_page, report_page
+from camdistill.report.layer_numbers import analysis_arrays, analysis_results, packed
+from camdistill.report.layer_page import findings_page, layers_page, report_page
 from camdistill.report.results import write_atomically, write_results
 from camdistill.report.tensorboard import TensorBoardLogger, front_page_url
+from camdistill.report.unit_figures import pair_picture, unit_picture
 from camdistill.report.written import EVENTS, Written
 
-FILES = ("report.md", "results.json")
+FILES = ("report.md", "results.json", "numbers.npz")
 REPORT = "report"  # the run of what belongs to no network alone
 _TAGS = {"best_cka": tags.BEST_CKA, "matched": tags.MATCHED, "zeros": tags.ZEROS}
 _TAGS |= {"nonfinite": tags.NONFINITE}
@@ -145,16 +145,35 @@ class LayerReport:
                 self._loggers[network].log_histogram(
                     tags.WEIGHTS_RIDGE, *binned_weights(summary, relative=True), number
                 )
-        self.show(tags.WEIGHTS_CHART, weight_picture(weights))
+                lengths = summary.norms[torch.isfinite(summary.norms)].numpy()
+                longest = max(lengths.max(initial=0.0), np.finfo(np.float64).tiny)
+                counts, edges = np.histogram(lengths / longest, 30, (0.0, 1.0))
+                self._loggers[network].log_histogram(tags.NORMS_RIDGE, edges, counts, number)
+        if any(weights.values()):
+            self.show(tags.WEIGHTS_CHART, weight_picture(weights))
+            self.show(tags.NORMS_CHART, norm_picture(weights))
 
     def filters(self, network: str, bank: FilterBank) -> None:
         """First filters."""
         for tag, picture in filter_pictures(network, bank):
             self.show(tag, picture, network)
 
-    def picture(self, number: int, picture: ThroughDepth, classes: tuple[str, ...]) -> None:
-        """One image at all layers; of the first one its feature maps too."""
-        self.show(tags.THROUGH_DEPTH, depth_picture(picture, classes), step=number)
+    def picture(
+        self,
+        number: int,
+        picture: ThroughDepth,
+        classes: tuple[str, ...],
+        whole: Mapping[str, int],
+    ) -> None:
+        """One image at all layers; of the first one its feature maps too.
+
+        Args:
+            number: Of the image.
+            picture: Its maps.
+            classes: Names; empty when unknown.
+            whole: How many layers with maps each network has.
+        """
+        self.show(tags.THROUGH_DEPTH, depth_picture(picture, classes, whole), step=number)
         if number:
             return
         for network, layers in picture.views.items():
@@ -163,9 +182,14 @@ class LayerReport:
                 self.show(tags.feature_maps(layer), shown, network)
 
     def portraits(
-        self, network: str, layer: str, found: tuple[Portrait, ...], noted: Sequence[Finding] = ()
+        self,
+        network: str,
+        layer: str,
+        found: tuple[Portrait, ...],
+        noted: Sequence[Finding] = (),
+        filters: FilterBank | None = None,
     ) -> None:
-        """Cards of units, with what stands out of them."""
+        """Cards of units, with what stands out of them, and of the first layer with the filters."""
         notes = {
             one.unit: [
                 f"stands out: {finding.kind}"
@@ -175,7 +199,7 @@ class LayerReport:
             ]
             for one in found
         }
-        self.show(tags.unit_cards(layer), unit_picture(found, notes), network)
+        self.show(tags.unit_cards(layer), unit_picture(found, notes, filters), network)
 
     def pairs(self, layer: str, found: Sequence[tuple[Pair, Portrait, Portrait]]) -> None:
         """Units of one layer of the student beside those of the teacher that they follow."""
@@ -189,15 +213,20 @@ class LayerReport:
         sha256: Mapping[str, str | None] | None = None,
     ) -> dict[str, object]:
         """Writes the page and the numbers, closes the events; gives back the numbers."""
-        guide = f"[The cards that matter, on top]({self.link()})\n\n{tags.how_to_read(GROUPS)}"
+        cards = {tags.HOW_TO_READ, tags.FINDINGS, tags.LAYERS}.union(
+            *(logger.described for logger in self._loggers.values())
+        )
+        guide = tags.how_to_read(cards=cards)
+        guide = f"[The cards that matter, on top]({self.link()})\n\n{guide}"
         self._loggers[REPORT].log_text(tags.HOW_TO_READ, guide)
         self._loggers[REPORT].log_text(tags.FINDINGS, findings_page(found), 1)
         self._loggers[REPORT].log_text(tags.LAYERS, layers_page(found))
         for logger in self._loggers.values():
             logger.finalize("success")
-        text = report_page(found, self.files)
-        page, numbers = (self._written.add(self.folder / name) for name in FILES)
+        text = report_page(found, self.files, cards)
+        page, numbers, arrays = (self._written.add(self.folder / name) for name in FILES)
         write_atomically(page, text.encode())
+        write_atomically(arrays, packed(analysis_arrays(found)))
         results = analysis_results(found)
         write_results(numbers, results, seconds=seconds, sha256=sha256)
         return results

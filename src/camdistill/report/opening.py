@@ -26,13 +26,14 @@ from camdistill.layers.summary import LayerSummary
 from camdistill.layers.sweep import LayerSweep
 from camdistill.layers.through_depth import spatial, stage_ends, through_depth
 from camdistill.networks.capture import undisturbed
+from camdistill.report.first_units import of_first_filters
 from camdistill.report.layer_report import LayerReport
 from camdistill.types import Images
 
 BATCH = 64  # images in a forward, and in a group of the unbiased CKA
 SAMPLE = 512  # images that single units are looked at with
 EXPLAINED = 256  # images, about, of which every layer's Grad-CAM is measured
-ACROSS = 10  # layers in the picture of one image through depth
+ACROSS = 60  # layers in the picture of one image through depth: ResNet-152 has 53 by default
 CLOSE = 4  # layers whose units are looked at closely: the last of each resolution
 
 MasksOf = Callable[[Positions], Mapping[str, Bool[np.ndarray, "n height width"]]]
@@ -51,6 +52,7 @@ class Subject:
         masks_of: Where concepts are in some of them; None where that isn't known.
         classes: Names of the networks' classes; empty when unknown.
         channels: Of the images that the networks take: 3, or 1 for their mean.
+        device: Where images go; the networks are there.
     """
 
     images: ImageSet
@@ -59,10 +61,11 @@ class Subject:
     masks_of: MasksOf | None = None
     classes: tuple[str, ...] = ()
     channels: int = 3
+    device: str = "cpu"
 
     def fetch(self, numbers: Sequence[int] | Positions) -> Images:
         """Images in [0, 1], in the order of the numbers."""
-        images = as_images(self.images.batch(numbers).pixels)
+        images = as_images(self.images.batch(numbers).pixels).to(self.device)
         return images.mean(1, keepdim=True) if self.channels == 1 else images
 
 
@@ -156,12 +159,15 @@ class Opening:
             self._note(f"no layer of the {name} has a map: all give one number a unit (1x1)")
         if not networks:
             return
+        whole = {
+            name: len(spatial(sweep.networks[name], len(sweep.networks[name]))) for name in networks
+        }
         names = [str(self.subject.images.names[number]) for number in numbers.tolist()]
         shown = through_depth(
             networks, self.subject.fetch(numbers), names, layers, units=self.units
         )
         for number, picture in enumerate(shown):
-            self.report.picture(number, picture, self.subject.classes)
+            self.report.picture(number, picture, self.subject.classes, whole)
             self.on_step("maps", number + 1, len(shown))
         self.found = replace(self._known, pictures=tuple(shown))
 
@@ -188,10 +194,17 @@ class Opening:
             if not wanted[name]:
                 continue
             drawn: dict[str, tuple[Portrait, ...]] = {}
+            bank = self._known.filters.get(name)
+            example = self.subject.fetch(self.subject.order[:1])
+            points = {layer.post.point: layer.name for layer in wanted[name]}
+            first = of_first_filters(network, example, bank, list(points)) if bank else ()
+            own = {points[point] for point in first}
             for layer, found in close_up(
                 network, wanted[name], sample, how, chosen=self.units, on_step=step
             ):
-                self.report.portraits(name, layer, found, self._known.findings)
+                self.report.portraits(
+                    name, layer, found, self._known.findings, bank if layer in own else None
+                )
                 drawn[layer] = found
                 portraits = {**self._known.portraits, name: drawn}
                 self.found = replace(self._known, portraits=portraits)
@@ -280,5 +293,7 @@ class Opening:
         masks: dict[str, Tensor] = {}
         if self.subject.masks_of is not None:
             found = self.subject.masks_of(chosen)
-            masks = {name: torch.from_numpy(mask) for name, mask in found.items()}
+            masks = {
+                name: torch.from_numpy(mask).to(self.subject.device) for name, mask in found.items()
+            }
         return Sample(self.subject.fetch(chosen), masks, self.subject.fetch)

@@ -77,6 +77,11 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         self._described: set[str] = set()
 
     @property
+    def described(self) -> frozenset[str]:
+        """Tags written so far."""
+        return frozenset(self._described)
+
+    @property
     def run(self) -> str:
         """The run's name in TensorBoard: its folder below `save_dir`."""
         return Path(self.log_dir).relative_to(self.save_dir).as_posix()

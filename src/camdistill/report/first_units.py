@@ -1,0 +1,45 @@
+"""Which layers' units are the first convolution's, one by one: their cards show its filters."""
+
+from collections.abc import Collection, Sequence
+
+from torch import Tensor, nn
+
+from camdistill.layers.filters import FilterBank
+from camdistill.layers.summary import Point
+from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
+from camdistill.types import Images
+
+MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
+
+
+def of_first_filters(
+    network: nn.Module, images: Images, bank: FilterBank, points: Sequence[Point]
+) -> Collection[Point]:
+    """Points with as many units as the first convolution, after which no other weights ran yet.
+
+    Between them are normalisations, non-linearities and pooling then, which leave units apart.
+
+    Args:
+        network: Bare or wrapped.
+        images: As it takes them; the first is run.
+        bank: Of its first convolution.
+        points: Outputs of layers.
+    """
+    inner = bare(network)
+    mixing = {
+        name for name in layer_names(network) if isinstance(inner.get_submodule(name), MIXING)
+    }
+    keys = {f"{point.path}#{point.call}": point for point in points}
+    ran: list[str] = []
+    found: list[Point] = []
+
+    def note(name: str, output: object) -> None:
+        if name in mixing:
+            ran.append(name)
+        fits = isinstance(output, Tensor) and output.shape[1:2] == bank.weights.shape[:1]
+        if name in keys and ran == [bank.layer] and fits:
+            found.append(keys[name])
+
+    with undisturbed(network), visiting(network, [*mixing, *keys], note, required=False):
+        plain(network)(images[:1])
+    return found
