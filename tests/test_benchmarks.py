@@ -55,3 +55,24 @@ def test_a_split_sweep_differs_where_nan_meets_a_number() -> None:
         ([], [], 0.0),
     ):
         assert module.relative_gap(torch.tensor(one), torch.tensor(two)) == expected, (one, two)
+
+
+@pytest.mark.slow
+def test_every_report_of_a_training_is_on_the_clock() -> None:
+    small = ["--epochs", "1", "--limit", "64"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "logging_cost.py"), *small],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds = {
+        line[:18].strip(): float(line[18:].split()[0])
+        for line in done.stdout.splitlines()
+        if " s an epoch of " in line
+    }
+    assert list(seconds) == ["pictures of maps", "layers", "text", "throughput", "together"]
+    assert seconds["pictures of maps"] > 0
+    assert seconds["layers"] > 0
+    parts = sum(value for name, value in seconds.items() if name != "together")
+    assert seconds["together"] == pytest.approx(parts, abs=0.03)

@@ -3,18 +3,22 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from camdistill import tags
 from camdistill.cli import main
 from camdistill.errors import UserError
 from camdistill.networks.capture import bare
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
 from camdistill.report.opening import Opening
+from camdistill.report.tensorboard import scalars
 
 QUICK = ["--count", "24", "--steps", "2", "--cards", "1", "--pictures", "1"]
 
@@ -226,6 +230,44 @@ def test_mistakes_are_one_line(given: list[str], told: str, tmp_path: Path, caps
 def test_report_of_a_folder_without_events_is_a_mistake(tmp_path: Path, capsys) -> None:
     assert main(["report", "--run", str(tmp_path)]) == 2
     assert "no TensorBoard events" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_leaves_a_readable_report_of_a_part(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["--teacher", "resnet20", "--data", "shapes", "--layers", "relu", "layer?"]
+    # Images made to excite units: minutes of them, so that the signal comes in time.
+    given += ["--count", "64", "--steps", "100000", "--cards", "1", "--pictures", "1"]
+    command = [sys.executable, "-m", "camdistill", "analyze", *given, "--out", str(out)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        try:
+            for _ in range(600):
+                if (out / "pictures" / "2_maps-through_depth.png").exists():
+                    break
+                assert running.poll() is None, running.stderr.read()
+                time.sleep(0.2)
+            time.sleep(3)
+            running.send_signal(signal.SIGINT)
+            told, error = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 0, error
+    assert "Traceback" not in error
+    assert "Partial report: stopped during the look at units." in told
+    results = json.loads((out / "results.json").read_text())
+    assert results["unfinished"] == "stopped during the look at units"
+    assert list(results["networks"]["teacher"]) == ["relu", "layer1", "layer2", "layer3"]
+    assert results["units"] == {}
+    assert "**This report is partial" in (out / "report.md").read_text()
+    with np.load(out / "numbers.npz") as arrays:
+        assert arrays["teacher/layer3/unit_variance"].shape == (64,)
+    read = scalars(out / "teacher")
+    assert len(read[tags.profile("active")]) == 4
+    assert main(["analyze", *given[:-6], "--steps", "0", "--cards", "0", "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert not results["unfinished"], "the next report takes the part's place"
 
 
 @pytest.mark.slow

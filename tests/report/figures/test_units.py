@@ -72,3 +72,12 @@ def test_depth_panel_wraps_deep_networks_and_refuses_none() -> None:
     assert wide[1] < 1200
     with pytest.raises(ValueError, match="at least one layer"):
         depth_panel(image, {"Grad-CAM": {"teacher": []}})
+
+
+def test_cards_of_other_sizes_share_a_sheet() -> None:
+    long = UnitCard("a title that is longer than what a card without any picture holds" * 2)
+    cards = [long, UnitCard("short", lines=["one", "two"])]
+    sheet = unit_sheet(cards, abreast=2)
+    tall, wide, _ = unit_card(cards[0]).shape
+    assert sheet.shape[1] == 2 * wide
+    assert np.array_equal(sheet[: tall - 1, :wide], unit_card(cards[0])[: tall - 1])

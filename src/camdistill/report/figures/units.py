@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from matplotlib.axes import Axes
 
 from camdistill.report.figures.depth import COLOURS, LogHistogram
@@ -89,7 +90,7 @@ def unit_sheet(cards: Sequence[UnitCard], *, abreast: int = 1) -> Picture:
     return np.concatenate(lines)
 
 
-def _filled(picture: Picture, tall: int, wide: int) -> Picture:
+def _filled(picture: UInt8[np.ndarray, "_ _ 3"], tall: int, wide: int) -> Picture:
     """The picture at the top left of a white page, a thin line below it."""
     page = np.full((tall, wide, 3), 255, np.uint8)
     page[: picture.shape[0], : picture.shape[1]] = picture
