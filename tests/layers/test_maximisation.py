@@ -55,9 +55,35 @@ def test_a_unit_that_is_off_is_excited_by_its_relus_input() -> None:
         Planted(), "relu", [1], before=True, size=(16, 16), channels=1, steps=150, robust=False
     )
     # The convolution gives at most 2, and 3 is taken away.
-    assert -1.2 < float(found.reached) <= -1.0
+    given = nn.functional.conv2d(found.images, Planted().layer.weight.detach())[:, 1] - 3
+    assert -1.2 < float(given.max()) <= -1.0
+    assert float(found.reached) == 0.0
     off = maximised(Planted(), "relu", [1], size=(16, 16), channels=1, steps=5, robust=False)
     assert float(off.reached) == 0.0
+
+
+@pytest.mark.parametrize("bounded", [nn.ReLU6(), nn.Sigmoid(), nn.Tanh(), nn.ReLU()])
+def test_what_was_reached_is_of_the_scale_of_what_was_natural(bounded: nn.Module) -> None:
+    """What goes in reaches 20; a bounded layer still gives its bound, so the ratio is 1 at most."""
+    layer = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.constant_(layer.weight, 20.0)
+    network = nn.Sequential(layer, bounded)
+    natural = float(bounded(torch.tensor(20.0)))
+    found = maximised(
+        network,
+        "1",
+        [0],
+        before=True,
+        size=(8, 8),
+        channels=1,
+        steps=60,
+        robust=False,
+        natural=[natural],
+    )
+    with torch.no_grad():
+        expected = float(network(found.images).max())
+    assert float(found.reached) == pytest.approx(expected, rel=1e-6)
+    assert 0.6 < float(found.ratio) <= 1 + 1e-6
 
 
 def test_same_seed_same_images_and_units_don_t_disturb_each_other() -> None:

@@ -157,6 +157,55 @@ def test_what_the_walk_cannot_follow_is_measured() -> None:
     assert found["second"].rows == Span(3 + 2 * 2, 2, -1 - 2)
 
 
+class Irregular(nn.Module):
+    """One operation that no window with one step describes, between convolutions."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 2, 3, padding=1)
+        self.way = way
+        self.up = nn.ConvTranspose2d(2, 2, 3, 2)
+        self.same = nn.ConvTranspose2d(2, 2, 3, 1, padding=1)
+        self.down = nn.Conv2d(2, 2, 3, 2, padding=1)
+        self.middle = nn.Identity()
+        self.second = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, images):
+        hidden = self.first(images)
+        if self.way == "up":
+            hidden = self.up(hidden)
+        elif self.way == "same":
+            hidden = self.same(hidden)
+        elif self.way == "pool":
+            hidden = nn.functional.adaptive_avg_pool2d(hidden, 10)
+        elif self.way == "join":
+            small = nn.functional.interpolate(self.down(hidden), scale_factor=2)
+            hidden = small + hidden
+        else:
+            hidden = self.down(hidden)[..., :12, :12] + hidden[..., :12, :12]
+        return self.second(self.middle(hidden))
+
+
+@pytest.mark.parametrize("way", ["up", "pool", "join", "steps"])
+def test_units_that_do_not_move_by_one_step_are_unknown_not_all_seeing(way: str) -> None:
+    """Nobody's units see the whole image here, and no field holds for all of them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Irregular(way).eval()
+    found = receptive_fields(network, torch.zeros(1, 2, 24, 24), ["first", "middle", "second"])
+    assert found["first"] == ReceptiveField(*[Span(3, 1, -1)] * 2)
+    assert found["middle"] == found["second"] == "unknown"
+
+
+def test_a_transposed_convolution_of_step_1_is_measured() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Irregular("same").eval()
+    found = receptive_fields(network, torch.zeros(1, 2, 24, 24), ["middle", "second"])
+    assert found["middle"] == ReceptiveField(*[Span(5, 1, -2)] * 2)
+    assert found["second"] == ReceptiveField(*[Span(7, 1, -3)] * 2)
+
+
 def test_attention_over_the_image_has_no_field() -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:

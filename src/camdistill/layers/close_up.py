@@ -78,7 +78,7 @@ def close_up(
             layer,
             units,
             sample.images_of,
-            field=fields.get(layer.name),
+            field=fields[layer.name],
             sample=sample.images,
             dissection=found,
         )

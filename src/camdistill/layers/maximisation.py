@@ -36,8 +36,8 @@ class Maximised:
     Attributes:
         units: Channels.
         images: In [0, 1], one a unit.
-        reached: The unit's activation before its ReLU on the image as it is: its maximum over
-            places.
+        reached: What the layer gives for the unit on the image as it is, after its non-linearity
+            also where what goes into it was excited: its maximum over places.
         natural: The largest over natural images, NaN where unknown; `reached / natural` above 1
             says that the image is further than anything in the data.
     """
@@ -111,7 +111,8 @@ def maximised(
                 on_step(step + 1)
         with torch.no_grad():
             images = painted(torch.view_as_complex(spectrum), shape)
-            outputs = _outputs(network, layer, images, picks, before)
+            # Not what the layer was given: a bounded layer's natural maximum is of another scale.
+            outputs = _outputs(network, layer, images, picks, before=False)
             reached = outputs[chosen, picks].amax((1, 2))
     known = torch.full((len(units),), math.nan)
     if natural is not None:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from camdistill.explain.request import wide
-from camdistill.layers.receptive_field import Field
+from camdistill.layers.receptive_field import Field, ReceptiveField
 from camdistill.networks.capture import capture, plain, undisturbed
 from camdistill.types import Images
 
@@ -43,8 +43,10 @@ class Patch:
 
 
 def exceeds(field: Field, size: tuple[int, int]) -> bool:
-    """Whether units see more than the image along an axis, so that no piece can be cut."""
-    return field is None or field.rows.size > size[0] or field.columns.size > size[1]
+    """Whether units see more than the image along an axis, or nobody knows: no piece can be cut."""
+    if not isinstance(field, ReceptiveField):
+        return True
+    return field.rows.size > size[0] or field.columns.size > size[1]
 
 
 def piece(image: Float[Tensor, "channels height width"], box: tuple[int, int, int, int]) -> Patch:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from camdistill.layers.dissection import Dissection
 from camdistill.layers.patches import Patch, exceeds, mean_patch, piece, unit_maps, whole
-from camdistill.layers.receptive_field import Field
+from camdistill.layers.receptive_field import Field, ReceptiveField
 from camdistill.layers.summary import LayerSummary
 from camdistill.types import Images
 
@@ -28,10 +28,12 @@ class Portrait:
         unit: Channel.
         patches: What excites it most, the best first; empty for a dead unit.
         mean: Of the patches; None where they are whole images, or there are none.
-        seen: Pixels along height and width that it sees; None where it is the whole image.
+        seen: Pixels along height and width that it sees; None where it is the whole image, or
+            isn't known.
+        known: Whether it is known what it sees.
         values: A sample of its activations at all places.
         made: An image made to excite it; None if not asked for.
-        reached: Its activation there, before the ReLU; NaN without.
+        reached: Its activation there, as `natural` is; NaN without.
         natural: Its largest over the data.
         concepts: What it responds to: name, intersection over union, chance; the best first.
     """
@@ -47,6 +49,7 @@ class Portrait:
     made: Float[Tensor, "channels tall wide"] | None = None
     reached: float = float("nan")
     concepts: tuple[tuple[str, float, float], ...] = ()
+    known: bool = True
 
 
 def interesting(
@@ -104,6 +107,7 @@ def portraits(
     place = {number: row for row, number in enumerate(numbers)}
     size = (sample.shape[2], sample.shape[3])
     large = exceeds(field, size)
+    seen = (field.rows.size, field.columns.size) if isinstance(field, ReceptiveField) else None
     maps = unit_maps(network, shown, layer.name, units) if large and numbers else None
     values = unit_maps(network, sample, layer.name, units)
     shown = shown.cpu()
@@ -118,7 +122,7 @@ def portraits(
             if maps is not None:
                 patch = whole(shown[row], maps[row, column])
             else:
-                assert field is not None, "a unit without a field exceeds the image"
+                assert isinstance(field, ReceptiveField), "else it exceeds the image"
                 cell = int(top.rows[unit, rank]), int(top.columns[unit, rank])
                 patch = piece(shown[row], field.box(*cell))
             patches.append(replace(patch, value=value, image=number))
@@ -129,10 +133,11 @@ def portraits(
                 unit=unit,
                 patches=tuple(patches),
                 mean=mean_patch(patches) if patches and maps is None else None,
-                seen=None if field is None else (field.rows.size, field.columns.size),
+                seen=seen,
                 values=values[:, column].flatten(),
                 natural=float(top.values[unit, 0]),
                 concepts=tuple(dissection.best(unit)) if dissection is not None else (),
+                known=field != "unknown",
             )
         )
     return found

@@ -8,9 +8,9 @@ control flow are what they are. What a unit *uses* is less: about a Gaussian in 
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,9 @@ class ReceptiveField:
         return top, left, bottom, right
 
 
-Field = ReceptiveField | None
-_Rule = Callable[[Field, tuple[Any, ...], Tensor], Field]
+Field = ReceptiveField | Literal["unknown"] | None
+_Walked = ReceptiveField | None
+_Rule = Callable[[_Walked, tuple[Any, ...], Tensor], _Walked]
 
 
 def receptive_fields(
@@ -94,11 +95,13 @@ def receptive_fields(
             [B, K, h, w].
 
     Returns:
-        None for a layer whose units each see the whole image, or none of whose units lies inside
-        the image completely, where the walk met an operation that it doesn't know.
+        None for a layer whose units each see the whole image, or that gives vectors; "unknown"
+        where the walk met an operation that it can't follow (a transposed convolution, a join of
+        unequal steps) and gradients don't show units that move by one step and see as much.
     """
     names = list(layer_names(network) if layers is None else layers)
     found: dict[str, Field] = {}
+    vectors: set[str] = set()
     with undisturbed(network), _Walk(images[:1]) as walk:
 
         def note(name: str, output: object) -> None:
@@ -106,10 +109,11 @@ def receptive_fields(
                 found[name] = walk.field(output)
             elif layers is not None:
                 found[name] = None
+                vectors.add(name)
 
         with visiting(network, names, note, required=layers is not None):
             plain(network)(walk.images)
-    lost = [name for name in found if found[name] is None]
+    lost = [name for name in found if found[name] is None and name not in vectors]
     if walk.unknown and lost:
         found |= measured_fields(network, images, lost)
     return {name: found[name] for name in names if name in found}
@@ -118,16 +122,22 @@ def receptive_fields(
 def measured_fields(
     network: nn.Module, images: Images, layers: Iterable[str], *, seed: int = 0
 ) -> dict[str, Field]:
-    """Receptive fields by layer, from where gradients of two neighbouring units are not zero.
+    """Receptive fields by layer, from where gradients of some units are not zero.
 
     In float64, of noise images: independent of the walk, and right for any operation, but slower.
-    Pixels whose every path to the unit happens to be switched off are missed.
+    Two units in the middle tell the field; the first, the last and those between must see what
+    follows from it, cut at the image's border. Pixels whose every path to the unit happens to be
+    switched off are missed.
 
     Args:
         network: Bare or wrapped; it is copied.
         images: Their size is taken, and the range of the noise.
         layers: Names.
         seed: Of the noise.
+
+    Returns:
+        None where a unit in the middle sees the whole image; "unknown" where none lies inside it,
+        or not all units move by one step.
     """
     names = list(layers)
     double = copy.deepcopy(network).double().eval().requires_grad_(False)
@@ -141,27 +151,49 @@ def measured_fields(
 
 
 def _support(output: Tensor, images: Tensor) -> Field:
-    if output.dim() != 4 or min(output.shape[2:]) < 2 or not output.requires_grad:
+    if output.dim() != 4 or not output.requires_grad:
+        return "unknown"
+    size, grid = images.shape[2:], output.shape[2:]
+    middle = [(length - 1) // 2 for length in grid]
+    here = _reached(output, images, middle)
+    if here is None:
+        return "unknown"
+    if here == [(0, length) for length in size]:
         return None
-    middle = [length // 2 - 1 for length in output.shape[2:]]
-    places = [middle, [unit + 1 for unit in middle]]
-    reached = []
-    for row, column in places:
-        total = output[:, :, row, column].sum()
-        (slope,) = torch.autograd.grad(total, images, retain_graph=True)
-        reached.append((slope != 0).any(0).any(0))
+    beside = [
+        min(unit + 1, length - 1) for unit, length in zip(middle, output.shape[2:], strict=True)
+    ]
+    after = _reached(output, images, beside)
+    if after is None or min(output.shape[2:]) < 2:
+        return "unknown"
     spans = []
-    for axis, unit in enumerate(middle):
-        lines = [seen.any(1 - axis).nonzero().flatten() for seen in reached]
-        if any(not len(line) for line in lines):
-            return None
-        (first, last), (next_first, next_last) = ((int(line[0]), int(line[-1])) for line in lines)
+    for (first, end), (next_first, next_end), unit, length in zip(
+        here, after, middle, size, strict=True
+    ):
         stride = next_first - first
-        inside = first > 0 and next_last < images.shape[2 + axis] - 1
-        if not inside or stride != next_last - last:
-            return None
-        spans.append(Span(last - first + 1, stride, first - unit * stride))
+        if not (first > 0 and next_end < length and stride == next_end - end and stride > 0):
+            return "unknown"
+        spans.append(Span(end - first, stride, first - unit * stride))
+    for share in (0.0, 0.25, 0.75, 1.0):
+        place = [round(share * (length - 1)) for length in grid]
+        expected = [
+            (max(one, 0), min(end, length))
+            for (one, end), length in zip(map(Span.pixels, spans, place), size, strict=True)
+        ]
+        if _reached(output, images, place) != expected:
+            return "unknown"
     return ReceptiveField(spans[0], spans[1])
+
+
+def _reached(output: Tensor, images: Tensor, place: Sequence[int]) -> list[tuple[int, int]] | None:
+    """Along each axis the first pixel that a unit uses, and the one after the last."""
+    total = output[:, :, place[0], place[1]].sum()
+    (slope,) = torch.autograd.grad(total, images, retain_graph=True)
+    seen = (slope != 0).any(0).any(0)
+    lines = [seen.any(1 - axis).nonzero().flatten() for axis in range(2)]
+    if any(not len(line) for line in lines):
+        return None
+    return [(int(line[0]), int(line[-1]) + 1) for line in lines]
 
 
 class _Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -172,15 +204,15 @@ class _Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.images = images.clone()
         self.unknown: set[str] = set()
         # Tensors are kept alive: a freed one's id could come back.
-        self._known: dict[int, tuple[Tensor, Field]] = {}
+        self._known: dict[int, tuple[Tensor, _Walked]] = {}
         self._set(self.images, ReceptiveField(Span(), Span()))
 
-    def field(self, values: Tensor) -> Field:
+    def field(self, values: Tensor) -> _Walked:
         """The field of a tensor; None where its units see everything."""
         known = self._known.get(id(values))
         return known[1] if known else None
 
-    def _set(self, values: Tensor, field: Field) -> None:
+    def _set(self, values: Tensor, field: _Walked) -> None:
         self._known[id(values)] = values, field
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -194,22 +226,25 @@ class _Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
         return output
 
-    def _after(self, func: Any, args: tuple[Any, ...], made_of: list[Tensor], out: Tensor) -> Field:
+    def _after(
+        self, func: Any, args: tuple[Any, ...], made_of: list[Tensor], out: Tensor
+    ) -> _Walked:
         name = func.overloadpacket.__name__.rstrip("_").lstrip("_")
         fields = [self.field(leaf) for leaf in made_of]
         if out.dim() < 3 or _is_one_cell(out):
             return None
-        if name in _RULES:
-            # A network may multiply kernels made of the images: only the first is the image.
-            return _RULES[name](fields[0], args, out) if len(fields) == 1 else None
-        if name == "cat" or torch.Tag.pointwise in func.tags:
-            return _merged(made_of, fields, out)
-        if any(field is not None for field in fields):
+        found = None
+        # A network may multiply kernels made of the images: only the first is the image.
+        if name in _RULES and len(fields) == 1:
+            found = _RULES[name](fields[0], args, out)
+        elif name == "cat" or torch.Tag.pointwise in func.tags:
+            found = _merged(made_of, fields, out)
+        if found is None and any(field is not None for field in fields):
             self.unknown.add(name)
-        return None
+        return found
 
 
-def _merged(made_of: list[Tensor], fields: list[Field], out: Tensor) -> Field:
+def _merged(made_of: list[Tensor], fields: list[_Walked], out: Tensor) -> _Walked:
     """Of a sum, product or concatenation over channels."""
     spatial = [field for leaf, field in zip(made_of, fields, strict=True) if not _is_one_cell(leaf)]
     if not spatial or None in spatial:
@@ -234,7 +269,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return (numbers[0], numbers[-1]) if numbers else (0, 0)
 
 
-def _window(field: Field, kernel: Any, stride: Any, padding: Any, dilation: Any = 1) -> Field:
+def _window(field: _Walked, kernel: Any, stride: Any, padding: Any, dilation: Any = 1) -> _Walked:
     if field is None:
         return None
     steps = list(zip(*map(_pair, (kernel, stride, padding, dilation)), strict=True))
@@ -243,21 +278,21 @@ def _window(field: Field, kernel: Any, stride: Any, padding: Any, dilation: Any 
     )
 
 
-def _convolution(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
+def _convolution(field: _Walked, args: tuple[Any, ...], out: Tensor) -> _Walked:
     _, weight, _, stride, padding, dilation, transposed, *_ = args
     if transposed or weight.dim() != 4:
         return None
     return _window(field, weight.shape[2:], stride, padding, dilation)
 
 
-def _pool(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
+def _pool(field: _Walked, args: tuple[Any, ...], out: Tensor) -> _Walked:
     kernel = args[1]
     stride = args[2] if len(args) > 2 and args[2] else kernel
     padding = args[3] if len(args) > 3 else 0
     return _window(field, kernel, stride, padding)
 
 
-def _max_pool(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
+def _max_pool(field: _Walked, args: tuple[Any, ...], out: Tensor) -> _Walked:
     kernel = args[1]
     stride = args[2] if len(args) > 2 and args[2] else kernel
     padding = args[3] if len(args) > 3 else 0
@@ -265,7 +300,7 @@ def _max_pool(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
     return _window(field, kernel, stride, padding, dilation)
 
 
-def _adaptive(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
+def _adaptive(field: _Walked, args: tuple[Any, ...], out: Tensor) -> _Walked:
     before, after = args[0].shape[-2:], out.shape[-2:]
     if any(length % cells for length, cells in zip(before, after, strict=True)):
         return None
@@ -273,13 +308,13 @@ def _adaptive(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
     return _window(field, cells, cells, 0)
 
 
-def _padded(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
+def _padded(field: _Walked, args: tuple[Any, ...], out: Tensor) -> _Walked:
     """Zeros, reflection or replication around it, (left, right, top, bottom, ...)."""
     left, top = args[1][0], args[1][2] if len(args[1]) > 2 else 0
     return _window(field, 1, 1, (top, left))
 
 
-def _sliced(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
+def _sliced(field: _Walked, args: tuple[Any, ...], out: Tensor) -> _Walked:
     whole: Tensor = args[0]
     axis = args[1] if len(args) > 1 else 0
     start = args[2] if len(args) > 2 else 0
@@ -293,17 +328,17 @@ def _sliced(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
     return replace(field, rows=line) if from_end == -2 else replace(field, columns=line)
 
 
-def _same(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
+def _same(field: _Walked, args: tuple[Any, ...], out: Tensor) -> _Walked:
     """Channels are regrouped, if rows and columns are still last."""
     return field if args[0].shape[-2:] == out.shape[-2:] else None
 
 
-def _transposed(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
+def _transposed(field: _Walked, args: tuple[Any, ...], out: Tensor) -> _Walked:
     axes = {axis % args[0].dim() - args[0].dim() for axis in args[1:3]}
     return None if axes & {-1, -2} else field
 
 
-def _gated(field: Field, args: tuple[Any, ...], out: Tensor) -> Field:
+def _gated(field: _Walked, args: tuple[Any, ...], out: Tensor) -> _Walked:
     return None if field is None else replace(field, gated=True)
 
 

@@ -74,7 +74,7 @@ def analysis_results(found: Analysis) -> dict[str, object]:
 def _unit_row(one: Portrait) -> dict[str, object]:
     return {
         "unit": one.unit,
-        "sees": one.seen,
+        "sees": one.seen if one.known else "unknown",
         "images": [patch.image for patch in one.patches],
         "values": [patch.value for patch in one.patches],
         "reached": one.reached,

@@ -57,7 +57,8 @@ def pair_picture(pairs: Sequence[tuple[Pair, Portrait, Portrait]]) -> Picture:
 def card_of(portrait: Portrait, notes: Sequence[str] = ()) -> UnitCard:
     """A portrait as a card."""
     values = portrait.values.numpy()
-    sees = "the whole image" if portrait.seen is None else "{}x{} pixels".format(*portrait.seen)
+    whole = "the whole image" if portrait.known else "an unknown part of the image"
+    sees = whole if portrait.seen is None else "{}x{} pixels".format(*portrait.seen)
     active = float((values > 0).mean())
     words = f"active at {100 * active:.1f} % of places; largest {portrait.natural:.3g}"
     patches = [
