@@ -80,9 +80,7 @@ class LayerReport:
 
     @property
     def _loggers(self) -> dict[str, TensorBoardLogger]:
-        """One a run; at the first one an earlier report goes, and not before: a mistake in what
-        was asked for shows until then.
-        """
+        """One a run. The first use removes an earlier report; mistakes have shown by then."""
         if not self._opened:
             # It would be drawn into the same charts.
             self._written.clear()
