@@ -3,10 +3,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import efficientnet_b0, mobilenet_v2, resnet18, vgg11
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.feature_extraction import get_graph_node_names
+from torchvision.models.swin_transformer import SwinTransformer
 
 from camdistill.errors import UserError
-from camdistill.layers.points import all_layers, find_layers
+from camdistill.layers.points import all_layers, choice, find_layers
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 
@@ -107,6 +109,40 @@ def test_layers_are_in_the_order_in_which_they_run() -> None:
 def test_a_name_that_fits_nothing_is_told_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no layer 'layr3\.0' in ResNet; nearest: 'layer3\.0'"):
         names(resnet18(weights=None), ["layr3.0"])
+
+
+def swin(window: int = 2) -> SwinTransformer:
+    return SwinTransformer([4, 4], 8, [1, 1], [2, 2], [window, window], num_classes=3).eval()
+
+
+def test_layers_with_their_units_last_are_left_out_and_named() -> None:
+    """Every Swin layer between its patches and its head; a shape alone can't tell 8 rows from 8
+    units, so the oracle is torchvision's source: all but the embedding and what follows `permute`.
+    """
+    layers, others = choice(swin(), IMAGES, ["*"])
+    first = {layer.name for layer in layers}
+    assert first == {"features.0.0", "permute", "avgpool", "flatten", "head"}
+    assert {"features.0.1", "features.0.2", "features.1.0", "features.1.0.attn"} <= set(others)
+    assert {"features.1.0.mlp.1", "features.2.reduction", "features.3", "norm"} <= set(others)
+
+
+def test_a_convnext_block_is_read_and_what_is_inside_with_units_last_is_not() -> None:
+    blocks = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
+    network = ConvNeXt(blocks, num_classes=3).eval()
+    layers, others = choice(network, IMAGES, ["*"])
+    inner = [f"features.{stage}.0.block.{place}" for stage in (1, 3) for place in range(1, 6)]
+    # Permutation, normalisation, linear, GELU, linear; then it permutes back.
+    assert set(others) == set(inner)
+    shapes = {layer.name: layer.shape for layer in layers}
+    assert shapes["features.1.0"] == shapes["features.1.0.block.6"] == (8, 8, 8)
+    assert shapes["features.3.0"] == (16, 4, 4)
+    assert choice(network, IMAGES)[1] == ()
+
+
+def test_where_no_layer_has_its_units_first_that_is_told() -> None:
+    for patterns in (None, ["features.1.*"], ["features.3.0"]):
+        with pytest.raises(UserError, match="with their units last"):
+            find_layers(swin(), IMAGES, patterns)
 
 
 def test_a_relu_followed_by_an_in_place_addition_is_not_the_blocks_output() -> None:

@@ -582,3 +582,18 @@ def test_layers_without_cells_have_no_maps_and_do_no_harm(
     assert len(shown) == (0 if len(vectors) == 2 else 2)
     for one in shown:
         assert {name: list(views) for name, views in one.views.items()} == names
+
+
+def test_layers_with_their_units_last_are_left_out_with_a_note(images: torch.Tensor) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu, self.mix = nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Linear(4, 5)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            hidden = self.relu(self.conv(images))
+            return self.mix(hidden.permute(0, 2, 3, 1)).mean((1, 2))
+
+    result = sweep_all(Mixed().eval(), images, ["*"])
+    assert [layer.name for layer in result.networks["net"]] == ["conv", "relu"]
+    assert result.notes[0] == "net: left out, as they give their units last ([B, h, w, C]): mix"

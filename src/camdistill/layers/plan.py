@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 import torch
@@ -54,10 +54,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layers by network, and what is measured at them."""
+    """Layers by network, and what is measured at them.
+
+    Attributes:
+        layers: By network.
+        options: What is measured.
+        left_out: Names of layers that were meant too, by network, as they give [B, h, w, C].
+    """
 
     layers: Mapping[str, tuple[Layer, ...]]
     options: Options
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def networks(self) -> tuple[str, ...]:

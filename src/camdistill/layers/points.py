@@ -3,6 +3,9 @@
 By default these are the network's blocks and the non-linearities outside them: a residual
 network's stem and residual blocks, the stages of a student, each ReLU of a VGG. A block is a
 module of its own class that holds convolutions larger than 1x1 and no other such block.
+
+Outputs are read as [B, C, h, w]. A layer that gives [B, h, w, C] (Swin, the inside of a ConvNeXt's
+block) is left out: its rows would be taken for units.
 """
 
 from collections import Counter
@@ -70,6 +73,7 @@ class _Event:
     output: Tensor
     version: int
     activation: "_Event | None" = None
+    units_last: bool = False
 
     def block(self, *, sees_neighbours: bool) -> bool:
         """Whether the module is of its own class and convolves, with kernels larger than 1."""
@@ -83,7 +87,14 @@ class _Event:
 def find_layers(
     network: nn.Module, images: Images, patterns: Sequence[str] | None = None
 ) -> tuple[Layer, ...]:
-    """The layers that are meant, in the order in which they run.
+    """The layers that are meant, in the order in which they run; see `choice`."""
+    return choice(network, images, patterns)[0]
+
+
+def choice(
+    network: nn.Module, images: Images, patterns: Sequence[str] | None = None
+) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
+    """The layers that are meant, in the order in which they run, and names of those left out.
 
     Args:
         network: Bare or wrapped.
@@ -91,8 +102,12 @@ def find_layers(
         patterns: Names or patterns as of a shell: "layer3.*", "stage?", "layer1.0.relu#1"; without
             a call's number every call is meant. None is what the module's docstring says.
 
+    Returns:
+        The layers, and which are meant too but give [B, h, w, C].
+
     Raises:
-        UserError: If a pattern fits no layer, or the network has no layers to look at.
+        UserError: If a pattern fits no layer, or none that gives [B, C, h, w], or the network has
+            no layers to look at.
     """
     events = _events(network, images)
     if patterns is None:
@@ -116,6 +131,9 @@ def find_layers(
                     f"no layer '{pattern}' in {type(bare(network)).__name__}; {known}. "
                     "Patterns such as 'layer3.*' work too"
                 )
+            _demand_units_first(
+                f"layers '{pattern}'", [event for event in events if id(event) in fits]
+            )
             wanted |= fits
         chosen = [event for event in events if id(event) in wanted]
     if not chosen:
@@ -123,7 +141,12 @@ def find_layers(
             f"{type(bare(network)).__name__} has no convolution and no non-linearity as a module: "
             "name layers by --layers"
         )
-    return _layers(chosen, events)
+    if patterns is None:
+        _demand_units_first("the layers looked at by default", chosen)
+    calls = Counter(event.path for event in events)
+    first = [event for event in chosen if not event.units_last]
+    last = [event for event in chosen if event.units_last]
+    return _layers(first, events), tuple(_name(event.path, event.call, calls) for event in last)
 
 
 def all_layers(network: nn.Module, images: Images) -> tuple[Layer, ...]:
@@ -137,9 +160,14 @@ def _events(network: nn.Module, images: Images) -> list[_Event]:
     modules = {path: module for path, module in inner.named_modules() if path}
     calls: Counter[str] = Counter()
     found: list[_Event] = []
+    given: dict[str, list[object]] = {}  # of calls that haven't returned
+
+    def enter(path: str, value: object) -> None:
+        given.setdefault(path, []).append(value)
 
     def note(path: str, output: object) -> None:
         call, calls[path] = calls[path], calls[path] + 1
+        value = given[path].pop()
         if not isinstance(output, Tensor) or output.dim() not in (2, 4) or not len(output):
             return
         event = _Event(path, call, modules[path], output, output._version)
@@ -153,11 +181,49 @@ def _events(network: nn.Module, images: Images) -> list[_Event]:
                 if other.output is output and other.version == output._version
             )
             event.activation = next(same, None) if list(event.module.children()) else None
+        event.units_last = _units_last(event, value, found)
         found.append(event)
 
-    with undisturbed(network), visiting(network, modules, note, required=False):
+    with undisturbed(network), visiting(network, modules, note, before=enter, required=False):
         plain(network)(images[:1])
     return found
+
+
+def _units_last(event: _Event, given: object, before: list[_Event]) -> bool:
+    """Whether an output is [B, h, w, C], as far as modules tell that take their units last.
+
+    Notes the same of the output that such a module was given, if it came from a permutation.
+    """
+    output, module = event.output, event.module
+    if output.dim() != 4:
+        return False
+    source = next((other for other in reversed(before) if other.output is given), None)
+    if isinstance(module, nn.Linear) or _normalises_last(module, output):
+        # Not of a convolution's output, whose columns a linear layer may well mix.
+        if source is not None and not list(source.module.parameters()):
+            source.units_last = source.output.dim() == 4
+        return True
+    if source is not None and source.units_last and source.output.shape == output.shape:
+        return source.output.stride() == output.stride()  # else it permutes
+    inside = before[-1] if before and before[-1].path.startswith(f"{event.path}.") else None
+    return inside is not None and inside.units_last and inside.output.shape == output.shape
+
+
+def _normalises_last(module: nn.Module, output: Tensor) -> bool:
+    if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
+        return False
+    (units,) = module.normalized_shape
+    # Some subclasses permute before and after.
+    return output.shape[-1] == units and (type(module) is nn.LayerNorm or output.shape[1] != units)
+
+
+def _demand_units_first(which: str, fitting: list[_Event]) -> None:
+    if all(event.units_last for event in fitting):
+        shape = list(fitting[0].output.shape)
+        raise UserError(
+            f"{which} give {shape}, with their units last, and are read as "
+            "[B, C, h, w]: name other layers by --layers"
+        )
 
 
 def _default(events: list[_Event]) -> list[_Event]:

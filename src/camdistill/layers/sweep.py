@@ -19,7 +19,7 @@ from camdistill.layers.cams import CamSums, layer_maps
 from camdistill.layers.draws import chosen
 from camdistill.layers.glance import Glance
 from camdistill.layers.plan import Options, Plan
-from camdistill.layers.points import find_layers
+from camdistill.layers.points import choice, find_layers
 from camdistill.layers.probes import ProbeSums, untrained
 from camdistill.layers.similarity import CkaSums, MatchSums
 from camdistill.layers.state import Seen, State, from_tensors, size_of, to_tensors
@@ -69,10 +69,14 @@ class LayerSweep:
         self.networks = dict(networks)
         options = options or Options()
         found = {
-            name: find_layers(network, example, patterns)
+            name: choice(network, example, patterns)
             for name, network, patterns in _wanted(self.networks, example, layers)
         }
-        self.plan = Plan(found, options)
+        self.plan = Plan(
+            {name: chosen for name, (chosen, _) in found.items()},
+            options,
+            {name: others for name, (_, others) in found.items()},
+        )
         self._states = self.plan.empty()
         self._untrained: dict[str, nn.Module] = {}
         if options.probes:

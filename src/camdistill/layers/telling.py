@@ -125,6 +125,12 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     for network, layers in networks.items():
+        if others := plan.left_out.get(network):
+            names = ", ".join(others[:6])
+            names += f" and {len(others) - 6} more" if len(others) > 6 else ""
+            notes.append(
+                f"{network}: left out, as they give their units last ([B, h, w, C]): {names}"
+            )
         for layer in layers:
             lost = used["histogram"] - layer.units.images
             if lost:
