@@ -188,6 +188,21 @@ def test_networks_and_images_go_to_the_device(tmp_path: Path, monkeypatch) -> No
     assert asked == [("cpu", "cpu")]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_tells_what_the_processor_tells(tmp_path: Path) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        given = ["--teacher", "resnet20", "--data", "shapes", "--device", device]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            assert main(["analyze", *given, *QUICK, "--out", str(out)]) == 0
+        found[device] = json.loads((out / "results.json").read_text())["networks"]["teacher"]
+    for name, row in found["cpu"].items():
+        assert found["cuda"][name]["active"] == pytest.approx(row["active"], abs=1e-3)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_that_is_missing_is_a_mistake(tmp_path: Path, capsys) -> None:
     given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(tmp_path / "out")]

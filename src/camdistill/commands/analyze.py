@@ -41,7 +41,7 @@ def analyze(
     steps: int = 256,
     pictures: int = 6,
     probes: bool = False,
-    device: Literal["cpu", "cuda"] | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
     out: Path = Path("runs/analyze"),
     trust: list[str] = [],  # noqa: B006
 ) -> dict[str, object]:
@@ -68,7 +68,7 @@ def analyze(
         steps: Steps of the images made to excite units; 0 makes none.
         pictures: Images that are shown at all layers.
         probes: Whether labels are read out at each layer, here and in an untrained copy.
-        device: cpu or cuda. Default: a GPU where there is one.
+        device: Where networks and images go: cpu or cuda.
         out: Folder for the report.
         trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
             paths may come from.
@@ -84,10 +84,11 @@ def analyze(
     if list_layers:
         return _listed(networks, side_of(size, shown.size), shown.channels)
     source = source_from(images, data, count=count, size=side_of(size, shown.size))
-    where = _device(device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but torch finds no GPU: leave out --device, or give cpu")
     for network in networks.values():
-        network.to(where)
-    subject = _subject(source, shown, where)
+        network.to(device)
+    subject = _subject(source, shown, device)
     opening = Opening(
         networks, subject, LayerReport(out, tuple(networks)), layers, _chosen_units(units)
     )
@@ -139,12 +140,6 @@ def _subject(source: Source, shown: Shown, device: str) -> Subject:
         shown.channels,
         device,
     )
-
-
-def _device(name: Literal["cpu", "cuda"] | None) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but torch finds no GPU: leave out --device, or give cpu")
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _chosen_units(words: Sequence[str]) -> dict[str, list[int]]:

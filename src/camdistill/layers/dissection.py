@@ -173,7 +173,7 @@ def _overlaps(above: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
 
 def _told(layer: str, concepts: tuple[str, ...], choosing: _Tally, telling: _Tally) -> Dissection:
     best = (choosing.iou() - choosing.chance()).argmax(0, keepdim=True)
-    tops = torch.tensor(TOPS, dtype=torch.float64)[best[0]]
+    tops = torch.tensor(TOPS, dtype=torch.float64)[best[0].cpu()]
     return Dissection(
         layer,
         concepts,
