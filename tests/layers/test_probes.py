@@ -69,13 +69,33 @@ def test_accuracy_is_that_of_ridge_regression_on_stored_features() -> None:
         assert accuracy == pytest.approx(right)
         assert accuracy > 0.3
     commonest = labels[fitted].bincount().argmax()
-    assert state.chance() == pytest.approx(float((labels[held] == commonest).double().mean()))
+    expected = float((labels[held] == commonest).double().mean())
+    assert state.chances() == [pytest.approx(expected)] * 2
 
 
 def test_a_probe_without_images_tells_nothing() -> None:
     empty = ProbeSums.empty(CHANNELS, 4)
     assert np.isnan(empty.accuracies()).all()
-    assert np.isnan(empty.chance())
+    assert np.isnan(empty.chances()).all()
+
+
+def test_a_layers_probe_is_of_the_images_that_are_finite_there() -> None:
+    """The first layer is broken for a third of the images, and takes nothing from the second."""
+    features, labels, ids = data(3, 120)
+    broken = torch.arange(120) % 3 == 0
+    features[0][broken] = torch.nan
+    state = ProbeSums.empty(CHANNELS, 4)
+    for part in torch.arange(120).split(17):
+        one = ProbeSums.of([layer[part] for layer in features], labels[part], ids[part], 4, 0)
+        state = state.merged(one)
+    whole = swept([torch.arange(120)])
+    assert state.accuracies()[1] == whole.accuracies()[1]
+    assert state.tested()[1] == whole.tested()[1]
+    kept = (~broken).nonzero().flatten()
+    alone = ProbeSums.of([one[kept] for one in features], labels[kept], ids[kept], 4, 0)
+    assert state.accuracies()[0] == pytest.approx(alone.accuracies()[0])
+    assert state.chances()[0] == alone.chances()[0]
+    assert 0 < state.tested()[0] == alone.tested()[0] < whole.tested()[0]
 
 
 def test_draws_are_even_and_differ_with_the_seed() -> None:

@@ -546,7 +546,15 @@ def test_a_layer_that_is_never_finite_takes_nothing_from_the_others(
     with torch.no_grad():
         ill["student"].stage2.conv.weight.fill_(torch.nan)
     parts = [list(range(12)), list(range(12, IMAGES))]
-    found, sound = (swept(nets, images, parts, Options()).result() for nets in (ill, networks))
+    options = Options(probes=3)
+    found, sound = (swept(nets, images, parts, options).result() for nets in (ill, networks))
+    for name in ("teacher", "student"):
+        for mine, its in zip(found.networks[name], sound.networks[name], strict=True):
+            if mine.name == "stage2":
+                assert np.isnan(mine.probe.accuracy)
+                assert mine.probe.images == 0
+            else:
+                assert mine.probe == its.probe
     whole = found.similarity.layers
     assert whole[-1] == ("student", "stage2")
     torch.testing.assert_close(

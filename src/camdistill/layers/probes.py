@@ -28,19 +28,19 @@ RIDGE = 1e-3  # over the mean variance of a feature
 
 @dataclass(frozen=True)
 class ProbeSums:
-    """What the probes of all layers of a network need.
+    """What the probes of all layers of a network need; each layer's of the images finite there.
 
     Attributes:
-        labels: Images summed, by label.
+        labels: Images summed, by layer and label.
         totals: Sums of features, by layer.
         outers: Sums of features' products, by layer.
         crosses: Sums of features by label, by layer.
-        held: Features of held-out images, all layers side by side.
+        held: Features of held-out images, all layers side by side; NaN where they aren't finite.
         held_labels: Their labels.
         held_draws: Their drawn numbers, ascending.
     """
 
-    labels: Int[Tensor, "classes"]
+    labels: Int[Tensor, "layers classes"]
     totals: tuple[Float[Tensor, "_"], ...]
     outers: tuple[Float[Tensor, "_ _"], ...]
     crosses: tuple[Float[Tensor, "_ classes"], ...]
@@ -52,7 +52,7 @@ class ProbeSums:
     def empty(cls, channels: Sequence[int], classes: int) -> "ProbeSums":
         """Of no image."""
         return cls(
-            counts(classes),
+            counts(len(channels), classes),
             tuple(zeros(count) for count in channels),
             tuple(zeros(count, count) for count in channels),
             tuple(zeros(count, classes) for count in channels),
@@ -103,37 +103,56 @@ class ProbeSums:
 
     def accuracies(self) -> list[float]:
         """Share of held-out images told right, by layer; NaN without images on either side."""
-        total = int(self.labels.sum())
-        if total == 0 or len(self.held) == 0:
-            return [torch.nan] * len(self.totals)
         found = []
-        shares = self.labels / total
-        parts = torch.split(self.held.double(), [len(one) for one in self.totals], 1)
-        for features, one, outer, cross in zip(
-            parts, self.totals, self.outers, self.crosses, strict=True
+        for part, labels, one, outer, cross in zip(
+            self._parts(), self.labels, self.totals, self.outers, self.crosses, strict=True
         ):
+            total, (features, known) = int(labels.sum()), part
+            if total == 0 or len(known) == 0:
+                found.append(torch.nan)
+                continue
+            shares = labels / total
             mean = one / total
             covariance = outer / total - mean[:, None] * mean
             ridge = RIDGE * float(covariance.diagonal().mean()) or 1.0
             covariance.diagonal().add_(ridge)
             weights = torch.linalg.solve(covariance, cross / total - mean[:, None] * shares)
             scores = (features - mean) @ weights + shares
-            found.append(float((scores.argmax(1) == self.held_labels).double().mean()))
+            found.append(float((scores.argmax(1) == known).double().mean()))
         return found
 
-    def chance(self) -> float:
-        """What the commonest label of the summed images gets on the held-out ones."""
-        if len(self.held_labels) == 0 or int(self.labels.sum()) == 0:
-            return torch.nan
-        return float((self.held_labels == self.labels.argmax()).double().mean())
+    def chances(self) -> list[float]:
+        """What the commonest label of the summed images gets on the held-out ones, by layer."""
+        return [
+            float((known == labels.argmax()).double().mean()) if int(labels.sum()) else torch.nan
+            for (_, known), labels in zip(self._parts(), self.labels, strict=True)
+        ]
+
+    def tested(self) -> list[int]:
+        """Held-out images, by layer."""
+        return [len(known) for _, known in self._parts()]
+
+    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Held-out images' features and labels, by layer, where they are finite."""
+        parts = torch.split(self.held.double(), [len(one) for one in self.totals], 1)
+        sound = [torch.isfinite(part).all(1) for part in parts]
+        return [
+            (part[good], self.held_labels[good]) for part, good in zip(parts, sound, strict=True)
+        ]
 
     def _with(self, features: Tensor, labels: Tensor) -> "ProbeSums":
         """With some images in the sums."""
-        classes = len(self.labels)
+        classes = self.labels.shape[1]
         parts = torch.split(features.double(), [len(one) for one in self.totals], 1)
-        hot = torch.nn.functional.one_hot(labels, classes).double()
+        hot = torch.nn.functional.one_hot(labels, classes)
+        good = torch.stack([torch.isfinite(part).all(1) for part in parts])
+        parts = tuple(
+            torch.where(one[:, None], part, 0) for one, part in zip(good, parts, strict=True)
+        )
+        known = good.long() @ hot
+        hot = hot.double()
         return ProbeSums(
-            self.labels + torch.bincount(labels, minlength=classes),
+            self.labels + known,
             tuple(one + part.sum(0) for one, part in zip(self.totals, parts, strict=True)),
             tuple(one + part.T @ part for one, part in zip(self.outers, parts, strict=True)),
             tuple(one + part.T @ hot for one, part in zip(self.crosses, parts, strict=True)),

@@ -217,7 +217,8 @@ class LayerSweep:
             ("probe", [one.mean for one in glance.numbers]),
             ("untrained", [means[layer.key] for layer in layers]),
         ):
-            sound = torch.stack([torch.isfinite(one).all(1) for one in features]).all(0)
+            # Each layer's probe is of what is finite there; these are finite nowhere.
+            sound = torch.stack([torch.isfinite(one).all(1) for one in features]).any(0)
             features = [one[sound] for one in features]
             found[f"{name}/{kind}"] = ProbeSums.of(
                 features, labels[sound], ids[sound], options.probes, options.seed

@@ -103,9 +103,8 @@ def _probes(plan: Plan, states: Mapping[str, State], network: str) -> list[Probe
         return []
     trained = _state(states, f"{network}/probe", ProbeSums)
     fresh = _state(states, f"{network}/untrained", ProbeSums)
-    chance, held = trained.chance(), len(trained.held_labels)
-    accuracies = zip(trained.accuracies(), fresh.accuracies(), strict=True)
-    return [Probe(accuracy, chance, untrained, held) for accuracy, untrained in accuracies]
+    found = (trained.accuracies(), trained.chances(), fresh.accuracies(), trained.tested())
+    return [Probe(*numbers) for numbers in zip(*found, strict=True)]
 
 
 def _cams(plan: Plan, states: Mapping[str, State], network: str) -> dict[str, Cams]:
