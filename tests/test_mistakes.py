@@ -289,7 +289,7 @@ MISTAKES = {
     ),
     "place that can't be written": Mistake(
         f"{EXPLAIN} --out teacher.safetensors/here",
-        r"can't write teacher\.safetensors/here/.*: Not a directory; .*name another folder",
+        r"--out is 'teacher\.safetensors/here', but 'teacher\.safetensors' is a file; name a folder",
     ),
     # numbers
     "loss that is no number": Mistake(
@@ -332,7 +332,27 @@ MISTAKES = {
         "explain photo.png", r"'photo\.png' belongs to no option; options begin with --"
     ),
     "number below 0 that reads as an option": Mistake(
-        "explain --classes -1", r"'-1' reads as an option; give a number below 0 as --NAME=-1"
+        "explain -1", r"'-1' reads as an option; give a number below 0 as --NAME=-1"
+    ),
+    "list without a value": Mistake(
+        "claims --rows --count 16", r"--rows stands without its value; give one or more"
+    ),
+    "photographs without a folder": Mistake(
+        "claims --rows 5c", r"row 5c is about photographs: .*--boxes FOLDER"
+    ),
+    "photographs in a folder that is not there": Mistake(
+        "claims --rows 1 --boxes nowhere", r"no folder 'nowhere' for --boxes"
+    ),
+    "results where a file is": Mistake(
+        "claims --rows 1 --out tiny.yaml/x", r"'.*tiny\.yaml' is a file; name a folder"
+    ),
+    "explainer that is another file": Mistake(
+        "evaluate --teacher resnet20 --data shapes --count 2 --explainers tiny.yaml",
+        r"'tiny\.yaml' is a file, but neither \.safetensors, \.ckpt nor \.npz",
+    ),
+    "stored maps that are not there": Mistake(
+        "evaluate --teacher resnet20 --data shapes --count 2 --explainers nope.npz",
+        r"no file 'nope\.npz'; there is none",
     ),
     "command that comes from a config": Mistake(
         "rank", r"methods.* are missing; give a config: -c FILE \(configs/ has examples\)"

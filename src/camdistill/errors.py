@@ -18,5 +18,7 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
     alike = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     if alike:
         return "nearest: " + ", ".join(repr(option) for option in alike)
+    if not known:
+        return "there is none"
     shown = ", ".join(repr(option) for option in known[:8])
     return f"there are: {shown}" + (", ..." if len(known) > 8 else "")

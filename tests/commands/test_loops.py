@@ -65,8 +65,8 @@ def test_training_goes_on_in_its_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "shown", "most"),
     [
-        ("fit --help", "--model.beta NUMBER", 120),
-        ("fit -c tiny.yaml --help", "--data.root PATH", 120),
+        ("fit --help", "--model.beta NUMBER", 126),
+        ("fit -c tiny.yaml --help", "--data.root PATH", 126),
         ("test --help", "--ckpt_path FILE|last", 60),
         ("explain --help", "--images PATH ...", 40),
         ("study --help", "--seeds N ...", 30),

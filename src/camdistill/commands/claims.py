@@ -13,7 +13,8 @@ from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
-from camdistill.studies.claims.everything import chosen
+from camdistill.report.tensorboard import how_to_look
+from camdistill.studies.claims.everything import PHOTOGRAPHS, chosen
 from camdistill.studies.claims.rows import Lab
 from camdistill.studies.claims.running import Outcome, outcomes, run_claims
 from camdistill.studies.claims.telling import block, verdict, write_pictures
@@ -47,6 +48,7 @@ def claims(
         device: cpu or cuda. Default: a GPU where there is one.
         out: Folder for results.json, table.txt, charts and the little networks.
     """
+    demand_photographs(rows, boxes)
     asked = chosen(rows, photographs=boxes is not None)
     lab, sha256 = _lab(teacher, student, boxes, count, seed, device, out)
     settings = {
@@ -68,8 +70,27 @@ def claims(
     write_pictures(outcomes(out / "results.json"), out)
     print(verdict(found))
     print(f"{out / 'results.json'}; table.txt and charts of all its rows beside it")
-    print(f"TensorBoard: tensorboard --logdir {out}")
+    print(how_to_look(out))
     return {number: outcome.row for number, outcome in found.items()}
+
+
+def demand_photographs(rows: list[str], boxes: Path | None) -> None:
+    """Checks what row 5c needs, before the other rows are made.
+
+    Raises:
+        UserError: The row was asked for without a folder, or the folder has no boxes.
+    """
+    if boxes is None:
+        if PHOTOGRAPHS in rows:
+            raise UserError(
+                f"row {PHOTOGRAPHS} is about photographs: name an image folder that has a "
+                "boxes.csv with --boxes FOLDER"
+            )
+        return
+    if not boxes.is_dir():
+        raise UserError(f"no folder '{boxes}' for --boxes; give an image folder with a boxes.csv")
+    if not any(boxes.rglob("boxes.csv")):
+        raise UserError(f"no boxes.csv in '{boxes}'; it names each image's box beside the folders")
 
 
 def _lab(

@@ -27,6 +27,7 @@ from camdistill.measure.metrics import (
 )
 from camdistill.networks.weights import sha256_of
 from camdistill.report.results import Cell, text_table, write_atomically, write_results
+from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.evaluation import Evaluation, Subject
 from camdistill.studies.evaluation import evaluate as run
 from camdistill.studies.evaluation_report import write_pictures
@@ -132,7 +133,7 @@ def evaluate(
     write_atomically(out / "table.txt", text.encode())
     print(text)
     print(f"{out / 'results.json'}, values.npz and pictures beside it")
-    print(f"TensorBoard: tensorboard --logdir {out}")
+    print(how_to_look(out))
     return results
 
 

@@ -18,6 +18,7 @@ from camdistill.explain.learnable import holds_explainer, load_explainer
 from camdistill.explain.maps import upsample
 from camdistill.explain.methods import METHODS, at_image
 from camdistill.networks.class_paths import resolve
+from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.networks.weights import read_weights
 from camdistill.studies.evaluation import Explainer, Subject
@@ -82,7 +83,9 @@ def explainers_of(
         elif word.endswith(".npz"):
             found.append(_stored(Path(word), subject))
         elif word.endswith((".safetensors", ".ckpt")):
-            found.append(_of_checkpoint(Path(word), trust))
+            found.append(_of_checkpoint(Path(word), networks, trust))
+        elif Path(word).is_file():
+            raise UserError(f"'{word}' is a file, but neither .safetensors, .ckpt nor .npz")
         elif "." in word:
             found.append(Explainer(word, _callable(word)))
         else:
@@ -100,11 +103,17 @@ def _of_other(name: str, networks: Networks) -> Explainer:
     return Explainer(name, _grad_cam_of(networks.other, networks.other_layer))
 
 
-def _of_checkpoint(path: Path, trust: Sequence[str]) -> Explainer:
+def _of_checkpoint(path: Path, networks: Networks, trust: Sequence[str]) -> Explainer:
     """What a file explains with: an adapted explainer, or another student's map for the class."""
     if path.suffix == ".safetensors" and holds_explainer(weights := read_weights(path)):
         return Explainer(path.stem, _adapted(path), digest=weights.sha256)
     found = load(path, trust=trust)
+    own, explained = (head_size(one.network) for one in (found.network, networks.explained))
+    if own != explained:
+        raise UserError(
+            f"'{path}' tells {own} classes apart, the network that is explained {explained}: give "
+            "a student of the same classes"
+        )
     layer = found.pairs[-1][0] if found.pairs else None
     return Explainer(path.stem, _grad_cam_of(found.network, layer), digest=found.sha256)
 

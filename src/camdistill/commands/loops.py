@@ -11,6 +11,7 @@ from camdistill.commands.help import loop_help
 from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError
 from camdistill.report.results import text_table, write_atomically
+from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.checkpoint_files import LAST
 from camdistill.studies.experiment import Experiment
 from camdistill.studies.parsing import translated
@@ -30,7 +31,7 @@ class _Told(Experiment):
         print(f"  test it:     camdistill test -c {self.folder}/config.yaml --ckpt_path {last}")
         if isinstance(self.model, DistilledExplainer):
             print(f"  look at it:  camdistill explain --checkpoint {path} --images FOLDER")
-        print(f"  TensorBoard: tensorboard --logdir {self.folder.parent}")
+        print(f"  {how_to_look(self.folder.parent)}")
 
     def after_validate(self) -> None:
         """Prints what was measured."""

@@ -2,12 +2,15 @@
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
 from camdistill.commands.help import command_help
+from camdistill.errors import UserError
 from camdistill.studies.parsing import demand_configs, told, translated
 
 
@@ -34,7 +37,22 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     chosen.pop("config", None)
     with translated():
         made = parser.instantiate_classes(chosen)
+    if isinstance(out := vars(made).get("out"), Path):
+        demand_room(out)
     return command(**vars(made))
+
+
+def demand_room(out: Path) -> None:
+    """Checks that results can be written before anything is computed for them.
+
+    Raises:
+        UserError: The folder is a file, or lies where one may not write.
+    """
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"--out is '{out}', but '{there}' is a file; name a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"can't write to '{there}'; change its permissions, or name another --out")
 
 
 def with_lists(arguments: Sequence[str], lists: Mapping[str, type]) -> list[str]:
@@ -52,8 +70,10 @@ def with_lists(arguments: Sequence[str], lists: Mapping[str, type]) -> list[str]
             done.append(word)
             continue
         values = [first] if equals else []
-        while words and not words[0].startswith("-"):
+        while words and (not words[0].startswith("-") or words[0].lstrip("-").isdecimal()):
             values.append(words.pop(0))
+        if not values:
+            raise UserError(f"{option} stands without its value; give one or more, or leave it out")
         whole = len(values) == 1 and values[0].startswith("[")
         numbers = all(value.isdigit() for value in values) and lists[name] is int
         text = f"[{', '.join(values)}]" if numbers else json.dumps(values)

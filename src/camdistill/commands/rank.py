@@ -13,6 +13,7 @@ from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import available_cores, write_results
+from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.controls import CONTROLS, Control
 from camdistill.studies.lessons import Recipe
 from camdistill.studies.plan import Study, Tuning
@@ -113,7 +114,7 @@ def _written(found: Found, seconds: float) -> dict[str, object]:
     picture = save_png(out / "gains.png", chart(found))
     board = log_scalars(found, out)
     print(f"\n{text}\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
-    print(f"TensorBoard: tensorboard --logdir {board}")
+    print(how_to_look(board))
     return whole
 
 

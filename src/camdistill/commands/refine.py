@@ -10,6 +10,7 @@ from camdistill.distill.refining import ARMS, Arm, Objective
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import available_cores, write_results
+from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.refinement import LEDGER, Found, refined
 from camdistill.studies.refinement_plan import (
     Judging,
@@ -104,5 +105,5 @@ def _written(found: Found, workshop: Workshop, seconds: float) -> dict[str, obje
     board = log_board(found, out, panels, text)
     print(f"\n{text}\n\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
     print(f"Networks, for --checkpoint: {out / 'networks'}")
-    print(f"TensorBoard: tensorboard --logdir {board}")
+    print(how_to_look(board))
     return whole

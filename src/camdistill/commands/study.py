@@ -5,6 +5,7 @@ from pathlib import Path
 from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import text_table
+from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.runs import Study, run_study
 
 # What an option of a run may be: a value, or a list as model.transfer.pairs is.
@@ -40,7 +41,7 @@ def study(
     (out / "table.txt").write_text(text, encoding="utf-8")
     chart = save_png(out / "table.png", interval_chart(rows, title=f"95 % intervals over {over}"))
     print(f"\n{text}\nResults: {out / 'results.json'}   Chart: {chart}")
-    print(f"TensorBoard: tensorboard --logdir {out}")
+    print(how_to_look(out))
     return results
 
 

@@ -128,7 +128,8 @@ def _demand_file(path: Path) -> None:
         if not path.parent.is_dir():
             raise UserError(f"no file '{path}': there is no folder '{path.parent}'; check the path")
         names = sorted(entry.name for entry in path.parent.iterdir())
-        hint = nearest(path.name, names) if names else "the folder is empty"
+        names = [name for name in names if name.endswith(SUFFIXES)]
+        hint = nearest(path.name, names) if names else "it holds no file of weights"
         raise UserError(f"no file '{path.name}' in '{path.parent}'; {hint}")
 
 

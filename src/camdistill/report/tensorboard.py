@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -241,6 +242,11 @@ def picture_due(trainer: Trainer, validations: int, most: int) -> int:
 def reports(trainer: Trainer) -> bool:
     """Whether a callback that draws has somewhere to draw now: training, after the sanity check."""
     return not trainer.sanity_checking and trainer.state.fn == "fit" and bool(tensorboards(trainer))
+
+
+def how_to_look(folder: Path) -> str:
+    """The line that ends a command: what to type to see its report."""
+    return f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}"
 
 
 def front_page_url(

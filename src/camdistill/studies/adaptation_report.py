@@ -49,6 +49,11 @@ def verdict(adapted: Adapted) -> str:
         else:
             said = f"better than Grad-CAM: {told}"
         lines.append(f"{name}: {said}")
+    if adapted.of_teacher.best == 0:
+        lines.append(
+            "no round was better than round 0: the adapted explainer is Grad-CAM itself, and what "
+            "lies between them is rounding that training made larger"
+        )
     return "\n".join(lines)
 
 
