@@ -1,6 +1,7 @@
 """`analyze`: every layer of a network, or of a student and its teacher, opened."""
 
 import functools
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -192,5 +193,7 @@ def _tell(opening: Opening, out: Path) -> None:
     if found.findings:
         print(f"What stands out ({found.sweep.images:,} images of {found.data}):")
         print("\n".join(f"  {one.text}" for one in found.findings))
+    else:
+        print(f"Nothing stands out ({found.sweep.images:,} images of {found.data}).")
     print(f"\n{out / 'report.md'} explains every card; beside it {NUMBERS}")
-    print(f"TensorBoard: camdistill report --run {out}")
+    print(f"TensorBoard: camdistill report --run {shlex.quote(str(out))}")

@@ -278,7 +278,7 @@ class Opening:
             fitting = [layer for layer in known if layer.name == name]
             if not fitting:
                 swept = nearest(name, [layer.name for layer in known])
-                raise UserError(f"no layer '{name}' is looked at; {swept}. --layers adds more")
+                raise UserError(f"no layer '{name}' is looked at; {swept}. --layers chooses others")
             if any(layer.shape[1] * layer.shape[2] == 1 for layer in fitting):
                 raise UserError(
                     f"{name} gives one number a unit (1x1), so there is no place in the image to "
