@@ -226,6 +226,19 @@ def test_the_sentence_tells_units_images_and_the_bound() -> None:
     assert (found.kind, found.layer, found.units, found.value) == ("dead", "stage2", (3, 5), 2)
 
 
+@pytest.mark.parametrize(("images", "named"), [(3, False), (4, True)])
+def test_three_images_call_no_unit_dead(images: int, named: bool) -> None:
+    network = fresh(0)
+    place = places(network)[1]
+    with torch.no_grad():
+        place[2].weight[3] = 0
+        place[2].bias[3] = -1
+    looking = LayerSweep({"network": network.eval()}, shapes("val", IMAGES)[0][:1])
+    looking.update(shapes("val", IMAGES)[0][:images], torch.arange(images))
+    layers = {one.layer for one in findings(looking.result()) if one.kind == "dead"}
+    assert ("stage2" in layers) == named
+
+
 def test_values_that_are_not_finite_and_a_collapsed_rank_are_named() -> None:
     network = fresh(0).eval()
     with torch.no_grad():

@@ -100,7 +100,7 @@ def _not_finite(layer: LayerSummary) -> Finding | None:
 
 def _dead(layer: LayerSummary) -> Finding | None:
     units = layer.units
-    if not units.dead:
+    if not units.dead or units.bound >= 1:  # so few images say nothing of a unit's death
         return None
     text = (
         f"{_counted(units.dead, layer)} dead on {units.images:,} images (active in at most "
