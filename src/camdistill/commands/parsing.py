@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import get_args, get_origin
@@ -12,6 +13,8 @@ from jsonargparse import ArgumentParser
 from camdistill.commands.help import command_help
 from camdistill.errors import UserError
 from camdistill.studies.parsing import demand_configs, told, translated
+
+_WHOLE = re.compile(r"-?\d+")
 
 
 class CommandParser(ArgumentParser):
@@ -70,12 +73,12 @@ def with_lists(arguments: Sequence[str], lists: Mapping[str, type]) -> list[str]
             done.append(word)
             continue
         values = [first] if equals else []
-        while words and (not words[0].startswith("-") or words[0].lstrip("-").isdecimal()):
+        while words and (not words[0].startswith("-") or _WHOLE.fullmatch(words[0])):
             values.append(words.pop(0))
         if not values:
             raise UserError(f"{option} stands without its value; give one or more, or leave it out")
         whole = len(values) == 1 and values[0].startswith("[")
-        numbers = all(value.isdigit() for value in values) and lists[name] is int
+        numbers = all(_WHOLE.fullmatch(value) for value in values) and lists[name] is int
         text = f"[{', '.join(values)}]" if numbers else json.dumps(values)
         done.append(f"{option}={values[0] if whole else text}")
     return done
