@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from camdistill.data.datasets import ImageSet
 from camdistill.distill import cache as cache_module
-from camdistill.distill.cache import Quantity, TeacherCache
+from camdistill.distill.answers import Quantity
+from camdistill.distill.cache import TeacherCache
 from camdistill.distill.cache_files import locked, pack, unpack
 from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec, Teacher

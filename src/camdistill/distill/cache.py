@@ -11,17 +11,16 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from camdistill.data.datasets import ImageSet
+from camdistill.distill.answers import Plan, Precision, Quantity, answers, likeliest
 from camdistill.distill.cache_files import (
     CacheError,
     Draft,
@@ -32,19 +31,13 @@ from camdistill.distill.cache_files import (
     told,
     unpack,
 )
-from camdistill.distill.losses import attention_map
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import Top, explain
 from camdistill.explain.maps import relu
-from camdistill.explain.request import Classes, columns
 from camdistill.networks.teachers import Teacher
-from camdistill.types import Labels, Logits, Pixels
+from camdistill.types import Labels, Logits
 
-Quantity = Literal["grad_cam", "attention", "class_maps"]
-Precision = Literal["float32", "bfloat16"]
 Progress = Callable[[int, int], None]
 
-VERSION = 1
 SAMPLE = 64  # images asked of the live teacher when a cache is opened
 STRAYS = 3  # of the sample: near ties and ReLUs at zero flip with the shape of a batch
 # Relative L2 errors of an image's logits and of its maps. Another teacher's are about 1. Measured
@@ -55,51 +48,6 @@ TOLERANCE = {"float32": (0.01, 0.1), "bfloat16": (0.1, 0.5)}
 PAUSE = 10.0  # seconds between the points from which a killed build goes on
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is stored of each image.
-
-    Attributes:
-        layers: The teacher's layers.
-        quantities: "grad_cam" (always stored), the signed maps of the teacher's top class for that
-            orientation, or of its likeliest `classes`; "attention", attention maps of power `p`;
-            "class_maps", the signed maps of every class.
-        flips: Whether the mirrored images are stored too.
-        precision: The teacher's; "bfloat16" is autocast.
-        p: Power of attention maps.
-        classes: How many of the likeliest classes; above 1, Grad-CAMs are [B, classes, h, w].
-    """
-
-    layers: tuple[str, ...]
-    quantities: tuple[Quantity, ...] = ("grad_cam",)
-    flips: bool = True
-    precision: Precision = "float32"
-    p: float = 2.0
-    classes: int = 1
-
-    @property
-    def orientations(self) -> int:
-        """2 with mirrored images, else 1."""
-        return 2 if self.flips else 1
-
-    def key(self, teacher: Teacher, image_set: ImageSet) -> Key:
-        """Everything that decides the content of a cache."""
-        ids = np.ascontiguousarray(image_set.ids, dtype=np.int64)
-        return {
-            "version": VERSION,
-            "teacher": teacher_sha256(teacher),
-            "images": image_set.fingerprint,
-            "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
-            "size": list(image_set.pixels.shape[2:]),
-            "layers": list(self.layers),
-            "quantities": list(self.quantities),
-            "flips": self.flips,
-            "precision": self.precision,
-            "p": self.p if "attention" in self.quantities else None,
-            **({"classes": self.classes} if self.classes > 1 else {}),
-        }
 
 
 class TeacherCache:
@@ -279,7 +227,7 @@ class TeacherCache:
         flip = torch.from_numpy(mirror)
         pixels = torch.where(flip[:, None, None, None], batch.pixels.flip(-1), batch.pixels)
         logits, _ = self.lookup(batch.ids, flip)
-        live = _values(self.plan, teacher, pixels, likeliest(logits, self.plan.classes))
+        live = answers(self.plan, teacher, pixels, likeliest(logits, self.plan.classes))
         allowed, allowed_of_maps = TOLERANCE[self.plan.precision]
         right = _error(logits, live["logits"]) <= allowed
         for quantity in self.plan.quantities:
@@ -289,28 +237,6 @@ class TeacherCache:
         wrong = int((~right).sum())
         if wrong > min(STRAYS, len(positions) // 4):
             raise CacheError(f"the live teacher differs on {wrong} of {len(positions)} images")
-
-
-def likeliest(logits: Logits, count: int) -> Int[Tensor, "batch *count"]:
-    """The top class, [B], or with a count above 1 the likeliest ones, [B, count]."""
-    if count == 1:
-        return logits.argmax(1)
-    return logits.topk(min(count, logits.shape[1]), 1).indices
-
-
-def teacher_sha256(teacher: Teacher) -> str:
-    """sha256 of a teacher's modules, weights and normalisation, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, module in teacher.network.named_modules():
-        digest.update(f"{name} {type(module).__qualname__}\n".encode())
-    if teacher.spec is not None:
-        digest.update(json.dumps([teacher.spec.name, teacher.spec.args], sort_keys=True).encode())
-    state = {**teacher.network.state_dict(), "/mean": teacher.mean, "/std": teacher.std}
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _build(
@@ -331,7 +257,7 @@ def _build(
             positions = np.arange(draft.done, min(draft.done + batch_size, count))
             pixels = image_set.batch(positions).pixels
             for orientation in range(plan.orientations):
-                values = _values(plan, quick, pixels.flip(-1) if orientation else pixels)
+                values = answers(plan, quick, pixels.flip(-1) if orientation else pixels)
                 for name, value in _stored(values).items():
                     if name not in draft.arrays:
                         shape = (count, plan.orientations, *value.shape[1:])
@@ -348,38 +274,6 @@ def _build(
         draft.discard()
         raise
     log.info("teacher cache: made in %.0f s", time.monotonic() - start)
-
-
-def _values(
-    plan: Plan,
-    teacher: Teacher,
-    pixels: Pixels,
-    classes: Int[Tensor, "batch *classes"] | None = None,
-) -> dict[str, Tensor]:
-    """Logits and, as `quantity/number of the layer`, maps of a batch, on the CPU."""
-    device = teacher.mean.device
-    images = (pixels.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
-    every = "class_maps" in plan.quantities
-    asked: Classes = classes if classes is None else classes.to(device)
-    if asked is None and plan.classes > 1:
-        asked = Top(plan.classes)
-    if every:
-        asked = torch.arange(teacher.classes, device=device).expand(len(images), -1)
-    bfloat16 = plan.precision == "bfloat16"
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        found = explain(teacher, images, list(plan.layers), asked)
-    values = {"logits": found.logits.float().cpu()}
-    top = likeliest(values["logits"], plan.classes) if classes is None else classes
-    for number, layer in enumerate(plan.layers):
-        maps = found.maps[layer].float().cpu()
-        if every:
-            values[f"class_maps/{number}"] = maps
-            maps = maps.gather(1, columns(top)[:, :, None, None].expand(-1, -1, *maps.shape[2:]))
-            maps = maps if top.dim() == 2 else maps[:, 0]
-        values[f"grad_cam/{number}"] = maps
-        if "attention" in plan.quantities:
-            values[f"attention/{number}"] = attention_map(found.activations[layer], plan.p).cpu()
-    return values
 
 
 def _stored(values: dict[str, Tensor]) -> dict[str, NDArray[np.generic]]:

@@ -13,7 +13,8 @@ from camdistill import tags
 from camdistill.data.cache import cache_folder
 from camdistill.data.datasets import ImageSet
 from camdistill.data.views import Augment, View, identity_view
-from camdistill.distill.cache import TeacherCache, likeliest
+from camdistill.distill.answers import likeliest
+from camdistill.distill.cache import TeacherCache
 from camdistill.distill.comparison import (
     Comparison,
     MapComparison,

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from camdistill.distill.cache import Quantity
+from camdistill.distill.answers import Quantity
 from camdistill.distill.losses import (
     AttentionForm,
     BetaSchedule,

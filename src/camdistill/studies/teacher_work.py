@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camdistill.data.datasets import ImageSet
-from camdistill.distill.cache import teacher_sha256
+from camdistill.distill.answers import teacher_sha256
 from camdistill.distill.cache_files import (
     CacheError,
     Draft,
