@@ -101,7 +101,7 @@ def test_it_runs_says_what_it_found_and_goes_on(
         ("--students {t: {name: shallow_cn}}", "no network 'shallow_cn'; nearest: 'shallow_cnn'"),
         ("--teacher.weights absent.pt", "no file 'absent.pt'"),
         ("--workrs 2", "nearest: 'workers'"),
-        ("--device cuda", "there is no CUDA device here"),
+        ("--device cuda", "torch finds no GPU"),
     ],
     ids=lambda value: value[:30],
 )

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.rank import STACK, chosen_device, progress_bar, teller
+from camdistill.commands.running import STACK, chosen_device, progress_bar, teller
 from camdistill.data.modules import ImageData
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.intervals import interval_chart

@@ -13,6 +13,7 @@ from rich.progress import Progress, TaskID
 from torch import nn
 
 from camdistill.commands.networks import Shown, networks_from, side_of
+from camdistill.commands.running import chosen_device
 from camdistill.commands.sources import Source, source_from
 from camdistill.data.concepts import shape_concepts
 from camdistill.errors import UserError
@@ -85,11 +86,10 @@ def analyze(
     if list_layers:
         return _listed(networks, side_of(size, shown.size), shown.channels)
     source = source_from(images, data, count=count, size=side_of(size, shown.size))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but torch finds no GPU: leave out --device, or give cpu")
+    where = chosen_device(device)
     for network in networks.values():
-        network.to(device)
-    subject = _subject(source, shown, device)
+        network.to(where)
+    subject = _subject(source, shown, where)
     opening = Opening(
         networks, subject, LayerReport(out, tuple(networks)), layers, _chosen_units(units)
     )

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from camdistill.commands.running import chosen_device
 from camdistill.data.shapes import Shapes
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
@@ -106,9 +106,7 @@ def _lab(
         raise UserError(f"count is {count}; give {LEAST} or more images")
     if seed < 0:
         raise UserError(f"seed is {seed}; give 0 or more")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but torch finds no GPU: leave out --device, or give cpu")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = chosen_device(device)
     shapes = Shapes("test", count, seed=seed)
     found = {"teacher": _network(teacher, shapes), "student": _network(student, shapes)}
     lab = Lab(

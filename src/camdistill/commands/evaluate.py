@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from rich.progress import Progress
 
 from camdistill.commands.evaluated import explainers_of, networks_of
 from camdistill.commands.networks import networks_from, side_of
+from camdistill.commands.running import chosen_device
 from camdistill.commands.sources import source_from
 from camdistill.data.datasets import ImageSet
 from camdistill.errors import UserError
@@ -100,7 +100,7 @@ def evaluate(
     if seed < 0:
         raise UserError(f"seed is {seed}; give 0 or more")
     networks = networks_of(networks_from(checkpoint, teacher, weights, trust), of, layer)
-    networks.explained.to(_device(device))
+    networks.explained.to(chosen_device(device))
     found = source_from(images, data, count=count, size=side_of(size, networks.size))
     looked_at = found.images.subset(np.sort(found.order))
     subject = Subject(networks.explained, looked_at, found.shapes, networks.channels)
@@ -135,12 +135,6 @@ def evaluate(
     print(f"{out / 'results.json'}, values.npz and pictures beside it")
     print(how_to_look(out))
     return results
-
-
-def _device(name: Literal["cpu", "cuda"] | None) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but torch finds no GPU: leave out --device, or give cpu")
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _told_apart(metric: str) -> str:

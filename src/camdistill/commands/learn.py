@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.rank import STACK, chosen_device, progress_bar, teller
+from camdistill.commands.running import STACK, chosen_device, progress_bar, teller
 from camdistill.errors import UserError
 from camdistill.networks.teachers import Teacher
 from camdistill.report.results import available_cores, write_atomically, write_results

@@ -1,15 +1,11 @@
 """`rank`: explanation methods by how much they teach a student."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from camdistill.commands.running import STACK, chosen_device, progress_bar, teller
 from camdistill.data.modules import ImageData
-from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import available_cores, write_results
@@ -27,7 +23,6 @@ from camdistill.studies.ranking_report import (
 )
 from camdistill.studies.simulatability import LEDGER, Found, ranked
 
-STACK = 32  # students trained as one on a GPU
 SHARES = [0.25, 0.5, 0.75]
 
 
@@ -116,30 +111,3 @@ def _written(found: Found, seconds: float) -> dict[str, object]:
     print(f"\n{text}\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
     print(how_to_look(board))
     return whole
-
-
-def chosen_device(device: str) -> str:
-    """What a command's --device stands for here."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; --device cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def progress_bar() -> Progress:
-    """A line for each thing that is done, with how many of how many."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )
-
-
-def teller(bar: Progress) -> Callable[[str, int, int], None]:
-    """Shows what is done: one line for each thing."""
-    lines: dict[str, object] = {}
-
-    def tell(what: str, done: int, total: int) -> None:
-        if what not in lines:
-            lines[what] = bar.add_task(what, total=total)
-        task = lines[what]
-        bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
-
-    return tell

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.rank import chosen_device, progress_bar, teller
+from camdistill.commands.running import chosen_device, progress_bar, teller
 from camdistill.data.modules import ImageData
 from camdistill.distill.refining import ARMS, Arm, Objective
 from camdistill.networks.teachers import NetworkSpec
