@@ -1,8 +1,8 @@
 import torch
 
+from camdistill.layers.likeness import Match
 from camdistill.layers.pairing import clearest_pairs
 from camdistill.layers.plan import Options
-from camdistill.layers.summary import Match
 from camdistill.layers.sweep import sweep
 from camdistill.networks.students import ShallowCNN
 from camdistill.types import Batch

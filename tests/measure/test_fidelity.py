@@ -11,17 +11,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 from camdistill.explain.maps import resize
-from camdistill.measure.fidelity import (
-    FidelityMeter,
-    FidelityTable,
-    agreement,
-    correct,
-    divergence,
-    flatten,
-    intervals,
-    map_scores,
-    summary,
-)
+from camdistill.measure.fidelity import FidelityMeter, FidelityTable, flatten, intervals, summary
 from camdistill.measure.intervals import (
     interval,
     paired_interval,
@@ -29,6 +19,7 @@ from camdistill.measure.intervals import (
     seed_interval,
     skill_of_means,
 )
+from camdistill.measure.scores import agreement, correct, divergence, map_scores
 
 PAIRS = {"stage2": "layer2", "stage5": "layer3"}
 

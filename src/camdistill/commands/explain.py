@@ -16,7 +16,7 @@ from camdistill.commands.sources import ShownImages, images_from
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import Explanation, last_layer
 from camdistill.explain.gradcam import explain as explain_network
-from camdistill.measure.fidelity import map_scores
+from camdistill.measure.scores import map_scores
 from camdistill.networks.heads import head_size
 from camdistill.report.figures.maps import Row, map_panel
 from camdistill.report.figures.pictures import save_png

@@ -13,7 +13,7 @@ from torch import Tensor
 from camdistill.commands.networks import Shown
 from camdistill.errors import UserError
 from camdistill.explain.methods import AT_PIXELS, INPUT, METHODS, explainer
-from camdistill.measure.fidelity import map_scores
+from camdistill.measure.scores import map_scores
 from camdistill.networks.teachers import Preprocessed
 from camdistill.report.figures.depth_maps import LayerMap, depth_panel
 from camdistill.report.figures.methods import MethodMap, method_panel

@@ -11,8 +11,8 @@ from camdistill.distill.losses import cross_entropy
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.training import Training, as_images, plain, seeded
 from camdistill.errors import UserError
-from camdistill.measure.fidelity import correct
 from camdistill.measure.intervals import Interval
+from camdistill.measure.scores import correct
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
 from camdistill.types import Batch, Logits

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from camdistill.explain.gradcam import explain
 from camdistill.explain.request import wide
 from camdistill.layers.histograms import HistogramCounts, middle
+from camdistill.layers.likeness import CamSimilarity
 from camdistill.layers.points import Layer
 from camdistill.layers.state import counts, zeros
-from camdistill.layers.summary import Cams, CamSimilarity, Point
+from camdistill.layers.summary import Cams, Point
 from camdistill.networks.capture import undisturbed
 from camdistill.types import Images
 

@@ -17,7 +17,8 @@ from typing import Literal, get_args
 
 import torch
 
-from camdistill.layers.summary import LayerSummary, Match, Sweep
+from camdistill.layers.likeness import Match
+from camdistill.layers.summary import LayerSummary, Sweep
 
 Kind = Literal[
     "not finite",

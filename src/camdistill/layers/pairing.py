@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from camdistill.layers.summary import Match
+from camdistill.layers.likeness import Match
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from camdistill.layers.likeness import Match, Similarity
 from camdistill.layers.state import counts, zeros
-from camdistill.layers.summary import Match, Similarity
 from camdistill.layers.units import correlation
 
 FEWEST = 4  # images that HSIC can be estimated from

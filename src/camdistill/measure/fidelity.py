@@ -11,17 +11,14 @@ again: a student that is no better than that has one map for all classes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor, distributed
-from torch.nn import functional as F
 
-from camdistill.explain.compare import cosine, pearson, spearman
-from camdistill.explain.maps import relu, resize
 from camdistill.measure.intervals import (
     FloatArray,
     Interval,
@@ -29,7 +26,8 @@ from camdistill.measure.intervals import (
     resampled_means,
     skill_of_means,
 )
-from camdistill.types import Labels, Logits, Maps, PerImage
+from camdistill.measure.scores import agreement, correct, divergence, map_scores, signed_pearson
+from camdistill.types import Labels, Logits
 
 IntArray = NDArray[np.int64]
 MapsByLayer = Mapping[str, Float[Tensor, "batch _ _"]]  # each layer has its own grid
@@ -37,15 +35,6 @@ MapsByLayer = Mapping[str, Float[Tensor, "batch _ _"]]  # each layer has its own
 MEASURES = ("pearson", "spearman", "cosine")
 RUNNER_UP = "runner_up"
 SAME_MAP = "controls.same_map"
-FLAT = 1e-6  # of its largest value: a map that varies less is constant up to float32's rounding
-
-
-class MapScores(NamedTuple):
-    """Similarity of maps, each in [-1, 1] and NaN where the teacher's map is blank."""
-
-    pearson: PerImage
-    spearman: PerImage
-    cosine: PerImage
 
 
 class MapSummary(TypedDict):
@@ -99,47 +88,6 @@ class FidelityTable:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-def agreement(student_logits: Logits, teacher_logits: Logits) -> PerImage:
-    """1 where student and teacher have the same top class, else 0."""
-    return (student_logits.argmax(1) == teacher_logits.argmax(1)).float()
-
-
-def divergence(student_logits: Logits, teacher_logits: Logits) -> PerImage:
-    """KL(teacher || student) of the class probabilities, in nats."""
-    student = F.log_softmax(student_logits.float(), dim=1)
-    teacher = F.log_softmax(teacher_logits.float(), dim=1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
-
-
-def correct(logits: Logits, labels: Labels) -> PerImage:
-    """1 where the top class is the label, 0 where not, NaN without a label (-1)."""
-    hit = (logits.argmax(1) == labels).float()
-    return torch.where(labels >= 0, hit, torch.full_like(hit, torch.nan))
-
-
-def map_scores(student_maps: Maps, teacher_maps: Float[Tensor, "batch rows columns"]) -> MapScores:
-    """Fidelity of a student's raw maps to a teacher's, by the module's rules."""
-    student, teacher = relu(student_maps.float()), relu(teacher_maps.float())
-    blank, told = _constant(student), ~_constant(teacher)
-    if student.shape[-2:] != teacher.shape[-2:]:
-        student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
-        blank = blank | _constant(student)
-    values = [measure(student, teacher) for measure in (pearson, spearman, cosine)]
-    nan = torch.full_like(values[0], torch.nan)
-    return MapScores(*(torch.where(told, value.masked_fill(blank, 0), nan) for value in values))
-
-
-def signed_pearson(
-    student_maps: Maps, teacher_maps: Float[Tensor, "batch rows columns"]
-) -> PerImage:
-    """Pearson of signed maps on the teacher's grid; NaN where the teacher's is constant."""
-    student, teacher = student_maps.float(), teacher_maps.float()
-    if student.shape[-2:] != teacher.shape[-2:]:
-        student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
-    value = pearson(student, teacher).masked_fill(_constant(student), 0)
-    return value.masked_fill(_constant(teacher), torch.nan)
 
 
 class FidelityMeter:
@@ -314,11 +262,6 @@ def _column_names(layers: list[str], with_mean_map: bool, runner_up: bool) -> tu
         if runner_up:
             names += [f"{who}.layers.{layer}.{RUNNER_UP}" for who in ("student", SAME_MAP)]
     return tuple(names)
-
-
-def _constant(maps: Maps) -> Bool[Tensor, "batch"]:
-    high, low = maps.amax((1, 2)), maps.amin((1, 2))
-    return high - low <= FLAT * high.abs().maximum(low.abs())
 
 
 def _map_summary(table: FidelityTable, who: str, layer: str) -> MapSummary:

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from camdistill import tags
 from camdistill.distill.comparison import MapComparison
-from camdistill.measure.fidelity import map_scores
+from camdistill.measure.scores import map_scores
 from camdistill.report.figures.maps import Row, map_panel
 from camdistill.report.tensorboard import (
     Picture,

@@ -1,0 +1,72 @@
+"""Student against teacher, image by image: the same answer, the same map.
+
+Maps are compared on the teacher's grid. A blank or constant student map scores 0; an image whose
+teacher map is blank or constant has no value (NaN).
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from camdistill.explain.compare import cosine, pearson, spearman
+from camdistill.explain.maps import relu, resize
+from camdistill.types import Labels, Logits, Maps, PerImage
+
+FLAT = 1e-6  # of its largest value: a map that varies less is constant up to float32's rounding
+
+
+class MapScores(NamedTuple):
+    """Similarity of maps, each in [-1, 1] and NaN where the teacher's map is blank."""
+
+    pearson: PerImage
+    spearman: PerImage
+    cosine: PerImage
+
+
+def agreement(student_logits: Logits, teacher_logits: Logits) -> PerImage:
+    """1 where student and teacher have the same top class, else 0."""
+    return (student_logits.argmax(1) == teacher_logits.argmax(1)).float()
+
+
+def divergence(student_logits: Logits, teacher_logits: Logits) -> PerImage:
+    """KL(teacher || student) of the class probabilities, in nats."""
+    student = F.log_softmax(student_logits.float(), dim=1)
+    teacher = F.log_softmax(teacher_logits.float(), dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+def correct(logits: Logits, labels: Labels) -> PerImage:
+    """1 where the top class is the label, 0 where not, NaN without a label (-1)."""
+    hit = (logits.argmax(1) == labels).float()
+    return torch.where(labels >= 0, hit, torch.full_like(hit, torch.nan))
+
+
+def map_scores(student_maps: Maps, teacher_maps: Float[Tensor, "batch rows columns"]) -> MapScores:
+    """Fidelity of a student's raw maps to a teacher's, by the module's rules."""
+    student, teacher = relu(student_maps.float()), relu(teacher_maps.float())
+    blank, told = _constant(student), ~_constant(teacher)
+    if student.shape[-2:] != teacher.shape[-2:]:
+        student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
+        blank = blank | _constant(student)
+    values = [measure(student, teacher) for measure in (pearson, spearman, cosine)]
+    nan = torch.full_like(values[0], torch.nan)
+    return MapScores(*(torch.where(told, value.masked_fill(blank, 0), nan) for value in values))
+
+
+def signed_pearson(
+    student_maps: Maps, teacher_maps: Float[Tensor, "batch rows columns"]
+) -> PerImage:
+    """Pearson of signed maps on the teacher's grid; NaN where the teacher's is constant."""
+    student, teacher = student_maps.float(), teacher_maps.float()
+    if student.shape[-2:] != teacher.shape[-2:]:
+        student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
+    value = pearson(student, teacher).masked_fill(_constant(student), 0)
+    return value.masked_fill(_constant(teacher), torch.nan)
+
+
+def _constant(maps: Maps) -> Bool[Tensor, "batch"]:
+    high, low = maps.amax((1, 2)), maps.amin((1, 2))
+    return high - low <= FLAT * high.abs().maximum(low.abs())
