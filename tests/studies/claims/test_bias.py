@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camdistill.data.shapes import _PATCH_COLOURS
+from camdistill.data.shapes import PATCH_COLOURS
 from camdistill.distill.optimisation import Optimisation
 from camdistill.explain.gradcam import grad_cam
 from camdistill.networks.teachers import Preprocessed
@@ -35,7 +35,7 @@ class Patch(nn.Module):
 
 
 def test_a_network_of_the_patch_alone_is_found_out(lab: Callable[..., Lab]) -> None:
-    colours = torch.from_numpy(_PATCH_COLOURS[:8]).float() / 255
+    colours = torch.from_numpy(PATCH_COLOURS[:8]).float() / 255
     whole = Preprocessed(Patch(colours), (0.0,) * 3, (1.0,) * 3).eval()
     found = conflicting(lab(count=32))
     seen = seen_through(whole, found)
