@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camdistill.data.shapes import PATCH_COLOURS
+from camdistill.data.shapes_painting import PATCH_COLOURS
 from camdistill.distill.optimisation import Optimisation
 from camdistill.explain.gradcam import grad_cam
 from camdistill.networks.teachers import Preprocessed
