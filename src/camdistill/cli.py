@@ -18,6 +18,7 @@ LOOPS = {
 }
 COMMANDS = {
     "evaluate": "how good explanations are, without labels, controls beside them",
+    "pool": "several evaluations in one table: intervals over images and seeds",
     "claims": "the Grad-CAM paper's claims, each measured here: pass or fail",
     "explain": "pictures and raw maps of images, of a checkpoint or of any network",
     "analyze": "every layer opened: statistics, filters, units, maps, in TensorBoard",

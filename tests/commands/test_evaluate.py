@@ -102,6 +102,39 @@ def test_another_students_file_and_a_methods_layer_are_explainers(folder: Path) 
     assert values["grad_cam@stage2"] == values["grad_cam"] != values["grad_cam@stage1"]
 
 
+def test_explainers_of_one_name_are_its_seeds_and_evaluations_are_pooled(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(STUDENT, "other.safetensors")
+    line = f"evaluate --checkpoint {STUDENT} --data images --count 6 --metrics gini insertion_blur"
+    named = "--explainers grad_cam student=student student=other.safetensors"
+    for seed in (0, 1):
+        assert (
+            main([*line.split(), *named.split(), "--seed", str(seed), "--out", f"run{seed}"]) == 0
+        )
+    capsys.readouterr()
+    assert main(["pool", "--runs", "run0", "run1", "--out", "pooled"]) == 0
+    printed = capsys.readouterr().out
+    assert "n = 6 x 4 seeds" in printed
+    assert Path("pooled/table.txt").read_text() in printed
+    alone, pooled = (read_results(Path(name) / "results.json") for name in ("run0", "pooled"))
+    assert (alone["seeds"], pooled["seeds"]) == (2, 4)
+    assert set(pooled["explainers"]) == {"grad_cam", "student"}  # type: ignore[call-overload]
+    with np.load("run0/values.npz") as one, np.load("run1/values.npz") as two:
+        gains = [
+            values[f"student#{number}/insertion_blur"] - values["grad_cam/insertion_blur"]
+            for values in (one, two)
+            for number in (1, 2)
+        ]
+    minus = pooled["minus_first"]["student"]["insertion_blur"]  # type: ignore[index]
+    assert minus["mean"] == pytest.approx(np.mean(gains), abs=1e-6)
+    with Image.open("pooled/faithfulness.png") as picture:
+        assert np.asarray(picture).std() > 10
+    assert list(Path("pooled/tensorboard").glob("events.*"))
+    assert main(["pool", "--runs", "run0", "run0", "--out", "pooled"]) == 2
+    assert "named before" in capsys.readouterr().err
+
+
 def test_networks_of_grey_images_are_evaluated(folder: Path) -> None:
     Path("grey.py").write_text(
         "import torch\n"
@@ -168,6 +201,13 @@ def test_meta_puts_the_metrics_to_the_test_on_shapes(
         ("--seed -1", "seed is -1; give 0 or more"),
         ("--size 0", "size is 0; give the images' side in pixels, 1 or more"),
         ("--count 0", "count is 0; give 1 or more"),
+        ("--explainers random=grad_cam", "'random' is the name of a control"),
+        ("--explainers a/b=grad_cam", "'a/b' can't name an explainer"),
+        ("--explainers grad_cam=eigen_cam grad_cam", "2 explainers are called 'grad_cam'"),
+        (
+            "--explainers one=grad_cam one=eigen_cam two=layer_cam two=gradient two=deconvnet",
+            "as many as each other, these have one 2, two 3",
+        ),
     ],
 )
 def test_mistakes_are_one_line(

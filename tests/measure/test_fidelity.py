@@ -13,6 +13,7 @@ from torch import Tensor, multiprocessing
 from camdistill.explain.maps import resize
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, flatten, intervals, summary
 from camdistill.measure.intervals import (
+    crossed_interval,
     interval,
     paired_interval,
     resampled_means,
@@ -405,6 +406,48 @@ def test_seed_interval_is_students() -> None:
     assert math.isnan(seed_interval([3.0]).low)
     with pytest.raises(ValueError, match="no seed"):
         seed_interval([])
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "by_image", "rest"), [(0, 1, 0.3), (0.3, 0, 1), (0.2, 2, 1), (1, 1, 0.1)]
+)
+def test_crossed_interval_covers_whichever_factor_varies(
+    by_seed: float, by_image: float, rest: float
+) -> None:
+    generator = np.random.default_rng(3)
+    hits, trials = 0, 2000
+    for _ in range(trials):
+        values = (
+            by_seed * generator.standard_normal((3, 1))
+            + by_image * generator.standard_normal((1, 40))
+            + rest * generator.standard_normal((3, 40))
+        )
+        found = crossed_interval(values)
+        hits += found.low <= 0 <= found.high
+    assert 0.935 <= hits / trials <= 0.995
+
+
+def test_crossed_interval_is_the_known_one_where_a_single_factor_varies() -> None:
+    generator = np.random.default_rng(0)
+    runs, images = generator.normal(0, 1, 4), generator.normal(0, 1, 30)
+    seeds_alone = crossed_interval(np.repeat(runs[:, None], 30, 1))
+    np.testing.assert_allclose(seeds_alone, seed_interval(runs))
+    images_alone = crossed_interval(np.repeat(images[None], 4, 0))
+    theirs = scipy.stats.t.interval(0.95, 29, images.mean(), scipy.stats.sem(images))
+    np.testing.assert_allclose(images_alone[1:], theirs)
+    assert crossed_interval(images[None], seed=5) == interval(images, 5)
+    assert crossed_interval(runs[:, None]) == seed_interval(runs)
+    assert crossed_interval(np.ones((3, 5))) == (1, 1, 1)
+    holes = np.stack([images, images + generator.normal(0, 0.1, 30)])
+    holes[1, :3] = np.nan
+    assert crossed_interval(holes) == crossed_interval(holes[:, 3:])
+    with pytest.raises(ValueError, match="no image has a value"):
+        crossed_interval(np.array([[1.0, np.nan], [np.nan, 1.0]]))
+
+
+def test_a_single_value_has_no_bounds() -> None:
+    assert interval(np.array([0.5, np.nan])).mean == 0.5
+    assert math.isnan(interval(np.array([0.5])).high)
 
 
 # Whether maps depend on the class

@@ -3,6 +3,7 @@ import pytest
 import scipy.stats
 
 from camdistill.studies.meta_evaluation import beaten, kendall, rows, verdicts
+from camdistill.studies.pool import Pool
 from camdistill.studies.values import Values
 
 REAL = ("first", "second", "third")
@@ -92,4 +93,7 @@ def test_ladder_is_the_mean_of_the_images_rank_correlations() -> None:
 
 def test_a_control_counts_only_beyond_its_noise_and_the_oracle_never() -> None:
     means = [0.500, 0.4, 0.3, 0.502, 0.0, 1.0, *GOOD[6:]]
-    assert beaten(values({"road": means}), "road", 0) == ["random > second", "random > third"]
+    assert beaten(Pool((values({"road": means}),)), "road", 0) == [
+        "random > second",
+        "random > third",
+    ]

@@ -2,8 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,32 +15,22 @@ from camdistill.commands.running import chosen_device
 from camdistill.commands.sources import source_from
 from camdistill.data.datasets import ImageSet
 from camdistill.errors import UserError
-from camdistill.measure.intervals import Interval, interval
 from camdistill.measure.metrics import (
     DEFAULT,
     DEFAULT_WITH_MASKS,
     FILE,
-    Use,
     demand_metrics,
     metric_of,
 )
 from camdistill.networks.weights import sha256_of
-from camdistill.report.results import Cell, text_table, write_atomically, write_results
+from camdistill.report.results import write_atomically, write_results
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.evaluation import Evaluation, Subject
 from camdistill.studies.evaluation import evaluate as run
 from camdistill.studies.evaluation_report import write_pictures
-from camdistill.studies.meta_evaluation import REFERENCES, Verdict, beaten, rows, verdicts
-from camdistill.studies.values import Values
-
-Table = dict[str, dict[str, Interval]]
-_BLOCKS: dict[str, tuple[Use, ...]] = {
-    "faithfulness": ("rank", "reference"),
-    "from papers, not to be trusted": ("paper",),
-    "localisation": ("mask",),
-    "learned from what maps taught": ("learned",),
-    "size of the map, and gates": ("axis", "gate"),
-}
+from camdistill.studies.evaluation_tables import told
+from camdistill.studies.meta_evaluation import REFERENCES
+from camdistill.studies.pool import Pool
 
 
 def evaluate(
@@ -79,7 +68,8 @@ def evaluate(
             layer_cam@layer2), student (its Grad-CAM for the teacher's class; or teacher), the
             student (or the adapted explainer) in another FILE.safetensors, package.module.function
             of (network, images, classes), FILE.npz with an array `maps` of one map an image.
-            Default: grad_cam, and the student beside its teacher.
+            NAME=... names one; several of one name are its seeds, one row of the table. All are
+            compared with the first. Default: grad_cam, and the student beside its teacher.
         of: Whose decisions are explained: teacher or student.
         layer: Of the network that is explained. Default: the checkpoint's, or the last layer.
         metrics: Their names, or FILE.safetensors of a learned one. Default: those that survived
@@ -121,9 +111,8 @@ def evaluate(
             progress.update(task, completed=done, total=total)
 
         values = run(evaluation, out, on_batch)
-    judged = verdicts(values, seed) if meta else {}
-    results, text = _told(values, judged, seed)
-    write_pictures(evaluation, values, _table(values, seed), text, out)
+    results, table, text = told(Pool((values,)), seed, meta=meta)
+    write_pictures(evaluation, values, table, text, out)
     write_results(
         out / "results.json",
         {**results, "command": {"of": of, "layer": networks.layer, "batch": batch, "seed": seed}},
@@ -163,75 +152,3 @@ def _chosen(names: Sequence[str], subject: Subject, meta: bool) -> tuple[str, ..
     if meta and subject.shapes is not None:
         chosen += [name for name in REFERENCES if name not in chosen]
     return tuple(dict.fromkeys(chosen))
-
-
-def _table(values: Values, seed: int) -> Table:
-    """Means with intervals, where there are any."""
-    return {
-        entry: {
-            metric: interval(values.of(entry, metric), seed)
-            for metric in values.metrics
-            if not np.isnan(values.of(entry, metric)).all()
-        }
-        for entry in (*values.real, *values.controls)
-    }
-
-
-def _told(
-    values: Values, judged: Mapping[str, Verdict], seed: int
-) -> tuple[dict[str, object], str]:
-    """The results, and what is printed of them."""
-    table = _table(values, seed)
-    beats = {metric: beaten(values, metric, seed) for metric in values.metrics}
-    blocks = []
-    for title, uses in _BLOCKS.items():
-        columns = [metric for metric in values.metrics if metric_of(metric).use in uses]
-        if columns:
-            blocks.append(_block(title, columns, table, len(values.table[0, 0])))
-    blocks.append(_warnings(values, beats))
-    costs = ", ".join(
-        f"{entry} {1e3 * values.seconds[entry]:.2f}"
-        for entry in values.real
-        if not np.isnan(values.seconds[entry])
-    )
-    blocks.append(f"Milliseconds to make a map, batched: {costs or 'stored'}")
-    if judged:
-        blocks.append(
-            "The metrics, put to the test (tau: Kendall's with the reference, over all maps or the "
-            "explainers alone)\n" + text_table(rows(judged), corner="metric", digits=2)
-        )
-    places = {entry: place for place, entry in enumerate(values.entries)}
-    results: dict[str, object] = {
-        "n": values.table.shape[2],
-        "explainers": {entry: table[entry] for entry in values.real},
-        "controls": {entry: table[entry] for entry in values.controls},
-        "failed": {entry: int(values.failed[places[entry]].sum()) for entry in values.entries},
-        "blank": {entry: int(values.blank[places[entry]].sum()) for entry in values.entries},
-        "seconds_a_map": {entry: values.seconds[entry] for entry in values.real},
-        "controls_above": {metric: pairs for metric, pairs in beats.items() if pairs},
-    }
-    if judged:
-        results["meta"] = {metric: asdict(verdict) for metric, verdict in judged.items()}
-    return results, "\n\n".join(blocks) + "\n"
-
-
-def _block(title: str, columns: Sequence[str], table: Table, count: int) -> str:
-    arrows = {metric: f"{metric} {'+' if metric_of(metric).higher else '-'}" for metric in columns}
-    shown: dict[str, dict[str, Cell]] = {
-        entry: {arrows[metric]: row.get(metric) for metric in columns}
-        for entry, row in table.items()
-        if any(metric in row for metric in columns)
-    }
-    return f"{title}\n{text_table(shown, corner=f'n = {count}')}"
-
-
-def _warnings(values: Values, beats: Mapping[str, Sequence[str]]) -> str:
-    lines = ["+ higher is better, - lower is better; 95 % intervals over images."]
-    for metric, pairs in beats.items():
-        if pairs and metric_of(metric).use in ("rank", "paper", "mask", "learned"):
-            lines.append(f"Don't rank by {metric} here, controls stand above: {', '.join(pairs)}")
-    for kind, flags in (("failed (NaN or infinity)", values.failed), ("blank", values.blank)):
-        for entry, count in zip(values.entries, flags.sum(1).tolist(), strict=True):
-            if count and entry in values.real:
-                lines.append(f"{entry}: {count} of {flags.shape[1]} maps {kind}")
-    return "\n".join(lines)

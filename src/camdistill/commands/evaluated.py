@@ -1,8 +1,10 @@
 """What `evaluate` compares: networks and explainers by the words on its command line."""
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +24,8 @@ from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.networks.weights import read_weights
 from camdistill.studies.evaluation import Explainer, Subject
+from camdistill.studies.pool import demand_pairs
+from camdistill.studies.values import CONTROLS, LADDER
 from camdistill.types import Explain, Images, Labels
 
 RawMaps = Float[Tensor, "batch rows columns"]
@@ -70,31 +74,65 @@ def networks_of(found: Shown, of: Literal["teacher", "student"], layer: str | No
 def explainers_of(
     words: Sequence[str], networks: Networks, subject: Subject, trust: Sequence[str]
 ) -> list[Explainer]:
-    """The explainers that words name, each once."""
+    """The explainers that words name, each once; several of one name are numbered."""
     beside = {"teacher": "student", "student": "teacher"}[networks.of]
     default = ["grad_cam"] if networks.other is None else ["grad_cam", beside]
-    found = []
-    for word in dict.fromkeys(words or default):
-        if word == beside and networks.other is not None:
-            found.append(_of_other(word, networks))
-        elif word.partition("@")[0] in METHODS:
-            method, _, layer = word.partition("@")
-            found.append(Explainer(word, at_image(method, layer or networks.layer)))
-        elif word.endswith(".npz"):
-            found.append(_stored(Path(word), subject))
-        elif word.endswith((".safetensors", ".ckpt")):
-            found.append(_of_checkpoint(Path(word), networks, trust))
-        elif Path(word).is_file():
-            raise UserError(f"'{word}' is a file, but neither .safetensors, .ckpt nor .npz")
-        elif "." in word:
-            found.append(Explainer(word, _callable(word)))
-        else:
-            known = [*METHODS, *([beside] if networks.other is not None else [])]
+    found = [
+        (name, _explainer(what, beside, networks, subject, trust))
+        for name, what in map(_named, dict.fromkeys(words or default))
+    ]
+    counts = Counter(name or one.name for name, one in found)
+    seen: Counter[str] = Counter()
+    compared = []
+    for name, one in found:
+        called = name or one.name
+        if called in CONTROLS or called.startswith(LADDER):
+            raise UserError(f"'{called}' is the name of a control; give another: NAME={called}...")
+        if counts[called] > 1 and not name:
             raise UserError(
-                f"no explainer '{word}'; {nearest(word, known)}, or give package.module.function, "
-                "FILE.safetensors or FILE.npz"
+                f"{counts[called]} explainers are called '{called}': name each, NAME=..., the same "
+                "name for seeds of the same"
             )
-    return found
+        seen[called] += 1
+        several = f"#{seen[called]}" if counts[called] > 1 else ""
+        compared.append(replace(one, name=f"{called}{several}"))
+    demand_pairs([one.name for one in compared])
+    return compared
+
+
+def _named(word: str) -> tuple[str, str]:
+    """NAME=WHAT; a file's name may hold the sign too."""
+    name, sign, what = word.partition("=")
+    if not sign or Path(word).exists():
+        return "", word
+    if re.fullmatch(r"[\w.@ -]+", name) is None:
+        raise UserError(
+            f"'{name}' can't name an explainer: NAME=... takes letters, digits, _ - . @"
+        )
+    return name, what
+
+
+def _explainer(
+    word: str, beside: str, networks: Networks, subject: Subject, trust: Sequence[str]
+) -> Explainer:
+    if word == beside and networks.other is not None:
+        return _of_other(word, networks)
+    if word.partition("@")[0] in METHODS:
+        method, _, layer = word.partition("@")
+        return Explainer(word, at_image(method, layer or networks.layer))
+    if word.endswith(".npz"):
+        return _stored(Path(word), subject)
+    if word.endswith((".safetensors", ".ckpt")):
+        return _of_checkpoint(Path(word), networks, trust)
+    if Path(word).is_file():
+        raise UserError(f"'{word}' is a file, but neither .safetensors, .ckpt nor .npz")
+    if "." in word:
+        return Explainer(word, _callable(word))
+    known = [*METHODS, *([beside] if networks.other is not None else [])]
+    raise UserError(
+        f"no explainer '{word}'; {nearest(word, known)}, or give package.module.function, "
+        "FILE.safetensors or FILE.npz"
+    )
 
 
 def _of_other(name: str, networks: Networks) -> Explainer:

@@ -1,4 +1,4 @@
-"""Intervals of means over images (bootstrap, paired or not) and over seeds (Student's t)."""
+"""Intervals of means: over images (bootstrap, paired or not), over seeds (Student's t), or both."""
 
 from typing import NamedTuple
 
@@ -22,11 +22,16 @@ class Interval(NamedTuple):
 def interval(
     values: FloatArray, seed: int = 0, *, level: float = 0.95, resamples: int = 2000
 ) -> Interval:
-    """Percentile bootstrap interval of a mean over images (Efron 1979); NaN rows are left out."""
+    """Percentile bootstrap interval of a mean over images (Efron 1979); NaN rows are left out.
+
+    The bounds of a single value are NaN.
+    """
     kept = np.asarray(values, np.float64)
     kept = kept[~np.isnan(kept)]
     if not len(kept):
         raise ValueError("no value to take the interval of")
+    if len(kept) == 1:
+        return Interval(float(kept[0]), float("nan"), float("nan"))
     drawn = resampled_means(kept[:, None], seed, resamples)[:, 0]
     return percentiles(float(kept.mean()), drawn, level)
 
@@ -55,6 +60,40 @@ def seed_interval(values: FloatArray | list[float], *, level: float = 0.95) -> I
     if runs.size == 1:
         return Interval(mean, float("nan"), float("nan"))
     half = float(stdtrit(runs.size - 1, (1 + level) / 2) * runs.std(ddof=1) / np.sqrt(runs.size))
+    return Interval(mean, mean - half, mean + half)
+
+
+def crossed_interval(values: FloatArray, seed: int = 0, *, level: float = 0.95) -> Interval:
+    """Interval of a mean over seeds and images, [seeds, images]: every seed judged every image.
+
+    Both are samples. Each factor's mean square of the two-way layout gives its part of the half
+    width with a t of its own degrees of freedom, and the parts are added in squares (as in Howe
+    1974, for sums of variances): an interval over images alone where only they differ, over seeds
+    alone where only these do, and never narrower than it says; where both hardly differ next to
+    what is left, it is up to twice too wide with three seeds. Images without a value by any seed
+    are left out. One seed is bootstrapped over its images.
+
+    Args:
+        values: NaN where there is none.
+        seed: Of the bootstrap.
+        level: How often the interval holds the mean, at least.
+    """
+    known = np.asarray(values, np.float64)
+    known = known[:, ~np.isnan(known).any(0)]
+    seeds, images = known.shape
+    if not known.size:
+        raise ValueError("no image has a value by every seed")
+    if seeds == 1:
+        return interval(known[0], seed, level=level)
+    if images == 1:
+        return seed_interval(known[:, 0], level=level)
+    mean = float(known.mean())
+    by_factor = [known.mean(1), known.mean(0)]
+    parts = [
+        stdtrit(len(one) - 1, (1 + level) / 2) ** 2 * one.var(ddof=1) / len(one)
+        for one in by_factor
+    ]
+    half = float(np.sqrt(sum(parts)))
     return Interval(mean, mean - half, mean + half)
 
 

@@ -17,7 +17,9 @@ Changes = Bool[Tensor, "#batch changes height width"]
 Shown = Images | Filler
 """What stands where an image was removed: pictures, one an image, or a callable that fills in."""
 
-_PIXELS_ON_CPU, _PIXELS_ELSEWHERE = 2**18, 2**22  # of one forward: 256 or 4096 images of 32 x 32
+# Of one forward: 64 images of 32 x 32, whose activations stay in a processor's cache, or 4096.
+_PIXELS_ON_CPU, _PIXELS_ELSEWHERE = 2**16, 2**22
+_LEAST = 4  # images, however large
 
 
 class Scores(NamedTuple):
@@ -78,6 +80,8 @@ def changed_scores(
 
 
 def _asked(network: nn.Module, images: Images) -> Logits:
+    if images.device.type == "cpu":  # up to 1.5 times faster there
+        images = images.contiguous(memory_format=torch.channels_last)
     output = network(images)
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
         gave = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
@@ -90,7 +94,7 @@ def _asked(network: nn.Module, images: Images) -> Logits:
 
 def _at_once(images: Images) -> int:
     pixels = _PIXELS_ON_CPU if images.device.type == "cpu" else _PIXELS_ELSEWHERE
-    return max(1, pixels // images[0, 0].numel()) if len(images) else 1
+    return max(_LEAST, pixels // images[0, 0].numel()) if len(images) else 1
 
 
 def demand_settled(network: nn.Module) -> None:

@@ -106,6 +106,7 @@ def noisy_linear(
     if bool(removed.flatten(1).all(1).any()):
         raise ValueError("an image has nothing left to be filled in from: remove fewer pixels")
     wide = images.detach() if images.dtype == torch.float64 else images.detach().float()
+    wide = wide.contiguous()
     hole = removed[:, None]
     with torch.autocast(images.device.type, enabled=False):
         filled = _solved(wide, hole.to(wide.dtype), tolerance)
@@ -178,8 +179,11 @@ def _neighbours(values: Tensor) -> Tensor:
     """Weighted sum of each pixel's neighbours; what lies outside the image counts 0."""
     row = [_DIAGONAL, _DIRECT, _DIAGONAL]
     kernel = values.new_tensor([row, [_DIRECT, 0.0, _DIRECT], row])
-    channels = values.shape[1]
-    return F.conv2d(values, kernel.expand(channels, 1, 3, 3), padding=1, groups=channels)
+    planes = values.shape[0] * values.shape[1]
+    # All images as channels of one: twice as fast as a batch on a processor.
+    flat = values.reshape(1, planes, *values.shape[2:])
+    found = F.conv2d(flat, kernel.expand(planes, 1, 3, 3), padding=1, groups=planes)
+    return found.view_as(values)
 
 
 def _guess(known: Tensor, weight: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def versions() -> dict[str, str]:
 def text_table(
     table: Mapping[str, Mapping[str, Cell]], *, corner: str = "", digits: int = 3
 ) -> str:
-    """Rows by name, columns by name, aligned; an `Interval` reads `mean [low, high]`.
+    """Rows by name, columns by name, aligned; an `Interval` reads `mean [low, high]`, or `mean`.
 
     Columns are those of the first row, then what later rows add; a missing cell is a dash.
     """
@@ -153,7 +153,7 @@ def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
 def _cell(value: Cell, digits: int) -> str:
     if isinstance(value, Interval):
         mean, low, high = (_cell(number, digits) for number in value)
-        return f"{mean} [{low}, {high}]"
+        return f"{mean} [{low}, {high}]" if math.isfinite(value.high - value.low) else mean
     if isinstance(value, float):
         return f"{value:.{digits}f}" if math.isfinite(value) else "-"
     return "-" if value is None else str(value)

@@ -22,7 +22,7 @@ from camdistill.measure import controls
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.panel import Scene, measure, scene
 from camdistill.report.results import write_atomically
-from camdistill.studies.values import CURVES, LADDER, ORACLE, Values, joined, save
+from camdistill.studies.values import CURVES, LADDER, ORACLE, Values, joined, save, save_values
 from camdistill.types import Explain, Images, Maps, Masks, Pixels
 
 
@@ -114,8 +114,7 @@ def evaluate(
             save(path, _measured_batch(evaluation, start, mean))
     paths = [partial / f"{start:08d}.npz" for start in starts]
     values = joined(paths, evaluation.metrics, len(evaluation.explainers))
-    arrays = {f"{e}/{m}": values.of(e, m) for e in values.entries for m in values.metrics}
-    save(folder / "values.npz", {"ids": evaluation.subject.images.ids, **arrays})
+    save_values(folder, values, evaluation.subject.images.ids, evaluation.settings)
     shutil.rmtree(partial)
     if on_batch is not None:
         on_batch(len(starts), len(starts))

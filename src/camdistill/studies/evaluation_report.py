@@ -1,9 +1,10 @@
 """An evaluation as pictures, as files and in TensorBoard."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 
 from camdistill import tags
 from camdistill.measure.intervals import Interval
@@ -15,7 +16,8 @@ from camdistill.report.figures.maps import Row, map_panel
 from camdistill.report.figures.pictures import Picture, save_png
 from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.studies.evaluation import Evaluation, maps_of, pictures
-from camdistill.studies.values import Values, signed
+from camdistill.studies.pool import Pool
+from camdistill.studies.values import CURVES, Values, signed
 
 SHOWN = 4  # best images, and as many worst ones
 ABREAST = 5  # charts in one line
@@ -29,12 +31,13 @@ def write_pictures(
     folder: Path,
 ) -> None:
     """Writes charts, curves, best and worst images as PNG files and as TensorBoard cards."""
-    found = {
-        tags.FAITHFULNESS: _chart(values, table, mask=False),
-        tags.LOCALISATION: _chart(values, table, mask=True),
-        tags.CURVES: _curves(values),
-        tags.BEST_AND_WORST: _best_and_worst(evaluation, values),
-    }
+    found = charts(Pool((values,)), table)
+    found[tags.BEST_AND_WORST] = _best_and_worst(evaluation, values)
+    write_cards(found, text, folder)
+
+
+def write_cards(found: Mapping[str, Picture | None], text: str, folder: Path) -> None:
+    """Writes pictures, by their tag, as PNG files and as TensorBoard cards, beside the text."""
     logger = TensorBoardLogger(folder, version="tensorboard")
     for tag, picture in found.items():
         if picture is not None:
@@ -45,17 +48,26 @@ def write_pictures(
     logger.finalize("success")
 
 
+def charts(pool: Pool, table: Mapping[str, Mapping[str, Interval]]) -> dict[str, Picture | None]:
+    """By tag: intervals of what was measured, and the curves; None where there is nothing."""
+    return {
+        tags.FAITHFULNESS: _chart(pool, table, mask=False),
+        tags.LOCALISATION: _chart(pool, table, mask=True),
+        tags.CURVES: _curves(pool),
+    }
+
+
 def _chart(
-    values: Values, table: Mapping[str, Mapping[str, Interval]], *, mask: bool
+    pool: Pool, table: Mapping[str, Mapping[str, Interval]], *, mask: bool
 ) -> Picture | None:
-    chosen = [metric for metric in values.metrics if (metric_of(metric).use == "mask") == mask]
+    chosen = [metric for metric in pool.metrics if (metric_of(metric).use == "mask") == mask]
     titles = {metric: f"{metric} ({'+' if metric_of(metric).higher else '-'})" for metric in chosen}
     rows = {
         entry: {titles[metric]: row[metric] for metric in chosen if metric in row}
         for entry, row in table.items()
     }
     shown = [title for title in titles.values() if any(title in row for row in rows.values())]
-    title = f"+ higher, - lower is better; 95 % intervals over {values.table.shape[2]} images"
+    title = f"+ higher, - lower is better; 95 % intervals over {pool.images} images"
     lines = []
     for start in range(0, len(shown), ABREAST):
         part = shown[start : start + ABREAST]
@@ -66,7 +78,7 @@ def _chart(
     return _stacked(lines) if lines else None
 
 
-def _stacked(lines: list[Picture]) -> Picture:
+def _stacked(lines: Sequence[Picture]) -> Picture:
     """One below the other, on white."""
     width = max(line.shape[1] for line in lines)
     wide = [
@@ -76,13 +88,13 @@ def _stacked(lines: list[Picture]) -> Picture:
     return np.concatenate(wide)
 
 
-def _curves(values: Values) -> Picture | None:
-    charts: dict[str, dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]] = {}
-    drawn = (*values.real, "random", "oracle")
-    for (entry, metric), curve in values.curves.items():
-        if entry in drawn:
-            charts.setdefault(metric, {})[entry] = curve
-    return removal_chart(charts, LEVELS, dashed=("random", "oracle")) if charts else None
+def _curves(pool: Pool) -> Picture | None:
+    drawn: dict[str, dict[str, Float[np.ndarray, "rows levels"]]] = {}
+    for metric in CURVES:
+        for name in (*pool.real, "random", "oracle"):
+            if (curve := pool.curve(name, metric)) is not None:
+                drawn.setdefault(metric, {})[name] = curve
+    return removal_chart(drawn, LEVELS, dashed=("random", "oracle")) if drawn else None
 
 
 def _best_and_worst(evaluation: Evaluation, values: Values) -> Picture | None:

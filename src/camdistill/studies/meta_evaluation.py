@@ -9,8 +9,15 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import rankdata
 
-from camdistill.measure.intervals import Interval, percentiles, resampled_means
+from camdistill.measure.intervals import (
+    Interval,
+    crossed_interval,
+    percentiles,
+    resampled_means,
+)
 from camdistill.measure.metrics import metric_of
+from camdistill.report.results import Cell
+from camdistill.studies.pool import Pool
 from camdistill.studies.values import ORACLE, Values, signed
 
 REFERENCES = ("deletion_rerendered", "rank_accuracy")
@@ -46,30 +53,35 @@ class Verdict:
     oracle: int | None
 
 
-def beaten(values: Values, metric: str, seed: int) -> list[str]:
+def beaten(pool: Pool, metric: str, seed: int) -> list[str]:
     """Explainers that the metric puts below a control, one line for each pair."""
-    names, gains = [], []
-    for control in values.controls:
+    found, single = {}, {}
+    for control in pool.controls:
         if control == ORACLE:
             continue
-        for explainer in values.real:
+        for explainer in pool.real:
             # A blurred copy of the first explainer tells nothing about the others.
-            if control in ("blurred_copy", "inverted") and explainer != values.real[0]:
+            if control in ("blurred_copy", "inverted") and explainer != pool.real[0]:
                 continue
-            gain = signed(metric) * (values.of(control, metric) - values.of(explainer, metric))
-            if not np.isnan(gain).all():
-                names.append(f"{control} > {explainer}")
-                gains.append(gain)
-    if not gains:
-        return []
-    lows = np.nanpercentile(resampled_means(np.stack(gains, 1), seed, _RESAMPLES), 2.5, axis=0)
-    return [name for name, low in zip(names, lows, strict=True) if low > 0]
+            gain = signed(metric) * pool.gains(control, explainer, metric)
+            if np.isnan(gain).any(0).all():
+                continue
+            pair = f"{control} > {explainer}"
+            if len(gain) > 1:
+                found[pair] = crossed_interval(gain).low
+            else:
+                single[pair] = gain[0]
+    if single:  # one seed: all pairs with the same resamples of the images
+        gains = np.stack(list(single.values()), 1)
+        lows = np.nanpercentile(resampled_means(gains, seed, _RESAMPLES), 2.5, axis=0)
+        found |= dict(zip(single, lows.tolist(), strict=True))
+    return [pair for pair, low in found.items() if low > 0]
 
 
 def verdicts(values: Values, seed: int) -> dict[str, Verdict]:
     """Of every metric that is not a gate; needs a ladder among the values."""
     chosen = [metric for metric in values.metrics if metric_of(metric).use != "gate"]
-    beats = {metric: beaten(values, metric, seed) for metric in chosen}
+    beats = {metric: beaten(Pool((values,)), metric, seed) for metric in chosen}
     return {metric: _verdict(values, metric, beats, seed) for metric in chosen}
 
 
@@ -167,11 +179,11 @@ def kendall(
     return both
 
 
-def rows(found: Mapping[str, Verdict]) -> dict[str, dict[str, Interval | float | int | str | None]]:
+def rows(found: Mapping[str, Verdict]) -> dict[str, dict[str, Cell]]:
     """The verdicts as a table, metrics by their agreement with the first reference, best first."""
-    table: dict[str, dict[str, Interval | float | int | str | None]] = {}
+    table: dict[str, dict[str, Cell]] = {}
     for metric, verdict in found.items():
-        row: dict[str, Interval | float | int | str | None] = {
+        row: dict[str, Cell] = {
             "use": metric_of(metric).use,
             "ladder": verdict.ladder,
             "halves": verdict.reliability,

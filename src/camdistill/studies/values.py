@@ -1,6 +1,7 @@
 """What an evaluation found: one value for each map, metric and image."""
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,17 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
+from camdistill.errors import UserError
 from camdistill.measure.metrics import metric_of
 from camdistill.report.results import write_atomically
 
 CURVES = ("insertion_blur", "deletion_grey")  # whose curves are kept, where they are measured
 ORACLE, LADDER = "oracle", "ladder"
+CONTROLS = (
+    *("random", "smooth_random", "edges", "centre", "mean_map", "inverted", "blurred_copy"),
+    *("distractor", ORACLE),
+)
+FILE = "values.npz"
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,8 @@ class Values:
     """One value for each map, metric and image.
 
     Attributes:
-        entries: Explainers, controls, rungs of the ladder, in this order.
+        entries: Explainers, controls, rungs of the ladder, in this order. Explainers of one name
+            are its seeds, `name#1`, `name#2`.
         explainers: How many of them are explainers.
         metrics: Names.
         table: NaN where a metric has nothing to say of an image, or the map was a failure.
@@ -63,11 +71,78 @@ class Values:
         return tuple(e for e in self.entries if e.startswith(LADDER))
 
 
+def group_of(entry: str) -> str:
+    """The name that an explainer shares with its other seeds."""
+    return entry.partition("#")[0]
+
+
 def save(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     """Writes arrays to a file, whole or not at all."""
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **arrays)
     write_atomically(path, content.getvalue())
+
+
+def save_values(
+    folder: Path, values: Values, ids: NDArray[np.int64], settings: Mapping[str, object]
+) -> None:
+    """Writes what was found: `<entry>/<metric>` an image, and what else there is to know."""
+    arrays: dict[str, NDArray[np.generic]] = {
+        f"{entry}/{metric}": values.of(entry, metric)
+        for entry in values.entries
+        for metric in values.metrics
+    }
+    curves = {f"curves/{entry}/{metric}": one for (entry, metric), one in values.curves.items()}
+    about = {
+        "entries": np.array(values.entries),
+        "explainers": np.array(values.explainers),
+        "metrics": np.array(values.metrics),
+        "failed": values.failed,
+        "blank": values.blank,
+        "seconds": np.array([values.seconds[entry] for entry in values.entries]),
+        "settings": np.array(json.dumps(settings, sort_keys=True)),
+    }
+    save(folder / FILE, {"ids": ids, **arrays, **curves, **about})
+
+
+def read_values(folder: Path) -> tuple[Values, dict[str, object]]:
+    """What `save_values` wrote, and the settings of that evaluation.
+
+    Raises:
+        UserError: There is no such file, or it isn't one.
+    """
+    path = folder / FILE
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = dict(found)
+        entries, metrics = arrays["entries"].tolist(), arrays["metrics"].tolist()
+        table = [[arrays[f"{entry}/{metric}"] for metric in metrics] for entry in entries]
+        values = Values(
+            entries=tuple(entries),
+            explainers=int(arrays["explainers"]),
+            metrics=tuple(metrics),
+            table=np.asarray(table, np.float32),
+            failed=arrays["failed"],
+            blank=arrays["blank"],
+            seconds=dict(zip(entries, arrays["seconds"].tolist(), strict=True)),
+            curves={
+                (parts[1], parts[2]): one
+                for name, one in arrays.items()
+                if len(parts := name.split("/")) == 3
+            },
+        )
+        settings: dict[str, object] = json.loads(str(arrays["settings"]))
+    except FileNotFoundError:
+        hint = "an evaluation that isn't whole" if (folder / "partial").is_dir() else "none"
+        raise UserError(
+            f"no {FILE} in '{folder}', but {hint}: name a finished folder of `camdistill evaluate`"
+        ) from None
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"'{path}' is not what `camdistill evaluate` writes, or was written before evaluations "
+            "could be pooled; run that evaluation again"
+        ) from None
+    return values, settings
 
 
 def joined(paths: Sequence[Path], metrics: Sequence[str], explainers: int) -> Values:
