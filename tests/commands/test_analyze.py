@@ -106,6 +106,32 @@ def test_layers_are_listed_without_any_images(tmp_path: Path, capsys) -> None:
     assert re.search(r"layer3\.2 +64 +8x8 +yes", told)
 
 
+def test_layers_are_listed_where_nothing_can_be_written(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    given = ["analyze", "--teacher", "resnet20", "--out", str(tmp_path)]
+    assert main([*given, "--list-layers"]) == 0
+    assert "layer3.2" in capsys.readouterr().out
+    assert main([*given, "--data", "shapes"]) == 2
+    assert "can't write to" in capsys.readouterr().err
+
+
+def test_folder_of_a_training_run_is_no_place_for_a_report(
+    trained: Path, tmp_path: Path, capsys
+) -> None:
+    run = next(trained.rglob("events.out.tfevents.*")).parent
+    there = sorted(run.rglob("*"))
+    given = ["--teacher", "resnet20", "--data", "shapes", *QUICK]
+    for out in (run, run.parent):
+        assert main(["analyze", *given, "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert f"{run} holds another run's events" in error
+        assert f"give another --out, such as {out}-layers" in error
+        assert error.count("\n") == 1
+    assert sorted(run.rglob("*")) == there
+
+
 def test_probes_stand_in_the_profile_and_need_labels(
     trained: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:

@@ -15,6 +15,7 @@ from camdistill.errors import UserError
 from camdistill.studies.parsing import demand_configs, told, translated
 
 _WHOLE = re.compile(r"-?\d+")
+LOOKS = ("list_layers",)  # switches with which a command writes nothing
 
 
 class CommandParser(ArgumentParser):
@@ -40,9 +41,10 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     chosen.pop("config", None)
     with translated():
         made = parser.instantiate_classes(chosen)
-    if isinstance(out := vars(made).get("out"), Path):
+    options = vars(made)
+    if isinstance(out := options.get("out"), Path) and not any(map(options.get, LOOKS)):
         demand_room(out)
-    return command(**vars(made))
+    return command(**options)
 
 
 def demand_room(out: Path) -> None:

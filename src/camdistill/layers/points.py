@@ -113,28 +113,17 @@ def choice(
     if patterns is None:
         chosen = _default(events)
     else:
-        calls = Counter(event.path for event in events)
-        names = {id(event): _name(event.path, event.call, calls) for event in events}
         wanted: set[int] = set()
         for pattern in patterns:
-            fits = {
-                id(event)
-                for event in events
-                if any(
-                    fnmatchcase(name, pattern)
-                    for name in (event.path, f"{event.path}#{event.call}")
-                )
-            }
-            if not fits:
-                known = nearest(pattern, dict.fromkeys(names.values()))
+            meant = [event for event in events if fits(f"{event.path}#{event.call}", pattern)]
+            if not meant:
+                known = nearest(pattern, dict.fromkeys(_names(events)))
                 raise UserError(
                     f"no layer '{pattern}' in {type(bare(network)).__name__}; {known}. "
                     "Patterns such as 'layer3.*' work too"
                 )
-            _demand_units_first(
-                f"layers '{pattern}'", [event for event in events if id(event) in fits]
-            )
-            wanted |= fits
+            _demand_units_first(f"layers '{pattern}'", meant)
+            wanted |= {id(event) for event in meant}
         chosen = [event for event in events if id(event) in wanted]
     if not chosen:
         raise UserError(
@@ -143,10 +132,20 @@ def choice(
         )
     if patterns is None:
         _demand_units_first("the layers looked at by default", chosen)
-    calls = Counter(event.path for event in events)
+    names = {id(event): name for event, name in zip(events, _names(events), strict=True)}
     first = [event for event in chosen if not event.units_last]
     last = [event for event in chosen if event.units_last]
-    return _layers(first, events), tuple(_name(event.path, event.call, calls) for event in last)
+    return _layers(first, events), tuple(names[id(event)] for event in last)
+
+
+def names_of(network: nn.Module, images: Images) -> tuple[str, ...]:
+    """What every call of every module that gives a tensor [B, ...] is called."""
+    return tuple(_names(_events(network, images)))
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern means a call: by the module's path, or with the call's number."""
+    return any(fnmatchcase(known, pattern) for known in (name, name.partition("#")[0]))
 
 
 def all_layers(network: nn.Module, images: Images) -> tuple[Layer, ...]:
@@ -281,6 +280,11 @@ def _layers(chosen: list[_Event], events: list[_Event]) -> tuple[Layer, ...]:
 def _shape(output: Tensor) -> tuple[int, int, int]:
     sizes = (*output.shape[1:], 1, 1)
     return sizes[0], sizes[1], sizes[2]
+
+
+def _names(events: list[_Event]) -> list[str]:
+    calls = Counter(event.path for event in events)
+    return [_name(event.path, event.call, calls) for event in events]
 
 
 def _name(path: str, call: int, calls: Counter[str]) -> str:

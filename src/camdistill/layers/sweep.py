@@ -7,7 +7,7 @@ The state's size depends on the layers, not on the number or size of the images;
 grows until 1,000 images are held out.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.layers.cams import CamSums, layer_maps
+from camdistill.layers.choices import Patterns, choices
 from camdistill.layers.draws import chosen
 from camdistill.layers.glance import Glance
 from camdistill.layers.plan import Options, Plan
-from camdistill.layers.points import choice, find_layers
 from camdistill.layers.probes import ProbeSums, untrained
 from camdistill.layers.similarity import CkaSums, MatchSums
 from camdistill.layers.state import Seen, State, from_tensors, size_of, to_tensors
@@ -29,7 +29,6 @@ from camdistill.layers.units import spatial
 from camdistill.networks.capture import plain, tensor, undisturbed, visiting
 from camdistill.types import Batch, Images, Labels
 
-Patterns = Sequence[str] | Mapping[str, Sequence[str]] | None
 ROWS = 64  # images that the untrained copies' batch statistics are of, at most
 
 
@@ -68,10 +67,7 @@ class LayerSweep:
             raise UserError(f"{len(networks)} networks were given; a sweep takes one or two")
         self.networks = dict(networks)
         options = options or Options()
-        found = {
-            name: choice(network, example, patterns)
-            for name, network, patterns in _wanted(self.networks, example, layers)
-        }
+        found = choices(self.networks, example, layers)
         self.plan = Plan(
             {name: chosen for name, (chosen, _) in found.items()},
             options,
@@ -283,32 +279,3 @@ def _floats(batch: Batch, device: torch.device) -> Images:
     pixels = batch.pixels[batch.counted].to(device)
     images = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
     return images.contiguous(memory_format=torch.channels_last)
-
-
-def _wanted(
-    networks: Mapping[str, nn.Module], example: Images, layers: Patterns
-) -> list[tuple[str, nn.Module, Sequence[str] | None]]:
-    """Each network with its patterns; a pattern for all must fit one of them."""
-    if layers is None or isinstance(layers, Mapping):
-        by_network = layers or {}
-        return [(name, network, by_network.get(name)) for name, network in networks.items()]
-    found: list[tuple[str, nn.Module, Sequence[str] | None]] = []
-    misfits: dict[str, list[UserError]] = {}
-    for name, network in networks.items():
-        fitting = []
-        for pattern in layers:
-            try:
-                find_layers(network, example, [pattern])
-                fitting.append(pattern)
-            except UserError as error:
-                misfits.setdefault(pattern, []).append(error)
-        found.append((name, network, fitting))
-    lost = next((errors for errors in misfits.values() if len(errors) == len(networks)), None)
-    if lost:
-        raise lost[0]
-    empty = [name for name, _, fitting in found if not fitting]
-    if empty:
-        raise UserError(
-            f"none of the layers {list(layers)} are in the {empty[0]}: name some of its layers too"
-        )
-    return found

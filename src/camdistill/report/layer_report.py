@@ -75,7 +75,7 @@ class LayerReport:
         self.files: dict[str, list[str]] = {}
         self._written = Written(folder)
         self._runs = (REPORT, *networks)
-        self._written.demand_free(self._runs, FILES)
+        self._written.demand_free(FILES)
         self._opened: dict[str, TensorBoardLogger] = {}
 
     @property

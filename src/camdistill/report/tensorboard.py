@@ -43,8 +43,8 @@ MAX_STEP = 2**62
 class TensorBoardLogger(LightningTensorBoardLogger):
     """Lightning's logger, with descriptions, pictures and text, and without its noise.
 
-    It writes no `hp_metric` and no `epoch` card, names the metrics of the HParams table without
-    writing placeholder points, and writes nothing on other ranks than 0.
+    It writes no `hp_metric`, no `epoch` card and no empty hparams.yaml, names the metrics of the
+    HParams table without writing placeholder points, and writes nothing on other ranks than 0.
 
     Args:
         save_dir: Folder of all runs.
@@ -130,6 +130,13 @@ class TensorBoardLogger(LightningTensorBoardLogger):
             writer.add_summary(summary, step)
         if metrics:
             self.log_metrics({tag: float(str(value)) for tag, value in metrics.items()}, step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes what is pending, and hparams.yaml of a run that has settings."""
+        self.experiment.flush()
+        if self.hparams:
+            super().save()
 
     @rank_zero_only
     def log_picture(self, tag: str, picture: Picture, step: int) -> None:

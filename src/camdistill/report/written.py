@@ -4,7 +4,7 @@
 run that was killed leaves nothing that nobody owns.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from camdistill.errors import UserError
@@ -39,20 +39,27 @@ class Written:
         events = [file for file in self.files if file.match(EVENTS) and file.is_file()]
         return list(dict.fromkeys(file.parent.name for file in events))
 
-    def demand_free(self, runs: Sequence[str], files: Collection[str]) -> None:
-        """Before a long analysis: nothing of others is where it will write.
+    def demand_free(self, files: Collection[str]) -> None:
+        """Before a long analysis: nothing of others is where it will write, and no other run.
+
+        TensorBoard shows all events below a folder, those of a training run among the report's.
 
         Raises:
             UserError: Somebody else's events or results are there.
         """
         own = set(self.files)
-        there = [file for run in runs for file in sorted((self.folder / run).glob(EVENTS))]
-        there += [self.folder / name for name in files if (self.folder / name).exists()]
-        foreign = [file for file in there if file not in own]
-        if foreign:
+        results = [self.folder / name for name in files if (self.folder / name).exists()]
+        if foreign := [file for file in results if file not in own]:
             raise UserError(
                 f"{foreign[0]} is there, and no analysis listed in {LIST} wrote it; give another "
                 "--out"
+            )
+        events = sorted(self.folder.rglob(EVENTS), key=lambda file: (len(file.parts), file))
+        if others := [file for file in events if file not in own]:
+            named = self.folder if self.folder.name else self.folder.absolute()
+            raise UserError(
+                f"{others[0].parent} holds another run's events, which TensorBoard would show "
+                f"among the report's; give another --out, such as {named}-layers"
             )
 
     def clear(self) -> None:
