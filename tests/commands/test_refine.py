@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from camdistill.cli import main
+from camdistill.measure.learned import LearnedMetric
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
 from camdistill.report.tensorboard import written
@@ -98,6 +99,7 @@ def prepare(folder: Path) -> None:
     told = {"camdistill": json.dumps({"network": network, "classes": 7})}
     state = ShallowCNN(7, (4, 6), (2, 2)).state_dict()
     save_safetensors(folder / "seven.safetensors", state, told)
+    LearnedMetric(members=1, units=2).save(folder / "metric.safetensors")
     (folder / "flat").mkdir()
     for number in range(12):
         pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)
@@ -119,6 +121,20 @@ def prepare(folder: Path) -> None:
             "-c tiny.yaml --objective.kind fidelity --objective.teacher "
             "'{name: shallow_cnn, args: {classes: 9}}'",
             r"teacher has 9 classes, a start network 6",
+        ),
+        ("-c tiny.yaml --objective.kind learned", r"no objective\.file; a learned objective"),
+        (
+            "-c tiny.yaml --objective.kind learned --objective.file lost.safetensors",
+            r"no file 'lost\.safetensors'",
+        ),
+        (
+            "-c tiny.yaml --objective.kind learned --objective.file three.safetensors",
+            r"'three\.safetensors' holds no metric; give a file that `camdistill learn` wrote",
+        ),
+        (
+            "-c given.yaml --checkpoints seven.safetensors --objective.kind learned "
+            "--objective.file metric.safetensors",
+            r"6 classes, a start network 7",
         ),
         ("-c tiny.yaml --students.network.name shallow_cnn --students.beta 0", r"beta 0.0; give"),
         ("-c tiny.yaml --arms '[objective, objective]'", r"give each once"),

@@ -13,15 +13,9 @@ from camdistill.data.views import Augment, draw_view, identity_view
 from camdistill.distill.checkpoints import load, restore, save
 from camdistill.distill.objectives import energy_outside, insertion_deletion
 from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.own_maps import constant_answers, explained, settled
 from camdistill.distill.refiner import Refiner
-from camdistill.distill.refining import (
-    Objective,
-    Refinement,
-    Seen,
-    constant_answers,
-    explained,
-    settled,
-)
+from camdistill.distill.refining import Objective, Refinement, Seen
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
@@ -72,7 +66,7 @@ def fitted(module: Refiner, data: ShapesData | None = None, precision: str = "32
 def seen_by(net: Preprocessed, objective: Objective, count: int = 4) -> Seen:
     images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with settled(net):
-        _, classes, maps = explained(net, images, objective)
+        _, classes, maps = explained(net, images, objective.cam, objective.layer)
     masks = torch.zeros(count, 16, 16, dtype=torch.bool)
     masks[:, 4:9, 2:12] = True
     return Seen(images, torch.arange(count), identity_view(count), classes, maps, masks)
@@ -167,7 +161,7 @@ def test_it_tests_accuracy_and_agreement_with_its_start(spec: NetworkSpec) -> No
 def test_hires_cam_with_a_graph_equals_hires_cam() -> None:
     net, images = network(), torch.rand(3, 3, 16, 16)
     wanted = Objective(cam="hires_cam", layer="stage1")
-    _, classes, maps = explained(net, images, wanted)
+    _, classes, maps = explained(net, images, wanted.cam, wanted.layer)
     (expected,) = hires_cam(net, images, ["stage1"], classes).values()
     torch.testing.assert_close(maps.detach(), expected)
     assert maps.requires_grad
@@ -175,8 +169,8 @@ def test_hires_cam_with_a_graph_equals_hires_cam() -> None:
 
 def test_hires_cam_of_the_last_layer_before_pooling_is_grad_cam() -> None:
     net, images = network(), torch.rand(3, 3, 16, 16)
-    _, _, maps = explained(net, images, Objective(cam="hires_cam"))
-    _, _, expected = explained(net, images, Objective())
+    _, _, maps = explained(net, images, "hires_cam")
+    _, _, expected = explained(net, images)
     torch.testing.assert_close(maps, expected)
 
 

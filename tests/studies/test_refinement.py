@@ -19,9 +19,11 @@ from camdistill.distill.refining import Objective
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.methods import at_image
+from camdistill.measure.learned import LearnedMetric
 from camdistill.measure.panel import measure, scene
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Preprocessed
+from camdistill.networks.weights import sha256_of
 from camdistill.studies.ledger import Ledger
 from camdistill.studies.refinement import LEDGER, Found, refined
 from camdistill.studies.refinement_judging import Column, Judge, trained_metrics
@@ -35,7 +37,14 @@ from camdistill.studies.refinement_plan import (
 )
 from camdistill.studies.refinement_records import Job, Refined, packed
 from camdistill.studies.refinement_report import refinement_text, results
-from camdistill.studies.refinement_results import hypotheses, of_these_starts, row, told, verdict
+from camdistill.studies.refinement_results import (
+    held_out,
+    hypotheses,
+    of_these_starts,
+    row,
+    told,
+    verdict,
+)
 from camdistill.studies.refinement_training import Chosen
 from camdistill.studies.refinement_work import Workshop
 
@@ -189,6 +198,53 @@ def test_a_flat_folder_without_labels_or_masks_is_refined(found: Found, tmp_path
     assert results(again)["n"] == 6
 
 
+def metric_in(folder: Path, seed: int = 0) -> str:
+    path = folder / "metric.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        metric = LearnedMetric(members=1, units=4)
+    for weight in metric.parameters():  # untrained it hardly tells maps apart
+        weight.data *= 3
+    metric.save(path)
+    return str(path)
+
+
+def test_a_learned_metric_is_refined_and_everything_else_is_held_out(
+    found: Found, tmp_path: Path
+) -> None:
+    file = metric_in(tmp_path)
+    wanted = Objective(kind="learned", weight=10.0, file=file)
+    start = [Path(found.records["seed0", START].checkpoint)]
+    many = Optimisation("adamw", 2e-2)
+    recipe = replace(found.plan.recipe, epochs=8, tolerance=0.99, optimisation=many)
+    plan = plan_in(tmp_path, network=None, checkpoints=start, objective=wanted, recipe=recipe)
+    again = refined(plan)
+    assert again.arms == ["ce", "learned", "random", "shuffled"]
+    name = plan.starts[0]
+    score = {arm: again.maps(arm, "learned").mean() for arm in again.arms}
+    assert score["learned"] > max(score[arm] for arm in ("ce", "random", "shuffled")) + 0.1
+    assert results(again)["trained"] == {"learned": ["learned"]}
+    assert held_out(again, "learned") == [
+        "road", "faithfulness_correlation", "insertion_blur", "deletion_blur",
+    ]  # fmt: skip
+    told = load(again.records[name, "learned"].checkpoint).settings
+    assert told["metric_sha256"] == sha256_of(Path(file))
+    assert "learned (trained by learned)" in refinement_text(again)
+
+
+def test_what_a_metrics_file_holds_tells_runs_apart_and_not_where_it_lies(tmp_path: Path) -> None:
+    files = []
+    for number, seed in enumerate((0, 0, 1)):
+        (tmp_path / str(number)).mkdir()
+        files.append(metric_in(tmp_path / str(number), seed))
+    keys = []
+    for file in files:
+        workshop = Workshop(plan_in(tmp_path, objective=Objective(kind="learned", file=file)))
+        keys.append([workshop.key(Job("seed0", arm, 0.5)) for arm in ("learned", "ce", START)])
+    assert keys[0] == keys[1]
+    assert all(one != other for one, other in zip(keys[0], keys[2], strict=True))
+
+
 @pytest.mark.slow
 def test_students_are_taught_by_both_networks_and_answer_h3(tmp_path: Path) -> None:
     students = StudentRecipe(TINY, epochs=1)
@@ -272,6 +328,23 @@ def test_a_judge_measures_what_the_panel_measures() -> None:
         own = found[Column("map", "own", name).name]
         np.testing.assert_allclose(own, expected[name].numpy(), atol=1e-5)
     assert not any("before" in name for name in found)
+
+
+def test_a_judge_tells_the_learned_score_that_the_panel_tells(tmp_path: Path) -> None:
+    data, net = shapes(), network(0)
+    data.setup("test")
+    images = data.test_set
+    assert images is not None
+    file = metric_in(tmp_path)
+    wanted = Objective(kind="learned", file=file)
+    found = Judge(images, wanted, Judging(held_out=(), road=(0.5,)), 0)(net, network(1))
+    pictures = as_images(images.batch(np.arange(12)).pixels)
+    asked = scene(net, pictures, [file], "any")
+    for whose, explained in (("own", net), ("before", network(1))):
+        maps = at_image("grad_cam")(explained, pictures, asked.classes)
+        expected = measure(asked, maps, [file]).values[file]
+        own = found[Column("map", whose, "learned").name]
+        np.testing.assert_allclose(own, expected.numpy(), atol=1e-5)
 
 
 def test_a_network_that_did_not_change_gains_nothing() -> None:

@@ -1,6 +1,7 @@
 """A trained network whose own maps are refined: the training step whole, on one screen."""
 
 import copy
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +17,12 @@ from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, view_maps
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
 from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.own_maps import explained, settled
 from camdistill.distill.refining import (
     Arm,
     Objective,
     Refinement,
     Seen,
-    explained,
-    settled,
 )
 from camdistill.distill.training import Training, as_images, plain
 from camdistill.errors import UserError
@@ -30,6 +30,7 @@ from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.intervals import Interval
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, preprocessed
+from camdistill.networks.weights import sha256_of
 from camdistill.types import Batch, Images, Labels, Logits, Masks, PerImage
 
 RECIPE = Optimisation(optimiser="adamw", lr=3e-4, schedule="cosine", warmup=0.1)
@@ -125,7 +126,9 @@ class Refiner(Training):
     def experiment(self) -> dict[str, Any]:
         """Everything that a checkpoint needs to say, with the size of its images."""
         size = {} if self._size is None else {"size": list(self._size)}
-        return {**super().experiment(), **size}
+        file = self.refinement.objective.file
+        metric = {} if file is None else {"metric_sha256": sha256_of(Path(file))}
+        return {**super().experiment(), **size, **metric}
 
     def train(self, mode: bool = True) -> "Refiner":
         """Batch normalisation stays as it is where its statistics are frozen."""
@@ -144,7 +147,7 @@ class Refiner(Training):
             loss = kept
         else:
             with settled(self.network):
-                logits, classes, maps = explained(self.network, images, wanted)
+                logits, classes, maps = explained(self.network, images, wanted.cam, wanted.layer)
                 masks = self._masks_of(batch, view)
                 seen = Seen(images, batch.ids, view, classes.detach(), maps, masks)
                 objective = self.refinement.loss(self.network, seen, self.global_step).mean()

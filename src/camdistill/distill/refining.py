@@ -1,15 +1,10 @@
 """What a network's maps are refined towards, and the controls that it is held against."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.func import functional_call
 
 from camdistill.data.views import Augment, View, draw_view, uniforms, view_images, view_maps
 from camdistill.distill.losses import BetaSchedule, MapDistance, map_distance
@@ -22,19 +17,20 @@ from camdistill.distill.objectives import (
     insertion_deletion,
     unfaithfulness,
 )
+from camdistill.distill.own_maps import Cam, LayerMaps, constant_answers, explained
 from camdistill.errors import UserError
 from camdistill.explain.compare import pearson
-from camdistill.explain.gradcam import explain, grad_cam
+from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
+from camdistill.measure.learned import OF_NETWORK, Context, context, load_metric, standardised
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher
 from camdistill.perturb.bank import Plan, bank
 from camdistill.perturb.imputers import baseline
-from camdistill.types import Images, Labels, Logits, Maps, Masks, PerImage
+from camdistill.types import Images, Labels, Maps, Masks, PerImage
 
-Kind = Literal["insertion_deletion", "faithfulness", "consistency", "energy", "fidelity"]
+Kind = Literal["insertion_deletion", "faithfulness", "consistency", "energy", "fidelity", "learned"]
 Arm = Literal["objective", "ce", "detached", "random", "shuffled"]
 ARMS: tuple[Arm, ...] = ("objective", "ce", "detached", "random", "shuffled")
-LayerMaps = Float[Tensor, "batch rows columns"]
 CELLS = 8  # of a random smooth map, along each side
 SECOND_VIEW = 7919  # added to the seed: the second view is not the first
 
@@ -45,7 +41,8 @@ class Objective:
 
     Args:
         kind: insertion_deletion (ID-ExpO), faithfulness (correlation with a perturbation bank),
-            consistency (contrastive, CGC), energy (in masks or boxes), fidelity (to a teacher).
+            consistency (contrastive, CGC), energy (in masks or boxes), fidelity (to a teacher),
+            learned (the score of a metric that `camdistill learn` made).
         weight: Of the objective, beside 1 of cross-entropy.
         schedule: Of the weight.
         cam: Which map: grad_cam, or hires_cam (CGC's).
@@ -65,12 +62,13 @@ class Objective:
         teacher: fidelity: whose maps are the target.
         teacher_layer: fidelity: of the teacher's maps. Default: its last.
         distance: fidelity: of the maps.
+        file: learned: the metric, FILE.safetensors.
     """
 
     kind: Kind = "insertion_deletion"
     weight: float = 1.0
     schedule: BetaSchedule = "constant"
-    cam: Literal["grad_cam", "hires_cam"] = "grad_cam"
+    cam: Cam = "grad_cam"
     layer: str | None = None
     answers: Literal["trained", "constant"] = "trained"
     form: Form = "probability"
@@ -86,6 +84,7 @@ class Objective:
     teacher: NetworkSpec | None = None
     teacher_layer: str | None = None
     distance: MapDistance = "pearson"
+    file: str | None = None
 
     def __post_init__(self) -> None:
         if self.weight < 0:
@@ -104,6 +103,12 @@ class Objective:
         if self.kind == "fidelity" and self.teacher is None:
             raise UserError(
                 "objective.kind is fidelity, but there is no objective.teacher; name it"
+            )
+        if (self.kind == "learned") != (self.file is not None):
+            given = "no objective.file" if self.file is None else f"a file '{self.file}'"
+            raise UserError(
+                f"objective.kind is {self.kind} with {given}; a learned objective, and no other, "
+                "has the metric.safetensors that `camdistill learn` wrote"
             )
 
     @property
@@ -153,6 +158,8 @@ class Refinement:
         # Built once; a Teacher is in nobody's checkpoint.
         wanted = objective.kind == "fidelity" and objective.teacher is not None and arm != "ce"
         self.teacher = Teacher(objective.teacher) if wanted and objective.teacher else None
+        scored = objective.file is not None and arm != "ce"
+        self.metric = load_metric(objective.file) if scored and objective.file else None
 
     def loss(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
         """One value an image, before its weight."""
@@ -162,6 +169,7 @@ class Refinement:
             "consistency": self._consistency,
             "energy": self._energy,
             "fidelity": self._fidelity,
+            "learned": self._learned,
         }[self.objective.kind](network, seen, step)
 
     def _insertion_deletion(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
@@ -204,7 +212,7 @@ class Refinement:
             wanted.views, seen.ids, _size(seen.images), seed=self.seed + SECOND_VIEW, epoch=step
         )
         moved = view_images(seen.images, view)
-        _, _, maps = explained(network, moved, wanted, seen.classes)
+        _, _, maps = explained(network, moved, wanted.cam, wanted.layer, seen.classes)
         target = self._random(seen) if self.arm == "random" else seen.maps
         target = view_maps(target, view, flipped=False)
         if self.arm == "shuffled":
@@ -234,51 +242,29 @@ class Refinement:
             target = target.roll(1, 0)
         return map_distance(seen.maps, target, wanted.distance)
 
-    def _random(self, seen: Seen) -> LayerMaps:
-        """A smooth random map for each image, moved with it."""
-        drawn = uniforms(seen.ids, CELLS * CELLS, seed=self.seed, epoch=0)
+    def _learned(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
+        metric = self.metric
+        assert metric is not None, "it is loaded with the objective"
+        known = context(network, seen.images, seen.classes)
+        if self.arm == "shuffled":
+            known = known.roll(1, 0)
+        if self.arm == "random":
+            known = self._of_chance(known, seen)
+        maps = upsample(seen.maps, _size(seen.images))
+        metric.to(maps.device, maps.dtype)
+        with torch.autocast(maps.device.type, enabled=False):
+            return -metric(maps, known)  # type: ignore[no-any-return]
+
+    def _of_chance(self, known: Context, seen: Seen) -> Context:
+        """A context whose planes of the network are smooth random maps; the image's stay."""
+        drawn = [standardised(self._random(seen, number)) for number in range(OF_NETWORK)]
+        return torch.cat([torch.stack(drawn, 1).to(known), known[:, OF_NETWORK:]], 1)
+
+    def _random(self, seen: Seen, number: int = 0) -> LayerMaps:
+        """A smooth random map for each image, moved with it; others by number."""
+        drawn = uniforms(seen.ids, CELLS * CELLS, seed=self.seed, epoch=number)
         coarse = drawn.view(-1, CELLS // 2, 2, CELLS // 2, 2).mean((2, 4))
         return view_maps(upsample(coarse, (CELLS, CELLS)), seen.view, flipped=False)
-
-
-def explained(
-    network: Preprocessed, images: Images, objective: Objective, classes: Labels | None = None
-) -> tuple[Logits, Labels, LayerMaps]:
-    """Logits, own top classes (or those given) and their maps, all with a graph.
-
-    HiResCAM is sum_k A_k dS/dA_k (Draelos and Carin 2020, https://arxiv.org/abs/2011.08891).
-    """
-    layers = None if objective.layer is None else [objective.layer]
-    if objective.cam == "grad_cam":
-        found = explain(network, images, layers, classes, grad="full")
-        (maps,) = found.maps.values()
-        return found.logits, found.classes, maps
-    found = explain(network, images, layers, classes, grad="full", maps=False)
-    (activations,) = found.activations.values()
-    with torch.autocast(images.device.type, enabled=False):
-        scores = found.logits.float().gather(1, found.classes[:, None]).sum()
-        (gradient,) = torch.autograd.grad(scores, activations, create_graph=True)
-        maps = (_wide(activations) * _wide(gradient)).sum(1)
-    return found.logits, found.classes, maps
-
-
-def constant_answers(network: nn.Module, images: Images) -> Logits:
-    """A network's logits with a graph to the images, and none to the weights."""
-    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
-    logits: Logits = functional_call(network, weights, (images,))
-    return logits
-
-
-@contextmanager
-def settled(network: nn.Module) -> Iterator[None]:
-    """In eval mode: what is explained is the network that will be used, and no image another's."""
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        network.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _largest(maps: Maps, like: Masks) -> Masks:
@@ -289,7 +275,3 @@ def _largest(maps: Maps, like: Masks) -> Masks:
 
 def _size(images: Images) -> tuple[int, int]:
     return images.shape[2], images.shape[3]
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -24,6 +24,7 @@ from camdistill.types import Images, Labels, PerImage
 SETTINGS = "camdistill_metric"  # under which a file's metadata keep its size
 GRID = 8
 PLANES = ("evidence", "energy", "typical", "light", "contrast", "radius")
+OF_NETWORK = 3  # the first of these; the others are the image's
 
 AnyMaps = Float[Tensor, "batch rows columns"]
 Context = Float[Tensor, "batch planes 8 8"]
@@ -61,7 +62,7 @@ def context(
     line = torch.linspace(-1, 1, GRID, device=images.device, dtype=grey.dtype)
     radius = (line[:, None].square() + line[None].square()).sqrt().expand_as(light)
     others = [resize(energy, (GRID, GRID)), resize(typical, (GRID, GRID)), light, contrast, radius]
-    planes = [evidence / torch.where(size > 0, size, 1), *(_standard(one) for one in others)]
+    planes = [evidence / torch.where(size > 0, size, 1), *(standardised(one) for one in others)]
     return torch.stack([plane.float() for plane in planes], 1)
 
 
@@ -96,7 +97,7 @@ class LearnedMetric(nn.Module):
     def scores(self, maps: AnyMaps, context: Context) -> Float[Tensor, "members batch"]:
         """What each member says."""
         shape = resize(relu(wide(maps)), (GRID, GRID))
-        planes = torch.cat([_standard(shape)[:, None], context.to(shape)], 1)
+        planes = torch.cat([standardised(shape)[:, None], context.to(shape)], 1)
         total = shape.sum((1, 2), keepdim=True)
         share = shape / torch.where(total > 0, total, 1)
         return torch.stack([member(planes, share) for member in self.members])
@@ -152,7 +153,7 @@ def holds_metric(weights: WeightFile) -> bool:
     return SETTINGS in weights.metadata
 
 
-def _standard(planes: AnyMaps) -> AnyMaps:
+def standardised(planes: AnyMaps) -> AnyMaps:
     """Mean 0 and deviation 1 in each image; a constant plane is 0."""
     centred = planes - planes.mean((1, 2), keepdim=True)
     square = centred.square().mean((1, 2), keepdim=True)

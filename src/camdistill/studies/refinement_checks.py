@@ -7,6 +7,7 @@ from camdistill.distill.refiner import masks_of
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.methods import at_image
+from camdistill.measure.learned import load_metric
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed, Teacher, preprocessed
 from camdistill.studies.refinement_plan import Plan
@@ -25,6 +26,9 @@ def demand_possible(workshop: Workshop) -> None:
     assert train is not None, "setup made it"
     if any(objective.kind == "energy" for objective, _ in plan.refined.values()):
         masks_of(train)
+    for objective, _ in plan.refined.values():
+        if objective.file is not None:
+            load_metric(objective.file)
     teachers = [one.teacher for one, _ in plan.refined.values() if one.kind == "fidelity"]
     of_teachers = [Teacher(teacher).classes for teacher in teachers if teacher is not None]
     images = as_images(sets.test.batch(np.arange(1)).pixels).to(workshop.device)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from camdistill.explain.maps import relu, resize
 from camdistill.explain.methods import at_image
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.faithfulness import faithfulness_correlation
+from camdistill.measure.learned import Context, LearnedMetric, context, load_metric
 from camdistill.measure.localisation import (
     energy_pointing_game,
     pointing_game,
@@ -144,6 +146,9 @@ class Judge:
             }
         if refined and self.objective.kind == "fidelity":
             found["fidelity"] = self._fidelity(images, classes, maps)
+        if refined and scene.context is not None:
+            assert self._metric is not None, "it made the context"
+            found["learned"] = self._metric(maps, scene.context)
         return found
 
     def _consistency(
@@ -159,12 +164,20 @@ class Judge:
 
     def _fidelity(self, images: Images, classes: Labels, maps: Maps) -> PerImage:
         wanted = self.objective
-        assert wanted.teacher is not None, "fidelity has a teacher"
-        teacher = Teacher(wanted.teacher).to(self.device)
         layers = None if wanted.teacher_layer is None else [wanted.teacher_layer]
-        (target,) = grad_cam(teacher, images, layers, classes).values()
+        (target,) = grad_cam(self._teacher, images, layers, classes).values()
         grid = (target.shape[-2], target.shape[-1])
         return pearson(resize(relu(maps), grid), relu(target))
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        assert self.objective.teacher is not None, "fidelity has a teacher"
+        return Teacher(self.objective.teacher).to(self.device)
+
+    @cached_property
+    def _metric(self) -> LearnedMetric | None:
+        file = self.objective.file
+        return None if file is None else load_metric(file).to(self.device)
 
     def _masks(self, rows: np.ndarray) -> Masks | None:
         if self.images.masks is not None:
@@ -185,6 +198,7 @@ class _Scene:
     masks: Masks | None
     shown: Images
     bank: Bank
+    context: Context | None
     seed: str
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -205,7 +219,8 @@ def _scene(
         plan=BANK,
     )
     shown = baseline(images, judge.objective.shown)
-    return _Scene(network, images, classes, masks, shown, asked, seed)
+    known = None if judge.objective.file is None else context(network, images, classes)
+    return _Scene(network, images, classes, masks, shown, asked, known, seed)
 
 
 def _generator(text: str) -> torch.Generator:
@@ -230,4 +245,5 @@ def trained_metrics(objective: Objective) -> tuple[str, ...]:
         "consistency": ("view_cosine",),
         "energy": ("energy_share",),
         "fidelity": ("fidelity",),
+        "learned": ("learned",),
     }[objective.kind]

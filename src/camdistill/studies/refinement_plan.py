@@ -10,10 +10,12 @@ from camdistill.data.views import Augment
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.refiner import RECIPE
 from camdistill.distill.refining import ARMS, Arm, Objective
+from camdistill.distill.training import plain
 from camdistill.errors import UserError
 from camdistill.explain.methods import AT_PIXELS, explainer
 from camdistill.measure.removal import ROAD_LEVELS
 from camdistill.networks.teachers import NetworkSpec
+from camdistill.networks.weights import sha256_of
 
 START: Literal["start"] = "start"
 CE: Arm = "ce"
@@ -227,3 +229,25 @@ class Plan:
             if arm in self.arms and arm != CE:
                 chosen[self.main if arm == "objective" else arm] = (self.objective, arm)
         return chosen | {name: (one, "objective") for name, one in self.also.items()}
+
+
+def told(objective: Objective) -> dict[str, object]:
+    """All that decides what is trained: of a metric's file what is in it, not where it is."""
+    said: dict[str, object] = plain(objective)
+    del said["file"]
+    return said if objective.file is None else {**said, "metric": sha256_of(Path(objective.file))}
+
+
+def of_maps(plan: Plan) -> Mapping[str, object]:
+    """What of the objective decides what is measured."""
+    one = plan.objective
+    extra: list[object] | None = None
+    if one.kind in ("consistency", "fidelity"):
+        extra = [one.views, one.teacher, one.teacher_layer]
+    elif one.file is not None:
+        extra = [sha256_of(Path(one.file))]
+    return {
+        "cam": [one.cam, one.layer, one.shown],
+        "extra": plain(extra),
+        "kind": None if extra is None else one.kind,
+    }

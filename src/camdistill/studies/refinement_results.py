@@ -14,6 +14,7 @@ from camdistill.studies.statistics import Bootstrap, Gain, holm
 LEVEL = 0.05
 SHARE = 0.2  # of the gain, which random targets should stay below (H5), and other explainers (H6)
 ROAD, RANK = "road", "rank_accuracy"
+TARGETS = ("fidelity", "view_cosine", "learned")  # what was wanted, which is no faithfulness
 GRADIENT = "gradient"
 Answer = Literal["yes", "no", "undecided", "not asked"]
 
@@ -104,7 +105,7 @@ def trained(found: Found, arm: str) -> tuple[str, ...]:
 def held_out(found: Found, arm: str) -> list[str]:
     """The faithfulness metrics that an arm was not trained on, ROAD first."""
     known = [m for m in found.metrics() if m not in trained(found, arm) and found.has_parts(m)]
-    known = [m for m in known if m not in (*LOCALISATION, "fidelity", "view_cosine")]
+    known = [m for m in known if m not in (*LOCALISATION, *TARGETS)]
     return sorted(known, key=lambda metric: metric != ROAD)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
 from camdistill.networks.weights import sha256_of
 from camdistill.studies import refinement_judging
 from camdistill.studies.refinement_judging import Judge
-from camdistill.studies.refinement_plan import CE, START, STUDENT, Plan
+from camdistill.studies.refinement_plan import CE, START, STUDENT, Plan, of_maps, told
 from camdistill.studies.refinement_records import Job, Refined, packed
 from camdistill.studies.refinement_training import Chosen, trained
 from camdistill.studies.teacher_work import digest_of
@@ -86,7 +85,7 @@ class Workshop:
             "version": [VERSION, refinement_judging.VERSION],
             "test": sets.whole.fingerprints["test"],
             "judged": [plain(plan.judging), len(sets.test), plan.seed],
-            "maps": plain(_of_maps(plan)),
+            "maps": plain(of_maps(plan)),
             "start": self._start_digest(job.start),
         }
         if job.arm == START:
@@ -99,7 +98,7 @@ class Workshop:
             return digest_of(common | {"student": taught, "against": against})
         objective, arm = plan.refined[job.arm]
         own = {
-            "objective": plain(objective) if arm != "ce" else None,
+            "objective": told(objective) if arm != "ce" else None,
             "arm": arm,
             "recipe": plain(plan.recipe),
             "floor": job.floor,
@@ -260,8 +259,8 @@ class Workshop:
         if plan.network is None:
             return sha256_of(self.path(Job(start, START)))
         seed = plan.seeds[plan.starts.index(start)]
-        told = [plain(plan.network), plain(plan.start), seed, self._images()]
-        return digest_of({"version": VERSION, "start": told})
+        made = [plain(plan.network), plain(plan.start), seed, self._images()]
+        return digest_of({"version": VERSION, "start": made})
 
     def _images(self) -> list[object]:
         """Which images networks learn from, and in which batches."""
@@ -269,17 +268,6 @@ class Workshop:
         found = {name: whole.fingerprints[name] for name in ("train", "val")}
         counts = [len(_known(whole.train_set)), len(_known(whole.val_set))]
         return [found, counts, self.plan.data.split_seed, self.plan.data.batch_size]
-
-
-def _of_maps(plan: Plan) -> Mapping[str, object]:
-    """What of the objective decides what is measured."""
-    one = plan.objective
-    extra = [one.views, one.teacher, one.teacher_layer]
-    return {
-        "cam": [one.cam, one.layer, one.shown],
-        "extra": plain(extra) if one.kind in ("consistency", "fidelity") else None,
-        "kind": one.kind if one.kind in ("consistency", "fidelity") else None,
-    }
 
 
 def _known(images: ImageSet | None) -> ImageSet:
