@@ -14,6 +14,7 @@ from torch import nn
 from camdistill import tags
 from camdistill.cli import main
 from camdistill.errors import UserError
+from camdistill.layers.sweep import LayerSweep
 from camdistill.networks.capture import bare
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
@@ -150,10 +151,10 @@ def test_probes_stand_in_the_profile_and_need_labels(
 def test_stopped_early_leaves_a_report_of_what_was_done(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("camdistill.report.opening.Opening.through_depth", stopped)
+    monkeypatch.setattr("camdistill.report.opening.through_depth", stopped)
     given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(tmp_path / "out")]
     assert main(["analyze", *given, *QUICK, "--layers", "layer3"]) == 0
     assert "Partial report: stopped during the maps through depth" in capsys.readouterr().out
@@ -166,10 +167,10 @@ def test_stopped_early_leaves_a_report_of_what_was_done(
 def test_mistake_after_the_sweep_loses_nothing_that_was_computed(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mistaken(*_: object) -> None:
+    def mistaken(*_: object, **__: object) -> None:
         raise UserError("the logits don't depend on it")
 
-    monkeypatch.setattr(Opening, "close_up", mistaken)
+    monkeypatch.setattr("camdistill.report.opening.close_up", mistaken)
     given = ["--teacher", "resnet20", "--data", "shapes", "--layers", "layer3"]
     out = tmp_path / "out"
     assert main(["analyze", *given, *QUICK, "--out", str(out)]) == 2
@@ -179,6 +180,39 @@ def test_mistake_after_the_sweep_loses_nothing_that_was_computed(
     assert results["networks"]["teacher"]["layer3"]["active"] >= 0
     assert "This report is partial" in (out / "report.md").read_text()
     assert list((out / "pictures").glob("2_maps-through_depth*.png"))
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "told"),
+    [
+        ("camdistill.layers.sweep.told", 130, "start the same command again"),
+        ("camdistill.report.layer_report.charts", 0, "stopped during the charts of the sweep"),
+    ],
+)
+def test_stop_between_the_last_image_and_the_pictures_loses_no_image(
+    trained: Path, tmp_path: Path, capsys, monkeypatch, where: str, code: int, told: str
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(trained)
+    out = tmp_path / "out"
+    images = str(trained / "images" / "test")
+    given = ["--checkpoint", str(_checkpoint(trained)), "--images", images, "--out", str(out)]
+    given += ["--count", "24", "--cards", "0", "--pictures", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(where, stopped)
+        assert main(["analyze", *given]) == code
+    said = capsys.readouterr()
+    assert told in said.out + said.err
+    monkeypatch.delattr(LayerSweep, "update")
+    assert main(["analyze", *given]) == 0
+    assert (
+        f"24 images were looked at before ({out / 'sweep.safetensors'}" in capsys.readouterr().out
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert (results["n"], results["unfinished"]) == (24, "")
+    assert (out / "pictures" / "1_overview-profiles.png").exists()
 
 
 def test_one_image_is_enough(tmp_path: Path) -> None:

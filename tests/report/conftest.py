@@ -22,7 +22,8 @@ from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed, Teacher
 from camdistill.report.layer_report import LayerReport
-from camdistill.report.opening import Opening, Subject
+from camdistill.report.opening import Opening
+from camdistill.report.subject import Subject
 
 IMAGES = 40
 

@@ -17,7 +17,8 @@ from camdistill.report.first_units import of_first_filters
 from camdistill.report.layer_figures import depth_picture
 from camdistill.report.layer_page import findings_page
 from camdistill.report.layer_report import LayerReport
-from camdistill.report.opening import Opening, Subject
+from camdistill.report.opening import Opening
+from camdistill.report.subject import Subject
 
 
 def test_what_stands_out_is_on_the_page_of_a_report(tmp_path: Path, subject: Subject) -> None:

@@ -21,8 +21,10 @@ from camdistill.layers.close_up import Closeness
 from camdistill.layers.points import all_layers, find_layers
 from camdistill.networks.heads import head_size
 from camdistill.report.layer_report import LayerReport
-from camdistill.report.opening import Opening, Step, Subject
+from camdistill.report.opening import Opening, Step
 from camdistill.report.results import Cell, text_table
+from camdistill.report.subject import Subject
+from camdistill.report.written import SWEEP
 
 NUMBERS = "pictures/, results.json, and numbers.npz of every unit"
 STAGES = {"sweep": "every layer, all images", "maps": "maps through depth", "units": "units"}
@@ -95,23 +97,18 @@ def analyze(
     )
     with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
         opening.on_step = _shown_in(progress)
-        stage = "the sweep"
         try:
             opening.sweep(probes=probes)
-            stage = "the filters"
             opening.filters()
-            stage = "the maps through depth"
             opening.through_depth(pictures)
-            stage = "the look at units"
             if cards or units:
                 opening.close_up(Closeness(cards, steps))
-            stage = "the pairs of units"
             if cards:
                 opening.pairs(cards)
         except (KeyboardInterrupt, UserError) as reason:
             if opening.found is None:
                 raise
-            opening.stopped(stage)
+            opening.stopped()
             if isinstance(reason, UserError):
                 # What was computed until then may have taken hours.
                 _finish(opening, shown, started)
@@ -189,7 +186,12 @@ def _tell(opening: Opening, out: Path) -> None:
     found = opening.found
     assert found is not None, "swept"
     if found.unfinished:
-        print(f"Partial report: {found.unfinished}.\n")
+        print(
+            f"Partial report: {found.unfinished}. The same command goes on with what was swept.\n"
+        )
+    if opening.restored:
+        kept = f"{opening.restored:,} images were looked at before ({out / SWEEP}"
+        print(f"{kept}; delete it to look anew).\n")
     if found.findings:
         print(f"What stands out ({found.sweep.images:,} images of {found.data}):")
         print("\n".join(f"  {one.text}" for one in found.findings))

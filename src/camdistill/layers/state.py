@@ -99,8 +99,9 @@ def save_state(path: Path, tensors: Mapping[str, Tensor]) -> Path:
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"can't write the sweep to {path}: {error}; name another folder") from None
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

@@ -39,7 +39,7 @@ from camdistill.report.layer_page import findings_page, layers_page, report_page
 from camdistill.report.results import write_atomically, write_results
 from camdistill.report.tensorboard import TensorBoardLogger, front_page_url
 from camdistill.report.unit_figures import pair_picture, unit_picture
-from camdistill.report.written import EVENTS, Written
+from camdistill.report.written import EVENTS, SWEEP, Written
 
 FILES = ("report.md", "results.json", "numbers.npz")
 REPORT = "report"  # the run of what belongs to no network alone
@@ -68,14 +68,15 @@ class LayerReport:
     Attributes:
         folder: Where.
         files: Pictures written so far, by tag.
+        written: List of all that stands in the folder.
     """
 
     def __init__(self, folder: Path, networks: tuple[str, ...]) -> None:
         self.folder = folder
         self.files: dict[str, list[str]] = {}
-        self._written = Written(folder)
+        self.written = Written(folder)
         self._runs = (REPORT, *networks)
-        self._written.demand_free(FILES)
+        self.written.demand_free((*FILES, SWEEP))
         self._opened: dict[str, TensorBoardLogger] = {}
 
     @property
@@ -83,12 +84,12 @@ class LayerReport:
         """One a run. The first use removes an earlier report; mistakes have shown by then."""
         if not self._opened:
             # It would be drawn into the same charts.
-            self._written.clear()
+            self.written.clear()
             for run in self._runs:
                 logger = TensorBoardLogger(self.folder, name="", version=run)
                 logger.experiment.flush()
                 for file in (self.folder / run).glob(EVENTS):
-                    self._written.add(file)
+                    self.written.add(file)
                 self._opened[run] = logger
         return self._opened
 
@@ -97,7 +98,7 @@ class LayerReport:
         self._loggers[run].log_picture(tag, picture, step)
         parts = [tag, *([run] if run != REPORT else []), *([str(step)] if step else [])]
         name = re.sub(r"[^\w.-]", "-", "-".join(parts))
-        path = self._written.add(self.folder / "pictures" / f"{name}.png")
+        path = self.written.add(self.folder / "pictures" / f"{name}.png")
         save_png(path, picture)
         self.files.setdefault(tag, []).append(f"pictures/{name}.png")
 
@@ -222,7 +223,7 @@ class LayerReport:
         for logger in self._loggers.values():
             logger.finalize("success")
         text = report_page(found, self.files, cards)
-        page, numbers, arrays = (self._written.add(self.folder / name) for name in FILES)
+        page, numbers, arrays = (self.written.add(self.folder / name) for name in FILES)
         write_atomically(page, text.encode())
         write_atomically(arrays, packed(analysis_arrays(found)))
         results = analysis_results(found)

@@ -8,11 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import nn
 
-from camdistill.data.datasets import ImageSet, Positions
-from camdistill.distill.training import as_images
 from camdistill.errors import UserError, nearest
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.close_up import Closeness, Sample, close_up
@@ -27,46 +24,16 @@ from camdistill.layers.sweep import LayerSweep
 from camdistill.layers.through_depth import spatial, stage_ends, through_depth
 from camdistill.networks.capture import undisturbed
 from camdistill.report.first_units import of_first_filters
+from camdistill.report.kept_sweep import BATCH, KeptSweep, fingerprint, look
 from camdistill.report.layer_report import LayerReport
+from camdistill.report.subject import Subject
 from camdistill.types import Images
 
-BATCH = 64  # images in a forward, and in a group of the unbiased CKA
-SAMPLE = 512  # images that single units are looked at with
 EXPLAINED = 256  # images, about, of which every layer's Grad-CAM is measured
 ACROSS = 60  # layers in the picture of one image through depth: ResNet-152 has 53 by default
 CLOSE = 4  # layers whose units are looked at closely: the last of each resolution
 
-MasksOf = Callable[[Positions], Mapping[str, Bool[np.ndarray, "n height width"]]]
 Step = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The images that layers are opened with.
-
-    Attributes:
-        images: A set whose ids are its positions.
-        order: Positions of those that are looked at, in an order that has nothing to do with
-            classes.
-        name: What they are, for titles.
-        masks_of: Where concepts are in some of them; None where that isn't known.
-        classes: Names of the networks' classes; empty when unknown.
-        channels: Of the images that the networks take: 3, or 1 for their mean.
-        device: Where images go; the networks are there.
-    """
-
-    images: ImageSet
-    order: Positions
-    name: str
-    masks_of: MasksOf | None = None
-    classes: tuple[str, ...] = ()
-    channels: int = 3
-    device: str = "cpu"
-
-    def fetch(self, numbers: Sequence[int] | Positions) -> Images:
-        """Images in [0, 1], in the order of the numbers."""
-        images = as_images(self.images.batch(numbers).pixels).to(self.device)
-        return images.mean(1, keepdim=True) if self.channels == 1 else images
 
 
 @dataclass
@@ -81,6 +48,8 @@ class Opening:
         units: Units to look at closely, by layer, in place of interesting ones.
         on_step: Called with a stage's name, what is done of it, and of how much.
         found: What is known so far; None before the sweep.
+        stage: What is being done.
+        restored: Images whose sweep an earlier run had kept.
     """
 
     networks: Mapping[str, nn.Module]
@@ -90,10 +59,15 @@ class Opening:
     units: Mapping[str, Sequence[int]] = field(default_factory=dict)
     on_step: Step = lambda stage, done, total: None
     found: Analysis | None = None
+    stage: str = "the sweep"
+    restored: int = 0
 
     @torch.no_grad()
     def sweep(self, *, probes: bool = False) -> None:
-        """One pass over all images; what was seen of them is reported even when it is stopped."""
+        """One pass over all images; what was seen of them is reported even when it is stopped.
+
+        An earlier run's sweep of the same networks, layers and images isn't repeated.
+        """
         order, count = self.subject.order, len(self.subject.order)
         labels = self.subject.images.labels
         if probes and int(labels[order].max()) < 1:
@@ -109,18 +83,13 @@ class Opening:
         self._demand_runs(example[:1])
         looking = LayerSweep(self.networks, example, layers=self.layers or None, options=options)
         self._demand_units(looking.plan.layers)
+        kept = KeptSweep(self.report.written, fingerprint(self.networks, self.subject))
         stopped = ""
-        try:
-            for start in range(0, count, BATCH):
-                part = order[start : start + BATCH]
-                numbers = torch.from_numpy(part)
-                looking.update(self.subject.fetch(part), numbers, torch.from_numpy(labels[part]))
-                self.on_step("sweep", min(start + BATCH, count), count)
-        except KeyboardInterrupt:
-            if not looking.images:
-                raise
+        if look(looking, self.subject, kept, lambda done, of: self.on_step("sweep", done, of)):
             stopped = f"stopped after {looking.images:,} of {count:,} images"
         sweep = looking.result()
+        self.restored = kept.restored
+        sweep = replace(sweep, notes=(*sweep.notes, *_of_file(kept, count)))
         self.found = Analysis(
             sweep,
             self.subject.name,
@@ -128,12 +97,14 @@ class Opening:
             findings=findings(sweep),
             unfinished=stopped,
         )
+        self.stage = "the charts of the sweep"
         self.report.sweep(self.found)
         if stopped:
             raise KeyboardInterrupt
 
     def filters(self) -> None:
         """First filters and all weights."""
+        self.stage = "the filters"
         example = self.subject.fetch(self.subject.order[:1])
         banks: dict[str, FilterBank] = {}
         for name, network in self.networks.items():
@@ -149,6 +120,7 @@ class Opening:
 
     def through_depth(self, count: int) -> None:
         """Some images at all layers."""
+        self.stage = "the maps through depth"
         if not count:
             return
         sweep = self._known.sweep
@@ -173,7 +145,8 @@ class Opening:
 
     def close_up(self, how: Closeness) -> None:
         """Some units of some layers, closely."""
-        sample = self._sample()
+        self.stage = "the look at units"
+        sample = self.subject.sample()
         wanted = {
             name: [
                 layer
@@ -211,7 +184,8 @@ class Opening:
 
     def pairs(self, count: int) -> None:
         """Units of the student beside the teacher's that they follow."""
-        sweep, sample = self._known.sweep, self._sample()
+        self.stage = "the pairs of units"
+        sweep, sample = self._known.sweep, self.subject.sample()
         if len(self.networks) < 2:
             return
         (first, teacher), (second, student) = self.networks.items()
@@ -244,10 +218,11 @@ class Opening:
         )
         return found
 
-    def stopped(self, stage: str) -> None:
-        """Notes that what comes from a stage on is missing."""
+    def stopped(self) -> None:
+        """Notes that what comes from this stage on is missing."""
         known = self._known
-        self.found = replace(known, unfinished=known.unfinished or f"stopped during {stage}")
+        why = known.unfinished or f"stopped during {self.stage}"
+        self.found = replace(known, unfinished=why)
 
     def _note(self, text: str) -> None:
         """Adds to what a reader must know."""
@@ -288,12 +263,15 @@ class Opening:
                 most = min(layer.shape[0] for layer in fitting) - 1
                 raise UserError(f"{name} has no unit {max(units)}; it has 0 to {most}")
 
-    def _sample(self) -> Sample:
-        chosen = self.subject.order[:SAMPLE]
-        masks: dict[str, Tensor] = {}
-        if self.subject.masks_of is not None:
-            found = self.subject.masks_of(chosen)
-            masks = {
-                name: torch.from_numpy(mask).to(self.subject.device) for name, mask in found.items()
-            }
-        return Sample(self.subject.fetch(chosen), masks, self.subject.fetch)
+
+def _of_file(kept: KeptSweep, count: int) -> list[str]:
+    """What a reader must know of the sweep's file."""
+    notes = []
+    if kept.restored:
+        notes.append(
+            f"{kept.restored:,} of {count:,} images were looked at by an earlier run, which kept "
+            f"what they gave in {kept.file.name}; delete it to look at them anew"
+        )
+    if kept.problem:
+        notes.append(f"the sweep isn't kept for another run: {kept.problem}")
+    return notes

@@ -8,8 +8,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from camdistill.errors import UserError
+from camdistill.report.results import write_atomically
 
 LIST = "written.txt"
+SWEEP = "sweep.safetensors"  # what all images gave: outlives the report that was made of it
 EVENTS = "events.out.tfevents.*"
 
 
@@ -63,17 +65,24 @@ class Written:
             )
 
     def clear(self) -> None:
-        """Removes what an earlier analysis wrote, and folders that this leaves empty."""
+        """Removes an earlier report but not its sweep, and folders that this leaves empty."""
         files = self.files
+        sweep = self.folder / SWEEP
         for file in files:
-            file.unlink(missing_ok=True)
+            if file != sweep:
+                file.unlink(missing_ok=True)
         for folder in {file.parent for file in files} - {self.folder}:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        (self.folder / LIST).unlink(missing_ok=True)
+        if sweep in files and sweep.exists():
+            write_atomically(self.folder / LIST, f"{SWEEP}\n".encode())
+        else:
+            (self.folder / LIST).unlink(missing_ok=True)
 
     def add(self, path: Path) -> Path:
         """Notes a file that is about to be written, and gives it back."""
+        if path in self.files:
+            return path
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LIST).open("a", encoding="utf-8") as file:
             file.write(f"{path.relative_to(self.folder).as_posix()}\n")
