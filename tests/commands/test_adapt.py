@@ -11,6 +11,7 @@ from camdistill.cli import main
 from camdistill.explain.learnable import LearnableCAM, load_explainer
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
+from camdistill.studies.adaptation import stable
 
 TINY = {"channels": [4, 6], "strides": [2, 2]}
 CONFIG = {
@@ -63,6 +64,8 @@ def test_it_adapts_judges_on_fresh_students_and_goes_on(
     assert [one["number"] for one in whole["rounds"]] == [0, 1, 2]
     best = min(whole["rounds"], key=lambda one: one["kl"])["number"]
     assert whole["best_round"] == best
+    assert set(results["students"]["tiny n=16"]) == {"none", "grad_cam", "adapted", "randomised"}
+    assert results["arms"]["adapted"] == "out/adapted.safetensors"
     assert set(results["differences"]["tiny n=16"]) >= {"adapted - grad_cam", "adapted - none"}
 
     # again: nothing is learnt or taught a second time, and the numbers are the same
@@ -82,6 +85,14 @@ def test_it_adapts_judges_on_fresh_students_and_goes_on(
     after = {path.name: path.read_bytes() for path in (folder / "out/rounds").iterdir()}
     assert len(after) == 2 * 3
     assert all(after[name] == content for name, content in rounds.items())
+
+
+def test_arms_are_called_the_same_wherever_the_study_lies() -> None:
+    names = {"grad_cam": "grad_cam@stage2", "adapted": "some/where/adapted.safetensors"}
+    assert stable("some/where/adapted.safetensors", names) == "adapted"
+    assert stable("grad_cam@stage2 random", names) == "grad_cam random"
+    assert stable("grad_cam@stage21", names) == "grad_cam@stage21"
+    assert stable("none", names) == "none"
 
 
 @pytest.mark.slow

@@ -78,6 +78,12 @@ def test_it_runs_says_what_it_found_and_goes_on(
     assert lines[:10] == runs
     assert len(lines) == 3 * 7
     assert "taught_maps.brightness" in (folder / "out/table.txt").read_text()
+    assert "other settings" not in capsys.readouterr().out
+
+    # narrower: what isn't asked for is told
+    assert main(["rank", "-c", "tiny.yaml", "--seeds", "0", "1", "--out", "out"]) == 0
+    told = capsys.readouterr().out
+    assert "11 finished runs of other settings in out/runs.jsonl: not used and kept" in told
 
 
 @pytest.mark.parametrize(

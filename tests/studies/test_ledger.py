@@ -43,3 +43,10 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     path.write_text('{"key": 1}\n')
     with pytest.raises(UserError, match=r"line 1 of .* is no run"):
         Ledger(path, Record)
+
+
+def test_runs_that_no_key_asks_for_are_counted(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "runs.jsonl", Record)
+    ledger.add([replace(RECORD, key=key) for key in "abc"])
+    assert ledger.unused({"b", "z"}) == 2
+    assert ledger.unused(set("abc")) == 0

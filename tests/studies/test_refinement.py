@@ -1,6 +1,7 @@
 """A refinement: matched epochs, parts that add up, claims that need the map, exact resuming."""
 
 import base64
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,16 @@ def test_killed_and_started_again_it_does_what_is_missing_and_gets_the_same_numb
         assert Path(again.records[key].checkpoint).parent == networks  # the folder was moved
 
 
+def test_finished_runs_of_other_settings_are_counted(found: Found, tmp_path: Path) -> None:
+    shutil.copytree(found.plan.folder, tmp_path / "copy")
+    plan = replace(found.plan, folder=tmp_path / "copy", data=shapes())
+    counts: list[int] = []
+    refined(plan, on_unused=counts.append)
+    assert counts == []  # all are its own, those that are matched to another's accuracy too
+    refined(replace(plan, seeds=[1], arms=["random"], also={}), on_unused=counts.append)
+    assert counts == [2 * 7 - 3]
+
+
 def test_a_network_that_is_gone_is_made_again(found: Found, tmp_path: Path) -> None:
     plan = plan_in(tmp_path, seeds=[0], arms=["objective"])
     first = refined(plan)
@@ -243,6 +254,12 @@ def test_what_a_metrics_file_holds_tells_runs_apart_and_not_where_it_lies(tmp_pa
         keys.append([workshop.key(Job("seed0", arm, 0.5)) for arm in ("learned", "ce", START)])
     assert keys[0] == keys[1]
     assert all(one != other for one, other in zip(keys[0], keys[2], strict=True))
+
+
+def test_a_seeds_runs_are_its_own_whatever_seeds_stand_beside_it(tmp_path: Path) -> None:
+    jobs = [Job("seed2", START), Job("seed2", "ce"), Job("seed2", "random", 0.5)]
+    alone, last = (Workshop(plan_in(tmp_path, seeds=seeds)) for seeds in ([2], [0, 1, 2]))
+    assert [alone.key(job) for job in jobs] == [last.key(job) for job in jobs]
 
 
 @pytest.mark.slow

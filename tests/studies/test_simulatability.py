@@ -105,6 +105,14 @@ def test_beta_is_the_best_on_validation_images_of_other_seeds(study: Study, whol
         assert {one.beta for one in own} == {beta}
 
 
+def test_finished_runs_of_other_settings_are_counted(study: Study, whole: Found) -> None:
+    counts: list[int] = []
+    ranked(study, on_unused=counts.append)
+    assert counts == []
+    found = ranked(replace(study, seeds=[0]), on_unused=counts.append)
+    assert counts == [len(whole.records) - len(found.records)]
+
+
 def test_a_killed_study_goes_on_and_equals_the_one_that_was_not(
     study: Study, whole: Found, ran: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

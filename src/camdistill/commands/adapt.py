@@ -4,18 +4,26 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.running import STACK, chosen_device, progress_bar, teller
+from camdistill.commands.running import (
+    at_once,
+    chosen_device,
+    processes,
+    progress_bar,
+    teller,
+    unused_teller,
+)
 from camdistill.data.modules import ImageData
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import save_png
-from camdistill.report.results import available_cores, write_atomically, write_results
+from camdistill.report.results import write_atomically, write_results
 from camdistill.studies.adaptation import ADAPTED, adapt_study
 from camdistill.studies.adaptation_report import adaptation_results, adaptation_text, intervals
 from camdistill.studies.adaptation_rounds import Adaptation
 from camdistill.studies.controls import Control
 from camdistill.studies.lessons import Recipe
 from camdistill.studies.plan import Study, Tuning
+from camdistill.studies.simulatability import LEDGER
 
 
 def adapt(
@@ -72,16 +80,16 @@ def adapt(
         folder=out,
     )  # fmt: skip
     where = chosen_device(device)
-    on_gpu = where != "cpu"
     with progress_bar() as bar:
         found = adapt_study(
             study,
             adaptation,
             also=methods,
-            workers=workers if workers is not None else (0 if on_gpu else available_cores()),
-            stack=stack or (STACK if on_gpu else 1),
+            workers=processes(workers, where),
+            stack=at_once(stack, where),
             device=where,
             on_progress=teller(bar),
+            on_unused=unused_teller(bar, out / LEDGER),
         )
     text = f"{adaptation_text(found)}\n"
     write_atomically(out / "table.txt", text.encode())

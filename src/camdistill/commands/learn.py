@@ -6,10 +6,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.running import STACK, chosen_device, progress_bar, teller
+from camdistill.commands.running import (
+    at_once,
+    chosen_device,
+    processes,
+    progress_bar,
+    teller,
+    unused_teller,
+)
 from camdistill.errors import UserError
 from camdistill.networks.teachers import Teacher
-from camdistill.report.results import available_cores, write_atomically, write_results
+from camdistill.report.results import write_atomically, write_results
 from camdistill.studies.metric_learning import (
     Lessons,
     Recipe,
@@ -21,7 +28,7 @@ from camdistill.studies.metric_learning import (
 from camdistill.studies.metric_report import Answer, answer_text, answers, beats, results
 from camdistill.studies.metric_rivals import by_hand
 from camdistill.studies.plan import Study
-from camdistill.studies.simulatability import ranked
+from camdistill.studies.simulatability import LEDGER, ranked
 
 METRIC = "metric.safetensors"
 Tell = Callable[[str, int, int], None]
@@ -59,16 +66,16 @@ def learn(
             "(studies) and 2 images"
         )
     where = chosen_device(device)
-    on_gpu = where != "cpu"
     with progress_bar() as bar:
         tell = teller(bar)
         found = {
             name: ranked(
                 replace(study, folder=out / name),
-                workers=workers if workers is not None else (0 if on_gpu else available_cores()),
-                stack=stack or (STACK if on_gpu else 1),
+                workers=processes(workers, where),
+                stack=at_once(stack, where),
                 device=where,
                 on_progress=_named(name, tell),
+                on_unused=unused_teller(bar, out / name / LEDGER),
             )
             for name, study in studies.items()
         }

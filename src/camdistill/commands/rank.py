@@ -4,11 +4,18 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.running import STACK, chosen_device, progress_bar, teller
+from camdistill.commands.running import (
+    at_once,
+    chosen_device,
+    processes,
+    progress_bar,
+    teller,
+    unused_teller,
+)
 from camdistill.data.modules import ImageData
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
-from camdistill.report.results import available_cores, write_results
+from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.controls import CONTROLS, Control
 from camdistill.studies.lessons import Recipe
@@ -84,14 +91,14 @@ def rank(
         tuning, recipe, seed, trust, out,
     )  # fmt: skip
     where = chosen_device(device)
-    on_gpu = where != "cpu"
     with progress_bar() as bar:
         found = ranked(
             study,
-            workers=workers if workers is not None else (0 if on_gpu else available_cores()),
-            stack=stack or (STACK if on_gpu else 1),
+            workers=processes(workers, where),
+            stack=at_once(stack, where),
             device=where,
             on_progress=teller(bar),
+            on_unused=unused_teller(bar, out / LEDGER),
             on_gates=lambda early: bar.console.print(
                 f"\n{gate_text(early)}\n", highlight=False, markup=False, soft_wrap=True
             ),

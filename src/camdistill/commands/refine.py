@@ -4,12 +4,18 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.running import chosen_device, progress_bar, teller
+from camdistill.commands.running import (
+    chosen_device,
+    processes,
+    progress_bar,
+    teller,
+    unused_teller,
+)
 from camdistill.data.modules import ImageData
 from camdistill.distill.refining import ARMS, Arm, Objective
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
-from camdistill.report.results import available_cores, write_results
+from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.refinement import LEDGER, Found, refined
 from camdistill.studies.refinement_plan import (
@@ -82,13 +88,13 @@ def refine(
         seed, trust, out,
     )  # fmt: skip
     where = chosen_device(device)
-    count = 0 if where != "cpu" else available_cores()
     with progress_bar() as bar:
         found = refined(
             plan,
-            workers=count if workers is None else workers,
+            workers=processes(workers, where),
             device=where,
             on_progress=teller(bar),
+            on_unused=unused_teller(bar, out / LEDGER),
         )
     return _written(found, Workshop(plan, where), time.monotonic() - begun)
 

@@ -1,6 +1,7 @@
 """What long commands share: on which device they run, and how they tell how far they are."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.progress import (
@@ -13,6 +14,7 @@ from rich.progress import (
 )
 
 from camdistill.errors import UserError
+from camdistill.report.results import available_cores
 
 STACK = 32  # students that train as one on a GPU
 
@@ -22,6 +24,18 @@ def chosen_device(name: str | None) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but torch finds no GPU: leave out --device, or give cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def processes(workers: int | None, device: str) -> int:
+    """What --workers stands for on a device: nothing is the cores, on a GPU this process alone."""
+    if workers is not None:
+        return workers
+    return available_cores() if device == "cpu" else 0
+
+
+def at_once(stack: int | None, device: str) -> int:
+    """What --stack stands for on a device: nothing is one student, on a GPU many."""
+    return stack or (1 if device == "cpu" else STACK)
 
 
 def progress_bar() -> Progress:
@@ -39,5 +53,16 @@ def teller(bar: Progress) -> Callable[[str, int, int], None]:
         if what not in lines:
             lines[what] = bar.add_task(what, total=total)
         bar.update(lines[what], completed=done, total=total)
+
+    return tell
+
+
+def unused_teller(bar: Progress, runs: Path) -> Callable[[int], None]:
+    """Says that some of a folder's finished runs are not this study's."""
+
+    def tell(count: int) -> None:
+        said = f"{count} finished run{'s' if count > 1 else ''} of other settings in {runs}"
+        cure = "not used and kept; another --out keeps studies apart"
+        bar.console.print(f"{said}: {cure}", highlight=False, markup=False, soft_wrap=True)
 
     return tell

@@ -7,7 +7,7 @@ is done for a teacher of random weights. What was found is then ranked with new 
 families, beside Grad-CAM, on the test images (`simulatability`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +46,18 @@ class Adapted:
     found: Found
     names: Mapping[str, str]
 
+    def name_of(self, arm: str) -> str:
+        """An arm's name that doesn't tell where the study lies."""
+        return stable(arm, self.names)
+
+
+def stable(arm: str, names: Mapping[str, str]) -> str:
+    """The short name of an arm, and of what controls made of it: "grad_cam random"."""
+    for name, long in names.items():
+        if arm == long or arm.startswith(f"{long} "):
+            return name + arm.removeprefix(long)
+    return arm
+
 
 def adapt_study(
     study: Study,
@@ -56,6 +68,7 @@ def adapt_study(
     stack: int = 1,
     device: str = "cpu",
     on_progress: Progress | None = None,
+    on_unused: Callable[[int], None] | None = None,
 ) -> Adapted:
     """Learns both explainers and ranks them; what is done already isn't done again.
 
@@ -68,6 +81,7 @@ def adapt_study(
         stack: Of the ranking.
         device: Where.
         on_progress: Told what is being done, and how much of it is done.
+        on_unused: Told how many finished runs in the folder are of other settings, if any.
     """
     how.demand_fresh(study)
     base = f"grad_cam@{how.layers[-1]}" if how.layers else "grad_cam"
@@ -91,7 +105,14 @@ def adapt_study(
     }
     methods = list(dict.fromkeys([*names.values(), *also]))
     whole = replace(study, methods=methods)
-    found = ranked(whole, workers=workers, stack=stack, device=device, on_progress=on_progress)
+    found = ranked(
+        whole,
+        workers=workers,
+        stack=stack,
+        device=device,
+        on_progress=on_progress,
+        on_unused=on_unused,
+    )
     return Adapted(own, control, found, names)
 
 

@@ -68,10 +68,9 @@ def adaptation_text(adapted: Adapted) -> str:
             text_table(parameters(one.explainer), corner=name) for name, one in known.items()
         ),
     ]
-    short = {long: name for name, long in adapted.names.items()}
     for condition in conditions(adapted.found):
         rows: dict[str, dict[str, Cell]] = {
-            short.get(name, name): {"agreement": row.agreement, "KL": row.kl, "beta": row.beta}
+            adapted.name_of(name): {"agreement": row.agreement, "KL": row.kl, "beta": row.beta}
             for name, row in table(adapted.found, condition).items()
         }
         seeds = len(adapted.found.study.seeds)
@@ -101,7 +100,7 @@ def adaptation_results(adapted: Adapted) -> dict[str, object]:
         },
         "students": {
             _named(condition): {
-                name: {"agreement": row.agreement, "kl": row.kl, "beta": row.beta}
+                adapted.name_of(name): {"agreement": row.agreement, "kl": row.kl, "beta": row.beta}
                 for name, row in table(adapted.found, condition).items()
             }
             for condition in conditions(adapted.found)

@@ -3,7 +3,7 @@
 import base64
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar, runtime_checkable
@@ -100,6 +100,10 @@ class Ledger(Generic[RunT]):
         if len(whole) + 1 < len(content):
             with path.open("r+b") as file:
                 file.truncate(len(whole) + 1 if whole else 0)
+
+    def unused(self, keys: Collection[str]) -> int:
+        """How many finished runs are none of these: they were made with other settings."""
+        return len(self.records.keys() - set(keys))
 
     def add(self, records: Iterable[RunT]) -> None:
         """Writes down finished runs; they are on the disk when this returns."""

@@ -113,6 +113,7 @@ def refined(
     workers: int = 0,
     device: str = "cpu",
     on_progress: Progress | None = None,
+    on_unused: Callable[[int], None] | None = None,
 ) -> Found:
     """Does every run that is missing: start networks, cross-entropy alone, then the other arms.
 
@@ -123,31 +124,49 @@ def refined(
         workers: Processes of one thread each; 0 runs here.
         device: Where.
         on_progress: Told what is being done, and how much of it is done.
+        on_unused: Told how many finished runs in the folder are of other settings, if any.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     with locked(plan.folder / "study", wait=False):
         workshop = Workshop(plan, device)
         demand_possible(workshop)
         ledger = Ledger(plan.folder / LEDGER, Refined)
+        if on_unused is not None and (unused := ledger.unused(_known_keys(workshop, ledger))):
+            on_unused(unused)
         with Crew(workshop, workers) as crew:
             work = _Work(workshop, ledger, crew, on_progress)
             found = work.done("start networks", [Job(name, START) for name in plan.starts])
             found |= work.done(CE, [Job(name, CE) for name in plan.starts])
-            tolerance = plan.recipe.tolerance
-            floors = {
-                name: found[name, CE].accuracies[found[name, CE].epoch - 1] - tolerance
-                for name in plan.starts
-            }
-            others = [arm for arm in plan.refined if arm != CE]
-            jobs = [Job(name, arm, floors[name]) for name in plan.starts for arm in others]
+            jobs = [job for name in plan.starts for job in _others(plan, found[name, CE])]
             found |= work.done("other arms", jobs)
             if plan.students is not None and plan.main in plan.refined:
                 first = [Job(name, STUDENT + CE) for name in plan.starts]
                 found |= work.done("students", first)
-                second = [Job(name, STUDENT + plan.main, floors[name]) for name in plan.starts]
+                second = [
+                    replace(job, arm=STUDENT + job.arm) for job in jobs if job.arm == plan.main
+                ]
                 found |= work.done("students of refined networks", second)
         labelled = bool(workshop.sets().whole.classes)
     return Found(plan, found, labelled)
+
+
+def _others(plan: Plan, alone: Refined) -> list[Job]:
+    """The arms of a start beside cross-entropy alone, matched to its accuracy."""
+    floor = alone.accuracies[alone.epoch - 1] - plan.recipe.tolerance
+    return [Job(alone.start, arm, floor) for arm in plan.refined if arm != CE]
+
+
+def _known_keys(workshop: Workshop, ledger: Ledger[Refined]) -> set[str]:
+    """Of every job that the plan has, as far as what it is matched to was done."""
+    plan, jobs = workshop.plan, list[Job]()
+    for name in plan.starts:
+        jobs += [Job(name, START), Job(name, CE)]
+        alone = ledger.records.get(workshop.key(Job(name, CE)))
+        if alone is not None:
+            jobs += _others(plan, replace(alone, start=name))
+    if plan.students is not None:
+        jobs += [replace(job, arm=STUDENT + job.arm) for job in jobs if job.arm in (CE, plan.main)]
+    return {workshop.key(job) for job in jobs}
 
 
 class _Work:

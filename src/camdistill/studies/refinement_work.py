@@ -250,8 +250,12 @@ class Workshop:
         )
 
     def _order(self, start: str) -> int:
-        """Seed of the order of training: the same for all arms of a start."""
-        return self.plan.seed + 1 + self.plan.starts.index(start)
+        """Seed of the order of training: the same for all arms of a start, whatever is beside it.
+
+        Given networks have no seed of their own, so theirs is their place in the list.
+        """
+        plan, place = self.plan, self.plan.starts.index(start)
+        return plan.seed + 1 + (plan.seeds[place] if plan.network is not None else place)
 
     def _start_digest(self, start: str) -> str:
         """Of a given network its content; of one that is trained here how."""

@@ -123,6 +123,7 @@ def ranked(
     device: str = "cpu",
     on_progress: Progress | None = None,
     on_gates: Callable[[Found], None] | None = None,
+    on_unused: Callable[[int], None] | None = None,
 ) -> Found:
     """Does every run that is missing, those of the sanity gates first.
 
@@ -133,6 +134,7 @@ def ranked(
         device: Where.
         on_progress: Told what is being done, and how much of it is done.
         on_gates: Given what there is as soon as the gates' runs are done.
+        on_unused: Told how many finished runs in the folder are of other settings, if any.
     """
     study.folder.mkdir(parents=True, exist_ok=True)
     with locked(study.folder / "study", wait=False):
@@ -143,6 +145,8 @@ def ranked(
         rest = [arm for arm in arms if arm not in first]
         with _Work(study, classroom, Ledger(study.folder / LEDGER, Record), workers, stack) as work:
             work.announce(arms, on_progress)
+            if on_unused is not None and (unused := work.unused(arms)):
+                on_unused(unused)
             betas = work.tuned(first)
             records = work.done(first, betas)
             if on_gates is not None:
@@ -183,11 +187,24 @@ class _Work:
         self._on_progress = on_progress
         self._total = len(self._tries(arms)) + len(self._runs(arms, {}))
 
+    def unused(self, arms: Sequence[Arm]) -> int:
+        """How many finished runs are none of the study's, whatever beta is chosen."""
+        runs = self._tries(arms)
+        for beta in self._study.tuning.betas:
+            every = {(family, arm.name): beta for family in self._study.students for arm in arms}
+            runs += self._runs(arms, every | self._without)
+        return self._ledger.unused({self._classroom.key(run) for run in runs})
+
+    @property
+    def _without(self) -> dict[tuple[str, str], float]:
+        """The betas of students without maps."""
+        return {(family, NONE.name): 0.0 for family in self._study.students}
+
     def tuned(self, arms: Sequence[Arm]) -> dict[tuple[str, str], float]:
         """The beta of each arm in each family: best agreement on validation images."""
         betas = self._study.tuning.betas
         found = {(family, arm.name): betas[0] for family in self._study.students for arm in arms}
-        found |= {(family, NONE.name): 0.0 for family in self._study.students}
+        found |= self._without
         runs = self._tries(arms)
         records = self._do(runs)
         for family, name in found:
