@@ -204,8 +204,8 @@ _DEPTH = (
 )
 _PROFILES = {
     "active": "Share of values above 0 after the non-linearity.",
-    "dead": "Share of units that gave 0 everywhere. Of a student it is an alarm; of a teacher a"
-    " property. None in N images still allows a rate of 3/N.",
+    "dead": "Share of units that gave 0 everywhere. Of a network in training it is an alarm; of a"
+    " finished one a property. None in N images still allows a rate of 3/N.",
     "nearly_dead": "Share of units above 0 in fewer than one image in a thousand, but not never.",
     "always_on": "Share of units above 0 at more than 99.9 % of places: their ReLU does nothing.",
     "population_sparsity": "How few units carry an image (Vinje and Gallant 2000), averaged over"
@@ -266,12 +266,17 @@ NORMS_RIDGE = _tag(
 FINDINGS = _tag(f"{OVERVIEW}/findings", "What stands out, the most serious first.")
 LAYERS = _tag(f"{OVERVIEW}/layers", "Every layer's numbers, in a table a network.")
 PROFILE_CHART = _tag(
-    f"{OVERVIEW}/profiles", "The statistics of `3_profile` against depth, all networks together."
+    f"{OVERVIEW}/profiles", "The statistics of `3_profile` against depth, a line a network."
 )
 CKA_CHART = _tag(
     f"{SIMILARITY}/cka",
     "Linear CKA (unbiased, in minibatches) of every teacher's layer with every student's layer."
     " Equal depth should be bright; a dark row is a layer that the student has nothing of.",
+)
+CKA_WITHIN = _tag(
+    f"{SIMILARITY}/cka_within",
+    "Linear CKA (unbiased, in minibatches) of every layer with every other of the same network. 1"
+    " on the diagonal; a bright block is a run of layers that change little.",
 )
 CAM_CHART = _tag(
     f"{SIMILARITY}/cam_cosine",
@@ -299,11 +304,10 @@ NORMS_CHART = _tag(
 )
 THROUGH_DEPTH = _tag(
     f"{MAPS}/through_depth",
-    "Maps of one image at all layers of all networks (of more than 60 of a network at 60, evenly"
-    " spread, and the picture says so), all of the first network's top class; the bar"
-    " is the map's maximum in logits. Grad-CAM weighs a unit by its mean gradient, which says"
-    " little at early layers; LayerCAM weighs each cell by its own."
-    " Step: number of the image.",
+    "Maps of one image at all layers (of more than 60 at 60, evenly spread, and the picture says"
+    " so), all of the class in the title; the bar is the map's maximum in logits. Grad-CAM weighs a"
+    " unit by its mean gradient, which says little at early layers; LayerCAM weighs each cell by"
+    " its own. Step: number of the image.",
 )
 
 FORMING = _tag(
@@ -450,17 +454,24 @@ def how_to_read(groups: Collection[str] = (), cards: Collection[str] | None = No
         for tag, text in told.items()
         if not groups or tag.partition("/")[0] in groups
     ]
+    words = "A **map** says where in the image a network finds evidence for a class (Grad-CAM)."
+    if any("student" in row for row in rows):
+        words += " The **student** learns to classify like the **teacher** and to have its maps."
+    smoothed = (
+        "Charts are smoothed by 0.6 unless told otherwise: set *Smoothing* to 0 to see what was"
+        " measured."
+    )
+    if cards is None or any(card.startswith(f"{TEST}/") for card in cards):
+        smoothed += f" `{TEST}/...` are the same quantities on test images."
     return "\n".join(
         [
-            "A **map** says where in the image a network finds evidence for a class (Grad-CAM). The"
-            " **student** learns to classify like the **teacher** and to have its maps.",
+            words,
             "",
             "| card | meaning |",
             "|---|---|",
             *sorted(rows),
             "",
-            "Charts are smoothed by 0.6 unless told otherwise: set *Smoothing* to 0 to see what was"
-            f" measured. `{TEST}/...` are the same quantities on test images.",
+            smoothed,
         ]
     )
 

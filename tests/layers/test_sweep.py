@@ -539,6 +539,20 @@ def test_where_no_map_is_finite_the_sweep_goes_on(
     assert result.cam_similarity.images in (IMAGES - lost, 0)
 
 
+def test_where_the_teacher_has_no_top_class_neither_network_is_explained(
+    networks: dict[str, nn.Module], images: torch.Tensor
+) -> None:
+    """Of logits that are NaN `argmax` would make class 0 of them, and a map of the student's."""
+    ill = copy.deepcopy(networks)
+    with torch.no_grad():
+        ill["teacher"].head.weight.fill_(torch.nan)
+    result = swept(ill, images, [list(range(IMAGES))], Options(explained=1.0)).result()
+    for layers in result.networks.values():
+        assert all(layer.cams is None or layer.cams.images == 0 for layer in layers)
+        assert all(layer.units.images == IMAGES for layer in layers)
+    assert result.cam_similarity.images == 0
+
+
 def test_a_layer_that_is_never_finite_takes_nothing_from_the_others(
     networks: dict[str, nn.Module], images: torch.Tensor
 ) -> None:

@@ -110,21 +110,27 @@ def layer_maps(
     """Raw maps by network and layer, all of the first network's top class.
 
     A network with another number of outputs explains its own top class; one without layers has no
-    maps.
+    maps. An image whose logits are not finite has no top class, and NaN for maps.
     """
     found: list[list[Maps]] = []
     classes: Tensor | None = None
+    lost: Tensor | None = None
     outputs = -1
     for name, network in networks.items():
         keys = [layer.key for layer in layers[name]]
         with undisturbed(network):
-            if classes is not None and outputs != _outputs(network, images):
-                explanation = explain(network, images, keys)
-            else:
-                explanation = explain(network, images, keys, classes)
+            other = classes is not None and outputs != _outputs(network, images)
+            explanation = explain(network, images, keys, None if other else classes)
+        broken = ~torch.isfinite(explanation.logits).all(1)
+        if lost is not None and not other:
+            broken = broken | lost
         if classes is None:
             classes, outputs = explanation.classes, explanation.logits.shape[1]
-        found.append([explanation.maps[key] for key in keys])
+            lost = broken
+        maps = [explanation.maps[key] for key in keys]
+        if broken.any():
+            maps = [layer.masked_fill(broken[:, None, None], torch.nan) for layer in maps]
+        found.append(maps)
     return found
 
 

@@ -67,13 +67,30 @@ class Finding:
 
 def findings(sweep: Sweep) -> tuple[Finding, ...]:
     """What stands out, the gravest first, then by network and depth."""
-    found = [
-        one for layers in sweep.networks.values() for layer in layers for one in _of_layer(layer)
-    ]
+    found = [one for layers in sweep.networks.values() for one in _of_network(layers, sweep.images)]
     if len(sweep.networks) == 2:
         found += _of_pair(sweep)
     order = get_args(Kind)
     return tuple(sorted(found, key=lambda one: order.index(one.kind)))
+
+
+def _of_network(layers: Sequence[LayerSummary], images: int) -> list[Finding]:
+    lost = [layer for layer in layers if layer.lost]
+    sound = [layer for layer in layers if not layer.lost]
+    found = [one for layer in sound for one in _of_layer(layer)]
+    return [*([_lost(lost, layers, images)] if lost else []), *found]
+
+
+def _lost(lost: Sequence[LayerSummary], layers: Sequence[LayerSummary], images: int) -> Finding:
+    """One sentence for all layers: behind the first of them there is nothing to be seen."""
+    where = f"at {len(lost)} of {len(layers)} layers, {lost[0].name} the first of them"
+    text = (
+        f"each of {images:,} images has values that are not finite {where} "
+        f"({_broken(lost[0])}): these layers have no statistics, and no average, comparison or map "
+        "counts them"
+    )
+    whole = f"{lost[0].network}: {text}"
+    return Finding("not finite", lost[0].network, lost[0].name, whole, (), float(len(lost)))
 
 
 def _of_layer(layer: LayerSummary) -> list[Finding]:
@@ -85,6 +102,12 @@ def _not_finite(layer: LayerSummary) -> Finding | None:
     histogram = layer.pre if layer.pre is not None else layer.post
     if histogram.nonfinite == 0:
         return None
+    return _finding("not finite", layer, _broken(layer), (), histogram.nonfinite)
+
+
+def _broken(layer: LayerSummary) -> str:
+    """How many values of which kind, where the layer is read first."""
+    histogram = layer.pre if layer.pre is not None else layer.post
     kinds = [
         f"{count:,} {name}"
         for name, count in (
@@ -95,8 +118,7 @@ def _not_finite(layer: LayerSummary) -> Finding | None:
         if count
     ]
     side = "before" if histogram.point.side == "pre" else "after"
-    text = f"{' and '.join(kinds)} among {histogram.total:,} values {side} the non-linearity"
-    return _finding("not finite", layer, text, (), histogram.nonfinite)
+    return f"{' and '.join(kinds)} among {histogram.total:,} values {side} the non-linearity"
 
 
 def _dead(layer: LayerSummary) -> Finding | None:

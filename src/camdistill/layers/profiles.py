@@ -1,7 +1,7 @@
 """A sweep's numbers in rows: statistics against depth, and everything by layer."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,15 +23,16 @@ class Profile(NamedTuple):
     values: tuple[float, ...]
 
 
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else math.nan
+def _share(units: Sequence[int], layer: LayerSummary) -> float:
+    """NaN where no image could tell: such a layer is not healthy."""
+    return len(units) / layer.channels if layer.units.images else math.nan
 
 
 _STATISTICS: dict[str, Callable[[LayerSummary], float | None]] = {
     "active": lambda layer: float(layer.units.active.double().mean()),
-    "dead": lambda layer: _share(len(layer.units.dead), layer.channels),
-    "nearly_dead": lambda layer: _share(len(layer.units.nearly_dead), layer.channels),
-    "always_on": lambda layer: _share(len(layer.units.always_on), layer.channels),
+    "dead": lambda layer: _share(layer.units.dead, layer),
+    "nearly_dead": lambda layer: _share(layer.units.nearly_dead, layer),
+    "always_on": lambda layer: _share(layer.units.always_on, layer),
     "population_sparsity": lambda layer: layer.sparsity.population,
     "lifetime_sparsity": lambda layer: layer.sparsity.lifetime_mean,
     "hoyer": lambda layer: layer.sparsity.hoyer,
@@ -122,9 +123,9 @@ def _row(layer: LayerSummary) -> dict[str, object]:
         **numbers,
         "effective_rank_absolute": layer.rank.effective,
         "rank_possible": layer.rank.possible,
-        "dead_units": list(units.dead),
-        "nearly_dead_units": list(units.nearly_dead),
-        "always_on_units": list(units.always_on),
+        "dead_units": list(units.dead) if units.images else None,
+        "nearly_dead_units": list(units.nearly_dead) if units.images else None,
+        "always_on_units": list(units.always_on) if units.images else None,
         "duplicates": [list(pair) for pair in units.duplicates],
         "unit_mean": _rounded(units.mean),
         "unit_active": _rounded(units.active),

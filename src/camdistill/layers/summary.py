@@ -277,6 +277,11 @@ class LayerSummary:
         return self.shape[1] * self.shape[2] > 1
 
     @property
+    def lost(self) -> bool:
+        """Whether every image has values that are not finite, so that there are no statistics."""
+        return self.units.images == 0 and self.post.nonfinite > 0
+
+    @property
     def rectified(self) -> bool:
         """Whether no value is below 0."""
         return self.post.negatives == 0

@@ -1,6 +1,7 @@
 """From a sweep's states to what they tell."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TypeVar
 
 from camdistill.layers.cams import CamSums
@@ -126,17 +127,16 @@ def _notes(
     notes = []
     for network, layers in networks.items():
         if others := plan.left_out.get(network):
-            names = ", ".join(others[:6])
-            names += f" and {len(others) - 6} more" if len(others) > 6 else ""
             notes.append(
-                f"{network}: left out, as they give their units last ([B, h, w, C]): {names}"
+                f"{network}: left out, as they give their units last ([B, h, w, C]): "
+                f"{_some(others)}"
             )
-        for layer in layers:
-            lost = used["histogram"] - layer.units.images
+        for lost, alike in groupby(layers, lambda one: used["histogram"] - one.units.images):
             if lost:
+                names = _some([layer.name for layer in alike])
                 notes.append(
-                    f"{network} {layer.name}: {lost} of {used['histogram']} images have values "
-                    "that are not finite; they count in the histogram alone"
+                    f"{network} {names}: {lost} of {used['histogram']} images have values that are "
+                    "not finite; they count in the histogram alone"
                 )
         partial = [layer.name for layer in layers if not layer.cams]
         if plan.options.explained and partial:
@@ -162,6 +162,10 @@ def _notes(
             "numbers"
         )
     return tuple(notes)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _state(states: Mapping[str, State], key: str, kind: type[Kind]) -> Kind:

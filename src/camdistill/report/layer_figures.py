@@ -1,5 +1,6 @@
 """An analysis as pictures, each under its tag."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -47,15 +48,19 @@ def charts(found: Analysis) -> Iterator[tuple[str, Picture]]:
         for name, lines in table.items()
         if name in _CHARTED
     }
-    yield (
-        tags.PROFILE_CHART,
-        profile_chart(
-            {_CHARTED[name][0]: lines for name, lines in shown.items()},
-            title=f"Layers through depth, {images}",
-            notes=dict(_CHARTED.values()),
-            ranges={_CHARTED[name][0]: (0.0, 1.0) for name in _UNIT_RANGE},
-        ),
-    )
+    lost = [
+        name for name, layers in found.sweep.networks.items() if all(one.lost for one in layers)
+    ]
+    if shown:
+        yield (
+            tags.PROFILE_CHART,
+            profile_chart(
+                {_CHARTED[name][0]: lines for name, lines in shown.items()},
+                title=f"Layers through depth, {images}{''.join(map(_without, lost))}",
+                notes=dict(_CHARTED.values()),
+                ranges={_CHARTED[name][0]: (0.0, 1.0) for name in _UNIT_RANGE},
+            ),
+        )
     ridges = {
         network: {layer.name: log_histogram(layer.post) for layer in layers}
         for network, layers in found.sweep.networks.items()
@@ -64,6 +69,10 @@ def charts(found: Analysis) -> Iterator[tuple[str, Picture]]:
     title = f"Activations after the non-linearity, {images}"
     yield tags.RIDGE_CHART, ridge_chart(ridges, title=title)
     yield from _similarities(found)
+
+
+def _without(network: str) -> str:
+    return f"; {network}: not finite"
 
 
 _CHARTED = {
@@ -84,15 +93,15 @@ _CHARTED = {
 
 def _similarities(found: Analysis) -> Iterator[tuple[str, Picture]]:
     names = list(found.sweep.networks)
+    first, last = names[0], names[-1]
     similarity = found.sweep.similarity
-    if similarity is not None:
-        first, last = names[0], names[-1]
+    if similarity is not None and similarity.between(first, last).isfinite().any():
         note = (
             f"linear CKA, unbiased, {similarity.images:,} images in {similarity.batches} batches; "
             "0 is unrelated"
         )
         yield (
-            tags.CKA_CHART,
+            tags.CKA_CHART if first != last else tags.CKA_WITHIN,
             similarity_chart(
                 np.asarray(similarity.between(first, last), np.float64),
                 similarity.names(first),
@@ -104,7 +113,7 @@ def _similarities(found: Analysis) -> Iterator[tuple[str, Picture]]:
             ),
         )
     cams = found.sweep.cam_similarity
-    if cams is not None:
+    if cams is not None and cams.cosine.isfinite().any():
         yield (
             tags.CAM_CHART,
             similarity_chart(
@@ -113,8 +122,8 @@ def _similarities(found: Analysis) -> Iterator[tuple[str, Picture]]:
                 cams.student,
                 title="Which layers look at the same places",
                 note=f"cosine of Grad-CAM maps of the same class, {cams.images:,} images",
-                row_axis=names[0],
-                column_axis=names[-1],
+                row_axis=first,
+                column_axis=last,
             ),
         )
 
@@ -127,6 +136,8 @@ def filter_pictures(network: str, bank: FilterBank) -> Iterator[tuple[str, Pictu
     norms = bank.norms.cpu().numpy()
     dead = set(np.flatnonzero(norms <= 1e-3 * np.median(norms)).tolist())
     lines = [_filter_words(bank)]
+    if broken := int((~np.isfinite(norms)).sum()):
+        lines.append(f"{broken} of {count} filters are not finite, and drawn as zero")
     if count > SHOWN_FILTERS:
         lines.append(f"the first {SHOWN_FILTERS} of {count}")
     name = f"{network} {bank.layer}, {count} filters of {weights.shape[2]}x{weights.shape[3]}"
@@ -190,9 +201,12 @@ def depth_picture(
     ]
     told = [
         f"{network}: {_class(top, classes)} {likely:.2f}"
+        if math.isfinite(likely)
+        else f"{network}: its logits are not finite"
         for network, (top, likely) in picture.tops.items()
     ]
     explained = _class(picture.explained, classes)
+    whose = f" ({first}'s class)" if len(picture.views) > 1 else ""
     return depth_panel(
         picture.image.float().numpy(),
         {
@@ -205,7 +219,7 @@ def depth_picture(
                 for network, layers in picture.views.items()
             },
         },
-        title=f"{picture.name}: why {explained}? ({first}'s class)",
+        title=f"{picture.name}: why {explained}?{whose}",
         lines=["   ".join(told), *fewer],
     )
 
@@ -244,11 +258,10 @@ def log_histogram(histogram: Histogram) -> LogHistogram:
         padded = torch.nn.functional.pad(counts, (0, -len(counts) % 4))
         counts = padded.view(-1, 4).sum(1)
         edges = torch.cat([edges[:-1:4], edges[-1:]])
-    zeros = histogram.zero_share
     return LogHistogram(
         edges.double().numpy(),
         counts.double().numpy(),
-        zeros if zeros == zeros else 0.0,
+        histogram.zero_share,
         histogram.nonfinite,
     )
 
@@ -257,7 +270,7 @@ def value_histogram(values: torch.Tensor) -> LogHistogram:
     """Of single values; those below 0 aren't drawn."""
     finite = values[torch.isfinite(values)].double().numpy()
     counts, _ = np.histogram(np.log10(finite[finite > 0]), DECADES)
-    zeros = float((finite == 0).mean()) if finite.size else 0.0
+    zeros = float((finite == 0).mean()) if finite.size else math.nan
     return LogHistogram(DECADES, counts.astype(float), zeros, values.numel() - finite.size)
 
 

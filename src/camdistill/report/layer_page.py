@@ -11,10 +11,13 @@ def findings_page(found: Analysis) -> str:
     """What stands out, the most serious first, and what the reader must know."""
     count = f"{found.sweep.images:,} images of {found.data}"
     lines = [f"## What stands out ({count})", ""]
-    lines += [f"- **{one.kind}** — {one.text}" for one in found.findings] or [
+    healthy = (
         "Nothing: no value that is not finite, no dead, duplicated or saturated units beyond what"
-        " healthy networks have, no layer whose rank collapsed or that has no like in the teacher."
-    ]
+        " healthy networks have, no layer whose rank collapsed"
+    )
+    if len(found.sweep.networks) == 2:
+        healthy += " or that has no like in the teacher"
+    lines += [f"- **{one.kind}** — {one.text}" for one in found.findings] or [f"{healthy}."]
     if found.unfinished:
         lines += ["", f"**This report is partial: {found.unfinished}.**"]
     notes = [f"- {note}" for note in found.sweep.notes]
@@ -39,10 +42,10 @@ _RULE = "|---|---|---|---|---|---|---|---|---|"
 
 def _row(layer: LayerSummary) -> str:
     units, rank = layer.units, layer.rank
-    cells = [
-        layer.name,
-        str(layer.channels),
-        f"{layer.shape[1]}x{layer.shape[2]}",
+    cells = [layer.name, str(layer.channels), f"{layer.shape[1]}x{layer.shape[2]}"]
+    if layer.lost:
+        return f"| {' | '.join([*cells, '**no image is finite here**', *5 * ['–']])} |"
+    cells += [
         f"{100 * float(units.active.double().mean()):.1f} %",
         _numbers(units.dead),
         _numbers(units.nearly_dead),

@@ -176,6 +176,8 @@ class LayerReport:
         if number:
             return
         for network, layers in picture.views.items():
+            if not math.isfinite(picture.tops[network][1]):
+                continue  # no unit has a weight
             for layer in layers:
                 shown = feature_picture(network, layer, picture, classes)
                 self.show(tags.feature_maps(layer), shown, network)
@@ -253,7 +255,7 @@ def front_page(folder: Path, base: str = "http://localhost:6006") -> str:
         scalars=[tags.profile("active"), tags.profile("effective_rank")],
         pictures=[
             (tags.PROFILE_CHART, REPORT),
-            (tags.CKA_CHART, REPORT),
+            (tags.CKA_CHART if len(runs) > 1 else tags.CKA_WITHIN, REPORT),
             (tags.RIDGE_CHART, REPORT),
             (tags.THROUGH_DEPTH, REPORT),
             *((tags.FIRST_SHAPE, run) for run in runs),

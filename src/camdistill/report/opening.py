@@ -3,6 +3,7 @@
 Every stage leaves the report with more in it, so that one that was stopped shows what was done.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -116,6 +117,15 @@ class Opening:
         for name, bank in banks.items():
             self.report.filters(name, bank)
         self.report.weights(weights)
+        broken = [
+            f"{name} {layer} ({one.signed.nonfinite:,} of {one.count:,})"
+            for name, layers in weights.items()
+            for layer, one in layers.items()
+            if one.signed.nonfinite
+        ]
+        if broken:
+            more = f" and {len(broken) - 6} more" if len(broken) > 6 else ""
+            self._note(f"weights that are not finite: {', '.join(broken[:6])}{more}")
         self.found = replace(self._known, filters=banks, weights=weights)
 
     def through_depth(self, count: int) -> None:
@@ -138,23 +148,24 @@ class Opening:
         shown = through_depth(
             networks, self.subject.fetch(numbers), names, layers, units=self.units
         )
-        for number, picture in enumerate(shown):
+        first = next(iter(networks))
+        # Without a top class there is nothing to explain.
+        told = [one for one in shown if math.isfinite(one.tops[first][1])]
+        if len(told) < len(shown):
+            self._note(
+                f"no maps of {len(shown) - len(told)} of {len(shown)} images: the logits of the "
+                f"{first} are not finite there, so it has no top class"
+            )
+        for number, picture in enumerate(told):
             self.report.picture(number, picture, self.subject.classes, whole)
-            self.on_step("maps", number + 1, len(shown))
-        self.found = replace(self._known, pictures=tuple(shown))
+            self.on_step("maps", number + 1, len(told))
+        self.found = replace(self._known, pictures=tuple(told))
 
     def close_up(self, how: Closeness) -> None:
         """Some units of some layers, closely."""
         self.stage = "the look at units"
         sample = self.subject.sample()
-        wanted = {
-            name: [
-                layer
-                for layer in self._known.sweep.networks[name]
-                if layer.name in (self.units or stage_ends(self._known.sweep.networks[name], CLOSE))
-            ]
-            for name in self.networks
-        }
+        wanted = {name: self._wanted(layers) for name, layers in self._known.sweep.networks.items()}
         total = sum(map(len, wanted.values())) * (how.steps + 1)
         done = 0
 
@@ -181,6 +192,17 @@ class Opening:
                 drawn[layer] = found
                 portraits = {**self._known.portraits, name: drawn}
                 self.found = replace(self._known, portraits=portraits)
+
+    def _wanted(self, layers: Sequence[LayerSummary]) -> list[LayerSummary]:
+        """Layers whose units are looked at closely; of what no image tells there is nothing."""
+        names = self.units or stage_ends(layers, CLOSE)
+        wanted = [layer for layer in layers if layer.name in names]
+        if lost := [layer.name for layer in wanted if layer.lost]:
+            self._note(
+                f"no cards of units of {layers[0].network} {', '.join(lost)}: no image is finite "
+                "there"
+            )
+        return [layer for layer in wanted if not layer.lost]
 
     def pairs(self, count: int) -> None:
         """Units of the student beside the teacher's that they follow."""

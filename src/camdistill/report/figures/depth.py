@@ -35,7 +35,7 @@ class LogHistogram(NamedTuple):
     Attributes:
         edges: log10 of the bins' edges.
         counts: One fewer.
-        zeros: Share of all values that are exactly zero.
+        zeros: Share of all finite values that are exactly zero; NaN without any.
         nonfinite: How many are not finite.
     """
 
@@ -161,12 +161,14 @@ def _ridges(
                 middle, base, base + level, color=colour, alpha=0.55, linewidth=0, zorder=number + 1
             )
             axes.plot(middle, base + level, color=colour, linewidth=0.9, zorder=number + 1)
-        words = f"{100 * found.zeros:.0f} %"
         broken = found.nonfinite > 0
+        words = "–" if np.isnan(found.zeros) else f"{100 * found.zeros:.0f} %"
+        if broken:
+            words = "none finite" if np.isnan(found.zeros) else f"{words} NaN!"
         axes.text(
             1.02,
             base + 0.15,
-            f"{words} NaN!" if broken else words,
+            words,
             transform=axes.get_yaxis_transform(),
             fontsize=7.5,
             color="#d62728" if broken or found.zeros > 0.99 else "0.35",

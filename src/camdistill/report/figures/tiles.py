@@ -110,6 +110,7 @@ def filter_tiles(
         size: Side of a tile, about.
         marked: Units that are framed.
     """
+    finite = np.isfinite(filters).all((1, 2, 3))
     filters = np.nan_to_num(filters.astype(np.float64))
     shown = filters if filters.shape[1] in (1, 3) else _principal(filters)
     magnitude = np.abs(shown)
@@ -129,6 +130,7 @@ def filter_tiles(
             flat = as_bytes(coloured(one[0], DIVERGING))
             pixels = np.repeat(np.repeat(flat, factor, 0), factor, 1)
         note = f"{unit}: {norms[unit]:.2g}" if shared else str(unit)
+        note = note if finite[unit] else f"{unit}: NaN"
         tiles.append(Tile(pixels, note, unit in marked))
     return tiles
 

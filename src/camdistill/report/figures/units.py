@@ -123,7 +123,7 @@ def _histogram(axes: Axes, found: LogHistogram) -> None:
     axes.set_xticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
     axes.set_yticks([])
     axes.tick_params(axis="x", length=2, labelsize=7)
-    words = f"zero {100 * found.zeros:.1f} %"
+    words = "no finite value" if np.isnan(found.zeros) else f"zero {100 * found.zeros:.1f} %"
     words += f"\nnot finite: {found.nonfinite}" if found.nonfinite else ""
     axes.text(0.02, 0.95, words, transform=axes.transAxes, fontsize=7.5, va="top", color="0.3")
     for side in ("top", "right", "left"):
