@@ -16,12 +16,13 @@ from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.own_maps import constant_answers, explained, settled
 from camdistill.distill.refiner import Refiner
 from camdistill.distill.refining import Objective, Refinement, Seen
+from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
 from camdistill.explain.variants import hires_cam
 from camdistill.networks.students import ShallowCNN
-from camdistill.networks.teachers import NetworkSpec, Preprocessed
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher
 from camdistill.networks.weights import save_safetensors
 from camdistill.perturb.imputers import baseline
 
@@ -48,9 +49,14 @@ def shapes(**options: object) -> ShapesData:
     return ShapesData(**(sizes | options))  # type: ignore[arg-type]
 
 
-def fitted(module: Refiner, data: ShapesData | None = None, precision: str = "32-true") -> Trainer:
+def fitted(
+    module: Refiner,
+    data: ShapesData | None = None,
+    precision: str = "32-true",
+    epochs: int = 1,
+) -> Trainer:
     trainer = Trainer(
-        max_epochs=1,
+        max_epochs=epochs,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -142,6 +148,31 @@ def test_a_refined_network_is_a_checkpoint_that_loads(spec: NetworkSpec, tmp_pat
     again = Refiner(spec, Objective(kind="energy"))
     restore(again, tmp_path / "refined.safetensors")
     torch.testing.assert_close(again.network.eval()(images), found(images))
+
+
+def test_the_start_is_asked_about_validation_images_once(
+    spec: NetworkSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Asked(Teacher):
+        def forward(self, images: Tensor) -> Tensor:
+            asked.append(len(images))
+            return super().forward(images)
+
+    module = Refiner(spec, arm="ce", optimisation=Optimisation("adamw", 3e-2))
+    monkeypatch.setattr("camdistill.distill.refiner.Teacher", Asked)
+    trainer = fitted(module, epochs=3)
+    assert asked == [16]
+    told = float(trainer.callback_metrics["1_overview/agreement_start"])
+    data = shapes()
+    data.setup("fit")
+    assert data.val_set is not None
+    images = as_images(data.val_set.batch(torch.arange(16).numpy()).pixels)
+    with torch.no_grad():
+        same = module.network.eval()(images).argmax(1) == network()(images).argmax(1)
+    assert told == pytest.approx(float(same.float().mean()))
+    assert told < 1
 
 
 def test_it_tests_accuracy_and_agreement_with_its_start(spec: NetworkSpec) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from camdistill.explain.maps import relu
 from camdistill.measure.faithfulness import faithfulness_correlation
+from camdistill.perturb.asking import in_parts
 from camdistill.perturb.bank import Bank
 from camdistill.types import Images, Labels, Logits, Maps, PerImage
 
@@ -91,7 +92,7 @@ def insertion_deletion(
     best of it. Ask a network with constant weights (`ask`) to leave the map as the only way.
 
     Args:
-        ask: Answers the changed images.
+        ask: Answers the changed images, each by itself; it is given some of them at a time.
         images: In [0, 1].
         classes: Whose probability is meant.
         maps: At the images' resolution.
@@ -108,7 +109,7 @@ def insertion_deletion(
         changed.append(torch.lerp(images[:, None], shown[:, None], masks).flatten(0, 1))
         if form == "log":
             changed.append(images)
-    likely = _wide(ask(torch.cat(changed))).log_softmax(1)
+    likely = _wide(in_parts(ask, torch.cat(changed))).log_softmax(1)
     count = len(images) * len(shares)
 
     def of(rows: Tensor) -> Tensor:

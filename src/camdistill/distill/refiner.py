@@ -31,6 +31,7 @@ from camdistill.measure.intervals import Interval
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, preprocessed
 from camdistill.networks.weights import sha256_of
+from camdistill.perturb.asking import in_parts
 from camdistill.types import Batch, Images, Labels, Logits, Masks, PerImage
 
 RECIPE = Optimisation(optimiser="adamw", lr=3e-4, schedule="cosine", warmup=0.1)
@@ -84,6 +85,7 @@ class Refiner(Training):
         self._size: tuple[int, int] | None = None
         self._masks: Bool[Tensor, "images height width"] | None = None
         self._places: Labels | None = None
+        self._said: dict[tuple[int, ...], Labels] = {}  # by the start, of validation images
 
     @property
     def fitted(self) -> Preprocessed:
@@ -98,6 +100,7 @@ class Refiner(Training):
                     f"network {self.spec.name} has no weights; give those that are refined"
                 )
             self.network = preprocessed(self.spec)
+        self._said.clear()  # the images may be others
         self.network.train(not self.frozen)  # Lightning leaves a network in the mode it is in
         if not hasattr(self, "start"):
             mean, std = (part.flatten().tolist() for part in (self.network.mean, self.network.std))
@@ -173,17 +176,23 @@ class Refiner(Training):
         return view_maps(masks.float(), view, flipped=False) > 0.5
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Accuracy, and agreement with the start, on images as they are."""
-        self._evaluate(batch)
+        """Accuracy, and agreement with the start, on images as they are.
+
+        The start says the same in every epoch, so it is asked once.
+        """
+        images, ids = as_images(batch.pixels), tuple(batch.ids.tolist())
+        if ids not in self._said:
+            self._said[ids] = in_parts(self.start, images).argmax(1)
+        self._evaluate(batch, images, self._said[ids])
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32."""
+        images = as_images(batch.pixels)
         with torch.autocast(self.device.type, enabled=False):
-            self._evaluate(batch)
+            self._evaluate(batch, images, in_parts(self.start, images).argmax(1))
 
-    def _evaluate(self, batch: Batch) -> None:
-        images, counted = as_images(batch.pixels), batch.counted.float()
-        top, before = self.network(images).argmax(1), self.start(images).argmax(1)
+    def _evaluate(self, batch: Batch, images: Images, before: Labels) -> None:
+        top, counted = in_parts(self.network, images).argmax(1), batch.counted.float()
         if self.labelled:
             self.accuracy.update((top == batch.labels).float(), counted)
         self.agreement.update((top == before).float(), counted)

@@ -1,5 +1,6 @@
 """What a network says of changed images: many changes an image, in forwards of bounded size."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,16 @@ def logits_of(network: nn.Module, images: Images) -> Logits:
     return torch.cat(parts)
 
 
+def in_parts(ask: Callable[[Images], Logits], images: Images) -> Logits:
+    """What is answered about many images, with its graph, in forwards of bounded size.
+
+    Args:
+        ask: A network whose answer to an image doesn't depend on the others, or what calls one.
+        images: As it takes them.
+    """
+    return torch.cat([ask(_laid_out(part)) for part in torch.split(images, _at_once(images))])
+
+
 def changed_scores(
     network: nn.Module,
     images: Images,
@@ -80,9 +91,7 @@ def changed_scores(
 
 
 def _asked(network: nn.Module, images: Images) -> Logits:
-    if images.device.type == "cpu":  # up to 1.5 times faster there
-        images = images.contiguous(memory_format=torch.channels_last)
-    output = network(images)
+    output = network(_laid_out(images))
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
         gave = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise UserError(
@@ -90,6 +99,13 @@ def _asked(network: nn.Module, images: Images) -> Logits:
             "wrap it so that it returns its logits"
         )
     return output if output.dtype == torch.float64 else output.float()
+
+
+def _laid_out(images: Images) -> Images:
+    """For a CPU channels_last, which is up to 1.5 times faster there."""
+    if images.device.type != "cpu":
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _at_once(images: Images) -> int:

@@ -146,7 +146,7 @@ def _solved(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
     guess, inside = found, hole
     residual = target - inside * (degree * guess - _neighbours(guess))
     direction = residual / degree
-    energy = (residual * direction).sum((2, 3), keepdim=True)
+    energy = _dot(residual, direction)
     # In exact arithmetic there are as many steps as pixels; rounding may take some more.
     for step in range(4 * hole[0].numel()):
         if step % _STEPS_BETWEEN_LOOKS == 0:
@@ -159,20 +159,25 @@ def _solved(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
                 left, inside, goal = left[going], inside[going], goal[going]
                 guess, residual = guess[going], residual[going]
                 direction, energy = direction[going], energy[going]
-        pushed = inside * (degree * direction - _neighbours(direction))
-        bend = (direction * pushed).sum((2, 3), keepdim=True)
+        pushed = _neighbours(direction).neg_().addcmul_(degree, direction).mul_(inside)
+        bend = _dot(direction, pushed)
         length = torch.where(bend > 0, energy / torch.where(bend > 0, bend, 1), 0)
-        guess = guess + length * direction
-        residual = residual - length * pushed
+        guess.addcmul_(length, direction)
+        residual.addcmul_(length, pushed, value=-1)
         scaled = residual / degree
-        before, energy = energy, (residual * scaled).sum((2, 3), keepdim=True)
+        before, energy = energy, _dot(residual, scaled)
         turn = torch.where(before > 0, energy / torch.where(before > 0, before, 1), 0)
-        direction = scaled + turn * direction
+        direction = direction.mul_(turn).add_(scaled)
     return found.index_copy(0, left, guess)
 
 
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Sum of the products of each channel's pixels."""
+    return (one * other).sum((2, 3), keepdim=True)
+
+
 def _norm(values: Tensor) -> Tensor:
-    return values.square().sum((2, 3), keepdim=True).sqrt()
+    return _dot(values, values).sqrt()
 
 
 def _neighbours(values: Tensor) -> Tensor:
