@@ -1,9 +1,9 @@
 """Row 9: does a map say which of two objects it is about? A machine observer must tell.
 
-Two observers, as "the map tells the class" means two things. One knows shapes, learnt from drawn
-silhouettes and outlines, and has never seen a map: it stands for the paper's people, who knew what
-a horse looks like. The other is trained on the method's own maps of other images: it finds
-whatever a map carries, also what no person would see.
+Two kinds of observers, as "the map tells the class" means two things. Some know shapes, learnt from
+drawn silhouettes and outlines, and have never seen a map: they stand for the paper's people, who
+knew what a horse looks like. Others are trained on the method's own maps of other images: they
+find whatever a map carries, also what no person would see.
 """
 
 from functools import partial
@@ -19,14 +19,15 @@ from camdistill.explain.maps import normalise, relu, upsample
 from camdistill.networks.students import ShallowCNN
 from camdistill.perturb.imputers import blurred
 from camdistill.studies.claims.little import Examples, Recipe, fitted, weights_digest
-from camdistill.studies.claims.rows import Lab, Row, gain, mean
+from camdistill.studies.claims.rows import Lab, Row, mean, trained_gain
 from camdistill.studies.claims.scenes import Scenes, held_out, lessons, taught
 from camdistill.types import Images, Masks, PerImage
 
+OBSERVERS = 3  # that know shapes: a claim may hold for one and fail for the next
 PAIRS = 4000  # images of two objects that the observer learns shapes from
 OWN_MAPS = 1000  # images whose maps a method's own observer learns from
 ON_MAPS = ("grad_cam", "guided_backprop", "guided_grad_cam")
-SHAPES, MAPS = "an observer that knows shapes", "an observer trained on the method's maps"
+SHAPES, MAPS = "observers that know shapes", "an observer trained on the method's maps"
 _AT_ONCE = 100
 
 Pictures = Float[Tensor, "n 2 height width"]
@@ -38,17 +39,22 @@ def discriminates(lab: Lab) -> Row:
     """Row 9: an observer that sees a map alone tells which of two classes it was made for."""
     scenes = held_out(lab)
     shown = visualisations(lab.teacher, scenes.images, scenes.classes)
-    observer = knows_shapes(lab)
-    told = {name: told_right(observer, seen, scenes.classes) for name, seen in shown.items()}
+    observers = [knows_shapes(lab, number) for number in range(OBSERVERS)]
+    told = {
+        name: [told_right(observer, seen, scenes.classes) for observer in observers]
+        for name, seen in shown.items()
+    }
     decoded = _decoded(lab, scenes, shown)
     products = [
-        gain(f"{product} - {alone}", told[product], told[alone], lab, SHAPES)
+        trained_gain(f"{product} - {alone}", told[product], told[alone], lab, SHAPES)
         for product, alone in (
             ("guided_grad_cam", "guided_backprop"),
             ("deconv_grad_cam", "deconvnet"),
         )
     ]
-    through = mean("image_through_grad_cam", told["image_through_grad_cam"], lab, SHAPES)
+    told_by_all = {
+        name: mean(name, torch.stack(each).mean(0), lab, SHAPES) for name, each in told.items()
+    }
     return Row(
         number="9",
         claim="Grad-CAM makes fine maps class-discriminative: from Guided Grad-CAM an observer "
@@ -56,16 +62,17 @@ def discriminates(lab: Lab) -> Row:
         paper="43 people: Guided Grad-CAM 0.612, guided backpropagation 0.444 (+0.168); "
         "Deconvolution Grad-CAM 0.604, Deconvolution 0.533",
         ours=(
-            *(mean(name, values, lab, SHAPES) for name, values in told.items()),
+            *told_by_all.values(),
             *products,
             *(mean(name, values, lab, MAPS) for name, values in decoded.items()),
         ),
         criterion="guided_grad_cam - guided_backprop above 0, and the image seen through Grad-CAM "
-        "above 0.5 (chance), whole intervals, by the observer that knows shapes",
-        passed=products[0].above and (through.low or 0) > 0.5,
-        note="chance is 0.5; a Grad-CAM of 8 x 8 cells has no shape of its own, so it is shown as "
-        "people see it, laid over the image (its edges). What an observer reads off maps that it "
-        "was trained on is in them, and need not show to anybody else",
+        f"above 0.5 (chance), whole intervals, by {OBSERVERS} observers that know shapes",
+        passed=products[0].above and (told_by_all["image_through_grad_cam"].low or 0) > 0.5,
+        note="chance is 0.5; differences are over observers and images; a Grad-CAM of 8 x 8 cells "
+        "has no shape of its own, so it is shown as people see it, laid over the image (edges). "
+        "What an observer reads off maps that it was trained on is in them, and need not show to "
+        "anybody else",
     )
 
 
@@ -113,12 +120,12 @@ def _loss(observer: nn.Module, examples: Examples) -> PerImage:
     return F.softplus(-_margin(observer(pictures.float()).float(), own, other))
 
 
-def knows_shapes(lab: Lab) -> nn.Module:
-    """An observer that learnt shapes from drawings alone."""
+def knows_shapes(lab: Lab, number: int = 0) -> nn.Module:
+    """An observer that learnt shapes from drawings alone; another number, other drawings."""
 
     def examples() -> Examples:
         scenes = lessons(lab, PAIRS)
-        generator = lab.generator("silhouettes")
+        generator = lab.generator(f"silhouettes {number}")
         shown, own, other = [], [], []
         for first in (0, 1, 0, 1):
             masks = scenes.masks if first == 0 else scenes.masks.flip(1)
@@ -135,7 +142,8 @@ def knows_shapes(lab: Lab) -> nn.Module:
         examples,
         _loss,
         recipe=Recipe(8),
-        settings={"shapes": taught(lab, PAIRS, objects=2).fingerprint},
+        settings={"shapes": taught(lab, PAIRS, objects=2).fingerprint, "observer": number},
+        seed=OBSERVERS * lab.seed + number,
     )
 
 
