@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from torch import nn
 
 from camdistill.layers.patches import exceeds, mean_patch, piece, unit_maps, whole
-from camdistill.layers.receptive_field import ReceptiveField, Span, receptive_fields
+from camdistill.layers.receptive_field import receptive_fields
+from camdistill.layers.spans import ReceptiveField, Span
 from camdistill.networks.students import ShallowCNN
 
 

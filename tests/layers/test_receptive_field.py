@@ -5,12 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
-from camdistill.layers.receptive_field import (
-    ReceptiveField,
-    Span,
-    measured_fields,
-    receptive_fields,
-)
+from camdistill.layers.receptive_field import measured_fields, receptive_fields
+from camdistill.layers.spans import ReceptiveField, Span
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camdistill.layers.units import UnitSums, correlation, reduced
+from camdistill.layers.reduction import reduced
+from camdistill.layers.units import UnitSums, correlation
 
 
 def sums(values: torch.Tensor, *, rectified: bool = False, bound: float | None = None):

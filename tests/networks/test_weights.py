@@ -17,13 +17,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
+from camdistill.networks.fitting import load_state
 from camdistill.networks.students import ShallowCNN
-from camdistill.networks.weights import (
-    WeightFile,
-    load_state,
-    read_weights,
-    save_safetensors,
-)
+from camdistill.networks.weights import read_weights, save_safetensors
 
 State = dict[str, Tensor]
 
@@ -114,24 +110,6 @@ def test_part_picks_one_network_of_a_checkpoint(tmp_path: Path) -> None:
     assert same(read_weights(tmp_path / "last.ckpt", part="student").state, dict(one))
     with pytest.raises(UserError, match=r"no 'averaged'.*nearest: 'average'"):
         read_weights(tmp_path / "last.ckpt", part="averaged")
-
-
-def test_old_files_without_batch_counters_fit(tmp_path: Path) -> None:
-    network = student()
-    state = {n: v for n, v in network.state_dict().items() if "num_batches" not in n}
-    torch.save(state, tmp_path / "w.pt")
-    other = student(seed=1)
-    load_state(other, read_weights(tmp_path / "w.pt"))
-    assert same(network.state_dict(), other.state_dict())
-
-
-def test_file_read_from_halves_fills_a_network_of_singles(tmp_path: Path) -> None:
-    state = {name: value.half() for name, value in student().state_dict().items()}
-    torch.save(state, tmp_path / "w.pt")
-    other = student(seed=1)
-    load_state(other, read_weights(tmp_path / "w.pt"))
-    assert other.linear.weight.dtype == torch.float32
-    assert torch.equal(other.linear.weight, state["linear.weight"].float())
 
 
 def test_saved_weights_come_back_with_metadata_and_sha256(tmp_path: Path) -> None:
@@ -350,27 +328,3 @@ def test_unreadable_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="Permission denied") as caught:
         read_weights(tmp_path / "w.pt")
     one_line(caught)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda s: s.pop("linear.bias"), r"lacks 1 of its 14 weights \('linear.bias'\)"),
-        (lambda s: s.update(extra=torch.ones(1)), r"has 1 that it doesn't know \('extra'\)"),
-        (
-            lambda s: s.update({"linear.weight": torch.ones(5, 6)}),
-            r"'linear.weight' of shape \(5, 6\) where it takes \(3, 6\)",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_change_nothing(
-    change: Callable[[State], object], said: str
-) -> None:
-    network = student()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    state = {name: torch.zeros_like(value) for name, value in before.items()}
-    change(state)
-    with pytest.raises(UserError, match=said) as caught:
-        load_state(network, WeightFile(state))
-    one_line(caught)
-    assert same(before, dict(network.state_dict()))

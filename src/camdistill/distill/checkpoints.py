@@ -17,6 +17,7 @@ from camdistill.errors import UserError
 from camdistill.explain.gradcam import Explanation, explain
 from camdistill.explain.request import Classes, Grad, Score
 from camdistill.networks.class_paths import SAFE_PACKAGES
+from camdistill.networks.fitting import load_state
 from camdistill.networks.teachers import (
     NetworkSpec,
     Preprocessed,
@@ -25,7 +26,7 @@ from camdistill.networks.teachers import (
     build,
     normalisation,
 )
-from camdistill.networks.weights import WeightFile, load_state, read_weights, save_safetensors
+from camdistill.networks.weights import WeightFile, read_weights, save_safetensors
 from camdistill.types import Images, Logits
 
 SETTINGS = "camdistill"

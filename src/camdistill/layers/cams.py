@@ -20,7 +20,8 @@ from camdistill.layers.histograms import HistogramCounts, middle
 from camdistill.layers.likeness import CamSimilarity
 from camdistill.layers.points import Layer
 from camdistill.layers.state import counts, zeros
-from camdistill.layers.summary import Cams, Point
+from camdistill.layers.statistics import Cams
+from camdistill.layers.summary import Point
 from camdistill.networks.capture import undisturbed
 from camdistill.types import Images
 

@@ -6,13 +6,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from camdistill.errors import UserError
+from camdistill.layers.cka import grams
 from camdistill.layers.histograms import HistogramCounts
 from camdistill.layers.plan import Plan
 from camdistill.layers.points import Layer
-from camdistill.layers.similarity import grams
+from camdistill.layers.reduction import Reduced, reduced, spatial
 from camdistill.layers.state import State
 from camdistill.layers.top import TopKeys
-from camdistill.layers.units import Reduced, UnitSums, reduced, spatial
+from camdistill.layers.units import UnitSums
 from camdistill.networks.capture import tensor
 
 
@@ -35,7 +36,7 @@ class Glance:
 
     @property
     def products(self) -> list[list[Tensor]]:
-        """What `similarity.grams` gave, by layer in the plan's order."""
+        """What `cka.grams` gave, by layer in the plan's order."""
         return [self._products[key] for key in self.layers]
 
     def before(self, key: str, given: object) -> None:

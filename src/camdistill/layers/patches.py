@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from camdistill.explain.request import wide
-from camdistill.layers.receptive_field import Field, ReceptiveField
+from camdistill.layers.spans import Field, ReceptiveField
 from camdistill.networks.capture import capture, plain, undisturbed
 from camdistill.types import Images
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from camdistill.errors import UserError
 from camdistill.layers.cams import CamSums, has_maps
+from camdistill.layers.cka import CkaSums
 from camdistill.layers.histograms import HistogramCounts
+from camdistill.layers.matching import MatchSums, compared
 from camdistill.layers.points import Layer
 from camdistill.layers.probes import ProbeSums
-from camdistill.layers.similarity import CkaSums, MatchSums, compared
 from camdistill.layers.state import Seen, State
 from camdistill.layers.top import TopKeys
 from camdistill.layers.units import UnitSums

@@ -250,7 +250,7 @@ def _default(events: list[_Event]) -> list[_Event]:
 
 
 def _layers(chosen: list[_Event], events: list[_Event]) -> tuple[Layer, ...]:
-    calls = Counter(event.path for event in events)
+    names = {id(event): name for event, name in zip(events, _names(events), strict=True)}
     order = {id(event): number for number, event in enumerate(events)}
     layers: dict[int, Layer] = {}
     blocks: set[int] = set()
@@ -264,7 +264,7 @@ def _layers(chosen: list[_Event], events: list[_Event]) -> tuple[Layer, ...]:
             blocks.add(place)
         module = read.module
         layers[place] = Layer(
-            name=_name(event.path, event.call, calls),
+            name=names[id(event)],
             path=read.path,
             call=read.call,
             activated=read is event.activation,
@@ -284,11 +284,9 @@ def _shape(output: Tensor) -> tuple[int, int, int]:
 
 def _names(events: list[_Event]) -> list[str]:
     calls = Counter(event.path for event in events)
-    return [_name(event.path, event.call, calls) for event in events]
-
-
-def _name(path: str, call: int, calls: Counter[str]) -> str:
-    return f"{path}#{call}" if calls[path] > 1 else path
+    return [
+        f"{event.path}#{event.call}" if calls[event.path] > 1 else event.path for event in events
+    ]
 
 
 def _cuts_at_zero(module: nn.Module) -> bool:

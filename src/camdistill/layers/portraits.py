@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from camdistill.layers.dissection import Dissection
 from camdistill.layers.patches import Patch, exceeds, mean_patch, piece, unit_maps, whole
-from camdistill.layers.receptive_field import Field, ReceptiveField
+from camdistill.layers.spans import Field, ReceptiveField
 from camdistill.layers.summary import LayerSummary
 from camdistill.types import Images
 

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from camdistill.errors import UserError
 from camdistill.layers.cams import CamSums, layer_maps
 from camdistill.layers.choices import Patterns, choices
+from camdistill.layers.cka import CkaSums
 from camdistill.layers.draws import chosen
 from camdistill.layers.glance import Glance
+from camdistill.layers.matching import MatchSums
 from camdistill.layers.plan import Options, Plan
 from camdistill.layers.probes import ProbeSums, untrained
-from camdistill.layers.similarity import CkaSums, MatchSums
+from camdistill.layers.reduction import spatial
 from camdistill.layers.state import Seen, State, from_tensors, size_of, to_tensors
 from camdistill.layers.summary import Sweep
 from camdistill.layers.telling import told
-from camdistill.layers.units import spatial
 from camdistill.networks.capture import plain, tensor, undisturbed, visiting
 from camdistill.types import Batch, Images, Labels
 

@@ -5,14 +5,16 @@ from itertools import groupby
 from typing import TypeVar
 
 from camdistill.layers.cams import CamSums
+from camdistill.layers.cka import FEWEST, CkaSums
 from camdistill.layers.histograms import HistogramCounts
 from camdistill.layers.likeness import Match
+from camdistill.layers.matching import MatchSums
 from camdistill.layers.plan import Plan
 from camdistill.layers.points import Layer
 from camdistill.layers.probes import ProbeSums
-from camdistill.layers.similarity import FEWEST, CkaSums, MatchSums
 from camdistill.layers.state import Seen, State
-from camdistill.layers.summary import Cams, Histogram, LayerSummary, Point, Probe, Sweep
+from camdistill.layers.statistics import Cams, Probe
+from camdistill.layers.summary import Histogram, LayerSummary, Point, Sweep
 from camdistill.layers.top import TopKeys
 from camdistill.layers.units import UnitSums
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from camdistill.errors import UserError
-from camdistill.layers.summary import Top
+from camdistill.layers.statistics import Top
 
 NOTHING = torch.iinfo(torch.int64).min
 LARGEST_ID = (1 << 32) - 1

@@ -17,16 +17,11 @@ from camdistill.networks.class_paths import (
     parameters_of,
     resolve,
 )
+from camdistill.networks.fitting import aligned, load_state, mismatch
 from camdistill.networks.fusion import fused
 from camdistill.networks.heads import head_of, head_size, swap_head
 from camdistill.networks.students import ShallowCNN
-from camdistill.networks.weights import (
-    WeightFile,
-    aligned,
-    load_state,
-    mismatch,
-    read_weights,
-)
+from camdistill.networks.weights import WeightFile, read_weights
 from camdistill.types import Images, Logits
 
 Triple = tuple[float, float, float]

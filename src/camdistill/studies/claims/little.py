@@ -17,7 +17,8 @@ from camdistill.data.loading import Order
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.training import plain, seeded
 from camdistill.errors import UserError
-from camdistill.networks.weights import load_state, read_weights, save_safetensors
+from camdistill.networks.fitting import load_state
+from camdistill.networks.weights import read_weights, save_safetensors
 from camdistill.studies.claims.rows import Lab
 from camdistill.studies.claims.training import fit
 from camdistill.types import PerImage

@@ -1,0 +1,66 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from camdistill.errors import UserError
+from camdistill.networks.fitting import load_state
+from camdistill.networks.students import ShallowCNN
+from camdistill.networks.weights import WeightFile, read_weights
+
+State = dict[str, Tensor]
+
+
+def student(seed: int = 0) -> ShallowCNN:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ShallowCNN(3, (4, 6), (1, 2))
+
+
+def same(network: ShallowCNN, state: State) -> bool:
+    own = network.state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[name], state[name]) for name in own)
+
+
+def test_old_files_without_batch_counters_fit(tmp_path: Path) -> None:
+    network = student()
+    state = {n: v for n, v in network.state_dict().items() if "num_batches" not in n}
+    torch.save(state, tmp_path / "w.pt")
+    other = student(seed=1)
+    load_state(other, read_weights(tmp_path / "w.pt"))
+    assert same(network, other.state_dict())
+
+
+def test_file_read_from_halves_fills_a_network_of_singles(tmp_path: Path) -> None:
+    state = {name: value.half() for name, value in student().state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    other = student(seed=1)
+    load_state(other, read_weights(tmp_path / "w.pt"))
+    assert other.linear.weight.dtype == torch.float32
+    assert torch.equal(other.linear.weight, state["linear.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("linear.bias"), r"lacks 1 of its 14 weights \('linear.bias'\)"),
+        (lambda s: s.update(extra=torch.ones(1)), r"has 1 that it doesn't know \('extra'\)"),
+        (
+            lambda s: s.update({"linear.weight": torch.ones(5, 6)}),
+            r"'linear.weight' of shape \(5, 6\) where it takes \(3, 6\)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(
+    change: Callable[[State], object], said: str
+) -> None:
+    network = student()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = {name: torch.zeros_like(value) for name, value in before.items()}
+    change(state)
+    with pytest.raises(UserError, match=said) as caught:
+        load_state(network, WeightFile(state))
+    assert "\n" not in str(caught.value)
+    assert same(network, before)
