@@ -163,3 +163,33 @@ def test_a_mistake_is_one_line_with_a_cure(
     (told,) = capsys.readouterr().err.strip().splitlines()
     assert re.search(says, told), told
     assert not (folder / "out/networks").exists()
+
+
+def test_help_is_short_and_tells_what_stands_in_the_recipe(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["refine", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 95
+    assert all(len(line) <= 100 for line in lines)
+    assert main(["refine", "--help", "recipe"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--recipe.optimisation.lr NUMBER The highest learning rate. Default: 0.0003." in told
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "says"),
+    [
+        ("refine", "rank-quick", r"is a config of `camdistill .*rank`; refine has no option 'c"),
+        ("rank", "refine-quick", r"is a config of `camdistill refine`; rank has no option 'also'"),
+        ("refine", "shapes", r"is a config of `camdistill fit`; refine has no option 'model'"),
+        ("adapt", "learn-shapes", r"is a config of `camdistill learn`; adapt has no option 'imag"),
+    ],
+)
+def test_a_config_of_another_command_is_told_by_its_name(
+    capsys: pytest.CaptureFixture[str], command: str, config: str, says: str
+) -> None:
+    path = Path(__file__).parents[2] / "configs" / f"{config}.yaml"
+    assert main([command, "-c", str(path)]) == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(says, told), told

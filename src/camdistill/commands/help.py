@@ -1,21 +1,21 @@
 """The help that `--help` prints, written from signatures and docstrings."""
 
-import dataclasses
 import importlib
 import inspect
+import re
 import textwrap
-import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Union, get_args, get_origin
+from typing import Literal, NamedTuple, get_origin
 
 from docstring_parser import parse as parse_docstring
 
+from camdistill.commands.options import Parameter, default_of, inside, parameters_of, word_of
+from camdistill.errors import UserError, nearest
 from camdistill.studies.parsing import CLASSES, read_config
 
 WIDTH = 100
 COLUMN = 34  # where the explanations begin
-_KINDS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH", bool: "true|false", dict: "{...}"}
 _COMMON = {
     "-c, --config FILE": "Options from a YAML file; those on the command line win.",
     "--print_config": "Show all options with their values, as YAML, and do nothing.",
@@ -46,20 +46,41 @@ class Option(NamedTuple):
     text: str
 
 
-def command_help(name: str, command: Callable[..., object]) -> str:
-    """The help of a command that is a function."""
+def command_help(name: str, command: Callable[..., object], group: str | None = None) -> str:
+    """The help of a command that is a function.
+
+    Options of a group have a line each; the help of the group tells all of them.
+
+    Args:
+        name: The command's.
+        command: The function.
+        group: Tell all of this group's options; None tells the command's.
+
+    Raises:
+        UserError: There is no such group.
+    """
+    usage = f"usage: camdistill {name} [-c CONFIG] [--OPTION VALUE ...]"
+    groups = {one.name: one for one in parameters_of(command) if one.group is not None}
+    if group is not None:
+        if group not in groups:
+            cure = nearest(group, groups) if groups else "it has none"
+            raise UserError(f"{name} has no group of options '{group}'; {cure}")
+        return "\n".join([usage, "", *_rows(list(_whole(groups[group])))])
     parsed = parse_docstring(command.__doc__ or "")
     said = [parsed.short_description or "", *(parsed.long_description or "").split("\n\n")]
-    options = [*(Option(*row) for row in _COMMON.items()), *options_of(command)]
-    return "\n".join(
-        [
-            f"usage: camdistill {name} [-c CONFIG] [--OPTION VALUE ...]",
-            "",
-            *(textwrap.fill(part, WIDTH) for part in said if part),
-            "",
-            *_rows(options),
-        ]
-    )
+    alone = [_option(one) for one in parameters_of(command) if one.group is None]
+    lines = [
+        usage,
+        "",
+        *(textwrap.fill(part, WIDTH) for part in said if part),
+        "",
+        *_rows([*(Option(*row) for row in _COMMON.items()), *alone]),
+    ]
+    for one in groups.values():
+        title = f"{one.name}: {one.text} All of it: camdistill {name} --help {one.name}"
+        lines += ["", *textwrap.wrap(title, WIDTH)]
+        lines += [line for inner in inside(one) for line in _short(inner)]
+    return "\n".join(lines)
 
 
 def loop_help(arguments: Sequence[str]) -> str:
@@ -129,49 +150,67 @@ def options_of(
     factory: Callable[..., object], prefix: str = "", hidden: Sequence[str] = ()
 ) -> Iterator[Option]:
     """What a function or class takes; the fields of a dataclass among it, dotted."""
-    texts, shown = _texts(factory), dict[type, str]()
-    for parameter in inspect.signature(factory).parameters.values():
-        if parameter.name in hidden:
+    shown = dict[type, str]()
+    for one in parameters_of(factory, prefix):
+        if one.name.removeprefix(prefix) in hidden:
             continue
-        kind = _without_none(parameter.annotation)
-        text = texts.get(parameter.name, "")
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            again = f" Its options are those of {shown[kind]}." if kind in shown else ""
-            yield Option(f"--{prefix}{parameter.name}.*", text + again)
-            if not again:
-                yield from options_of(kind, f"{prefix}{parameter.name}.")
-            shown.setdefault(kind, f"{prefix}{parameter.name}")
+        if one.group in shown:
+            again = f"{one.text} Its options are those of {shown[one.group]}."
+            yield Option(f"--{one.name}.*", again)
             continue
-        default = parameter.default
-        if default is inspect.Parameter.empty:
-            text += " Required."
-        elif isinstance(default, bool | int | float | str | Path) and "Default:" not in text:
-            text += f" Default: {str(default).lower() if isinstance(default, bool) else default}."
-        yield Option(f"--{prefix}{parameter.name} {_word(kind)}", text)
+        yield from _whole(one)
+        if one.group is not None:
+            shown[one.group] = one.name
 
 
-def _texts(factory: Callable[..., object]) -> dict[str, str]:
-    parsed = parse_docstring(factory.__doc__ or "")
-    return {one.arg_name: " ".join((one.description or "").split()) for one in parsed.params}
+def _whole(one: Parameter) -> Iterator[Option]:
+    """An option, or a group and all that is in it."""
+    if one.group is None:
+        yield _option(one)
+        return
+    yield Option(f"--{one.name}.*", one.text)
+    for inner in inside(one):
+        yield from _whole(inner)
 
 
-def _without_none(kind: object) -> object:
-    if get_origin(kind) in (Union, types.UnionType):
-        return next(part for part in get_args(kind) if part is not type(None))
-    return kind
+def _option(one: Parameter) -> Option:
+    text, default = one.text, default_of(one)
+    if one.default is inspect.Parameter.empty:
+        text += " Required."
+    elif default and "Default:" not in text:
+        text += f" Default: {default}."
+    return Option(f"--{one.name} {word_of(one.kind)}", text)
 
 
-def _word(kind: object) -> str:
-    """A type as one word."""
-    if get_origin(kind) is Literal:
-        return "|".join(str(choice) for choice in get_args(kind))
-    if get_origin(kind) is list:
-        inner = get_args(kind)[0]
-        return f"{_word(inner)} ..." if inner in _KINDS else "[{...}, ...]"
-    if get_origin(kind) is tuple:
-        return f"[{', '.join('ABC'[: len(get_args(kind))])}]"
-    origin = get_origin(kind) or kind
-    return _KINDS.get(origin, "VALUE") if isinstance(origin, type) else "VALUE"
+def _short(one: Parameter) -> list[str]:
+    """An option in a line, with its default; two where its choices need them."""
+    said = re.split(r"(?<=\.) |; ", one.text)[0].rstrip(".")
+    room = WIDTH - COLUMN
+    if one.group is not None:
+        names = ", ".join(inspect.signature(one.group).parameters)
+        both = f"{said} ({names})"
+        return _rows([Option(f"--{one.name}.*", both if len(both) <= room else names)])
+    usage, default = f"--{one.name} {word_of(one.kind)}", default_of(one, room // 2)
+    end = f". Default: {default}." if default else ""
+    if one.default is inspect.Parameter.empty:
+        end = ". Required."
+    elif "Default:" in one.text:
+        end = f". {one.text[one.text.index('Default:') :]}"
+    if len(usage) + 4 > COLUMN:
+        usage = f"--{one.name}"
+        if get_origin(one.kind) is Literal:
+            choices = word_of(one.kind)
+            fits = len(choices + end) <= room
+            return _rows([Option(usage, (choices if fits else choices.replace("|", " | ")) + end)])
+    return _rows([Option(usage, _cut(said, end, room))])
+
+
+def _cut(text: str, end: str, room: int) -> str:
+    """A text with its end in so many letters, as far as words can be left out."""
+    if len(text + end) <= room or " " not in text:
+        return text + end
+    kept = text[: max(room - len(end) - 2, 12)].rpartition(" ")[0].rstrip(",:(")
+    return f"{kept}...{end.removeprefix('.')}"
 
 
 def _rows(options: Sequence[Option]) -> list[str]:

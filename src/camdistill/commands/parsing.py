@@ -1,8 +1,10 @@
 """Typed functions as commands."""
 
+import importlib
 import inspect
 import json
 import os
+import pkgutil
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
+from camdistill import commands
 from camdistill.commands.help import command_help
 from camdistill.errors import UserError
-from camdistill.studies.parsing import demand_configs, told, translated
+from camdistill.studies.parsing import config_files, demand_configs, read_config, told, translated
 
 _WHOLE = re.compile(r"-?\d+")
 LOOKS = ("list_layers",)  # switches with which a command writes nothing
@@ -29,10 +32,13 @@ class CommandParser(ArgumentParser):
 def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     """Runs a function with the options on a command line, the first word being its name."""
     name, *given = arguments
-    if {"-h", "--help"} & set(given):
-        print(command_help(name, command))
+    if asked := {"-h", "--help"} & set(given):
+        following = given[given.index(asked.pop()) + 1 :][:1]
+        group = [word for word in following if not word.startswith("-")]
+        print(command_help(name, command, *group))
         return None
     demand_configs(given)
+    demand_config_of(name, command, given)
     parser = CommandParser(prog=f"camdistill {name}", allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
     parser.add_function_arguments(command, as_group=False)
@@ -45,6 +51,33 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     if isinstance(out := options.get("out"), Path) and not any(map(options.get, LOOKS)):
         demand_room(out)
     return command(**options)
+
+
+def demand_config_of(name: str, command: Callable[..., object], arguments: Sequence[str]) -> None:
+    """Checks that config files are this command's, as far as the names of their options tell.
+
+    Raises:
+        UserError: One has options that only other commands have; it names these.
+    """
+    for path in config_files(arguments):
+        keys = {str(key).partition(".")[0] for key in read_config(path)}
+        odd = sorted(keys - {"config", *inspect.signature(command).parameters})
+        others = [other for other, options in _options().items() if keys <= options]
+        if odd and others:
+            raise UserError(
+                f"{path} is a config of `camdistill {' or '.join(others)}`; {name} has no option "
+                f"'{odd[0]}': start that command, or give another -c"
+            )
+
+
+def _options() -> dict[str, set[str]]:
+    """The first words of every command's options, by command."""
+    found = {"fit": {"model", "data", "trainer", "run", "seed_everything"}}
+    for module in pkgutil.iter_modules(commands.__path__):
+        own = importlib.import_module(f"{commands.__name__}.{module.name}")
+        if callable(function := getattr(own, module.name, None)):
+            found[module.name] = set(inspect.signature(function).parameters)
+    return found
 
 
 def demand_room(out: Path) -> None:

@@ -127,11 +127,19 @@ def demand_configs(arguments: Sequence[str]) -> None:
     Raises:
         UserError: With the nearest file's name, or the place of the mistake.
     """
+    for path in config_files(arguments):
+        read_config(path)
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """The config files on a command line."""
+    found = []
     for place, argument in enumerate(arguments):
         if argument in ("-c", "--config") and place + 1 < len(arguments):
-            read_config(Path(arguments[place + 1]))
+            found.append(Path(arguments[place + 1]))
         elif argument.startswith("--config="):
-            read_config(Path(argument.partition("=")[2]))
+            found.append(Path(argument.partition("=")[2]))
+    return found
 
 
 def read_config(path: Path) -> dict[str, object]:
