@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_study import HERE, TINY, save_teacher, study
 
 from camdistill.cli import main
 from camdistill.explain.learnable import LearnableCAM, load_explainer
@@ -13,33 +14,20 @@ from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
 from camdistill.studies.adaptation import stable
 
-TINY = {"channels": [4, 6], "strides": [2, 2]}
-CONFIG = {
-    "teacher": {"name": "shallow_cnn", "weights": "teacher.safetensors", "args": TINY},
-    "data": {
-        "class_path": "camdistill.data.modules.ShapesData",
-        "init_args": {"train": 40, "val": 20, "test": 30, "classes": 6},
-    },
-    "students": {
-        "tiny": {"name": "shallow_cnn", "args": TINY},
+CONFIG = study(
+    students={
+        "tiny": TINY,
         "other": {"name": "shallow_cnn", "args": {"channels": [5, 7], "strides": [2, 2]}},
     },
-    "n": [16],
-    "adaptation": {"layers": ["stage1", "stage2"], "rounds": 2, "judges": [50], "lr": 0.05},
-    "seeds": [0, 1],
-    "tuning": {"betas": [1.0], "seeds": [7]},
-    "recipe": {"steps": 3, "batch_size": 8},
-    "workers": 0,
-    "device": "cpu",
-}
+    adaptation={"layers": ["stage1", "stage2"], "rounds": 2, "judges": [50], "lr": 0.05},
+    recipe={"steps": 3, "batch_size": 8},
+    **HERE,
+)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = ShallowCNN(6, (4, 6), (2, 2)).state_dict()
-    save_safetensors(tmp_path / "teacher.safetensors", state, {})
+    save_teacher(tmp_path / "teacher.safetensors")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     monkeypatch.setattr("camdistill.studies.leakage.STEPS", 3)
     monkeypatch.chdir(tmp_path)

@@ -22,15 +22,6 @@ LAYERS = ["", "@stage2", "@stage1"]
 QUICK = ["faithfulness_correlation", "insertion_blur", "gini"]
 
 
-@pytest.fixture
-def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the trained run."""
-    copy = tmp_path / "here"
-    shutil.copytree(trained, copy)
-    monkeypatch.chdir(copy)
-    return copy
-
-
 def test_table_holds_explainers_and_controls_with_intervals(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,17 +27,14 @@ ALONE = NetworkSpec("shallow_cnn", "teacher.safetensors", {"channels": [4, 6], "
 
 
 @pytest.fixture
-def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the trained run, with a folder of pictures of all kinds."""
-    copy = tmp_path / "here"
-    shutil.copytree(trained, copy)
-    monkeypatch.chdir(copy)
-    pictures = copy / "pictures"
+def folder(folder: Path) -> Path:
+    """The copy of the trained run, with a folder of pictures of all kinds."""
+    pictures = folder / "pictures"
     pictures.mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
     for mode, name in (("L", "grey.png"), ("RGBA", "alpha.png"), ("RGB", "photo.jpg")):
         Image.fromarray(pixels).convert(mode).save(pictures / name)
-    return copy
+    return folder
 
 
 def image(name: str) -> Tensor:

@@ -1,12 +1,12 @@
 """`learn` from the command line: rankings, a metric in a file, and its use elsewhere."""
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from tiny_study import HERE, save_teacher, study
 
 from camdistill.cli import main
 from camdistill.data.modules import ShapesData
@@ -16,41 +16,21 @@ from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Teacher
 from camdistill.networks.weights import save_safetensors
 
-TINY = {"channels": [4, 6], "strides": [2, 2]}
-STUDY = {
-    "teacher": {"name": "shallow_cnn", "weights": "teacher.safetensors", "args": TINY},
-    "data": {
-        "class_path": "camdistill.data.modules.ShapesData",
-        "init_args": {"train": 40, "val": 20, "test": 30, "classes": 6},
-    },
-    "methods": ["grad_cam@stage2", "grad_cam@stage1", "mask:parts", "gradient", "eigen_cam@stage2"],
-    "students": {"tiny": {"name": "shallow_cnn", "args": TINY}},
-    "n": [16],
-    "seeds": [0, 1],
-    "controls": ["random", "mean"],
-    "shares": [],
-    "tuning": {"betas": [1.0], "seeds": [7]},
-    "recipe": {"steps": 2, "batch_size": 8},
-}
-OTHER = copy.deepcopy(STUDY) | {
-    "teacher": {"name": "shallow_cnn", "weights": "other.safetensors", "args": TINY}
-}
+METHODS = ["grad_cam@stage2", "grad_cam@stage1", "mask:parts", "gradient", "eigen_cam@stage2"]
+ARMS = {"methods": METHODS, "controls": ["random", "mean"], "shares": []}
+STUDY, OTHER = study(**ARMS), study("other.safetensors", **ARMS)
 CONFIG = {
     "studies": {"one": STUDY, "other": OTHER},
     "fit": {"steps": 3, "images": 4, "members": 2, "units": 3},
     "images": 4,
-    "workers": 0,
-    "device": "cpu",
+    **HERE,
 }
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, name in enumerate(("teacher", "other")):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            state = ShallowCNN(6, (4, 6), (2, 2)).state_dict()
-        save_safetensors(tmp_path / f"{name}.safetensors", state, {})
+        save_teacher(tmp_path / f"{name}.safetensors", seed)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     monkeypatch.setattr("camdistill.studies.metric_rivals.RESAMPLES", 50)
     monkeypatch.chdir(tmp_path)
@@ -66,7 +46,7 @@ def test_it_learns_tests_and_tells(
     assert "one, unseen method: all arms" in told
     assert "other, unseen network: methods" in told
     results = json.loads((folder / "out/results.json").read_text())
-    arms = {"random", *STUDY["methods"], "grad_cam@stage2 mean"}  # type: ignore[misc]
+    arms = {"random", *METHODS, "grad_cam@stage2 mean"}
     for name in ("one", "other"):
         assert set(results["gains"][name]) == arms
         answer = results["answers"][f"{name}, unseen method"]

@@ -17,16 +17,6 @@ RUN = Path("runs/tiny/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
 
 
-@pytest.fixture
-def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the trained run."""
-    copy = tmp_path / "here"
-    shutil.copytree(trained, copy)
-    monkeypatch.chdir(copy)
-    monkeypatch.setenv("CAMDISTILL_RUN_FOLDER", "")
-    return copy
-
-
 def measured(checkpoint: str, results: Path) -> object:
     assert main(["test", "-c", "tiny.yaml", "--ckpt_path", checkpoint]) == 0
     return json.loads(results.read_text())["student"]

@@ -11,37 +11,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tiny_study import HERE, save_teacher, study
 
 from camdistill.cli import main
-from camdistill.networks.students import ShallowCNN
-from camdistill.networks.weights import save_safetensors
 
-TINY = {"channels": [4, 6], "strides": [2, 2]}
-CONFIG = {
-    "teacher": {"name": "shallow_cnn", "weights": "teacher.safetensors", "args": TINY},
-    "data": {
-        "class_path": "camdistill.data.modules.ShapesData",
-        "init_args": {"train": 40, "val": 20, "test": 30, "classes": 6},
-    },
-    "methods": ["grad_cam@stage2", "mask:parts"],
-    "students": {"tiny": {"name": "shallow_cnn", "args": TINY}},
-    "n": [16],
-    "seeds": [0, 1],
-    "controls": ["random", "mean"],
-    "shares": [],
-    "tuning": {"betas": [1.0], "seeds": [7]},
-    "recipe": {"steps": 2, "batch_size": 8},
-    "workers": 0,
-    "device": "cpu",
-}
+CONFIG = study(
+    methods=["grad_cam@stage2", "mask:parts"], controls=["random", "mean"], shares=[], **HERE
+)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = ShallowCNN(6, (4, 6), (2, 2)).state_dict()
-    save_safetensors(tmp_path / "teacher.safetensors", state, {})
+    save_teacher(tmp_path / "teacher.safetensors")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     np.savez(tmp_path / "maps.npz", maps=np.random.default_rng(0).random((40, 4, 4)))
     (tmp_path / "taught_maps.py").write_text(
