@@ -18,6 +18,7 @@ from camdistill.layers import sweep as sweep_module
 from camdistill.layers.histograms import HistogramCounts
 from camdistill.layers.plan import Options
 from camdistill.layers.probes import MOST_HELD
+from camdistill.layers.profiles import profiles
 from camdistill.layers.state import load_state, save_state
 from camdistill.layers.summary import Sweep
 from camdistill.layers.sweep import LayerSweep, sweep
@@ -551,6 +552,19 @@ def test_where_the_teacher_has_no_top_class_neither_network_is_explained(
         assert all(layer.cams is None or layer.cams.images == 0 for layer in layers)
         assert all(layer.units.images == IMAGES for layer in layers)
     assert result.cam_similarity.images == 0
+
+
+def test_network_that_is_never_finite_has_no_profile(
+    networks: dict[str, nn.Module], images: torch.Tensor
+) -> None:
+    """Neither 0 % dead units, nor an empty chart of how alike the two are."""
+    ill = copy.deepcopy(networks)
+    with torch.no_grad():
+        ill["student"].stage1.conv.weight.fill_(torch.nan)
+    table = profiles(swept(ill, images, [list(range(IMAGES))], Options(explained=1.0)).result())
+    assert {name for name, lines in table.items() if "student" in lines} == {"nonfinite"}
+    assert {"active", "dead", "cam_scale", "zeros"} <= set(table)
+    assert not {"best_cka", "matched"} & set(table)
 
 
 def test_a_layer_that_is_never_finite_takes_nothing_from_the_others(

@@ -26,7 +26,7 @@ from camdistill.report.results import Cell, text_table
 from camdistill.report.subject import Subject
 from camdistill.report.written import SWEEP
 
-NUMBERS = "pictures/, results.json, and numbers.npz of every unit"
+NUMBERS = "pictures/, results.json, numbers.npz of every unit, and what other looks start from"
 STAGES = {"sweep": "every layer, all images", "maps": "maps through depth", "units": "units"}
 
 
@@ -52,6 +52,8 @@ def analyze(
     """Opens every layer: statistics, filters, units and maps, in TensorBoard and as files.
 
     With a checkpoint the student stands beside its teacher. `camdistill report --run OUT` shows it.
+    What the images gave is kept in OUT/sweep.safetensors: the same command goes on after it was
+    stopped, and other units, cards, steps or pictures don't look at all images again.
 
     Args:
         checkpoint: A student (or classifier) of ours: .safetensors or .ckpt.

@@ -79,6 +79,8 @@ def _of_similarity(sweep: Sweep) -> dict[str, dict[str, Profile]]:
     if sweep.similarity is not None and len(names) == 2:
         between = sweep.similarity.between(*names)
         for network, values in ((names[0], between), (names[1], between.T)):
+            if not values.isfinite().any():
+                continue
             best = values.nan_to_num(-math.inf).max(1).values.tolist()
             layers = {layer.name: layer for layer in sweep.networks[network]}
             rows = zip(sweep.similarity.names(network), best, strict=True)
