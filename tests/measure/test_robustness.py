@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from camdistill.explain.maps import upsample
 from camdistill.measure.robustness import local_lipschitz, max_sensitivity
 
 METRICS = (max_sensitivity, local_lipschitz)
@@ -61,6 +62,16 @@ def test_a_constant_map_is_a_failure_and_not_the_best(images: Tensor) -> None:
             torch.zeros(5).long(),
             generator,
         )
+        assert found.isnan().all()
+
+
+def test_a_map_that_is_constant_up_to_rounding_is_one_too(images: Tensor) -> None:
+    flat = upsample(torch.full((5, 5, 7), 0.1), (16, 16))
+    assert flat.unique().numel() > 1  # what bilinear interpolation makes of 0.1
+    for metric in METRICS:
+        generator = torch.Generator().manual_seed(0)
+        classes = torch.zeros(5).long()
+        found = metric(lambda *_: flat, nn.Identity(), images, classes, generator)
         assert found.isnan().all()
 
 

@@ -11,6 +11,7 @@ from camdistill.data.shapes import Shapes
 from camdistill.errors import UserError
 from camdistill.measure.panel import measure, scene
 from camdistill.studies.evaluation import Evaluation, Explainer, Subject, evaluate, pictures
+from camdistill.types import Explain
 
 METRICS = ("infidelity", "deletion_grey", "iou", "deletion_rerendered")
 SHAPES = Shapes("test", 7)
@@ -140,6 +141,24 @@ def test_failures_and_blank_maps_are_counted(tmp_path: Path) -> None:
     assert np.flatnonzero(values.failed[0]).tolist() == [1]
     assert np.flatnonzero(values.blank[0]).tolist() == [4]
     assert np.isnan(values.table[0]).all(0).tolist() == [i == 1 for i in range(7)]
+
+
+def test_a_constant_map_is_blank_whatever_its_grid_and_its_order_is_chance(
+    tmp_path: Path,
+) -> None:
+    def explain(value: float, height: int, width: int) -> Explain:
+        return lambda network, images, classes: torch.full((len(images), height, width), value)
+
+    both = [Explainer("odd", explain(0.1, 5, 7)), Explainer("whole", explain(0.5, 32, 32))]
+    metrics = ("deletion_grey", "max_sensitivity", "randomisation")
+    given = evaluation(Mean().eval(), explainers=both, metrics=metrics, ladder=False)
+    values = evaluate(given, tmp_path)
+    for name in ("odd", "whole", "inverted", "blurred_copy"):
+        assert values.blank[values.entries.index(name)].all(), name
+    deletion = [values.of(name, "deletion_grey") for name in ("odd", "whole", "blurred_copy")]
+    np.testing.assert_array_equal(deletion[0], deletion[1])  # the same ties, broken alike
+    np.testing.assert_array_equal(deletion[0], deletion[2])
+    assert "max_sensitivity" not in values.metrics  # nobody has a value
 
 
 def test_maps_of_a_wrong_shape_are_told(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from camdistill.measure.scores import constant
 from camdistill.perturb.ranks import demand_finite
 from camdistill.types import Explain, Images, Labels, Maps, PerImage
 
@@ -91,5 +92,4 @@ def _norm(values: Float[Tensor, "batch ..."]) -> PerImage:
 
 
 def _of_speaking(values: PerImage, maps: Maps) -> PerImage:
-    constant = maps.amax((1, 2)) == maps.amin((1, 2))
-    return torch.where(constant, torch.nan, values)
+    return torch.where(constant(maps), torch.nan, values)

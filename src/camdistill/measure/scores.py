@@ -47,10 +47,10 @@ def correct(logits: Logits, labels: Labels) -> PerImage:
 def map_scores(student_maps: Maps, teacher_maps: Float[Tensor, "batch rows columns"]) -> MapScores:
     """Fidelity of a student's raw maps to a teacher's, by the module's rules."""
     student, teacher = relu(student_maps.float()), relu(teacher_maps.float())
-    blank, told = _constant(student), ~_constant(teacher)
+    blank, told = constant(student), ~constant(teacher)
     if student.shape[-2:] != teacher.shape[-2:]:
         student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
-        blank = blank | _constant(student)
+        blank = blank | constant(student)
     values = [measure(student, teacher) for measure in (pearson, spearman, cosine)]
     nan = torch.full_like(values[0], torch.nan)
     return MapScores(*(torch.where(told, value.masked_fill(blank, 0), nan) for value in values))
@@ -63,10 +63,20 @@ def signed_pearson(
     student, teacher = student_maps.float(), teacher_maps.float()
     if student.shape[-2:] != teacher.shape[-2:]:
         student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
-    value = pearson(student, teacher).masked_fill(_constant(student), 0)
-    return value.masked_fill(_constant(teacher), torch.nan)
+    value = pearson(student, teacher).masked_fill(constant(student), 0)
+    return value.masked_fill(constant(teacher), torch.nan)
 
 
-def _constant(maps: Maps) -> Bool[Tensor, "batch"]:
+def constant(maps: Maps) -> Bool[Tensor, "batch"]:
+    """Whether a map is blank: it varies by no more than rounding, as after an interpolation."""
     high, low = maps.amax((1, 2)), maps.amin((1, 2))
     return high - low <= FLAT * high.abs().maximum(low.abs())
+
+
+def levelled(maps: Maps) -> Maps:
+    """Maps of which those that are constant up to rounding are constant exactly.
+
+    Rounding has an order, and a metric that removes pixels in a map's order would follow it.
+    """
+    flat = constant(maps) & torch.isfinite(maps).flatten(1).all(1)
+    return torch.where(flat[:, None, None], maps.amax((1, 2), keepdim=True), maps)

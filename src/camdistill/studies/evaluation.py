@@ -21,6 +21,7 @@ from camdistill.explain.maps import upsample
 from camdistill.measure import controls
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.panel import Scene, measure, scene
+from camdistill.measure.scores import constant, levelled
 from camdistill.report.results import write_atomically
 from camdistill.studies.values import CURVES, LADDER, ORACLE, Values, joined, save, save_values
 from camdistill.types import Explain, Images, Maps, Masks, Pixels
@@ -136,7 +137,7 @@ def maps_of(
             f"must give one map an image, [{len(images)}, height, width]"
         )
     size = (images.shape[2], images.shape[3])
-    return upsample(maps.float(), size)
+    return levelled(upsample(maps.float(), size))
 
 
 def pictures(evaluation: Evaluation, start: int) -> Images:
@@ -213,11 +214,10 @@ def _measured_batch(
         nothing = torch.full((len(images),), torch.nan)
         columns = [measured.values.get(metric, nothing).cpu() for metric in evaluation.metrics]
         sound = torch.isfinite(maps).flatten(1).all(1)
-        flat = maps.amax((1, 2)) == maps.amin((1, 2))
         found[f"values/{name}"] = torch.stack(columns).float().numpy()
         found[f"seconds/{name}"] = np.full(len(images), seconds / len(images))
         found[f"failed/{name}"] = (~sound).cpu().numpy()
-        found[f"blank/{name}"] = (sound & flat).cpu().numpy()
+        found[f"blank/{name}"] = (sound & constant(maps)).cpu().numpy()
         for metric in set(CURVES) & set(measured.curves):
             found[f"curves/{name}/{metric}"] = measured.curves[metric].float().cpu().numpy()
     return found
@@ -268,7 +268,7 @@ def _entries(
         best = first if asked.masks is None else controls.mask_maps(asked.masks)
         best = torch.nan_to_num(best)
         for number, maps in enumerate(controls.ladder(best, asked.generator("ladder"))):
-            yield f"{LADDER}_{number}", maps, None, float("nan")
+            yield f"{LADDER}_{number}", levelled(maps), None, float("nan")
 
 
 def _controls(
@@ -291,7 +291,7 @@ def _controls(
         found["distractor"] = controls.mask_maps(distractors)
     if asked.masks is not None:
         found[ORACLE] = controls.mask_maps(asked.masks)
-    return found
+    return {name: levelled(maps) for name, maps in found.items()}
 
 
 def _at_image_size(explainer: Explainer) -> Explain:
