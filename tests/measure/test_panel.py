@@ -110,11 +110,15 @@ def test_a_broken_map_is_a_failure_by_every_metric_and_touches_no_other(
     maps = cam(network, pictures, asked.classes)
     broken = maps.clone()
     broken[2, 5, 5] = torch.nan
-    whole, found = (measure(asked, one, names, cam).values for one in (maps, broken))
-    for name in found:
-        assert found[name].isnan().tolist() == [False, False, True, False], name
-        kept = [0, 1, 3]
-        torch.testing.assert_close(found[name][kept], whole[name][kept])
+    whole, found = (measure(asked, one, names, cam) for one in (maps, broken))
+    kept = [0, 1, 3]
+    for name, values in found.values.items():
+        assert values.isnan().tolist() == [False, False, True, False], name
+        torch.testing.assert_close(values[kept], whole.values[name][kept])
+    assert found.curves
+    for name, curve in found.curves.items():
+        assert curve.isnan().all(1).tolist() == [False, False, True, False], name
+        torch.testing.assert_close(curve[kept], whole.curves[name][kept])
 
 
 def test_maps_that_break_while_a_gate_asks_are_failures_of_that_gate(

@@ -73,7 +73,8 @@ class Measured:
 
     Attributes:
         values: By metric; NaN where there is nothing to say.
-        curves: Probabilities of insertion and deletion by metric, at `removal.LEVELS`.
+        curves: Probabilities of insertion and deletion by metric, at `removal.LEVELS`;
+            NaN for a failure.
     """
 
     values: dict[str, PerImage]
@@ -166,7 +167,9 @@ def measure(
         for name in metrics
         if name in values
     }
-    return Measured(kept, shot.curves)
+    known = sound[:, None]
+    curves = {name: torch.where(known, one, torch.nan) for name, one in shot.curves.items()}
+    return Measured(kept, curves)
 
 
 def _watched(explain: Explain, broken: Bool[Tensor, "batch"]) -> Explain:

@@ -17,3 +17,19 @@ def test_chart_has_a_panel_for_each_way_and_shows_its_lines() -> None:
     assert blue[1] < blue[0]
     with pytest.raises(ValueError, match="no curve"):
         removal_chart({}, fractions)
+
+
+def test_an_image_without_a_curve_is_left_out_of_the_mean_of_that_map() -> None:
+    fractions = [0.0, 0.5, 1.0]
+    rows = np.array([[1.0, 0.5, 0.0], [0.5, 0.4, 0.3], [np.nan] * 3], np.float32)
+    alone = removal_chart(
+        {"deletion": {"cam (n = 2)": rows[:2], "all": rows[[0, 1, 1]]}}, fractions
+    )
+    with_it = removal_chart({"deletion": {"cam": rows, "all": rows[[0, 1, 1]]}}, fractions)
+    # the same line and legend; the axis counts the images that were asked
+    np.testing.assert_array_equal(alone[:, 60:], with_it[:, 60:])
+    nothing = removal_chart({"deletion": {"cam": rows[2:], "all": rows[:2]}}, fractions)
+    np.testing.assert_array_equal(
+        nothing[:, 60:], removal_chart({"deletion": {"all": rows[:2]}}, fractions)[:, 60:]
+    )
+    assert removal_chart({"deletion": {"cam": rows[2:]}}, fractions).shape == alone.shape

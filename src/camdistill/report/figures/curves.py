@@ -26,7 +26,8 @@ def removal_chart(
     """A chart for each way of removing: mean probability over the share of pixels.
 
     Args:
-        charts: Probabilities by chart, then by map.
+        charts: Probabilities by chart, then by map. An image without (NaN) is left out of that
+            map's mean, and the legend says of how many it is; a map without any has no line.
         fractions: Of the pixels, at each level.
         dashed: Maps drawn with dashes, in greys: the controls.
     """
@@ -37,11 +38,14 @@ def removal_chart(
         figure.subplots(1, len(charts), squeeze=False, sharey=True)[0], charts.items(), strict=True
     ):
         colours, greys = cycle(_COLOURS), cycle(_GREYS)
-        for name, curve in curves.items():
+        for name, every in curves.items():
+            curve = every[~np.isnan(every).any(1)]
+            if not len(curve):
+                continue
             axes.plot(
                 fractions,
                 curve.mean(0),
-                label=name,
+                label=name if len(curve) == len(every) else f"{name} (n = {len(curve)})",
                 color=next(greys) if name in dashed else next(colours),
                 linestyle="--" if name in dashed else "-",
                 linewidth=1.6,
@@ -56,5 +60,6 @@ def removal_chart(
     first.set_ylabel(
         f"mean probability, n = {len(next(iter(next(iter(charts.values())).values())))}"
     )
-    figure.axes[-1].legend(fontsize=8, frameon=False)
+    if figure.axes[-1].get_lines():
+        figure.axes[-1].legend(fontsize=8, frameon=False)
     return rendered(figure)
