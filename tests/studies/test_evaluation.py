@@ -10,7 +10,14 @@ from camdistill.data.datasets import shapes_set
 from camdistill.data.shapes import Shapes
 from camdistill.errors import UserError
 from camdistill.measure.panel import measure, scene
-from camdistill.studies.evaluation import Evaluation, Explainer, Subject, evaluate, pictures
+from camdistill.studies.evaluation import (
+    Evaluation,
+    Explainer,
+    Subject,
+    evaluate,
+    maps_of,
+    pictures,
+)
 from camdistill.types import Explain
 
 METRICS = ("infidelity", "deletion_grey", "iou", "deletion_rerendered")
@@ -131,6 +138,17 @@ def test_stored_maps_are_the_live_ones(tmp_path: Path) -> None:
     ]
     values = evaluate(evaluation(network, explainers=both, ladder=False), tmp_path)
     np.testing.assert_array_equal(values.table[0], values.table[1])
+
+
+def test_maps_larger_than_the_images_are_averaged_and_not_sampled() -> None:
+    large = np.random.default_rng(0).random((3, 128, 48)).astype(np.float32)
+    images, none = torch.zeros(3, 3, 32, 32), torch.zeros(3).long()
+    maps = maps_of(Explainer("large", stored=large), nn.Identity(), images, none, 0)
+    rows = large.reshape(3, 32, 4, 48).mean(2)
+    # 48 columns on 32: a new one is a column and half a column, or half a column and a column
+    one, half, other = rows[:, :, ::3], rows[:, :, 1::3], rows[:, :, 2::3]
+    expected = np.stack([(one + half / 2) / 1.5, (half / 2 + other) / 1.5], 3).reshape(3, 32, 32)
+    np.testing.assert_allclose(maps.numpy(), expected, rtol=1e-5)
 
 
 def test_failures_and_blank_maps_are_counted(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from camdistill.data.datasets import ImageSet
 from camdistill.data.shapes import Shapes
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
-from camdistill.explain.maps import upsample
+from camdistill.explain.maps import resize
 from camdistill.measure import controls
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.panel import Scene, measure, scene
@@ -137,7 +137,7 @@ def maps_of(
             f"must give one map an image, [{len(images)}, height, width]"
         )
     size = (images.shape[2], images.shape[3])
-    return levelled(upsample(maps.float(), size))
+    return levelled(resize(maps.float(), size))
 
 
 def pictures(evaluation: Evaluation, start: int) -> Images:
