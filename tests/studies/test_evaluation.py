@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -88,41 +89,80 @@ def test_values_are_those_of_each_batch(tmp_path: Path) -> None:
     assert values.curves["brightness", "deletion_grey"].shape == (7, 17)
 
 
-def test_killed_and_resumed_gives_the_numbers_of_the_unbroken_run(tmp_path: Path) -> None:
-    whole = evaluate(evaluation(Mean().eval()), tmp_path / "whole")
-
-    def killing(done: int, total: int) -> None:
-        assert total == 3
-        if done == 2:
+def killing(at: int) -> Callable[[int, int], None]:
+    def kill(done: int, total: int) -> None:
+        assert total == 6  # three batches, for the mean map and to be measured
+        if done == at:
             raise KeyboardInterrupt
 
+    return kill
+
+
+@pytest.mark.parametrize("batches", [2, 5])
+def test_killed_and_resumed_gives_the_numbers_of_the_unbroken_run(
+    tmp_path: Path, batches: int
+) -> None:
     network = Mean().eval()
+    whole = evaluate(evaluation(network), tmp_path / "whole")
+    every, network.asked = network.asked, 0
     with pytest.raises(KeyboardInterrupt):
-        evaluate(evaluation(network), tmp_path / "cut", killing)
-    half = network.asked
-    cut = evaluate(evaluation(network), tmp_path / "cut")
-    assert network.asked - half < half  # the last batch of one image alone
+        evaluate(evaluation(network), tmp_path / "cut", killing(batches))
+    assert network.asked > 0
+    cut = evaluate(evaluation(network), tmp_path / "cut", killing(7))
+    assert network.asked == every  # no image is asked again
     np.testing.assert_array_equal(cut.table, whole.table)
     assert {name: curve.tobytes() for name, curve in cut.curves.items()} == {
         name: curve.tobytes() for name, curve in whole.curves.items()
     }
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["values.npz"]
-    with np.load(tmp_path / "cut" / "values.npz") as kept:
-        np.testing.assert_array_equal(kept["oracle/iou"], np.ones(7, np.float32))
+    with np.load(tmp_path / "cut" / "values.npz") as found:
+        np.testing.assert_array_equal(found["oracle/iou"], np.ones(7, np.float32))
 
 
-def test_another_evaluation_does_not_go_on_with_these_batches(tmp_path: Path) -> None:
-    def killing(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
+def test_a_finished_evaluation_is_not_measured_again_another_one_is(tmp_path: Path) -> None:
+    network = Mean().eval()
+    whole = evaluate(evaluation(network), tmp_path)
+    network.asked = 0
+    calls = []
+    again = evaluate(evaluation(network), tmp_path, lambda *call: calls.append(call))
+    assert network.asked == 0
+    assert calls == [(6, 6)]
+    np.testing.assert_array_equal(again.table, whole.table)
+    assert again.entries == whole.entries
+    assert [path.name for path in tmp_path.iterdir()] == ["values.npz"]
+    evaluate(evaluation(network, "b"), tmp_path)
+    assert network.asked > 0
 
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no archive"])
+def test_a_damaged_batch_is_measured_again(tmp_path: Path, content: bytes) -> None:
+    network = Mean().eval()
+    whole = evaluate(evaluation(network), tmp_path / "whole")
+    folder = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        evaluate(evaluation(Mean().eval(), "a"), tmp_path, killing)
-    before = json.loads((tmp_path / "partial" / "settings.json").read_text())
-    assert before == {"name": "a"}
+        evaluate(evaluation(network), folder, killing(5))
+    for name in ("mean_00000000", "00000003"):
+        (damaged,) = folder.glob(f"partial/*/{name}.npz")
+        damaged.write_bytes(content)
+    (folder / "values.npz").write_bytes(b"no archive")
+    np.testing.assert_array_equal(evaluate(evaluation(network), folder).table, whole.table)
+
+
+def test_another_evaluation_does_not_go_on_with_these_batches_and_leaves_them(
+    tmp_path: Path,
+) -> None:
+    network = Mean().eval()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(evaluation(network, "a"), tmp_path, killing(5))
+    half = network.asked
     other = evaluate(evaluation(Mean().eval(), "b", seed=5), tmp_path)
     fresh = evaluate(evaluation(Mean().eval(), "b", seed=5), tmp_path / "fresh")
     np.testing.assert_array_equal(other.table, fresh.table)
+    (left,) = tmp_path.glob("partial/*/settings.json")
+    assert json.loads(left.read_text()) == {"name": "a"}
+    evaluate(evaluation(network, "a"), tmp_path)
+    assert network.asked - half < half  # the last batch of one image alone
+    assert not (tmp_path / "partial").exists()
 
 
 def test_stored_maps_are_the_live_ones(tmp_path: Path) -> None:

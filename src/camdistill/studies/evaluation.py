@@ -1,7 +1,6 @@
 """Explainers side by side on one network: batch by batch, resumable, with their controls."""
 
-import json
-import shutil
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from camdistill.measure import controls
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.panel import Scene, measure, scene
 from camdistill.measure.scores import constant, levelled
-from camdistill.report.results import write_atomically
-from camdistill.studies.values import CURVES, LADDER, ORACLE, Values, joined, save, save_values
+from camdistill.studies.unfinished import Arrays, clear, finished, kept, room
+from camdistill.studies.values import CURVES, LADDER, ORACLE, Values, joined, save_values
 from camdistill.types import Explain, Images, Maps, Masks, Pixels
 
 
@@ -95,30 +94,43 @@ def evaluate(
     """Measures every explainer and control on every image.
 
     Killed and started again with the same settings, it goes on after the last whole batch; the
-    numbers are those of a run that was not killed.
+    numbers are those of a run that was not killed. Started again when it was whole, it measures
+    nothing.
 
     Args:
         evaluation: What is measured.
         folder: Where `values.npz`, and until it is whole the batches, go.
-        on_batch: Told how many batches are done of how many.
+        on_batch: Told how many batches are done of how many; each is met twice, first for the mean
+            map.
     """
-    count = len(evaluation.subject.images)
-    partial = folder / "partial"
-    _begin(partial, evaluation)
-    starts = range(0, count, evaluation.batch)
-    mean = _mean_map(evaluation, partial)
+    starts = range(0, len(evaluation.subject.images), evaluation.batch)
+    told = on_batch or (lambda done, total: None)
+    values = finished(folder, evaluation.settings)
+    if values is None:
+        values = _measured(evaluation, folder, starts, told)
+    clear(folder, evaluation.settings)
+    told(2 * len(starts), 2 * len(starts))
+    return values
+
+
+def _measured(
+    evaluation: Evaluation, folder: Path, starts: range, told: Callable[[int, int], None]
+) -> Values:
+    """All batches' values, also in their file."""
+    partial = room(folder, evaluation.settings)
+    sums = []
     for number, start in enumerate(starts):
-        if on_batch is not None:
-            on_batch(number, len(starts))
-        path = partial / f"{start:08d}.npz"
-        if not path.exists():
-            save(path, _measured_batch(evaluation, start, mean))
+        told(number, 2 * len(starts))
+        sums.append(
+            kept(partial / f"mean_{start:08d}.npz", functools.partial(_summed, evaluation, start))
+        )
+    mean = _mean(sums)
     paths = [partial / f"{start:08d}.npz" for start in starts]
+    for number, (start, path) in enumerate(zip(starts, paths, strict=True)):
+        told(len(starts) + number, 2 * len(starts))
+        kept(path, functools.partial(_measured_batch, evaluation, start, mean))
     values = joined(paths, evaluation.metrics, len(evaluation.explainers))
     save_values(folder, values, evaluation.subject.images.ids, evaluation.settings)
-    shutil.rmtree(partial)
-    if on_batch is not None:
-        on_batch(len(starts), len(starts))
     return values
 
 
@@ -160,42 +172,28 @@ def _positions(evaluation: Evaluation, start: int) -> NDArray[np.int64]:
     return np.arange(start, stop)
 
 
-def _begin(partial: Path, evaluation: Evaluation) -> None:
-    """Keeps batches of the same evaluation; those of another one go."""
-    settings = partial / "settings.json"
-    text = json.dumps(evaluation.settings, sort_keys=True)
-    if not settings.is_file() or settings.read_text(encoding="utf-8") != text:
-        shutil.rmtree(partial, ignore_errors=True)
-        write_atomically(settings, text.encode())
+def _summed(evaluation: Evaluation, start: int) -> Arrays:
+    """The sum of a batch's maps, each first divided by its largest value, and how many."""
+    images = pictures(evaluation, start)
+    with torch.no_grad():
+        classes = evaluation.subject.network(images).argmax(1)
+    first = evaluation.explainers[0]
+    maps = maps_of(first, evaluation.subject.network, images, classes, start)
+    maps = maps[torch.isfinite(maps).flatten(1).all(1)]
+    peaks = maps.abs().amax((1, 2), keepdim=True)
+    total = (maps / peaks.clamp(min=1e-30)).double().sum(0).cpu().numpy()
+    return {"sum": total, "count": np.array(len(maps))}
 
 
-def _mean_map(evaluation: Evaluation, partial: Path) -> Float[np.ndarray, "height width"]:
-    """Of the first explainer, each map first divided by its largest value."""
-    path = partial / "mean.npz"
-    if path.exists():
-        with np.load(path, allow_pickle=False) as found:
-            kept: NDArray[np.float32] = found["mean"]
-            return kept
-    total = np.zeros(evaluation.subject.images.size)
-    count = 0
-    for start in range(0, len(evaluation.subject.images), evaluation.batch):
-        images = pictures(evaluation, start)
-        with torch.no_grad():
-            classes = evaluation.subject.network(images).argmax(1)
-        first = evaluation.explainers[0]
-        maps = maps_of(first, evaluation.subject.network, images, classes, start)
-        sound = torch.isfinite(maps).flatten(1).all(1)
-        peaks = maps[sound].abs().amax((1, 2), keepdim=True)
-        total += (maps[sound] / peaks.clamp(min=1e-30)).double().sum(0).cpu().numpy()
-        count += int(sound.sum())
-    mean = (total / max(count, 1)).astype(np.float32)
-    save(path, {"mean": mean})
-    return mean
+def _mean(sums: Sequence[Arrays]) -> Float[np.ndarray, "height width"]:
+    total = np.stack([one["sum"] for one in sums]).sum(0)
+    count = sum(int(one["count"]) for one in sums)
+    return np.asarray(total / max(count, 1), np.float32)
 
 
 def _measured_batch(
     evaluation: Evaluation, start: int, mean: Float[np.ndarray, "height width"]
-) -> dict[str, NDArray[np.generic]]:
+) -> Arrays:
     """A batch's arrays, by what they are."""
     subject = evaluation.subject
     images = pictures(evaluation, start)
@@ -208,7 +206,7 @@ def _measured_batch(
         masks=masks,
         rerendered=rerendered,
     )
-    found: dict[str, NDArray[np.generic]] = {}
+    found: Arrays = {}
     for name, maps, explain, seconds in _entries(evaluation, asked, mean, distractors, start):
         measured = measure(asked, maps, evaluation.metrics, explain)
         nothing = torch.full((len(images),), torch.nan)
