@@ -191,6 +191,24 @@ def test_maps_larger_than_the_images_are_averaged_and_not_sampled() -> None:
     np.testing.assert_allclose(maps.numpy(), expected, rtol=1e-5)
 
 
+def test_an_explainer_that_changes_its_images_in_place_changes_nothing_else(
+    tmp_path: Path,
+) -> None:
+    def spoiling(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+        maps = brightness(network, images, classes).clone()
+        images.zero_()
+        classes.zero_()
+        return maps
+
+    metrics = (*METRICS, "max_sensitivity")
+    tables = []
+    for name, first in (("spoiling", spoiling), ("clean", brightness)):
+        both = [Explainer("first", first), Explainer("second", brightness)]
+        given = evaluation(Mean().eval(), explainers=both, metrics=metrics, ladder=False)
+        tables.append(evaluate(given, tmp_path / name).table)
+    np.testing.assert_array_equal(*tables)
+
+
 def test_failures_and_blank_maps_are_counted(tmp_path: Path) -> None:
     maps = np.random.default_rng(0).random((7, 8, 8)).astype(np.float32)
     maps[1, 2, 2], maps[4] = np.nan, 0.0

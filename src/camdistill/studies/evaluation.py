@@ -142,7 +142,8 @@ def maps_of(
         maps = torch.from_numpy(explainer.stored[first : first + len(images)]).to(images.device)
     else:
         assert explainer.explain is not None, "an explainer explains or has stored maps"
-        maps = explainer.explain(network, images, classes).detach()
+        # Its own copies: what it changes in place is not what is measured next.
+        maps = explainer.explain(network, images.clone(), classes.clone()).detach()
     if maps.dim() != 3 or len(maps) != len(images):
         raise UserError(
             f"explainer '{explainer.name}' gave {list(maps.shape)} for {len(images)} images: it "
