@@ -37,11 +37,19 @@ def write_pictures(
 
 
 def write_cards(found: Mapping[str, Picture | None], text: str, folder: Path) -> None:
-    """Writes pictures, by their tag, as PNG files and as TensorBoard cards, beside the text."""
+    """Writes pictures, by their tag, as PNG files and as TensorBoard cards, beside the text.
+
+    What an earlier run left of these, in files and in cards, goes: None is no picture.
+    """
+    for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+        old.unlink()
     logger = TensorBoardLogger(folder, version="tensorboard")
     for tag, picture in found.items():
-        if picture is not None:
-            save_png(folder / f"{tags.short(tag)}.png", picture)
+        path = folder / f"{tags.short(tag)}.png"
+        if picture is None:
+            path.unlink(missing_ok=True)
+        else:
+            save_png(path, picture)
             logger.log_picture(tag, picture, 0)
     logger.log_text(tags.EVALUATION_TABLE, f"```\n{text}\n```")
     logger.log_text(tags.HOW_TO_READ, tags.how_to_read())
