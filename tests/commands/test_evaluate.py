@@ -16,6 +16,8 @@ from camdistill.commands.sources import source_from
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.report.results import read_results
+from camdistill.studies.pool import read_pool
+from camdistill.studies.values import read_values
 
 STUDENT = "runs/tiny/version_0/student.safetensors"
 LAYERS = ["", "@stage2", "@stage1"]
@@ -96,9 +98,8 @@ def test_another_students_file_and_a_methods_layer_are_explainers(folder: Path) 
 def test_explainers_of_one_name_are_its_seeds_and_evaluations_are_pooled(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copy(STUDENT, "other.safetensors")
     line = f"evaluate --checkpoint {STUDENT} --data images --count 6 --metrics gini insertion_blur"
-    named = "--explainers grad_cam student=student student=other.safetensors"
+    named = "--explainers grad_cam student=student student=grad_cam@stage1"
     for seed in (0, 1):
         assert (
             main([*line.split(), *named.split(), "--seed", str(seed), "--out", f"run{seed}"]) == 0
@@ -106,10 +107,10 @@ def test_explainers_of_one_name_are_its_seeds_and_evaluations_are_pooled(
     capsys.readouterr()
     assert main(["pool", "--runs", "run0", "run1", "--out", "pooled"]) == 0
     printed = capsys.readouterr().out
-    assert "n = 6 x 4 seeds" in printed
+    assert "student (2 seeds) minus grad_cam" in printed
     assert Path("pooled/table.txt").read_text() in printed
     alone, pooled = (read_results(Path(name) / "results.json") for name in ("run0", "pooled"))
-    assert (alone["seeds"], pooled["seeds"]) == (2, 4)
+    assert alone["seeds"] == pooled["seeds"] == {"grad_cam": 1, "student": 2}
     assert set(pooled["explainers"]) == {"grad_cam", "student"}  # type: ignore[call-overload]
     with np.load("run0/values.npz") as one, np.load("run1/values.npz") as two:
         gains = [
@@ -124,6 +125,20 @@ def test_explainers_of_one_name_are_its_seeds_and_evaluations_are_pooled(
     assert list(Path("pooled/tensorboard").glob("events.*"))
     assert main(["pool", "--runs", "run0", "run0", "--out", "pooled"]) == 2
     assert "named before" in capsys.readouterr().err
+    assert main(["pool", "--runs", "run0", "run1", "--out", "run1"]) == 2
+    assert "would be written over" in capsys.readouterr().err
+
+
+def test_another_method_under_the_same_name_is_another_evaluation(folder: Path) -> None:
+    line = f"evaluate --checkpoint {STUDENT} --data images --count 4 --metrics gini"
+    for number, method in enumerate(("grad_cam", "gradient")):
+        named = ["--explainers", f"one={method}", "--out", f"run{number}"]
+        assert main([*line.split(), *named]) == 0
+    first, second = (read_values(Path(f"run{number}")) for number in (0, 1))
+    assert first[1] != second[1]
+    assert not np.array_equal(first[0].table, second[0].table)
+    with pytest.raises(UserError, match="compares other explainers"):
+        read_pool([Path("run0"), Path("run1")])
 
 
 def test_networks_of_grey_images_are_evaluated(folder: Path) -> None:
@@ -194,6 +209,8 @@ def test_meta_puts_the_metrics_to_the_test_on_shapes(
         ("--count 0", "count is 0; give 1 or more"),
         ("--explainers random=grad_cam", "'random' is the name of a control"),
         ("--explainers a/b=grad_cam", "'a/b' can't name an explainer"),
+        (f"--explainers {'x' * 300}", "no explainer 'xxx"),
+        ("--metrics deletion_rerendered", "which Shapes alone can"),
         ("--explainers grad_cam=eigen_cam grad_cam", "2 explainers are called 'grad_cam'"),
         (
             "--explainers one=grad_cam one=eigen_cam two=layer_cam two=gradient two=deconvnet",
@@ -224,3 +241,12 @@ def test_stored_maps_of_other_images_are_told(
     line = f"evaluate --checkpoint {STUDENT} --data images --count 6 --explainers mine.npz"
     assert main(line.split()) == 2
     assert "has the shape [3, 4, 4] for 6 images" in capsys.readouterr().err
+    Path("mine.npz").write_bytes(Path("mine.npz").read_bytes()[:300])
+    assert main(line.split()) == 2
+    assert "is no .npz of arrays" in capsys.readouterr().err
+    np.savez("mine.npz", maps=np.full((6, 4, 4), 1j))
+    assert main(line.split()) == 2
+    assert "give real numbers" in capsys.readouterr().err
+    np.savez("mine.npz", maps=np.ones((6, 4, 4)))
+    assert main([*line.split(), "--metrics", "max_sensitivity"]) == 2
+    assert "all of these are stored" in capsys.readouterr().err

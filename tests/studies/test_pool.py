@@ -9,7 +9,7 @@ from camdistill.errors import UserError
 from camdistill.measure.intervals import interval
 from camdistill.studies.evaluation_tables import told
 from camdistill.studies.meta_evaluation import beaten
-from camdistill.studies.pool import Pool, demand_pairs, differences, means, read_pool
+from camdistill.studies.pool import Pool, demand_pairs, differences, means, over_seeds, read_pool
 from camdistill.studies.values import Values, read_values, save_values
 
 ENTRIES = ("grad_cam", "student#1", "student#2", "random", *(f"ladder_{n}" for n in range(6)))
@@ -32,7 +32,11 @@ def values(seed: int, *, shift: float = 0.0, count: int = 60) -> Values:
 
 
 def kept(folder: Path, found: Values, **changes: object) -> Path:
-    settings = {"images": ["print", [0, 1]], "of": "teacher", "seed": folder.name, **changes}
+    explainers = [{"name": name, "kind": "k", "digest": name} for name in found.real]
+    settings = {
+        **{"images": ["print", [0, 1]], "of": "teacher", "seed": folder.name, "network": "n"},
+        **{"explainers": explainers, **changes},
+    }
     save_values(folder, found, np.arange(found.table.shape[2]), settings)
     return folder
 
@@ -88,9 +92,10 @@ def test_controls_stand_above_only_beyond_the_interval_over_seeds_and_images() -
 def test_text_and_results_tell_of_seeds_differences_and_the_metrics_own_test() -> None:
     pool = Pool((values(0), values(1), values(2)))
     results, table, text = told(pool, 0, meta=True)
-    assert (results["n"], results["seeds"]) == (60, 6)
-    assert "n = 60 x 6 seeds" in text
-    assert "student minus grad_cam" in text
+    assert results["n"] == 60
+    assert results["seeds"] == {"grad_cam": 3, "student": 6}
+    assert "student (6 seeds)" in text
+    assert "student (6 seeds) minus grad_cam" in text
     assert "student: 6 of 360 maps failed" in text
     assert set(table) == {"grad_cam", "student", "random"}
     by_run = results["meta"]
@@ -100,7 +105,7 @@ def test_text_and_results_tell_of_seeds_differences_and_the_metrics_own_test() -
     assert shown in text
     one, _, words = told(Pool((values(0),)), 0, meta=True)
     assert isinstance(one["meta"], dict)
-    assert "n = 60 x 2 seeds" in words
+    assert "student (2 seeds)" in words
 
 
 def test_what_does_not_belong_together_is_not_pooled(tmp_path: Path) -> None:
@@ -120,9 +125,13 @@ def test_what_does_not_belong_together_is_not_pooled(tmp_path: Path) -> None:
         "has other images than": kept(tmp_path / "c", values(2), images=["print", [0, 2]]),
         "has another --of than": kept(tmp_path / "d", values(2), of="student"),
         "named before": kept(tmp_path / "e", values(2), seed="a"),
-        "'other#1' is in one of": kept(tmp_path / "f", other),
+        "compares other explainers than": kept(tmp_path / "f", other),
+        "has another --layer": kept(tmp_path / "g", values(2), layer="stage2"),
+        "has another --batch": kept(tmp_path / "h", values(2), batch=3),
+        "has other --metrics": kept(tmp_path / "i", values(2), metrics=["gini"]),
         "run that evaluation again": tmp_path / "old",
-        "but none: name a finished": tmp_path / "nowhere",
+        "nowhere': name a finished": tmp_path / "nowhere",
+        "is a file": tmp_path / "a" / "values.npz",
         "isn't whole": tmp_path / "partly",
     }
     (tmp_path / "old").mkdir()
@@ -133,6 +142,56 @@ def test_what_does_not_belong_together_is_not_pooled(tmp_path: Path) -> None:
             read_pool([first, folder])
     with pytest.raises(UserError, match="1 folders to pool"):
         read_pool([first])
+
+
+def test_the_same_map_measured_again_is_no_other_seed(tmp_path: Path) -> None:
+    """Three students, each measured with two seeds of the random choices: three, not six."""
+    folders = [kept(tmp_path / name, values(place)) for place, name in enumerate("ab")]
+    pool, _ = read_pool(folders)
+    assert (pool.seeds("grad_cam"), pool.seeds("student"), pool.maps("student")) == (1, 2, 4)
+    first, second = pool.runs
+    np.testing.assert_allclose(
+        pool.scores("student", "road")[1], (first.table[2, 0] + second.table[2, 0]) / 2, atol=1e-6
+    )
+    gains = pool.gains("random", "student", "road")
+    assert gains.shape == (2, 60)
+    other = kept(tmp_path / "c", values(2), network="m")
+    assert read_pool([*folders, other])[0].seeds("student") == 4
+
+
+def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+    whole = kept(tmp_path / "a", values(0)) / "values.npz"
+    for name, content in {"cut": whole.read_bytes()[:900], "empty": b""}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "values.npz").write_bytes(content)
+        with pytest.raises(UserError, match="is not what `camdistill evaluate` writes"):
+            read_values(tmp_path / name)
+
+
+def test_a_seed_without_a_value_takes_no_other_with_it() -> None:
+    found = values(0)
+    found.table[1, 0] = np.nan  # the first student by the first metric
+    found.table[2, 0, :5] = np.nan
+    pool = Pool((found,))
+    told_of = means(pool, 0)["student"]["road"]
+    assert told_of == interval(found.table[2, 0, 5:].astype(np.float64))
+    _, _, text = told(pool, 0, meta=False)
+    assert "student: 1 of 2 seeds have no value of road" in text
+    assert "student: road is over 55 of 60 images" in text
+    apart = over_seeds(np.array([[1.0, np.nan], [np.nan, 2.0]]), 0)
+    assert apart is not None
+    assert apart.mean == 1.5
+    assert over_seeds(np.full((2, 3), np.nan), 0) is None
+
+
+def test_a_control_of_the_first_map_stands_beside_that_map_alone() -> None:
+    entries = ("student#1", "student#2", "blurred_copy", "random")
+    table = np.array([[0.0, 9.0, 1.0, 2.0]]).T[..., None] + np.zeros(4)
+    flags = np.zeros((4, 4), bool)
+    one = Values(entries, 2, ("road",), table.astype(np.float32), flags, flags, {}, {})
+    pool = Pool((one,))
+    assert pool.gains("blurred_copy", "student", "road").tolist() == [[1.0] * 4]
+    assert pool.gains("random", "student", "road").tolist() == [[2.0] * 4, [-7.0] * 4]
 
 
 def test_seeds_of_two_explainers_must_be_as_many() -> None:

@@ -22,7 +22,7 @@ from camdistill.measure.metrics import (
     demand_metrics,
     metric_of,
 )
-from camdistill.networks.weights import sha256_of
+from camdistill.networks.weights import sha256_of, weights_digest
 from camdistill.report.results import write_atomically, write_results
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.evaluation import Evaluation, Subject
@@ -30,7 +30,7 @@ from camdistill.studies.evaluation import evaluate as run
 from camdistill.studies.evaluation_report import write_pictures
 from camdistill.studies.evaluation_tables import told
 from camdistill.studies.meta_evaluation import REFERENCES
-from camdistill.studies.pool import Pool
+from camdistill.studies.pool import Pool, makers
 
 
 def evaluate(
@@ -72,13 +72,13 @@ def evaluate(
             compared with the first. Default: grad_cam, and the student beside its teacher.
         of: Whose decisions are explained: teacher or student.
         layer: Of the network that is explained. Default: the checkpoint's, or the last layer.
-        metrics: Their names, or FILE.safetensors of a learned one. Default: those that survived
-            their own test.
+        metrics: Their names, or FILE.safetensors of a learned one. Default: what docs/metrics.md
+            ranks by, deletion, sparsity and the gates; where there are masks, localisation.
         meta: Put the metrics themselves to the test: ladder, controls, halves, references.
         count: At most so many images, spread evenly.
         size: Side in pixels that images are scaled and cut to. Default: the training images'.
         batch: Images at once.
-        seed: Of every random choice.
+        seed: Of the metrics' random choices; methods that draw (rise, smooth_grad) have their own.
         device: cpu or cuda. Default: a GPU where there is one.
         out: Folder for the results.
         trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
@@ -95,10 +95,13 @@ def evaluate(
     looked_at = found.images.subset(np.sort(found.order))
     subject = Subject(networks.explained, looked_at, found.shapes, networks.channels)
     compared = explainers_of(explainers, networks, subject, trust)
-    chosen = _chosen(metrics, subject, meta)
+    chosen = _chosen(metrics, subject, meta, live=any(one.explain for one in compared))
     settings = {
         "checkpoint": networks.sha256,
-        "explainers": [f"{one.name} {one.digest}" for one in compared],
+        "network": weights_digest(networks.explained),
+        "explainers": [
+            {"name": one.name, "kind": one.kind, "digest": one.digest} for one in compared
+        ],
         "metrics": [_told_apart(name) for name in chosen],
         "images": [_fingerprint(looked_at), looked_at.ids.tolist()],
         **{"of": of, "layer": networks.layer, "batch": batch, "seed": seed, "meta": meta},
@@ -111,7 +114,7 @@ def evaluate(
             progress.update(task, completed=done, total=total)
 
         values = run(evaluation, out, on_batch)
-    results, table, text = told(Pool((values,)), seed, meta=meta)
+    results, table, text = told(Pool((values,), (makers(values, settings),)), seed, meta=meta)
     write_pictures(evaluation, values, table, text, out)
     write_results(
         out / "results.json",
@@ -138,9 +141,21 @@ def _fingerprint(images: ImageSet) -> str:
     return hashlib.sha256(images.pixels[np.arange(len(images))].tobytes()).hexdigest()
 
 
-def _chosen(names: Sequence[str], subject: Subject, meta: bool) -> tuple[str, ...]:
+def _chosen(names: Sequence[str], subject: Subject, meta: bool, *, live: bool) -> tuple[str, ...]:
+    """The metrics; what can't be measured of these images and explainers is refused."""
     demand_metrics(names)
-    chosen = list(names or DEFAULT)
+    gates = [name for name in (names or DEFAULT) if metric_of(name).use == "gate" or name == "adcc"]
+    if names and gates and not live:
+        raise UserError(
+            f"metric '{gates[0]}' asks for more maps, and all of these are stored: leave it out, "
+            "or compare a method or a network too"
+        )
+    if "deletion_rerendered" in names and subject.shapes is None:
+        raise UserError(
+            "metric 'deletion_rerendered' draws images again without their objects, which Shapes "
+            "alone can: leave it out, or give --data shapes"
+        )
+    chosen = [name for name in (names or DEFAULT) if live or name not in gates]
     if not names and subject.located:
         chosen += DEFAULT_WITH_MASKS
     masked = [name for name in chosen if metric_of(name).use == "mask"]

@@ -1,6 +1,7 @@
 """What `evaluate` compares: networks and explainers by the words on its command line."""
 
 import hashlib
+import inspect
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,12 +23,13 @@ from camdistill.explain.methods import METHODS, at_image
 from camdistill.networks.class_paths import resolve
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
-from camdistill.networks.weights import read_weights
+from camdistill.networks.weights import read_weights, sha256_of, weights_digest
 from camdistill.studies.evaluation import Explainer, Subject
 from camdistill.studies.pool import demand_pairs
-from camdistill.studies.values import CONTROLS, LADDER
+from camdistill.studies.values import CONTROLS, LADDER, UNREADABLE
 from camdistill.types import Explain, Images, Labels
 
+_BESIDE = {"teacher": "student", "student": "teacher"}
 RawMaps = Float[Tensor, "batch rows columns"]
 
 
@@ -75,7 +77,7 @@ def explainers_of(
     words: Sequence[str], networks: Networks, subject: Subject, trust: Sequence[str]
 ) -> list[Explainer]:
     """The explainers that words name, each once; several of one name are numbered."""
-    beside = {"teacher": "student", "student": "teacher"}[networks.of]
+    beside = _BESIDE[networks.of]
     default = ["grad_cam"] if networks.other is None else ["grad_cam", beside]
     found = [
         (name, _explainer(what, beside, networks, subject, trust))
@@ -86,6 +88,8 @@ def explainers_of(
     compared = []
     for name, one in found:
         called = name or one.name
+        if "#" in called:
+            raise UserError(f"'{called}' can't name an explainer, because of #: give NAME={called}")
         if called in CONTROLS or called.startswith(LADDER):
             raise UserError(f"'{called}' is the name of a control; give another: NAME={called}...")
         if counts[called] > 1 and not name:
@@ -103,13 +107,20 @@ def explainers_of(
 def _named(word: str) -> tuple[str, str]:
     """NAME=WHAT; a file's name may hold the sign too."""
     name, sign, what = word.partition("=")
-    if not sign or Path(word).exists():
+    if not sign or _is_file(word):
         return "", word
     if re.fullmatch(r"[\w.@ -]+", name) is None:
         raise UserError(
             f"'{name}' can't name an explainer: NAME=... takes letters, digits, _ - . @"
         )
     return name, what
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _explainer(
@@ -119,15 +130,16 @@ def _explainer(
         return _of_other(word, networks)
     if word.partition("@")[0] in METHODS:
         method, _, layer = word.partition("@")
-        return Explainer(word, at_image(method, layer or networks.layer))
+        layer = layer or networks.layer or ""
+        return Explainer(word, at_image(method, layer or None), kind=f"{method}@{layer}")
     if word.endswith(".npz"):
         return _stored(Path(word), subject)
     if word.endswith((".safetensors", ".ckpt")):
         return _of_checkpoint(Path(word), networks, trust)
-    if Path(word).is_file():
+    if _is_file(word):
         raise UserError(f"'{word}' is a file, but neither .safetensors, .ckpt nor .npz")
     if "." in word:
-        return Explainer(word, _callable(word))
+        return _callable(word)
     known = [*METHODS, *([beside] if networks.other is not None else [])]
     raise UserError(
         f"no explainer '{word}'; {nearest(word, known)}, or give package.module.function, "
@@ -138,13 +150,18 @@ def _explainer(
 def _of_other(name: str, networks: Networks) -> Explainer:
     """The map that the other network has for the class: whatever the explained one is."""
     assert networks.other is not None, "asked before"
-    return Explainer(name, _grad_cam_of(networks.other, networks.other_layer))
+    return Explainer(
+        name,
+        _grad_cam_of(networks.other, networks.other_layer),
+        kind=f"{name}@{networks.other_layer or ''}",
+        digest=weights_digest(networks.other),
+    )
 
 
 def _of_checkpoint(path: Path, networks: Networks, trust: Sequence[str]) -> Explainer:
     """What a file explains with: an adapted explainer, or another student's map for the class."""
     if path.suffix == ".safetensors" and holds_explainer(weights := read_weights(path)):
-        return Explainer(path.stem, _adapted(path), digest=weights.sha256)
+        return Explainer(path.stem, _adapted(path), kind="adapted", digest=weights.sha256)
     found = load(path, trust=trust)
     own, explained = (head_size(one.network) for one in (found.network, networks.explained))
     if own != explained:
@@ -153,7 +170,9 @@ def _of_checkpoint(path: Path, networks: Networks, trust: Sequence[str]) -> Expl
             "a student of the same classes"
         )
     layer = found.pairs[-1][0] if found.pairs else None
-    return Explainer(path.stem, _grad_cam_of(found.network, layer), digest=found.sha256)
+    made_by = weights_digest(found.network)
+    kind = f"{_BESIDE[networks.of]}@{layer or ''}"
+    return Explainer(path.stem, _grad_cam_of(found.network, layer), kind=kind, digest=made_by)
 
 
 def _grad_cam_of(other: nn.Module, layer: str | None) -> Explain:
@@ -177,8 +196,10 @@ def _adapted(path: Path) -> Explain:
     return explain
 
 
-def _callable(path: str) -> Explain:
+def _callable(path: str) -> Explainer:
     function = resolve(path)
+    source = inspect.getsourcefile(function) if inspect.isfunction(function) else None
+    digest = sha256_of(Path(source)) if source else ""
 
     def explain(network: nn.Module, images: Images, classes: Labels) -> RawMaps:
         maps = function(network, images, classes)
@@ -189,17 +210,17 @@ def _callable(path: str) -> Explain:
             )
         return maps
 
-    return explain
+    return Explainer(path, explain, kind=path, digest=digest)
 
 
 def _stored(path: Path, subject: Subject) -> Explainer:
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             arrays = dict(found)
     except FileNotFoundError:
         beside = [str(file) for file in path.parent.glob("*.npz")]
         raise UserError(f"no file '{path}'; {nearest(str(path), beside)}") from None
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"'{path}' is no .npz of arrays ({error}); save it again") from None
     maps = arrays.get("maps")
     if maps is None:
@@ -210,5 +231,10 @@ def _stored(path: Path, subject: Subject) -> Explainer:
             f"'maps' in '{path}' has the shape {list(maps.shape)} for {count} images: give one map "
             f"an image, [{count}, height, width], in the order of the images"
         )
+    if maps.dtype.kind not in "fiub" or not maps.size:
+        raise UserError(
+            f"'maps' in '{path}' has the shape {list(maps.shape)} and the type {maps.dtype}: give "
+            "real numbers"
+        )
     digest = hashlib.sha256(np.ascontiguousarray(maps).tobytes()).hexdigest()
-    return Explainer(path.stem, stored=maps.astype(np.float32), digest=digest)
+    return Explainer(path.stem, stored=maps.astype(np.float32), kind="stored", digest=digest)

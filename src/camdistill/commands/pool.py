@@ -1,12 +1,16 @@
 """`pool`: several evaluations in one table, their seeds or networks beside the images."""
 
+import time
 from pathlib import Path
 
+from camdistill.errors import UserError
+from camdistill.networks.weights import sha256_of
 from camdistill.report.results import write_atomically, write_results
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.evaluation_report import charts, write_cards
 from camdistill.studies.evaluation_tables import told
 from camdistill.studies.pool import read_pool
+from camdistill.studies.values import FILE
 
 
 def pool(
@@ -16,21 +20,34 @@ def pool(
 ) -> dict[str, object]:
     """Puts finished evaluations of the same explainers and images into one table.
 
-    They may differ in the seed of their random choices, or in the network that is explained:
-    students of several seeds. Intervals are over images and over these; with `--meta` evaluations
-    the metrics' own test is told as a mean with the lowest and the highest.
+    They may differ in the networks (students of several seeds): these are then seeds of one row,
+    with intervals over images and seeds. Where the seed of the random choices alone differs,
+    values of the same map are averaged. With `--meta` evaluations the metrics' own test is told as
+    a mean with the lowest and the highest.
 
     Args:
         runs: Folders of `camdistill evaluate`, two or more.
-        seed: Of the resampling where a row has one seed.
+        seed: Of the resampling of images.
         out: Folder for the results.
     """
+    begun = time.perf_counter()
+    if seed < 0:
+        raise UserError(f"seed is {seed}; give 0 or more")
+    if out.resolve() in [folder.resolve() for folder in runs]:
+        raise UserError(
+            f"--out '{out}' is one of the runs, and would be written over: name another"
+        )
     found, settings = read_pool(runs)
     meta = all(one.rungs for one in found.runs)
     results, table, text = told(found, seed, meta=meta)
     write_cards(charts(found, table), text, out)
     told_apart = [{name: one[name] for name in one if name != "images"} for one in settings]
-    write_results(out / "results.json", {**results, "runs": runs, "settings": told_apart})
+    write_results(
+        out / "results.json",
+        {**results, "runs": runs, "settings": told_apart},
+        seconds=time.perf_counter() - begun,
+        sha256={str(folder): sha256_of(folder / FILE) for folder in runs},
+    )
     write_atomically(out / "table.txt", text.encode())
     print(text)
     print(f"{out / 'results.json'} and charts beside it")

@@ -69,9 +69,9 @@ def crossed_interval(values: FloatArray, seed: int = 0, *, level: float = 0.95) 
     Both are samples. Each factor's mean square of the two-way layout gives its part of the half
     width with a t of its own degrees of freedom, and the parts are added in squares (as in Howe
     1974, for sums of variances): an interval over images alone where only they differ, over seeds
-    alone where only these do, and never narrower than it says; where both hardly differ next to
-    what is left, it is up to twice too wide with three seeds. Images without a value by any seed
-    are left out. One seed is bootstrapped over its images.
+    alone where only these do, and never narrower than it says. Where both hardly differ next to
+    what is left it is too wide: about twice with three seeds, five times with two. Images that lack
+    a value by one seed or more are left out. One seed is bootstrapped over its images.
 
     Args:
         values: NaN where there is none.

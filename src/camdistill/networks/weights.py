@@ -18,7 +18,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 
 from camdistill.errors import UserError, nearest
@@ -291,3 +291,12 @@ def _serialised(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     table = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
     table += b" " * (-len(table) % 8)
     return len(table).to_bytes(8, "little") + table + content[end:]
+
+
+def weights_digest(network: nn.Module) -> str:
+    """A sha256 of a network's weights: what tells it from another of the same kind."""
+    whole = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        whole.update(name.encode())
+        whole.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()

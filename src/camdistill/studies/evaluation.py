@@ -34,12 +34,15 @@ class Explainer:
         name: In tables.
         explain: Gives maps of any size; None where they are stored.
         stored: One map an image, in the images' order.
-        digest: Of the stored maps: other maps are another evaluation.
+        kind: What it is: a method at a layer, another network, a callable, stored maps.
+        digest: Of the maps, network or source that it is made of: another one is another
+            evaluation.
     """
 
     name: str
     explain: Explain | None = None
     stored: Float[np.ndarray, "images rows columns"] | None = None
+    kind: str = ""
     digest: str = ""
 
 

@@ -33,24 +33,24 @@ def told(pool: Pool, seed: int, *, meta: bool) -> tuple[dict[str, object], Table
     table, gains = means(pool, seed), differences(pool, seed)
     beats = {metric: beaten(pool, metric, seed) for metric in pool.metrics}
     judged = [verdicts(run, seed) for run in pool.runs] if meta else []
-    seeds = max(len(pool.scores(name, pool.metrics[0])) for name in pool.real)
-    corner = f"n = {pool.images}" + (f" x {seeds} seeds" if seeds > 1 else "")
-    blocks = _blocks(pool, table, corner)
-    if gains:
-        minus = {f"{name} minus {pool.real[0]}": row for name, row in gains.items()}
-        of_use = [metric for metric in pool.metrics if metric_of(metric).use in _COMPARED]
-        blocks.append(_block("differences, image by image", of_use, minus, corner))
-    blocks.append(_warnings(pool, beats, seeds))
+    blocks = _blocks(pool, {_titled(pool, name): row for name, row in table.items()})
+    of_use = [metric for metric in pool.metrics if metric_of(metric).use in _COMPARED]
+    minus = {f"{_titled(pool, name)} minus {pool.real[0]}": row for name, row in gains.items()}
+    if of_use and any(minus.values()):
+        blocks.append(_block("differences, image by image", of_use, minus, f"n = {pool.images}"))
+    blocks.append(_warnings(pool, beats))
     blocks.append(_costs(pool))
     if judged:
+        runs = len(judged)
+        over = f"; means of {runs} evaluations [lowest, highest]" if runs > 1 else ""
         blocks.append(
             "The metrics, put to the test (tau: Kendall's with the reference, over all maps or the "
-            "explainers alone)\n" + text_table(_meta_rows(judged), corner="metric", digits=2)
+            f"explainers alone{over})\n" + text_table(_meta_rows(judged), corner="metric", digits=2)
         )
     everyone = (*pool.real, *pool.controls)
     results: dict[str, object] = {
         "n": pool.images,
-        "seeds": seeds,
+        "seeds": {name: pool.seeds(name) for name in pool.real},
         "explainers": {name: table[name] for name in pool.real},
         "controls": {name: table[name] for name in pool.controls},
         "minus_first": gains,
@@ -65,12 +65,18 @@ def told(pool: Pool, seed: int, *, meta: bool) -> tuple[dict[str, object], Table
     return results, table, "\n\n".join(blocks) + "\n"
 
 
-def _blocks(pool: Pool, table: Table, corner: str) -> list[str]:
+def _titled(pool: Pool, name: str) -> str:
+    """A row's name, with the number of its seeds."""
+    count = pool.seeds(name)
+    return f"{name} ({count} seeds)" if count > 1 else name
+
+
+def _blocks(pool: Pool, table: Table) -> list[str]:
     found = []
     for title, uses in _BLOCKS.items():
         columns = [metric for metric in pool.metrics if metric_of(metric).use in uses]
         if columns:
-            found.append(_block(title, columns, table, corner))
+            found.append(_block(title, columns, table, f"n = {pool.images}"))
     return found
 
 
@@ -86,19 +92,32 @@ def _block(
     return f"{title}\n{text_table(shown, corner=corner)}"
 
 
-def _warnings(pool: Pool, beats: Mapping[str, Sequence[str]], seeds: int) -> str:
-    over = "images and seeds" if seeds > 1 else "images"
-    lines = [f"+ higher is better, - lower is better; 95 % intervals over {over}."]
+def _warnings(pool: Pool, beats: Mapping[str, Sequence[str]]) -> str:
+    lines = ["+ higher is better, - lower is better; 95 % intervals over images, and seeds if any."]
     for metric, pairs in beats.items():
         if pairs and metric_of(metric).use in ("rank", "paper", "mask", "learned"):
             lines.append(f"Don't rank by {metric} here, controls stand above: {', '.join(pairs)}")
     for name in pool.real:
-        whole = pool.images * len(pool.scores(name, pool.metrics[0]))
-        if count := pool.counted("failed", name):
-            lines.append(f"{name}: {count} of {whole} maps failed (NaN or infinity)")
-        if count := pool.counted("blank", name):
-            lines.append(f"{name}: {count} of {whole} maps blank")
+        lines += _gaps(pool, name)
     return "\n".join(lines)
+
+
+def _gaps(pool: Pool, name: str) -> list[str]:
+    """What of an explainer could not be measured."""
+    lines = []
+    whole = pool.images * pool.maps(name)
+    if count := pool.counted("failed", name):
+        lines.append(f"{name}: {count} of {whole} maps failed (NaN or infinity)")
+    if count := pool.counted("blank", name):
+        lines.append(f"{name}: {count} of {whole} maps blank")
+    for metric in pool.metrics:
+        known = ~np.isnan(pool.scores(name, metric))
+        if 0 < (without := int((~known.any(1)).sum())) < len(known):
+            lines.append(f"{name}: {without} of {len(known)} seeds have no value of {metric}")
+        common = int(known[known.any(1)].all(0).sum()) if known.any() else 0
+        if 0 < common < pool.images:
+            lines.append(f"{name}: {metric} is over {common} of {pool.images} images")
+    return lines
 
 
 def _costs(pool: Pool) -> str:
@@ -130,4 +149,6 @@ def _over_runs(cells: Sequence[Cell]) -> Cell:
     known = [number for number in numbers if isinstance(number, int | float)]
     if len(known) < len(numbers):
         return cells[0] if isinstance(cells[0], str) else None
+    if all(isinstance(number, int) for number in known):
+        return f"{min(known)} to {max(known)}" if min(known) < max(known) else min(known)
     return Interval(float(np.mean(known)), float(min(known)), float(max(known)))

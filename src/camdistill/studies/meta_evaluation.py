@@ -11,14 +11,13 @@ from scipy.stats import rankdata
 
 from camdistill.measure.intervals import (
     Interval,
-    crossed_interval,
     percentiles,
     resampled_means,
 )
 from camdistill.measure.metrics import metric_of
 from camdistill.report.results import Cell
-from camdistill.studies.pool import Pool
-from camdistill.studies.values import ORACLE, Values, signed
+from camdistill.studies.pool import OF_FIRST, Pool, over_seeds
+from camdistill.studies.values import ORACLE, Values, group_of, known_mean, signed
 
 REFERENCES = ("deletion_rerendered", "rank_accuracy")
 _SPLITS, _RESAMPLES = 200, 1000
@@ -55,21 +54,22 @@ class Verdict:
 
 def beaten(pool: Pool, metric: str, seed: int) -> list[str]:
     """Explainers that the metric puts below a control, one line for each pair."""
-    found, single = {}, {}
+    found: dict[str, float] = {}
+    single: dict[str, Means] = {}
+    if pool.images < 2:  # one image has no interval
+        return []
     for control in pool.controls:
         if control == ORACLE:
             continue
         for explainer in pool.real:
             # A blurred copy of the first explainer tells nothing about the others.
-            if control in ("blurred_copy", "inverted") and explainer != pool.real[0]:
+            if control in OF_FIRST and explainer != pool.real[0]:
                 continue
             gain = signed(metric) * pool.gains(control, explainer, metric)
-            if np.isnan(gain).any(0).all():
-                continue
             pair = f"{control} > {explainer}"
-            if len(gain) > 1:
-                found[pair] = crossed_interval(gain).low
-            else:
+            if len(gain) > 1 and (known := over_seeds(gain, seed)) is not None:
+                found[pair] = known.low
+            elif len(gain) == 1 and not np.isnan(gain).all():
                 single[pair] = gain[0]
     if single:  # one seed: all pairs with the same resamples of the images
         gains = np.stack(list(single.values()), 1)
@@ -87,8 +87,12 @@ def verdicts(values: Values, seed: int) -> dict[str, Verdict]:
 
 def _verdict(values: Values, metric: str, beats: Mapping[str, list[str]], seed: int) -> Verdict:
     # What needs a live explainer has no value for the controls.
-    told = [e for e in values.entries if not np.isnan(values.of(e, metric)).all()]
-    real = [e for e in values.real if e in told]
+    told = [
+        name
+        for name in dict.fromkeys(map(group_of, values.entries))
+        if not np.isnan(_column(values, metric, name)).all()
+    ]
+    real = [name for name in dict.fromkeys(map(group_of, values.real)) if name in told]
     everyone = [*real, *(e for e in values.controls if e in told)]
     own = _columns(values, metric, everyone)
     tau, tau_real = {}, {}
@@ -120,8 +124,15 @@ def _columns(
     values: Values, metric: str, entries: Sequence[str]
 ) -> Float[np.ndarray, "images entries"]:
     """Higher is better in all of them."""
-    columns = np.stack([values.of(entry, metric) for entry in entries], 1)
-    return columns.astype(np.float64) * signed(metric)
+    columns = np.stack([_column(values, metric, entry) for entry in entries], 1)
+    return columns * signed(metric)
+
+
+def _column(values: Values, metric: str, name: str) -> Float[np.ndarray, "images"]:
+    """Of several seeds the mean: one explainer is one map in an order."""
+    return known_mean(
+        np.stack([values.of(e, metric) for e in values.entries if group_of(e) == name])
+    )
 
 
 def _ladder(values: Values, metric: str, seed: int) -> Interval | None:
@@ -180,9 +191,11 @@ def kendall(
 
 
 def rows(found: Mapping[str, Verdict]) -> dict[str, dict[str, Cell]]:
-    """The verdicts as a table, metrics by their agreement with the first reference, best first."""
+    """The verdicts as a table, metrics by their agreement with the references, best first."""
     table: dict[str, dict[str, Cell]] = {}
-    for metric, verdict in found.items():
+    by_tau = sorted(found, key=lambda name: -sum(one.mean for one in found[name].tau.values()))
+    for metric in by_tau:
+        verdict = found[metric]
         row: dict[str, Cell] = {
             "use": metric_of(metric).use,
             "ladder": verdict.ladder,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ CONTROLS = (
     *("distractor", ORACLE),
 )
 FILE = "values.npz"
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # a damaged .npz
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ def group_of(entry: str) -> str:
     return entry.partition("#")[0]
 
 
+def known_mean(rows: Float[np.ndarray, "rows images"]) -> Float[np.ndarray, "images"]:
+    """Of each image the mean of the values that are known, NaN where none is."""
+    count = (~np.isnan(rows)).sum(0)
+    total = np.nansum(rows, 0, dtype=np.float64)
+    mean: NDArray[np.float64] = np.where(count, total / np.maximum(count, 1), np.nan)
+    return mean
+
+
 def save(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     """Writes arrays to a file, whole or not at all."""
     content = io.BytesIO()
@@ -113,7 +123,7 @@ def read_values(folder: Path) -> tuple[Values, dict[str, object]]:
     """
     path = folder / FILE
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             arrays = dict(found)
         entries, metrics = arrays["entries"].tolist(), arrays["metrics"].tolist()
         table = [[arrays[f"{entry}/{metric}"] for metric in metrics] for entry in entries]
@@ -133,11 +143,13 @@ def read_values(folder: Path) -> tuple[Values, dict[str, object]]:
         )
         settings: dict[str, object] = json.loads(str(arrays["settings"]))
     except FileNotFoundError:
-        hint = "an evaluation that isn't whole" if (folder / "partial").is_dir() else "none"
+        begun = " (an evaluation there isn't whole)" if (folder / "partial").is_dir() else ""
         raise UserError(
-            f"no {FILE} in '{folder}', but {hint}: name a finished folder of `camdistill evaluate`"
+            f"no {FILE} in '{folder}'{begun}: name a finished folder of `camdistill evaluate`"
         ) from None
-    except (OSError, ValueError, KeyError):
+    except NotADirectoryError:
+        raise UserError(f"'{folder}' is a file: name the folder that it lies in") from None
+    except UNREADABLE:
         raise UserError(
             f"'{path}' is not what `camdistill evaluate` writes, or was written before evaluations "
             "could be pooled; run that evaluation again"

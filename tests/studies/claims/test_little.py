@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from camdistill.distill.optimisation import Optimisation
-from camdistill.studies.claims.little import Batches, Recipe, fitted, weights_digest
+from camdistill.networks.weights import weights_digest
+from camdistill.studies.claims.little import Batches, Recipe, fitted
 from camdistill.studies.claims.rows import Lab
 
 

@@ -17,7 +17,8 @@ from camdistill.explain.maps import relu, resize, upsample
 from camdistill.explain.perturbation import occlusion
 from camdistill.explain.variants import hires_cam
 from camdistill.measure.localisation import energy_pointing_game
-from camdistill.studies.claims.little import Examples, Recipe, fitted, weights_digest
+from camdistill.networks.weights import weights_digest
+from camdistill.studies.claims.little import Examples, Recipe, fitted
 from camdistill.studies.claims.questions import APART, Asked, Language, Words, all_asked
 from camdistill.studies.claims.rows import Lab, Measured, Row, gain, mean
 from camdistill.studies.claims.scenes import Scenes, held_out, lessons, taught

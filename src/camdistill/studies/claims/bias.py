@@ -22,8 +22,9 @@ from camdistill.explain.gradcam import explain, grad_cam
 from camdistill.explain.maps import relu, upsample
 from camdistill.measure.localisation import energy_lift, energy_pointing_game
 from camdistill.networks.teachers import NetworkSpec, Preprocessed
+from camdistill.networks.weights import weights_digest
 from camdistill.perturb.asking import logits_of
-from camdistill.studies.claims.little import Examples, Recipe, fitted, weights_digest
+from camdistill.studies.claims.little import Examples, Recipe, fitted
 from camdistill.studies.claims.rows import Drawn, Lab, Measured, Row, drawn, mean, trained_gain
 from camdistill.studies.claims.scenes import drawn_lessons, taught
 from camdistill.studies.claims.training import trained

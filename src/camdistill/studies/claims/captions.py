@@ -14,7 +14,8 @@ from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.guided import guided_backprop, guided_grad_cam
 from camdistill.explain.maps import relu, upsample
 from camdistill.measure.localisation import inside_outside
-from camdistill.studies.claims.little import Examples, Recipe, fitted, weights_digest
+from camdistill.networks.weights import weights_digest
+from camdistill.studies.claims.little import Examples, Recipe, fitted
 from camdistill.studies.claims.rows import Lab, Measured, Row, gain, mean
 from camdistill.studies.claims.scenes import Scenes, held_out, lessons, taught
 from camdistill.studies.claims.sight import Look, Sight, features_of, log_odds

@@ -17,8 +17,9 @@ from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.guided import deconvnet, guided_backprop
 from camdistill.explain.maps import normalise, relu, upsample
 from camdistill.networks.students import ShallowCNN
+from camdistill.networks.weights import weights_digest
 from camdistill.perturb.imputers import blurred
-from camdistill.studies.claims.little import Examples, Recipe, fitted, weights_digest
+from camdistill.studies.claims.little import Examples, Recipe, fitted
 from camdistill.studies.claims.rows import Lab, Row, mean, trained_gain
 from camdistill.studies.claims.scenes import Scenes, held_out, lessons, taught
 from camdistill.types import Images, Masks, PerImage

@@ -87,15 +87,6 @@ def fitted(
     return network.to(lab.device).eval().requires_grad_(False)
 
 
-def weights_digest(network: nn.Module) -> str:
-    """A sha256 of a network's weights, for settings."""
-    whole = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        whole.update(name.encode())
-        whole.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return whole.hexdigest()
-
-
 def _kept(network: nn.Module, path: Path, said: str) -> bool:
     """Whether the folder had the weights; a damaged file is made again."""
     if not path.is_file():
