@@ -32,6 +32,8 @@ from camdistill.studies.evaluation_tables import told
 from camdistill.studies.meta_evaluation import REFERENCES
 from camdistill.studies.pool import Pool, makers
 
+MEASURED_AS = 2  # goes up when the same settings would give other values
+
 
 def evaluate(
     checkpoint: Path | None = None,
@@ -97,6 +99,7 @@ def evaluate(
     compared = explainers_of(explainers, networks, subject, trust)
     chosen = _chosen(metrics, subject, meta, live=any(one.explain for one in compared))
     settings = {
+        "measured_as": MEASURED_AS,
         "checkpoint": networks.sha256,
         "network": weights_digest(networks.explained),
         "explainers": [
