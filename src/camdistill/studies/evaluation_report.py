@@ -75,7 +75,8 @@ def _chart(
         for entry, row in table.items()
     }
     shown = [title for title in titles.values() if any(title in row for row in rows.values())]
-    title = f"+ higher, - lower is better; 95 % intervals over {pool.images} images"
+    several = " and seeds" if any(pool.seeds(name) > 1 for name in pool.real) else ""
+    title = f"+ higher, - lower is better; 95 % intervals over {pool.images} images{several}"
     lines = []
     for start in range(0, len(shown), ABREAST):
         part = shown[start : start + ABREAST]
