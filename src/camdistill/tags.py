@@ -2,7 +2,8 @@
 
 A tag has exactly one slash: what stands before it is the group, and the numbers put the groups in
 order. TensorBoard unfolds only the first two groups, so these hold what one looks at first. Tags of
-one layer are made by functions; every other tag is a constant.
+one layer are made by functions; every other tag is a constant. The list is long and stays one: the
+page that explains the cards is made of it, whichever rooms are imported.
 """
 
 import re

@@ -117,8 +117,9 @@ def evaluate(
             progress.update(task, completed=done, total=total)
 
         values = run(evaluation, out, on_batch)
-    results, table, text = told(Pool((values,), (makers(values, settings),)), seed, meta=meta)
-    write_pictures(evaluation, values, table, text, out)
+    pool = Pool((values,), (makers(values, settings),))
+    results, table, text = told(pool, seed, meta=meta)
+    write_pictures(evaluation, pool, table, text, out)
     write_results(
         out / "results.json",
         {**results, "command": {"of": of, "layer": networks.layer, "batch": batch, "seed": seed}},

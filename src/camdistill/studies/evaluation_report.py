@@ -25,14 +25,14 @@ ABREAST = 5  # charts in one line
 
 def write_pictures(
     evaluation: Evaluation,
-    values: Values,
+    pool: Pool,
     table: Mapping[str, Mapping[str, Interval]],
     text: str,
     folder: Path,
 ) -> None:
-    """Writes charts, curves, best and worst images as PNG files and as TensorBoard cards."""
-    found = charts(Pool((values,)), table)
-    found[tags.BEST_AND_WORST] = _best_and_worst(evaluation, values)
+    """Writes charts, curves, best and worst images of one evaluation as PNG files and as cards."""
+    found = charts(pool, table)
+    found[tags.BEST_AND_WORST] = _best_and_worst(evaluation, pool.runs[0])
     write_cards(found, text, folder)
 
 
