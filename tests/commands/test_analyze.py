@@ -307,6 +307,11 @@ def test_report_of_a_folder_without_events_is_a_mistake(tmp_path: Path, capsys) 
     assert "no TensorBoard events" in capsys.readouterr().err
 
 
+def _heeding_ctrl_c() -> None:
+    """A command that a script starts in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_the_middle_leaves_a_readable_report_of_a_part(tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -315,7 +320,11 @@ def test_ctrl_c_in_the_middle_leaves_a_readable_report_of_a_part(tmp_path: Path)
     given += ["--count", "64", "--steps", "100000", "--cards", "1", "--pictures", "1"]
     command = [sys.executable, "-m", "camdistill", "analyze", *given, "--out", str(out)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_heeding_ctrl_c,
     ) as running:
         try:
             for _ in range(600):
@@ -349,7 +358,11 @@ def test_ctrl_c_in_the_middle_leaves_a_readable_report_of_a_part(tmp_path: Path)
 def test_report_prints_the_front_page_and_stops_cleanly(trained: Path) -> None:
     command = [sys.executable, "-m", "camdistill", "report", "--run", str(trained), "--port", "0"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_heeding_ctrl_c,
     ) as server:
         try:
             lines = iter(server.stdout.readline, "")
