@@ -17,6 +17,8 @@ from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.types import Images
 
+CIFAR_SIDE = 32
+
 
 class ShownImages(NamedTuple):
     """Images in [0, 1] with their names and the names of their classes, where known."""
@@ -131,6 +133,11 @@ def _test_set(data: str, size: int) -> tuple[ImageSet, Shapes | None]:
         module = ShapesData(size=size)
         shapes = module.shapes("test")
     elif data in ("cifar10", "cifar100"):
+        if size != CIFAR_SIDE:
+            raise UserError(
+                f"{data}'s images are {CIFAR_SIDE} pixels wide, and {size} are asked for (by "
+                f"--size or the network); give --size {CIFAR_SIDE} to look at them as they are"
+            )
         module = CIFARData("cifar10" if data == "cifar10" else "cifar100")
     else:
         module = FolderData(Path(data), size=size)
