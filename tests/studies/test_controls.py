@@ -108,6 +108,14 @@ def test_means_are_means(maps: torch.Tensor, classes: torch.Tensor, images: torc
         np.testing.assert_allclose(by_class[number], own, atol=1e-12)
 
 
+def test_class_means_of_many_images_are_made_in_parts(
+    maps: torch.Tensor, classes: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = class_mean(maps, classes)
+    monkeypatch.setattr("camdistill.studies.controls.ROWS", 7)
+    torch.testing.assert_close(class_mean(maps, classes), whole)
+
+
 def test_edges_are_sobels_magnitude_averaged_over_cells(
     maps: torch.Tensor, classes: torch.Tensor, images: torch.Tensor
 ) -> None:

@@ -22,6 +22,7 @@ from camdistill.studies.plan import Study, Tuning
 from camdistill.studies.simulatability import LEDGER, Found, prepared, ranked
 
 SPEC = {"channels": [4, 6], "strides": [2, 2]}
+SPEC_OF = NetworkSpec("shallow_cnn", args=SPEC)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,58 @@ def test_nothing_runs_twice_and_widening_runs_what_is_new(
     assert len(ran) == len({(run.n, run.arm, run.beta, run.seed) for run in ran}) > 20
 
 
+def test_another_n_runs_what_is_new_and_fewer_run_nothing(
+    study: Study, ran: list[Run], tmp_path: Path
+) -> None:
+    narrow = replace(
+        study, folder=tmp_path, n=[16], controls=["mean", "randomised"], controls_n=[], seeds=[0]
+    )
+    first = ranked(narrow)
+    made = len(ran)
+    ran.clear()
+    wide = ranked(replace(narrow, n=[16, 40]))
+    assert {run.n for run in ran} == {40}
+    assert len(ran) == len(first.records)
+    assert {key: one for key, one in wide.records.items() if key[1] == 16} == first.records
+    ran.clear()
+    assert ranked(replace(narrow, n=[40])).records.items() <= wide.records.items()
+    assert ranked(narrow).records == first.records
+    assert ran == []
+    # one that was never narrower has another pool, and the same numbers but for rounding, and for
+    # the random teacher's normalisations, which are set by up to 512 images of the pool
+    fresh = ranked(replace(narrow, n=[16, 40], folder=tmp_path / "fresh"))
+    assert len(ran) == made + len(first.records)
+    for key, one in fresh.records.items():
+        if "randomised" not in key[2]:
+            assert wide.records[key].kl == pytest.approx(one.kl, rel=1e-2)
+
+
+def test_families_and_methods_of_two_names_are_one_run(
+    study: Study, ran: list[Run], tmp_path: Path
+) -> None:
+    short = replace(
+        study, folder=tmp_path, n=[16], controls=[], controls_n=[], shares=[], seeds=[0],
+        methods=["grad_cam@stage2", "grad_cam"], tuning=Tuning([1.0], 16, [7]),
+    )  # fmt: skip
+    first = ranked(short).records
+    assert len(ran) == 2
+    other = ranked(replace(short, students={"a": SPEC_OF, "b": SPEC_OF})).records
+    assert len(ran) == 2
+    assert set(other) == {(family, *key[1:]) for family in "ab" for key in first}
+    assert all(one.family == key[0] for key, one in other.items())
+
+
+def test_wrong_layers_and_students_are_told_before_the_teacher_is_asked(
+    study: Study, tmp_path: Path
+) -> None:
+    wrong = replace(study, folder=tmp_path, methods=["mask:parts", "grad_cam@stage9"])
+    with pytest.raises(UserError, match="no layer 'stage9'"):
+        prepared(wrong, "cpu")
+    with pytest.raises(UserError, match="don't end in global average pooling"):
+        prepared(replace(study, folder=tmp_path, students={"v": NetworkSpec("vgg11")}), "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_stacks_give_the_numbers_of_single_runs(study: Study, whole: Found, tmp_path: Path) -> None:
     short = replace(study, folder=tmp_path, controls=["random", "shuffled"], seeds=[0])
     found = ranked(short, stack=5)
@@ -261,6 +314,8 @@ def test_processes_give_the_numbers_of_this_one(study: Study, whole: Found, tmp_
         ({"controls_of": ["grad_cam@stage3"]}, "nearest: 'grad_cam@stage2'"),
         ({"controls_n": [17]}, "17, which is not among"),
         ({"shares": [1.0]}, "between 0 and 1"),
+        ({"shares": [0.5, 0.5]}, r"shares is \[0.5, 0.5\]; give each once"),
+        ({"controls": ["mean", "mean"]}, "controls is .*; give each once"),
         ({"students": {"t": NetworkSpec("shallow_cnn", "w.pt")}}, "students start untrained"),
     ],
     ids=str,
@@ -271,10 +326,17 @@ def test_wrong_questions_are_told(study: Study, change: dict[str, object], says:
 
 
 def test_wrong_betas_and_too_few_images_are_told(study: Study) -> None:
-    for betas in ([], [0.0], [1.0, 1.0]):
+    for betas in ([], [0.0], [1.0, 1.0], [float("nan")], [float("inf")]):
         with pytest.raises(UserError, match=r"tuning\.betas"):
             Tuning(betas)
     with pytest.raises(UserError, match=r"tuning\.seeds is empty"):
         Tuning([1.0, 2.0], None, [])
+    with pytest.raises(UserError, match=r"tuning\.seeds is \[7, 7\]; give each once"):
+        Tuning([1.0, 2.0], None, [7, 7])
+    for n in (-5, 0, 7):
+        with pytest.raises(UserError, match=rf"tuning\.n is {n}; students need 8"):
+            Tuning([1.0, 2.0], n)
+    with pytest.raises(UserError, match=r"tuning\.n is 600, but there are 60 training images"):
+        prepared(replace(study, tuning=Tuning([1.0, 2.0], 600)), "cpu")
     with pytest.raises(UserError, match="n is 600, but there are 60 training images"):
         prepared(replace(study, n=[600], controls_n=[]), "cpu")

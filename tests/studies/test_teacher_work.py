@@ -13,7 +13,7 @@ from camdistill.explain.gradcam import grad_cam
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Teacher
 from camdistill.studies import teacher_work
-from camdistill.studies.explanations import Source, source
+from camdistill.studies.explanations import Asked, Source, source
 from camdistill.studies.teacher_work import Piece, Sets
 
 DATA = ShapesData(train=40, val=9, test=11, classes=6)
@@ -94,6 +94,71 @@ def test_nothing_is_asked_twice_and_what_changed_is_asked_anew(
     teacher_work.opened.cache_clear()
     assert made() == first
     assert len(asked) == 8
+
+
+def test_a_build_that_was_killed_goes_on(
+    teacher: Teacher, sets: Sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_work, "CHUNK", 8)
+    monkeypatch.setattr(teacher_work, "PAUSE", 0.0)
+    whole = teacher_work.answers(tmp_path / "whole", teacher, sets)
+    inner, asked = source("grad_cam@stage2", DATA), []
+
+    def until(count: int) -> Source:
+        def maps(teacher: Teacher, what: Asked) -> torch.Tensor:
+            if len(asked) == count:
+                raise KeyboardInterrupt
+            asked.append(what.ids.tolist())
+            return inner.maps(teacher, what)
+
+        return Source("x", {}, maps, True)
+
+    wanted = teacher_work.maps(tmp_path / "whole", teacher, whole, until(-1))
+    asked.clear()
+    logits, calls = teacher_work._logits, [0]
+
+    def killed(*what: object) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 12:  # five chunks of the pool are two calls each: in the middle of val
+            raise KeyboardInterrupt
+        return logits(*what)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(teacher_work, "_logits", killed)
+    with pytest.raises(KeyboardInterrupt):
+        teacher_work.answers(tmp_path, teacher, sets)
+    known = teacher_work.answers(tmp_path, teacher, sets)
+    assert calls[0] == 10 + 2 + 2 + 1, "only the call that was killed is made again"
+    assert known.sha256 == whole.sha256
+    with pytest.raises(KeyboardInterrupt):
+        teacher_work.maps(tmp_path, teacher, known, until(5))
+    found = teacher_work.maps(tmp_path, teacher, known, until(-1))
+    assert found.sha256 == wanted.sha256
+    assert len(asked) == 5 + 6, "two chunks were whole"
+
+
+def test_pools_that_were_asked_about_are_found(
+    teacher: Teacher, sets: Sets, tmp_path: Path
+) -> None:
+    for count in (24, 40):
+        teacher_work.answers(tmp_path, teacher, sets.first(count))
+    assert teacher_work.answered(tmp_path, teacher, sets) == [24, 40]
+    assert teacher_work.answered(tmp_path, teacher, sets.first(30)) == [24]
+    other = Sets(sets.pool.subset(np.arange(40)[::-1]), sets.val, sets.test)
+    assert teacher_work.answered(tmp_path, teacher, other) == []
+    assert teacher_work.answered(tmp_path, Teacher.of(ShallowCNN(6, (4, 6), (2, 2))), sets) == []
+    (damaged,) = (path for path in tmp_path.glob("*/pool-ids.npy") if len(np.load(path)) == 24)
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    assert teacher_work.answered(tmp_path, teacher, sets) == [40]
+
+
+def test_large_maps_are_brought_to_the_grid_in_parts(
+    teacher: Teacher, sets: Sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = teacher_work.answers(tmp_path, teacher, sets)
+    stored = teacher_work.maps(tmp_path, teacher, known, source("grad_cam@stage1", DATA))
+    whole = teacher_work.targets(stored, 12, (4, 4))
+    monkeypatch.setattr(teacher_work, "AT_ONCE", 5 * 2 * 16 * 16)
+    torch.testing.assert_close(teacher_work.targets(stored, 12, (4, 4)), whole)
 
 
 def test_a_build_that_fails_leaves_nothing(teacher: Teacher, sets: Sets, tmp_path: Path) -> None:

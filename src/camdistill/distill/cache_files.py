@@ -172,14 +172,15 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told(folder: Path) -> Iterator[None]:
+def told(
+    folder: Path, cure: str = "free some space, or name another folder with CAMDISTILL_CACHE"
+) -> Iterator[None]:
     """A full disk, or a folder that can't be written, as a user's mistake with its cure."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"can't write the teacher cache {folder} ({error.strerror or error}); free some space, "
-            "or name another folder with CAMDISTILL_CACHE"
+            f"can't write the teacher cache {folder} ({error.strerror or error}); {cure}"
         ) from error
 
 

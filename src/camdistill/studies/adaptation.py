@@ -92,11 +92,12 @@ def adapt_study(
         alone = replace(study, methods=[base], controls=(), controls_of=())
         classroom = prepared(alone, device, on_progress)
         how = _complete(how, study, teacher, classroom)
-        own = learnt("teacher", teacher, classroom, how, folder, on_progress)
+        room = classroom.room(how.n or max(study.n))
+        own = learnt("teacher", teacher, room, how, folder, on_progress)
         own.explainer.save(folder / ADAPTED, {"best_round": own.best})
-        calibration = as_images(pool_of(classroom.known, CALIBRATION).pixels).to(device)
+        calibration = as_images(pool_of(room.known, CALIBRATION).pixels).to(device)
         other = randomised(teacher, calibration, study.seed).to(device)
-        control = learnt("randomised", other, classroom, how, folder, on_progress)
+        control = learnt("randomised", other, room, how, folder, on_progress)
         _store(folder / RANDOMISED, control.explainer, other, classroom)
     names = {
         "grad_cam": base,

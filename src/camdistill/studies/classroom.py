@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 
 import torch
@@ -113,6 +113,8 @@ class Classroom:
         classes: Number of logits.
         control_seed: Of what is random in controls.
         device: Where students are trained.
+        narrower: The same with smaller pools, by their sizes: a folder's runs of these n go on with
+            the pool that they began with.
     """
 
     known: Piece
@@ -122,9 +124,17 @@ class Classroom:
     classes: int
     control_seed: int = 0
     device: str = "cpu"
+    narrower: Mapping[int, "Classroom"] = field(default_factory=dict)
+
+    def room(self, n: int) -> "Classroom":
+        """Where runs of so many images are made: the smallest pool that has them."""
+        sizes = [size for size in self.narrower if n <= size]
+        return self.narrower[min(sizes)] if sizes else self
 
     def key(self, run: Run) -> str:
         """A sha256 of everything that decides a run's numbers."""
+        if (room := self.room(run.n)) is not self:
+            return room.key(run)
         arm, family = run.arm, self.families[run.family]
         drawn = arm.control is not None or arm.share is not None
         return digest_of(
@@ -149,6 +159,8 @@ class Classroom:
         first = runs[0]
         if any((run.family, run.n) != (first.family, first.n) for run in runs):
             raise ValueError("runs of several families or n can't be stacked")
+        if (room := self.room(first.n)) is not self:
+            return room(runs)
         family = self.families[first.family]
         pool = Pool(*(part.to(self.device) for part in pool_of(self.known, first.n)))
         lessons = []
@@ -191,6 +203,8 @@ class Classroom:
         """What an arm's students are taught: rectified maps, of images and mirror images."""
         if arm == NONE:
             return None
+        if (room := self.room(n)) is not self:
+            return room.maps(arm, family, n)
         grid = self.families[family].grid
         if arm.method is None:
             maps = torch.zeros(n, 2, *grid)

@@ -34,6 +34,7 @@ Control = Literal[
 ]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 OF_NO_METHOD: tuple[Control, ...] = ("random", "centre", "edges")  # the same for every method
+ROWS = 4096  # images whose classes are compared with all at once
 VERSION = 1  # goes up when any control changes
 
 
@@ -118,8 +119,11 @@ def shuffled(maps: Maps, classes: Labels, seed: int) -> Maps:
 
 def class_mean(maps: Maps, classes: Labels) -> Maps:
     """The mean map of each image's class."""
-    same = (classes[:, None] == classes[None, :]).to(maps)
-    return (same @ maps.flatten(1) / same.sum(1, keepdim=True)).view_as(maps)
+    means = []
+    for some in torch.split(classes, ROWS):
+        same = (some[:, None] == classes[None, :]).to(maps)
+        means.append(same @ maps.flatten(1) / same.sum(1, keepdim=True))
+    return torch.cat(means).view_as(maps)
 
 
 def blurred(maps: Maps) -> Maps:

@@ -55,12 +55,14 @@ class Source:
         key: What decides the maps, apart from the teacher and the images.
         maps: Gives raw maps.
         of_teacher: Whether the teacher is asked: then a randomised one gives a control.
+        layer: Of the teacher, if one is named.
     """
 
     name: str
     key: dict[str, str | None]
     maps: Callable[[Teacher, Asked], Maps]
     of_teacher: bool
+    layer: str | None = None
 
 
 def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
@@ -107,7 +109,7 @@ def _of_method(name: str, method: Explainer, layer: str | None) -> Source:
         (found,) = method(teacher, asked.images, layers, asked.classes).values()
         return _checked(name, found, len(asked.images))
 
-    return Source(name, _key(name, method, layer), maps, True)
+    return Source(name, _key(name, method, layer), maps, True, layer)
 
 
 def _of_function(name: str, function: Explain) -> Source:
@@ -234,7 +236,11 @@ def _of_file(name: str) -> Source:
         flip = asked.mirrored and mirrored == "maps"
         return (found.flip(-1) if flip else found).to(asked.images.device)
 
-    return Source(name, {"sha256": sha256_of(Path(name))}, maps, False)
+    # of the content: a file that is written again has another date inside
+    content = hashlib.sha256(ids.tobytes())
+    for key, array in stored.items():
+        content.update(f"{key} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return Source(name, {"sha256": content.hexdigest()}, maps, False)
 
 
 def _stored(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:

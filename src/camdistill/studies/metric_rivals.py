@@ -47,7 +47,8 @@ def by_hand(
     was measured stands in the ranking's folder, arm by arm, and isn't measured again.
     """
     rows = lessons.halves[1][:count]
-    pool = pool_of(found.classroom.known, found.study.n[0])
+    known_answers = found.classroom.room(found.study.n[0]).known
+    pool = pool_of(known_answers, found.study.n[0])
     images = as_images(pool.pixels[rows])
     masks = _masks(found, pool.ids[rows].numpy())
     names = [
@@ -62,7 +63,7 @@ def by_hand(
     values: dict[str, dict[str, float]] = {}
     for number, bag in enumerate(lessons.bags):
         maps = bag.maps[rows]
-        key = _key(maps, [VERSION, found.classroom.known.sha256, rows.tolist(), names])
+        key = _key(maps, [VERSION, known_answers.sha256, rows.tolist(), names])
         if key not in known:
             asked = asked or scene(teacher, images, names, "learn", masks=masks)
             means = measure(asked, upsample(maps, size), names).values.items()

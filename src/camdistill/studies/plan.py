@@ -27,13 +27,18 @@ class Tuning:
     seeds: list[int] = field(default_factory=lambda: [1000, 1001])
 
     def __post_init__(self) -> None:
-        if not self.betas or min(self.betas) <= 0 or len(set(self.betas)) < len(self.betas):
+        known = all(0 < beta < float("inf") for beta in self.betas)
+        if not self.betas or not known or len(set(self.betas)) < len(self.betas):
             raise UserError(
                 f"tuning.betas is {self.betas}; give weights above 0, each once (the arm 'none' "
                 "has 0)"
             )
         if len(self.betas) > 1 and not self.seeds:
             raise UserError("tuning.seeds is empty; give at least one, or a single beta")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"tuning.seeds is {self.seeds}; give each once")
+        if self.n is not None and self.n < 8:
+            raise UserError(f"tuning.n is {self.n}; students need 8 images or more")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,10 @@ class Study:
             values = list(getattr(self, name))
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{name} is {values}; give at least one, each once")
+        for name in ("controls", "controls_of", "controls_n", "shares"):
+            values = list(getattr(self, name))
+            if len(set(values)) < len(values):
+                raise UserError(f"{name} is {values}; give each once")
         if (least := min([self.seed, *self.seeds, *self.tuning.seeds])) < 0:
             raise UserError(f"a seed is {least}; seeds are 0 or more")
         if min(self.n) < 8:

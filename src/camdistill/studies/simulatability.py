@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from camdistill.data.datasets import ImageSet
 from camdistill.distill.cache_files import locked
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
+from camdistill.networks.capture import capture
 from camdistill.networks.teachers import Teacher
 from camdistill.studies import teacher_work
 from camdistill.studies.classroom import NONE, Arm, Classroom, Family, Run, arms_of
@@ -56,20 +57,38 @@ def prepared(study: Study, device: str, on_progress: Progress | None = None) -> 
     sources = {name: source(name, study.data, study.trust) for name in study.methods}
     sets = _sets(study)
     teacher = Teacher(study.teacher).to(device)
-    root = study.folder / "teacher"
-    known = teacher_work.answers(root, teacher, sets, on_progress=on_progress)
-    stored = {
-        (name, ""): teacher_work.maps(root, teacher, known, one, on_progress=on_progress)
-        for name, one in sources.items()
-    }
-    if "randomised" in study.controls:
-        stored |= _of_random_weights(study, teacher, known, sources, on_progress)
-    pool = teacher_work.pool_of(known, 2)
+    # what is wrong with the question is told before the teacher is asked for minutes
+    images = as_images(sets.pool.batch([0, 1]).pixels)
+    with torch.no_grad(), capture(teacher, [one.layer for one in sources.values() if one.layer]):
+        teacher(images.to(device))
     families = {
-        name: Family(spec, *pooled_layer(spec, teacher.classes, as_images(pool.pixels)))
+        name: Family(spec, *pooled_layer(spec, teacher.classes, images))
         for name, spec in study.students.items()
     }
-    return Classroom(known, stored, families, study.recipe, teacher.classes, study.seed, device)
+    root = study.folder / "teacher"
+    rooms = {}
+    for size in _pool_sizes(study, teacher_work.answered(root, teacher, sets)):
+        known = teacher_work.answers(root, teacher, sets.first(size), on_progress=on_progress)
+        stored = {
+            (name, ""): teacher_work.maps(root, teacher, known, one, on_progress=on_progress)
+            for name, one in sources.items()
+        }
+        if "randomised" in study.controls:
+            stored |= _of_random_weights(study, teacher, known, sources, on_progress)
+        rooms[size] = Classroom(
+            known, stored, families, study.recipe, teacher.classes, study.seed, device
+        )
+    return replace(rooms.pop(max(rooms)), narrower=rooms)
+
+
+def _pool_sizes(study: Study, answered: Sequence[int]) -> list[int]:
+    """How large pools are: that of the study's largest n, if its folder has none for an n yet.
+
+    A run's key says its whole pool, so a study that is widened goes on in the pools that it has.
+    """
+    needed = {*study.n, study.n_of_tuning}
+    found = {min((size for size in answered if n <= size), default=max(needed)) for n in needed}
+    return sorted(found)
 
 
 def _of_random_weights(
@@ -95,7 +114,7 @@ def _of_random_weights(
 
 
 def _sets(study: Study) -> Sets:
-    """The pool in an order by seed alone, so that a larger n contains the smaller ones."""
+    """All training images in an order by seed alone: a larger n contains the smaller ones."""
     data = study.data
     data.prepare_data()
     data.setup("fit")
@@ -104,15 +123,13 @@ def _sets(study: Study) -> Sets:
     assert train is not None, "setup made it"
     assert val is not None, "setup made it"
     assert test is not None, "setup made it"
-    wanted = max(*study.n, study.n_of_tuning)
-    if wanted > len(train):
-        raise UserError(f"n is {wanted}, but there are {len(train)} training images; take fewer")
+    for name, wanted in (("n", max(study.n)), ("tuning.n", study.n_of_tuning)):
+        if wanted > len(train):
+            raise UserError(
+                f"{name} is {wanted}, but there are {len(train)} training images; take fewer"
+            )
     order = np.random.default_rng([study.seed, *b"rank"]).permutation(len(train))
-    return Sets(_subset(train, order[:wanted]), val, test)
-
-
-def _subset(whole: ImageSet, rows: np.ndarray) -> ImageSet:
-    return whole.subset(rows.astype(np.int64))
+    return Sets(train.subset(order.astype(np.int64)), val, test)
 
 
 def ranked(
@@ -250,14 +267,20 @@ class _Work:
     def _do(self, runs: Sequence[Run]) -> list[Record]:
         """What is missing of some runs, and the records of all."""
         keys = {run: self._classroom.key(run) for run in runs}
-        missing = [run for run in runs if keys[run] not in self._ledger.records]
+        missing: dict[str, Run] = {}  # by key: arms of two names may be the same run
+        for run, key in keys.items():
+            if key not in self._ledger.records:
+                missing.setdefault(key, run)
         self._told(len(runs) - len(missing))
-        for group, records in self._crew.results(_stacks(missing, self._stack)):
+        for group, records in self._crew.results(_stacks(list(missing.values()), self._stack)):
             self._ledger.add(records)
             self._told(len(group))
         found = [self._ledger.records[keys[run]] for run in runs]
-        # an arm may have had another name when the same run was made
-        return [replace(one, arm=run.arm.name) for run, one in zip(runs, found, strict=True)]
+        # an arm or a family may have had another name when the same run was made
+        return [
+            replace(one, arm=run.arm.name, family=run.family)
+            for run, one in zip(runs, found, strict=True)
+        ]
 
     def _told(self, count: int) -> None:
         self._done += count

@@ -4,10 +4,12 @@ Each piece lies in a folder of its own that is named after everything that decid
 is checked when it is opened, so a study that is widened asks for what is new alone.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +32,7 @@ from camdistill.distill.cache_files import (
     unpack,
 )
 from camdistill.distill.training import as_images
+from camdistill.errors import UserError
 from camdistill.explain.maps import relu, resize
 from camdistill.networks.teachers import Teacher
 from camdistill.studies.explanations import Asked, Source
@@ -38,6 +41,8 @@ from camdistill.types import Logits, Pixels
 
 VERSION = 1
 CHUNK = 128  # images in one forward of the teacher
+PAUSE = 10.0  # seconds between the points from which a killed build goes on
+AT_ONCE = 2**27  # values of raw maps that are brought to the students' grid together: 512 MB
 Progress = Callable[[str, int, int], None]
 
 
@@ -58,7 +63,7 @@ class Piece:
         return opened(self)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=128)  # of memory maps; a study's runs go through all of its pieces
 def opened(piece: Piece) -> dict[str, Tensor]:
     """A piece's arrays, kept for the next run."""
     key = json.loads((piece.folder / "meta.json").read_text())["key"]
@@ -79,40 +84,86 @@ class Sets:
     val: ImageSet
     test: ImageSet
 
+    def first(self, count: int) -> "Sets":
+        """With a pool of so many images."""
+        return Sets(self.pool.subset(np.arange(count)), self.val, self.test)
+
+
+def answered(root: Path, teacher: Teacher, sets: Sets) -> list[int]:
+    """Of how many first images of a pool there are answers already, in studies of other n."""
+    sizes = []
+    for path in root.glob("answers-*/pool-ids.npy"):
+        with contextlib.suppress(OSError, ValueError, EOFError):  # damaged: it is made anew
+            count = len(np.load(path, mmap_mode="r"))
+            if count <= len(sets.pool):
+                key = _key_of_answers(teacher, sets.first(count))
+                sizes += [count] * (_folder(root, "answers", key) == path.parent)
+    return sorted(sizes)
+
 
 def answers(
     root: Path, teacher: Teacher, sets: Sets, *, on_progress: Progress | None = None
 ) -> Piece:
     """Pixels and the teacher's logits of all sets, those of mirrored images too for the pool."""
-    parts = {"pool": sets.pool, "val": sets.val, "test": sets.test}
-    key: Key = {
-        "version": VERSION,
-        "teacher": teacher_sha256(teacher),
-        **{name: [one.fingerprint, _sha256(one.ids)] for name, one in parts.items()},
-    }
+    parts = _parts(sets)
 
     def write(draft: Draft) -> None:
         done, total = 0, sum(map(len, parts.values()))
         for name, images in parts.items():
-            views = 2 if name == "pool" else 1
-            pixels = np.dtype(np.uint8)
-            draft.allocate(f"{name}/pixels", tuple(images.pixels.shape), pixels)
-            shape = (len(images), views, teacher.classes)
-            draft.allocate(f"{name}/logits", shape, np.dtype(np.float32))
-            draft.allocate(f"{name}/ids", (len(images),), np.dtype(np.int64))
-            draft.arrays[f"{name}/ids"][:] = images.ids
-            for start in range(0, len(images), CHUNK):
-                rows = slice(start, min(start + CHUNK, len(images)))
-                batch = images.batch(np.arange(rows.start, rows.stop))
-                draft.arrays[f"{name}/pixels"][rows] = batch.pixels.numpy()
-                for view in range(views):
-                    own = batch.pixels.flip(-1) if view else batch.pixels
-                    draft.arrays[f"{name}/logits"][rows, view] = _logits(teacher, own).numpy()
-                done += rows.stop - rows.start
+            for rows in _chunks(draft, len(images), before=done):
+                _answer(draft, name, images, rows, teacher)
                 if on_progress is not None:
-                    on_progress("teacher's answers", done, total)
+                    on_progress("teacher's answers", done + rows.stop, total)
+            done += len(images)
 
-    return _piece(root, "answers", key, write)
+    return _piece(root, "answers", _key_of_answers(teacher, sets), write)
+
+
+def _parts(sets: Sets) -> dict[str, ImageSet]:
+    return {"pool": sets.pool, "val": sets.val, "test": sets.test}
+
+
+def _key_of_answers(teacher: Teacher, sets: Sets) -> Key:
+    parts = _parts(sets).items()
+    return {
+        "version": VERSION,
+        "teacher": teacher_sha256(teacher),
+        **{name: [one.fingerprint, _sha256(one.ids)] for name, one in parts},
+    }
+
+
+def _answer(draft: Draft, name: str, images: ImageSet, rows: slice, teacher: Teacher) -> None:
+    """Writes down what the teacher says of some images of a set, and with the first their ids."""
+    views = 2 if name == "pool" else 1
+    if rows.start == 0:
+        shape = (len(images), views, teacher.classes)
+        draft.allocate(f"{name}/pixels", tuple(images.pixels.shape), np.dtype(np.uint8))
+        draft.allocate(f"{name}/logits", shape, np.dtype(np.float32))
+        draft.allocate(f"{name}/ids", (len(images),), np.dtype(np.int64))
+        draft.arrays[f"{name}/ids"][:] = images.ids
+    batch = images.batch(np.arange(rows.start, rows.stop))
+    draft.arrays[f"{name}/pixels"][rows] = batch.pixels.numpy()
+    for view in range(views):
+        own = batch.pixels.flip(-1) if view else batch.pixels
+        draft.arrays[f"{name}/logits"][rows, view] = _logits(teacher, own).numpy()
+
+
+def _chunks(draft: Draft, count: int, *, before: int = 0) -> Iterator[slice]:
+    """The rows that a draft lacks, some at a time; what is done is noted in between.
+
+    Args:
+        draft: It goes on from where it was killed.
+        count: Of rows.
+        before: Of rows of the same draft that come first.
+    """
+    noted = time.monotonic()
+    for start in range(max(0, draft.done - before), count, CHUNK):
+        rows = slice(start, min(start + CHUNK, count))
+        yield rows
+        draft.done = before + rows.stop
+        if time.monotonic() - noted >= PAUSE:
+            draft.note()
+            noted = time.monotonic()
 
 
 def maps(
@@ -142,8 +193,7 @@ def maps(
     def write(draft: Draft) -> None:
         pool = pool_of(known)
         count, device = len(pool.pixels), teacher.mean.device
-        for start in range(0, count, CHUNK):
-            rows = slice(start, min(start + CHUNK, count))
+        for rows in _chunks(draft, count):
             for view in range(2):
                 pixels = pool.pixels[rows].flip(-1) if view else pool.pixels[rows]
                 asked = Asked(
@@ -181,8 +231,10 @@ def targets(
 ) -> Float[Tensor, "batch 2 rows columns"]:
     """Rectified maps of the first images of the pool on the students' grid."""
     arrays = stored.arrays()
-    raw = unpack(arrays["maps"][:count], arrays["maps/scale"][:count])
-    return resize(relu(raw), grid)
+    packed, scale = (arrays[name][:count] for name in ("maps", "maps/scale"))
+    size = max(1, AT_ONCE // packed[0].numel())
+    parts = zip(torch.split(packed, size), torch.split(scale, size), strict=True)
+    return torch.cat([resize(relu(unpack(*part)), grid) for part in parts])
 
 
 def _logits(teacher: Teacher, pixels: Pixels) -> Logits:
@@ -192,9 +244,8 @@ def _logits(teacher: Teacher, pixels: Pixels) -> Logits:
 
 
 def _piece(root: Path, kind: str, key: Key, write: Callable[[Draft], None]) -> Piece:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = root / f"{kind}-{digest[:24]}"
-    with told(folder):
+    folder = _folder(root, kind, key)
+    with told(folder, "free some space, or name another --out"):
         root.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             try:
@@ -204,12 +255,16 @@ def _piece(root: Path, kind: str, key: Key, write: Callable[[Draft], None]) -> P
                 draft = Draft(folder, key)
                 try:
                     write(draft)
-                    draft.finish({})
-                except BaseException:
+                except UserError:
                     draft.discard()
                     raise
+                draft.finish({})
     meta: Mapping[str, Mapping[str, str]] = json.loads((folder / "meta.json").read_text())
     return Piece(folder, digest_of(meta["sha256"]))
+
+
+def _folder(root: Path, kind: str, key: Key) -> Path:
+    return root / f"{kind}-{digest_of(key)[:24]}"
 
 
 def digest_of(parts: Mapping[str, object]) -> str:
