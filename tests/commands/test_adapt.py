@@ -46,7 +46,7 @@ def test_it_adapts_judges_on_fresh_students_and_goes_on(
     runs = (folder / "out/runs.jsonl").read_text()
     assert len(runs.splitlines()) == 2 * 2 * 4  # families, seeds, arms
     rounds = {path.name: path.read_bytes() for path in (folder / "out/rounds").iterdir()}
-    assert len(rounds) == 2 * 2
+    assert len(rounds) == 2 * 3
     results = json.loads((folder / "out/results.json").read_text())
     whole = results["explainers"]["teacher"]
     assert [one["number"] for one in whole["rounds"]] == [0, 1, 2]
@@ -61,6 +61,7 @@ def test_it_adapts_judges_on_fresh_students_and_goes_on(
         raise AssertionError("it was done before")
 
     monkeypatch.setattr("camdistill.studies.adaptation_rounds.adapt_once", never)
+    monkeypatch.setattr("camdistill.studies.adaptation_rounds.teach", never)
     assert main(["adapt", "-c", "tiny.yaml", "--out", "out"]) == 0
     assert (folder / "out/runs.jsonl").read_text() == runs
     again = json.loads((folder / "out/results.json").read_text())
@@ -71,7 +72,7 @@ def test_it_adapts_judges_on_fresh_students_and_goes_on(
     assert main(["adapt", "-c", "tiny.yaml", "--out", "out", "--adaptation.rounds", "3",
                  "--adaptation.patience", "3"]) == 0  # fmt: skip
     after = {path.name: path.read_bytes() for path in (folder / "out/rounds").iterdir()}
-    assert len(after) == 2 * 3
+    assert len(after) == 2 * 4
     assert all(after[name] == content for name, content in rounds.items())
 
 
@@ -115,6 +116,8 @@ def test_rank_and_evaluate_take_an_explainer_by_file(folder: Path) -> None:
         ("--adaptation.rounds 0", "rounds 0 and patience 2; give 1 or more"),
         ("--adaptation.lr 0", "lie above 0"),
         ("--adaptation.judges []", "give one or more seeds"),
+        ("--adaptation.judges [50,50]", "give each once"),
+        ("--adaptation.judges [3001]", "seed 3001 is in adaptation.judges and of a round"),
         ("--adaptation.seed 0", "seed 0 is in both seeds and the adaptation's"),
         ("--adaptation.judges [7]", "seed 7 is in both tuning.seeds and the adaptation's"),
         ("--adaptation.n 30", "adaptation.n is 30; its students need 8 images or more, and the"),

@@ -165,6 +165,7 @@ def test_ladder_is_the_rank_correlation_of_share_and_agreement(found: Found) -> 
     assert ladder_correlation(list(steps), means) == pytest.approx(1.0)
     assert ladder_correlation([0.0, 0.5, 1.0], [0.3, 0.1, 0.2]) == pytest.approx(-0.5)
     assert np.isnan(ladder_correlation([0.0, 1.0], [0.1, 0.2]))
+    assert np.isnan(ladder_correlation([0.0, 0.5, 1.0], [1.0, 1.0, 1.0]))
 
 
 def test_area_is_the_mean_gain_over_n(found: Found) -> None:
@@ -189,7 +190,8 @@ def test_report_says_everything_and_can_be_read_back(found: Found, tmp_path: Pat
     assert "Told apart, of 3 pairs of methods (p < 0.05, Holm): good > fair; good > useless" in text
     for part in ("tiny n=100", "wide n=400", "good mixed 0.25", "Kendall's tau", "Spearman of"):
         assert part in text
-    assert "Beta at the edge of what was tried: none (1), random (1)" in text
+    assert "Beta at the edge of what was tried: none of tiny (1), random of tiny (1)" in text
+    assert "One seed" not in text
     path = write_results(tmp_path / "results.json", results(found, leaks, {"good": 0.5}))
     read = read_results(path)
     row = read["students"]["tiny"]["n=100"]["good"]  # type: ignore[index]
@@ -203,6 +205,23 @@ def test_report_says_everything_and_can_be_read_back(found: Found, tmp_path: Pat
     assert read["leakage"]["good"]["chance"] == 0.2  # type: ignore[index]
     assert read["blank"] == {"good": 0.5}
     assert chart(found).shape[2] == 3
+
+
+def test_what_cannot_be_told_is_not_printed() -> None:
+    every = {("good", share): 2.0 for share in (0.25, 0.5, 0.75, "shuffled")} | {("good",): 2.0}
+    found = found_with(every | {("fair",): 2.0, ("useless",): 2.0}, seeds=1, images=50)
+    text = f"{gate_text(found)}\n{ranking_text(found, {})}"
+    assert "nan" not in text
+    assert "tiny n=100, 1 seed:" in text
+    assert text.endswith("over test images alone and say nothing of other students.")
+
+
+def test_scalars_of_arms_that_are_gone_are_gone(found: Found, tmp_path: Path) -> None:
+    (tmp_path / "tensorboard" / "tiny.old").mkdir(parents=True)
+    (tmp_path / "tensorboard" / "tiny.old" / "events.out.tfevents.1.x").touch()
+    folder = log_scalars(found, tmp_path)
+    assert not (folder / "tiny.old").exists()
+    assert (folder / "tiny.good").is_dir()
 
 
 def test_scalars_have_n_as_their_step_and_are_drawn_anew(found: Found, tmp_path: Path) -> None:

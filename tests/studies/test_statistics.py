@@ -110,6 +110,26 @@ def test_holm_equals_its_definition() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
+def test_sign_flips_of_many_seeds_are_those_of_all_choices(seed: int) -> None:
+    # thirds repeat, so that many choices have equal sums that rounding tells apart
+    values = np.random.default_rng(seed).integers(-3, 6, 15) / 3
+    signs = 2 * ((np.arange(2**15)[:, None] >> np.arange(15)) & 1) - 1
+    thirds = np.abs(signs @ np.round(values * 3).astype(int))
+    assert sign_flip_p(values) == pytest.approx((thirds >= thirds[-1]).mean(), abs=1e-12)
+    assert sign_flip_p([0.1, 0.2, -0.3]) == 1.0
+    assert sign_flip_p(np.zeros(5)) == 1.0
+    assert sign_flip_p(np.zeros(50)) == 1.0
+
+
+def test_sign_flips_of_more_seeds_than_can_be_told_one_by_one() -> None:
+    # one third of 36 seeds against: 2 P(at most 12 of 36 heads)
+    values = np.repeat([1.0, -1.0], [24, 12])
+    assert sign_flip_p(values) == pytest.approx(2 * stats.binom.cdf(12, 36, 0.5))
+    wide = np.repeat([1.0, -1.0], [130, 90])
+    assert sign_flip_p(wide) == pytest.approx(2 * stats.binom.cdf(90, 220, 0.5), rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(4))
 def test_sign_flips_equal_scipys_permutation_test(seed: int) -> None:
     values = np.random.default_rng(seed).normal(0.5, 1, 6)
     wanted = stats.permutation_test(

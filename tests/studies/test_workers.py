@@ -1,5 +1,6 @@
 """Processes do every job once, and one that is killed costs its own job alone."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,30 @@ def test_a_killed_process_is_replaced_and_its_job_done_again(tmp_path: Path) -> 
         # the same processes do more
         assert list(crew.results(["7"])) == [("7", 7)]
     assert note.exists()
+
+
+@pytest.mark.slow
+def test_what_others_had_begun_is_done_when_a_job_fails(tmp_path: Path) -> None:
+    begun, failing = (f"__import__('pathlib').Path({str(tmp_path / name)!r})" for name in "bf")
+    wait = "[__import__('time').sleep(0.05) for _ in iter({}.exists, True)]"
+    slow = f"({begun}.touch(), {wait.format(failing)}, __import__('time').sleep(1), 'done')[-1]"
+    error = "__import__('camdistill.errors').errors.UserError('wrong')"
+    wrong = f"({wait.format(begun)}, {failing}.touch(), (_ for _ in ()).throw({error}))"
+    found = []
+    with Crew(eval, 2) as crew:
+        with pytest.raises(UserError, match="wrong"):
+            found.extend(crew.results([slow, wrong, "3"]))
+        assert found == [(slow, "done")], "what nobody had begun isn't"
+        assert list(crew.results(["7"])) == [("7", 7)]
+
+
+@pytest.mark.slow
+def test_processes_that_start_do_not_hear_ctrl_c() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    asks = "__import__('signal').getsignal(2) == __import__('signal').SIG_IGN"
+    with Crew(eval, 1) as crew:
+        assert list(crew.results([asks])) == [(asks, True)]
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.slow

@@ -11,14 +11,15 @@ from camdistill.commands.running import (
     progress_bar,
     teller,
     unused_teller,
+    weights_sha256,
 )
 from camdistill.data.modules import ImageData
 from camdistill.networks.teachers import NetworkSpec
-from camdistill.report.figures.intervals import interval_chart
+from camdistill.networks.weights import sha256_of
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import write_atomically, write_results
 from camdistill.studies.adaptation import ADAPTED, adapt_study
-from camdistill.studies.adaptation_report import adaptation_results, adaptation_text, intervals
+from camdistill.studies.adaptation_report import adaptation_results, adaptation_text, chart
 from camdistill.studies.adaptation_rounds import Adaptation
 from camdistill.studies.controls import Control
 from camdistill.studies.lessons import Recipe
@@ -94,8 +95,9 @@ def adapt(
     text = f"{adaptation_text(found)}\n"
     write_atomically(out / "table.txt", text.encode())
     results = adaptation_results(found)
-    path = write_results(out / "results.json", results, seconds=time.monotonic() - start)
-    over = f"Agreement, 95 % intervals, {len(seeds)} seeds"
-    picture = save_png(out / "gains.png", interval_chart(intervals(found), title=over))
+    sha256 = {"teacher": weights_sha256(teacher), "explainer": sha256_of(out / ADAPTED)}
+    seconds = time.monotonic() - start
+    path = write_results(out / "results.json", results, seconds=seconds, sha256=sha256)
+    picture = save_png(out / "gains.png", chart(found))
     print(f"\n{text}\nExplainer: {out / ADAPTED}   Results: {path}   Chart: {picture}")
     return results

@@ -11,11 +11,12 @@ from camdistill.commands.running import (
     progress_bar,
     teller,
     unused_teller,
+    weights_sha256,
 )
 from camdistill.data.modules import ImageData
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
-from camdistill.report.results import write_results
+from camdistill.report.results import write_atomically, write_results
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.controls import CONTROLS, Control
 from camdistill.studies.lessons import Recipe
@@ -111,8 +112,9 @@ def _written(found: Found, seconds: float) -> dict[str, object]:
     out, leaked = found.study.folder, leaks(found)
     whole = results(found, leaked, blanks(found))
     text = f"{gate_text(found)}\n\n{ranking_text(found, leaked)}\n"
-    (out / "table.txt").write_text(text, encoding="utf-8")
-    path = write_results(out / "results.json", whole, seconds=seconds)
+    write_atomically(out / "table.txt", text.encode())
+    sha256 = {"teacher": weights_sha256(found.study.teacher)}
+    path = write_results(out / "results.json", whole, seconds=seconds, sha256=sha256)
     picture = save_png(out / "gains.png", chart(found))
     board = log_scalars(found, out)
     print(f"\n{text}\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")

@@ -14,6 +14,8 @@ from rich.progress import (
 )
 
 from camdistill.errors import UserError
+from camdistill.networks.teachers import NetworkSpec
+from camdistill.networks.weights import sha256_of
 from camdistill.report.results import available_cores
 
 STACK = 32  # students that train as one on a GPU
@@ -28,6 +30,8 @@ def chosen_device(name: str | None) -> str:
 
 def processes(workers: int | None, device: str) -> int:
     """What --workers stands for on a device: nothing is the cores, on a GPU this process alone."""
+    if workers is not None and workers < 0:
+        raise UserError(f"workers is {workers}; give 0 (this process alone) or more")
     if workers is not None:
         return workers
     return available_cores() if device == "cpu" else 0
@@ -35,7 +39,15 @@ def processes(workers: int | None, device: str) -> int:
 
 def at_once(stack: int | None, device: str) -> int:
     """What --stack stands for on a device: nothing is one student, on a GPU many."""
+    if stack is not None and stack < 1:
+        raise UserError(f"stack is {stack}; give 1 or more students")
     return stack or (1 if device == "cpu" else STACK)
+
+
+def weights_sha256(network: NetworkSpec) -> str | None:
+    """Of the file that a network's weights come from; None where there is none."""
+    path = Path(network.weights or "")
+    return sha256_of(path) if path.is_file() else None
 
 
 def progress_bar() -> Progress:

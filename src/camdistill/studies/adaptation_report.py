@@ -1,16 +1,17 @@
 """What adapting an explainer was worth, as text, as `results.json` and as a chart's table."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 
 from camdistill.explain.learnable import LearnableCAM, sparsemax
 from camdistill.measure.intervals import Interval
+from camdistill.report.figures.intervals import interval_chart
+from camdistill.report.figures.pictures import Picture
 from camdistill.report.results import Cell, text_table
 from camdistill.studies.adaptation import Adapted
 from camdistill.studies.adaptation_rounds import Learnt
 from camdistill.studies.ranking import LEVEL, Condition, bootstrap, conditions, table
+from camdistill.studies.ranking_report import one_seed_text, seeds_of
 from camdistill.studies.statistics import Gain, holm
 
 QUESTIONS = {
@@ -73,15 +74,15 @@ def adaptation_text(adapted: Adapted) -> str:
             adapted.name_of(name): {"agreement": row.agreement, "KL": row.kl, "beta": row.beta}
             for name, row in table(adapted.found, condition).items()
         }
-        seeds = len(adapted.found.study.seeds)
-        parts.append(text_table(rows, corner=f"{_named(condition)}, {seeds} seeds"))
+        parts.append(text_table(rows, corner=f"{_named(condition)}, {seeds_of(adapted.found)}"))
         gains = differences(adapted, condition)
         shown: dict[str, dict[str, Cell]] = {
             what: {"agreement": _interval(one), "p": one.p, "detectable": one.mde}
             for what, one in gains.items()
         }
         parts.append(text_table(shown, corner="difference"))
-    return "\n\n".join([*parts, verdict(adapted)])
+    parts += [verdict(adapted), one_seed_text(adapted.found)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def adaptation_results(adapted: Adapted) -> dict[str, object]:
@@ -116,15 +117,18 @@ def adaptation_results(adapted: Adapted) -> dict[str, object]:
     }
 
 
-def intervals(adapted: Adapted) -> Mapping[str, Mapping[str, Interval]]:
-    """Differences by question, then by condition: what the chart shows."""
-    return {
+def chart(adapted: Adapted) -> Picture:
+    """Differences of agreement by question, a chart for each condition."""
+    rows = {
         what: {
             _named(condition): _interval(differences(adapted, condition)[what])
             for condition in conditions(adapted.found)
         }
         for what in QUESTIONS
     }
+    title = f"Difference of agreement, 95 % intervals, {seeds_of(adapted.found)}"
+    zero = {_named(condition): 0.0 for condition in conditions(adapted.found)}
+    return interval_chart(rows, title=title, references=zero)
 
 
 def parameters(explainer: LearnableCAM) -> dict[str, dict[str, Cell]]:

@@ -65,10 +65,22 @@ class Adaptation:
             )
         if not self.judges or min([self.seed, *self.judges]) < 0:
             raise UserError("adaptation.judges: give one or more seeds, 0 or more")
+        if len(set(self.judges)) < len(self.judges):
+            raise UserError(f"adaptation.judges is {self.judges}; give each once")
+        if both := sorted(set(self.judges) & set(self._taught)):
+            raise UserError(
+                f"seed {both[0]} is in adaptation.judges and of a round ({self.seed} to "
+                f"{self._taught[-1]}): it would be judged by its own student; take other judges"
+            )
+
+    @property
+    def _taught(self) -> Sequence[int]:
+        """Seeds of the rounds' students."""
+        return range(self.seed, self.seed + self.rounds)
 
     def demand_fresh(self, study: Study) -> None:
         """Refuse seeds that the parameters have seen: students must be new to them."""
-        known = {*self.judges, *range(self.seed, self.seed + self.rounds)}
+        known = {*self.judges, *self._taught}
         for name, seeds in (("seeds", study.seeds), ("tuning.seeds", study.tuning.seeds)):
             if both := sorted(known & set(seeds)):
                 raise UserError(
@@ -125,8 +137,7 @@ def learnt(
         return told
 
     task, stop = _task(teacher, classroom, how, tell("what units add"))
-    explainer = LearnableCAM({layer: part.shape[2] for layer, part in task.parts.items()})
-    explainer.to(task.pool.pixels.device)
+    units = {layer: part.shape[2] for layer, part in task.parts.items()}
     family = next(iter(classroom.families.values()))
     key = digest_of(
         {
@@ -139,27 +150,30 @@ def learnt(
             **{part: value for part, value in asdict(how).items() if part not in _OPEN},
         }
     )
-    made = [(explainer, _judged(explainer, task, stop, classroom, how, 0))]
-    for number in range(1, how.rounds + 1):
+    made: list[tuple[LearnableCAM, Round]] = []
+    for number in range(how.rounds + 1):
         path = folder / ROUNDS / f"{name}-{key[:16]}-{number}.safetensors"
-        best = min(range(len(made)), key=lambda place: made[place][1].kl)
-        if number - 1 - best >= how.patience:
+        if number and number - 1 - _best(made) >= how.patience:
             break
         if path.is_file():
             made.append(_stored(path))
             continue
-        fresh = LearnableCAM(explainer.units).to(task.pool.pixels.device)
-        fresh.load_state_dict(made[-1][0].state_dict())
-        seed = how.seed + number - 1
-        adapt_once(
-            fresh, task, family, classroom.recipe, seed=seed, beta=how.beta, lr=how.lr,
-            eta=how.eta, on_step=tell(f"round {number}"),
-        )  # fmt: skip
+        fresh = LearnableCAM(units).to(task.pool.pixels.device)
+        if number:
+            fresh.load_state_dict(made[-1][0].state_dict())
+            adapt_once(
+                fresh, task, family, classroom.recipe, seed=how.seed + number - 1, beta=how.beta,
+                lr=how.lr, eta=how.eta, on_step=tell(f"round {number}"),
+            )  # fmt: skip
         found = _judged(fresh, task, stop, classroom, how, number)
         fresh.save(path, found._asdict())
         made.append((fresh, found))
-    best = min(range(len(made)), key=lambda place: made[place][1].kl)
+    best = _best(made)
     return Learnt(made[best][0].requires_grad_(False), [one for _, one in made], best)
+
+
+def _best(made: Sequence[tuple[LearnableCAM, Round]]) -> int:
+    return min(range(len(made)), key=lambda number: made[number][1].kl)
 
 
 _OPEN = ("rounds", "patience")  # more rounds go on from those that there are

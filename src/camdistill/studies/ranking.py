@@ -155,8 +155,10 @@ def agreements(found: Found, condition: Condition, steps: Mapping[float, Arm]) -
 
 
 def ladder_correlation(shares: Sequence[float], agreements: Sequence[float]) -> float:
-    """Spearman's correlation of share and mean agreement; NaN for under three steps."""
-    return float(spearmanr(shares, agreements).statistic) if len(shares) > 2 else float("nan")
+    """Spearman's correlation of share and mean agreement; NaN for under three, or one value."""
+    if len(shares) < 3 or len(set(agreements)) < 2:
+        return float("nan")
+    return float(spearmanr(shares, agreements).statistic)
 
 
 def area(found: Found, family: str, arm: Arm) -> Gain | None:
@@ -280,9 +282,8 @@ def _mixing_gate(
     means = agreements(found, condition, steps)
     levels = ", ".join(f"{share:g}: {mean:.3f}" for share, mean in zip(steps, means, strict=True))
     rho = ladder_correlation(list(steps), means)
-    return Gate(
-        name, holds, f"agreement by share {levels}; Spearman {rho:.2f}; none may fall for sure"
-    )
+    order = "" if np.isnan(rho) else f"; Spearman {rho:.2f}"
+    return Gate(name, holds, f"agreement by share {levels}{order}; none may fall for sure")
 
 
 def _self_gate(method: str, boot: Bootstrap) -> Gate:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from camdistill import tags
 from camdistill.measure.intervals import Interval
 from camdistill.report.figures.intervals import interval_chart
@@ -36,7 +38,7 @@ def gate_text(found: Found) -> str:
     """The sanity gates, a line each, in every condition where controls ran."""
     lines = []
     for condition in _controlled(found):
-        lines += [f"Sanity gates, {_named(condition)}, {len(found.study.seeds)} seeds:"]
+        lines += [f"Sanity gates, {_named(condition)}, {seeds_of(found)}:"]
         lines += [_gate_line(gate) for gate in gates(found, condition)]
     return "\n".join(lines)
 
@@ -49,7 +51,7 @@ def ranking_text(found: Found, leaks: Mapping[str, Leak]) -> str:
         cells = {name: _cells(row, leaks.get(name)) for name, row in rows.items()}
         parts.append(text_table(cells, corner=_named(condition)))
         parts.append(_told_apart(found, condition))
-    parts.append(_across(found))
+    parts += [_across(found), one_seed_text(found)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -105,13 +107,18 @@ def chart(found: Found) -> Picture:
             if row.gain is not None:
                 interval = Interval(row.gain.mean, row.gain.low, row.gain.high)
                 rows.setdefault(name, {})[_named(condition)] = interval
-    title = f"Simulatability gain, 95 % intervals, {len(found.study.seeds)} seeds"
+    over = "test images" if len(found.study.seeds) == 1 else "seeds and test images"
+    title = f"Simulatability gain, 95 % intervals over {over}, {seeds_of(found)}"
     zero = {_named(condition): 0.0 for condition in conditions(found)}
     return interval_chart(rows, title=title, references=zero)
 
 
 def log_scalars(found: Found, folder: Path) -> Path:
     """Agreement and gain as TensorBoard scalars: a run for each arm, n as the step."""
+    for old in (folder / RUNS).glob("*/events.out.tfevents*"):
+        old.unlink()  # a study of other arms is drawn anew
+        if not any(old.parent.iterdir()):
+            old.parent.rmdir()
     by_arm: dict[str, dict[int, dict[str, float]]] = {}
     for family, n in conditions(found):
         for name, row in table(found, (family, n)).items():
@@ -121,14 +128,23 @@ def log_scalars(found: Found, folder: Path) -> Path:
             run = "".join(c if c.isalnum() or c in "._-@" else "_" for c in f"{family}.{name}")
             by_arm.setdefault(run, {})[n] = values
     for run, values_by_n in by_arm.items():
-        place = folder / RUNS / run
-        for old in place.glob("events.out.tfevents*"):
-            old.unlink()  # a study that was widened is drawn anew
         logger = TensorBoardLogger(folder, name=RUNS, version=run)
         for n, values in sorted(values_by_n.items()):
             logger.log_metrics(values, n)
         logger.finalize("success")
     return folder / RUNS
+
+
+def seeds_of(found: Found) -> str:
+    """How many students each number is of: "1 seed"."""
+    count = len(found.study.seeds)
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def one_seed_text(found: Found) -> str:
+    """What a study of one seed must say; empty for several."""
+    said = "One seed: intervals and p are over test images alone and say nothing of other students."
+    return said if len(found.study.seeds) == 1 else ""
 
 
 def _told_apart(found: Found, condition: Condition) -> str:
@@ -143,12 +159,19 @@ def _told_apart(found: Found, condition: Condition) -> str:
 def _across(found: Found) -> str:
     lines = []
     for name, tau in orders_agree(found).items():
-        lines.append(f"Kendall's tau of the methods' orders, {name}: {tau:.2f}")
+        if not np.isnan(tau):
+            lines.append(f"Kendall's tau of the methods' orders, {name}: {tau:.2f}")
     for name, rho in _ladders(found).items():
-        lines.append(f"Spearman of share and agreement, {name}: {rho:.2f}")
+        if not np.isnan(rho):
+            lines.append(f"Spearman of share and agreement, {name}: {rho:.2f}")
     edges = {min(found.study.tuning.betas), max(found.study.tuning.betas)}
     if len(found.study.tuning.betas) > 2:
-        names = [f"{name} ({beta:g})" for (_, name), beta in found.betas.items() if beta in edges]
+        several = len(found.study.students) > 1
+        names = [
+            f"{name}{f' of {family}' if several else ''} ({beta:g})"
+            for (family, name), beta in found.betas.items()
+            if beta in edges
+        ]
         if names:
             lines.append(f"Beta at the edge of what was tried: {', '.join(names)}")
     return "\n".join(lines)

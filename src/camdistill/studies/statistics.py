@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.special import stdtr, stdtrit
+from scipy.special import ndtr, stdtr, stdtrit
 from scipy.stats import kendalltau
 
 from camdistill.measure.intervals import DRAWS, FloatArray
@@ -133,12 +133,26 @@ def _told(mean: float, drawn: Floats, shape: tuple[int, ...]) -> Gain:
 def sign_flip_p(differences: Sequence[float] | Floats) -> float:
     """Two-sided exact p-value of paired differences by seed: all 2^S choices of their signs.
 
-    With S seeds it can't be below 2^(1 - S): five seeds give at least 0.0625.
+    With S seeds it can't be below 2^(1 - S): five seeds give at least 0.0625. Choices of the two
+    halves of the seeds are put together by a search, so that 2^(S/2) numbers are held and not 2^S;
+    beyond 40 seeds the mean of as many seeds is as good as normal.
     """
     values = np.asarray(differences, np.float64)
-    signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(values))))
-    means = np.abs(signs @ values)
-    return float((means >= abs(values.sum()) * (1 - 1e-12)).mean())
+    reached = abs(values.sum()) - 1e-12 * np.abs(values).sum()  # equal sums, but for rounding
+    if len(values) > 40:
+        size = np.sqrt(np.square(values).sum())
+        return float(2 * ndtr(-max(reached, 0.0) / size)) if size > 0 else 1.0
+    first, second = (np.sort(_signed_sums(half)) for half in np.array_split(values, 2))
+    above = len(second) - np.searchsorted(second, reached - first, side="left")
+    below = np.searchsorted(second, -reached - first, side="right")
+    return min(1.0, float((above + below).sum()) / 2.0 ** len(values))
+
+
+def _signed_sums(values: Floats) -> Floats:
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums + value, sums - value])
+    return sums
 
 
 def holm(p_by_name: Mapping[str, float]) -> dict[str, float]:

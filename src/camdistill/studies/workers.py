@@ -2,6 +2,8 @@
 
 import contextlib
 import multiprocessing
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -66,8 +68,10 @@ class Crew(Generic[JobT, ResultT]):
                 yield job, self._work(job)
             return
         self._waiting.extend((job, 1) for job in jobs)
-        while self._waiting or self._at:
-            self._hand_out()
+        failed: Exception | None = None
+        while self._at or (self._waiting and failed is None):
+            if failed is None:
+                self._hand_out()
             pipes: dict[object, _Worker] = {worker.pipe: worker for worker in self._at}
             for ready in wait([worker.pipe for worker in self._at]):
                 worker = pipes[ready]
@@ -75,12 +79,17 @@ class Crew(Generic[JobT, ResultT]):
                 try:
                     answer = worker.pipe.recv()
                 except (EOFError, OSError):
-                    self._bury(worker, job, tries)
+                    grave = self._bury(worker, job, tries)
+                    failed = failed or grave
                     continue
                 self._idle.append(worker)
                 if isinstance(answer, _Mistake):
-                    raise UserError(answer.said)
-                yield job, answer
+                    failed = failed or UserError(answer.said)
+                else:
+                    yield job, answer
+        if failed is not None:  # what the other processes had begun is done
+            self._waiting.clear()
+            raise failed
 
     def _hand_out(self) -> None:
         while self._waiting and (self._idle or len(self._at) < self._count):
@@ -93,26 +102,42 @@ class Crew(Generic[JobT, ResultT]):
         with contextlib.suppress(OSError):
             worker.pipe.send(job)
 
-    def _bury(self, worker: _Worker, job: JobT, tries: int) -> None:
+    def _bury(self, worker: _Worker, job: JobT, tries: int) -> Exception | None:
+        """Lets the job of a process that died be done again; what to raise if that won't help."""
         worker.pipe.close()
         worker.process.join()
         if worker.process.exitcode == 1:  # Python's, after it printed the traceback
-            raise RuntimeError("a run failed in its process; its traceback stands above")
+            return RuntimeError("a run failed in its process; its traceback stands above")
         if tries == TRIES:
-            raise UserError(
+            return UserError(
                 f"the process of a run was killed {TRIES} times (exit code "
                 f"{worker.process.exitcode}); if memory is short, take fewer --workers. What is "
                 "done is kept: the same command goes on"
             )
         self._waiting.appendleft((job, tries + 1))
+        return None
 
     def _hired(self) -> _Worker:
         context = multiprocessing.get_context("spawn")  # a fork of threads hangs
         here, there = context.Pipe()
         process = context.Process(target=_serve, args=(self._work, there), daemon=True)
-        process.start()
+        with _without_interrupts():
+            process.start()
         there.close()
         return _Worker(process, here)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that start here ignore Ctrl-C, which reaches the whole group: they are ended."""
+    if threading.current_thread() is not threading.main_thread():  # it has no signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _serve(work: Callable[[JobT], ResultT], pipe: Connection) -> None:
@@ -130,4 +155,5 @@ def _serve(work: Callable[[JobT], ResultT], pipe: Connection) -> None:
             answer = _Mistake(str(error))
         except KeyboardInterrupt:
             return
-        pipe.send(answer)
+        with contextlib.suppress(OSError):  # the first process was killed: nobody waits
+            pipe.send(answer)
