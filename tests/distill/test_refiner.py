@@ -256,6 +256,14 @@ def test_constant_answers_leave_the_detached_arm_nothing_so_that_it_is_left_out(
     assert "detached" not in Objective(kind="energy").arms
 
 
+def test_constant_answers_and_a_random_map_leave_no_gradient_so_that_it_is_no_control() -> None:
+    net, objective = network(), Objective(answers="constant")
+    found = Refinement(objective, "random", 0).loss(net, seen_by(net, objective), 0)
+    assert not found.requires_grad
+    assert "random" not in objective.arms
+    assert "random" in Objective(kind="energy", answers="constant").arms
+
+
 def test_the_shuffled_arm_is_the_objective_of_another_images_map() -> None:
     net, objective = network(), Objective(kind="energy")
     seen = seen_by(net, objective)

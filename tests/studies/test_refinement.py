@@ -26,7 +26,7 @@ from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Preprocessed
 from camdistill.networks.weights import sha256_of
 from camdistill.studies.ledger import Ledger
-from camdistill.studies.refinement import LEDGER, Found, refined
+from camdistill.studies.refinement import LEDGER, Found, matched_jobs, refined
 from camdistill.studies.refinement_judging import Column, Judge, trained_metrics
 from camdistill.studies.refinement_plan import (
     START,
@@ -85,6 +85,8 @@ def test_gains_are_the_sum_of_the_answers_and_the_maps_part(found: Found) -> Non
     for arm in found.arms:
         for explainer in ("map", "gradient"):
             for metric in found.metrics(explainer):
+                if not found.has_parts(metric, explainer):
+                    continue
                 whole = found.gained(arm, metric, explainer)
                 parts = found.by_answers(arm, metric, explainer)
                 parts = parts + found.by_map(arm, metric, explainer)
@@ -371,7 +373,7 @@ def test_a_network_that_did_not_change_gains_nothing() -> None:
     found = Judge(data.test_set, Objective(), JUDGING, 0)(network(0), network(0))
     assert found["agreement"].min() == 1
     for name, value in found.items():
-        if "|own|" in name:
+        if "|own|" in name and name != Column("map", "own", "view_cosine").name:
             np.testing.assert_array_equal(value, found[name.replace("|own|", "|before|")])
 
 
@@ -401,6 +403,12 @@ def test_what_an_objective_is_trained_on_is_measured(kind: str) -> None:
     )
     for metric in trained_metrics(objective):
         assert np.isfinite(found[Column("map", "own", metric).name]).all()
+
+
+def test_what_a_further_objective_is_trained_on_is_measured(found: Found) -> None:
+    """Of consistency too: its column is everyone's, so that it may be added later."""
+    assert "view_cosine" in found.metrics()
+    assert np.isfinite(found.gained("energy", "view_cosine")).all()
 
 
 # What may be claimed
@@ -524,6 +532,19 @@ def test_intervals_of_these_starts_have_the_width_of_images_alone() -> None:
     assert told(values).se > 5 * found.se
 
 
+@pytest.mark.parametrize("alone", [float(np.float32(k / 2000)) for k in range(1900, 2001, 7)])
+def test_an_arm_exactly_the_tolerance_below_is_matched(tmp_path: Path, alone: float) -> None:
+    """20 of 2000 images are 0.01, also in float32."""
+    record = Refined("k", "seed0", "ce", [alone], 1, True, {}, 0, "", 0.0)
+    (job, *_) = matched_jobs(plan_in(tmp_path), record)
+    chosen = Chosen(job.floor)
+    count = round(alone * 2000)
+    chosen.look(float(np.float32((count - 21) / 2000)), {})
+    assert not chosen.matched
+    chosen.look(float(np.float32((count - 20) / 2000)), {})
+    assert chosen.matched
+
+
 def test_values_come_back_from_the_file_as_they_were() -> None:
     values = np.linspace(-1, 1, 7).astype(np.float32)
     record = Refined("k", "s", "ce", [], 0, True, packed({"a": values}), 7, "", 0.0)
@@ -544,6 +565,16 @@ def test_values_come_back_from_the_file_as_they_were() -> None:
         ({"seeds": []}, "seeds is empty"),
         ({"seeds": [-1]}, "a seed is -1"),
         ({"also": {"random": Objective()}}, "another arm's name"),
+        ({"also": {"early": Objective(layer="stage1")}}, "judged by the objective's map"),
+        ({"judging": Judging(held_out=("gradient", "gradient"))}, "give each once"),
+        (
+            {"objective": Objective(cam="hires_cam"), "judging": Judging(held_out=("hires_cam",))},
+            "hires_cam, which is what is refined",
+        ),
+        (
+            {"network": None, "checkpoints": [Path("a/x.ckpt"), Path("a/x.safetensors")]},
+            "give each once",
+        ),
     ],
 )
 def test_a_plan_that_means_nothing_is_refused(
@@ -551,6 +582,43 @@ def test_a_plan_that_means_nothing_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=says):
         plan_in(tmp_path, **options)
+
+
+def test_checkpoints_of_equal_folders_are_starts_of_their_own(tmp_path: Path) -> None:
+    """As Lightning's are called: RUN/checkpoints/last.ckpt."""
+    given = [Path(f"runs/{seed}/checkpoints/last.ckpt") for seed in ("a", "b")]
+    plan = plan_in(tmp_path, network=None, checkpoints=given)
+    assert plan.starts == ["a-checkpoints-last", "b-checkpoints-last"]
+
+
+def test_a_network_given_twice_is_no_second_start(found: Found, tmp_path: Path) -> None:
+    first = Path(found.records["seed0", START].checkpoint)
+    second = tmp_path / "copy.safetensors"
+    shutil.copy(first, second)
+    plan = plan_in(tmp_path / "out", network=None, checkpoints=[first, second])
+    with pytest.raises(UserError, match="are the same file"):
+        refined(plan)
+
+
+@pytest.mark.parametrize("name", ["grad_cam@stage2", "hires_cam"])
+def test_an_explainer_that_gives_the_refined_map_is_not_held_out(tmp_path: Path, name: str) -> None:
+    """Of the layer before the pooling HiResCAM is Grad-CAM."""
+    with pytest.raises(UserError, match="the very map that is refined"):
+        refined(plan_in(tmp_path, judging=replace(JUDGING, held_out=(name,))))
+    assert not (tmp_path / "networks").exists()
+
+
+def test_an_objective_that_cant_be_asked_is_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    also = {"fine": Objective(kind="faithfulness", cells=64)}
+    with pytest.raises(UserError, match=r"fine can't be asked about these images.* 64 cells"):
+        refined(plan_in(tmp_path, also=also))
+    teacher = NetworkSpec("shallow_cnn", args={"classes": 8})
+    wanted = Objective(kind="fidelity", teacher=teacher, teacher_layer="stage9")
+    with pytest.raises(UserError, match="stage9"):
+        refined(plan_in(tmp_path, objective=wanted))
+    assert not (tmp_path / "networks").exists()
 
 
 def test_students_without_a_judged_layer_are_refused_before_anything_is_trained(

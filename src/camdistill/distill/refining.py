@@ -118,8 +118,14 @@ class Objective:
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """The arms that differ: with a constant map, others than these are cross-entropy alone."""
-        return ARMS if self.asks_trained else tuple(arm for arm in ARMS if arm != "detached")
+        """The arms that differ: of a constant map others than these are cross-entropy alone.
+
+        Where the answers are constant too, so is all that a random map stands in for.
+        """
+        if self.asks_trained:
+            return ARMS
+        given = {"detached", "random"} if self.kind == "insertion_deletion" else {"detached"}
+        return tuple(arm for arm in ARMS if arm not in given)
 
 
 class Seen(NamedTuple):

@@ -25,6 +25,7 @@ from camdistill.studies.refinement_work import Workshop
 from camdistill.studies.workers import Crew
 
 LEDGER = "runs.jsonl"
+ROUNDING = 1e-6  # of a share of images, which no number of them is as small as
 Progress = Callable[[str, int, int], None]
 Scores = NDArray[np.float64]
 """[starts, images]"""
@@ -137,7 +138,7 @@ def refined(
             work = _Work(workshop, ledger, crew, on_progress)
             found = work.done("start networks", [Job(name, START) for name in plan.starts])
             found |= work.done(CE, [Job(name, CE) for name in plan.starts])
-            jobs = [job for name in plan.starts for job in _others(plan, found[name, CE])]
+            jobs = [job for name in plan.starts for job in matched_jobs(plan, found[name, CE])]
             found |= work.done("other arms", jobs)
             if plan.students is not None and plan.main in plan.refined:
                 first = [Job(name, STUDENT + CE) for name in plan.starts]
@@ -150,9 +151,10 @@ def refined(
     return Found(plan, found, labelled)
 
 
-def _others(plan: Plan, alone: Refined) -> list[Job]:
+def matched_jobs(plan: Plan, alone: Refined) -> list[Job]:
     """The arms of a start beside cross-entropy alone, matched to its accuracy."""
-    floor = alone.accuracies[alone.epoch - 1] - plan.recipe.tolerance
+    # "at most so much below" counts images, whatever float32 makes of their share
+    floor = alone.accuracies[alone.epoch - 1] - plan.recipe.tolerance - ROUNDING
     return [Job(alone.start, arm, floor) for arm in plan.refined if arm != CE]
 
 
@@ -163,7 +165,7 @@ def _known_keys(workshop: Workshop, ledger: Ledger[Refined]) -> set[str]:
         jobs += [Job(name, START), Job(name, CE)]
         alone = ledger.records.get(workshop.key(Job(name, CE)))
         if alone is not None:
-            jobs += _others(plan, replace(alone, start=name))
+            jobs += matched_jobs(plan, replace(alone, start=name))
     if plan.students is not None:
         jobs += [replace(job, arm=STUDENT + job.arm) for job in jobs if job.arm in (CE, plan.main)]
     return {workshop.key(job) for job in jobs}

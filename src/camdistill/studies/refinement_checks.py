@@ -1,18 +1,24 @@
 """What a refinement must have before anything is spent on it."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
+from camdistill.data.views import identity_view
+from camdistill.distill.own_maps import explained
 from camdistill.distill.refiner import masks_of
+from camdistill.distill.refining import Refinement, Seen
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.methods import at_image
 from camdistill.measure.learned import load_metric
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed, Teacher, preprocessed
-from camdistill.studies.refinement_plan import Plan
+from camdistill.networks.weights import sha256_of
+from camdistill.studies.refinement_plan import CE, Plan
 from camdistill.studies.refinement_work import Workshop
-from camdistill.types import Images
+from camdistill.types import Images, Labels, Maps
 
 
 def demand_possible(workshop: Workshop) -> None:
@@ -31,8 +37,11 @@ def demand_possible(workshop: Workshop) -> None:
             load_metric(objective.file)
     teachers = [one.teacher for one, _ in plan.refined.values() if one.kind == "fidelity"]
     of_teachers = [Teacher(teacher).classes for teacher in teachers if teacher is not None]
-    images = as_images(sets.test.batch(np.arange(1)).pixels).to(workshop.device)
-    for network in workshop.starting():
+    batch = sets.test.batch(np.arange(min(2, len(sets.test))))
+    images, ids = as_images(batch.pixels).to(workshop.device), batch.ids.to(workshop.device)
+    networks = workshop.starting()
+    _demand_different(plan)
+    for network in networks:
         own = head_size(network.network)
         if classes and own != classes and plan.recipe.keep != "start":
             raise UserError(
@@ -45,17 +54,57 @@ def demand_possible(workshop: Workshop) -> None:
                 "same class, so give a teacher with the same classes"
             )
         _demand_layers(plan, network, images)
+        _demand_objectives(plan, network, images, ids)
         if plan.students is not None:  # they are judged at the same layers
             student = preprocessed(plan.students.network, classes=own)
             _demand_layers(plan, student.to(workshop.device).eval(), images)
+
+
+def _demand_different(plan: Plan) -> None:
+    """A network that is given twice would count as two independent starts."""
+    seen: dict[str, Path] = {}
+    for path in plan.checkpoints:
+        digest = sha256_of(path)
+        if digest in seen:
+            raise UserError(
+                f"checkpoints {seen[digest]} and {path} are the same file; give networks that were "
+                "trained independently"
+            )
+        seen[digest] = path
 
 
 def _demand_layers(plan: Plan, network: Preprocessed, images: Images) -> None:
     """Explains one image in every way that will be asked."""
     with torch.no_grad():
         top = network(images).argmax(1)
-    for objective, _ in plan.refined.values():
-        at_image(objective.cam, objective.layer)(network, images, top)
+    objective = plan.objective
+    refined = at_image(objective.cam, objective.layer)(network, images, top)
     for name in plan.judging.held_out:
         method, _, layer = name.partition("@")
-        at_image(method, layer or None)(network, images, top)
+        maps = at_image(method, layer or None)(network, images, top)
+        if maps.amax() > maps.amin() and _same(maps, refined):
+            raise UserError(
+                f"judging.held_out has {name}, which gives this network's {objective.cam}: the "
+                "very map that is refined; name another method, or another layer"
+            )
+
+
+def _same(maps: Maps, others: Maps) -> bool:
+    """Whether maps differ by a positive factor alone."""
+    one, other = (maps / maps.abs().amax() for maps in (maps, others))
+    return torch.allclose(one, other, atol=1e-5)
+
+
+def _demand_objectives(plan: Plan, network: Preprocessed, images: Images, ids: Labels) -> None:
+    """Asks every objective about two images, before anything is trained."""
+    view = identity_view(len(ids))
+    masks = torch.ones_like(images[:, 0], dtype=torch.bool)
+    for name, (objective, arm) in plan.refined.items():
+        if arm == CE:
+            continue
+        refinement = Refinement(objective, arm, plan.seed)
+        try:
+            _, classes, maps = explained(network, images, objective.cam, objective.layer)
+            refinement.loss(network, Seen(images, ids, view, classes, maps, masks), 0)
+        except ValueError as error:
+            raise UserError(f"{name} can't be asked about these images: {error}") from error

@@ -37,7 +37,7 @@ from camdistill.perturb.ranks import ranks
 from camdistill.studies.refinement_plan import Judging
 from camdistill.types import Explain, Images, Labels, Maps, Masks, PerImage
 
-VERSION = 1  # goes up when the same judging would give other numbers
+VERSION = 2  # goes up when the same judging would give other numbers
 MAP = "map"
 """What tables call the refined explainer."""
 BANK = Plan(occluders=())
@@ -104,17 +104,16 @@ class Judge:
         found = {"agreement": (scene.classes == before).float()}
         if len(self.images.classes) == head_size(network.network):
             found["accuracy"] = (scene.classes == batch.labels.to(self.device)).float()
-        asked = {MAP: self.explain, **{name: _named(name) for name in self.judging.held_out}}
-        for explainer, explain in asked.items():
+        explainers = {MAP: self.explain, **{name: _named(name) for name in self.judging.held_out}}
+        for explainer, explain in explainers.items():
             whose = {OWN: network} if network is start else {OWN: network, BEFORE: start}
             for who, explained in whose.items():
                 maps = explain(explained, images, scene.classes).detach()
                 for metric, value in self._measured(scene, maps, explainer == MAP).items():
                     found[Column(explainer, who, metric).name] = value
-        if self.objective.kind == "consistency":
-            maps = self.explain(network, images, scene.classes).detach()
-            value = self._consistency(network, images, batch.ids, scene.classes, maps)
-            found[Column(MAP, OWN, "view_cosine").name] = value
+                if (explainer, who) == (MAP, OWN):
+                    value = self._consistency(network, images, batch.ids, scene.classes, maps)
+                    found[Column(MAP, OWN, "view_cosine").name] = value
         return found
 
     @property

@@ -136,11 +136,6 @@ class Judging:
         for name in self.held_out:
             method, _, layer = name.partition("@")
             explainer(method)
-            if method == "grad_cam" and not layer:
-                raise UserError(
-                    "judging.held_out has grad_cam, which is what is refined; name another method, "
-                    "or a layer: grad_cam@layer2"
-                )
             if method in AT_PIXELS and layer:
                 raise UserError(f"'{method}' explains at the pixels; leave out '@{layer}'")
 
@@ -205,16 +200,43 @@ class Plan:
             raise UserError(
                 f"also has '{taken[0]}', which is another arm's name; call it otherwise"
             )
+        self._demand_one_explainer()
+        _ = self.starts  # which have to be told apart
+
+    def _demand_one_explainer(self) -> None:
+        """Refuse objectives of other maps, and the refined explainer as one that was not."""
+        wanted = (self.objective.cam, self.objective.layer)
+        for name, one in self.also.items():
+            if (one.cam, one.layer) != wanted:
+                raise UserError(
+                    f"also.{name} refines {one.cam} at layer {one.layer}, the objective "
+                    f"{wanted[0]} at {wanted[1]}: all arms are judged by the objective's map, so "
+                    "give the same cam and layer, or run it as the objective of another --out"
+                )
+        if len(set(self.judging.held_out)) < len(self.judging.held_out):
+            raise UserError(f"judging.held_out is {list(self.judging.held_out)}; give each once")
+        for name in self.judging.held_out:
+            method, _, layer = name.partition("@")
+            if (method, layer or None) == wanted:
+                raise UserError(
+                    f"judging.held_out has {name}, which is what is refined; name another method, "
+                    f"or another layer: {method}@layer2"
+                )
 
     @property
     def starts(self) -> list[str]:
         """Names of the start networks."""
         if not self.checkpoints:
             return [f"seed{seed}" for seed in self.seeds]
-        stems = [path.stem for path in self.checkpoints]
-        if len(set(stems)) == len(stems):
-            return stems
-        return [f"{path.parent.name}-{path.stem}" for path in self.checkpoints]
+        parts = [path.with_suffix("").parts for path in self.checkpoints]
+        for length in range(1, max(map(len, parts)) + 1):
+            names = ["-".join(one[-length:]).replace("/", "") for one in parts]
+            if len(set(names)) == len(names):
+                return names
+        raise UserError(
+            f"checkpoints is {[str(path) for path in self.checkpoints]}; give each once, as "
+            "FOLDER/NAME.safetensors"
+        )
 
     @property
     def main(self) -> str:
@@ -241,13 +263,11 @@ def told(objective: Objective) -> dict[str, object]:
 def of_maps(plan: Plan) -> Mapping[str, object]:
     """What of the objective decides what is measured."""
     one = plan.objective
-    extra: list[object] | None = None
-    if one.kind in ("consistency", "fidelity"):
-        extra = [one.views, one.teacher, one.teacher_layer]
-    elif one.file is not None:
-        extra = [sha256_of(Path(one.file))]
+    teacher = [one.teacher, one.teacher_layer] if one.kind == "fidelity" else None
+    file = None if one.file is None else sha256_of(Path(one.file))
     return {
         "cam": [one.cam, one.layer, one.shown],
-        "extra": plain(extra),
-        "kind": None if extra is None else one.kind,
+        "views": plain(one.views),
+        "teacher": plain(teacher),
+        "metric": file,
     }

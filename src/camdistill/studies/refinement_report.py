@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from camdistill import tags
+from camdistill.distill.refining import ARMS
 from camdistill.distill.training import as_images
 from camdistill.measure.intervals import Interval, seed_interval
 from camdistill.report.figures.intervals import interval_chart
@@ -195,10 +196,10 @@ def _footnote(found: Found) -> str:
             f"{starts} starts are few: intervals are wide (Student's t of {max(starts - 1, 1)} "
             "degrees of freedom), and a null says little."
         )
-    if "detached" not in plan.objective.arms:
+    if missing := [arm for arm in ARMS if arm not in plan.objective.arms]:
         lines.append(
-            f"No detached arm: with a constant map {plan.objective.kind} has no gradient, which is "
-            f"{CE}."
+            f"No {' and no '.join(missing)} arm: there {plan.objective.kind} has no gradient, "
+            f"which is {CE}."
         )
     return "\n".join(lines)
 
