@@ -139,6 +139,18 @@ def test_mistakes_are_one_line_and_exit_with_2(
     assert says in error
 
 
+def test_wrong_methods_are_told_before_anything_is_learnt(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it was learnt for nothing")
+
+    monkeypatch.setattr("camdistill.studies.adaptation.learnt", never)
+    for name, says in (("grad_cm", "no method 'grad_cm'"), ("grad_cam@stage9", "no layer")):
+        assert main(["adapt", "-c", "tiny.yaml", "--out", "out", "--methods", name]) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_explainer_is_told(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,12 +45,14 @@ def test_it_learns_tests_and_tells(
     told = capsys.readouterr().out
     assert "one, unseen method: all arms" in told
     assert "other, unseen network: methods" in told
+    assert "asked about 8 images, metrics made by hand about 4 of them" in told
     results = json.loads((folder / "out/results.json").read_text())
     arms = {"random", *METHODS, "grad_cam@stage2 mean"}
     for name in ("one", "other"):
         assert set(results["gains"][name]) == arms
         answer = results["answers"][f"{name}, unseen method"]
         assert set(answer["learned"]) == arms
+        assert (results["n"][name], results["n_by_hand"][name]) == (8, 4)
         assert {"learned", "road", "gini", "faithfulness_correlation", "iou"} <= set(answer["all"])
         runs = (folder / "out" / name / "runs.jsonl").read_text().splitlines()
         assert len(runs) == 2 * (len(arms) + 1)
@@ -116,7 +118,9 @@ def test_a_ranking_of_too_few_methods_is_told(
     few = {"one": STUDY | {"methods": ["gradient", "mask:parts"], "controls": [], "seeds": [0]}}
     (folder / "few.yaml").write_text(yaml.safe_dump(CONFIG | {"studies": few}))
     assert main(["learn", "-c", "few.yaml", "--out", "out"]) == 2
-    assert "a ranking of 2 arms is too few to learn from" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "studies.one: a ranking of gradient, mask:parts is too few to learn from" in said
+    assert not (folder / "out").exists(), "no student was trained for it"
 
 
 def test_a_file_that_is_no_metric_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,8 @@ import yaml
 from tiny_study import HERE, save_teacher, study
 
 from camdistill.cli import main
+from camdistill.networks.students import ShallowCNN
+from camdistill.networks.weights import save_safetensors
 
 CONFIG = study(
     methods=["grad_cam@stage2", "mask:parts"], controls=["random", "mean"], shares=[], **HERE
@@ -65,6 +67,17 @@ def test_it_runs_says_what_it_found_and_goes_on(
     assert main(["rank", "-c", "tiny.yaml", "--seeds", "0", "1", "--out", "out"]) == 0
     told = capsys.readouterr().out
     assert "11 finished runs of other settings in out/runs.jsonl: not used and kept" in told
+
+
+def test_a_teacher_of_one_class_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = ShallowCNN(6, (4, 6), (2, 2)).state_dict()
+    state["linear.bias"][2] = 1000
+    save_safetensors(folder / "teacher.safetensors", state, {})
+    assert main(["rank", "-c", "tiny.yaml", "--out", "out"]) == 0
+    told = capsys.readouterr()
+    assert "The teacher names class 2 for all 30 test images" in told.out
+    assert "nan" not in told.out
+    assert told.err == ""
 
 
 @pytest.mark.parametrize(

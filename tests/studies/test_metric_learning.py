@@ -190,6 +190,10 @@ def test_only_a_sure_win_over_every_metric_is_one() -> None:
     whole = answers(lessons, {"method": {"one": learned}}, {"one": rival})
     assert not beats(whole)
     assert verdict(whole["one, unseen method"]).endswith("surely above 2 of 3: a null")
+    # without a rival nothing is beaten
+    whole = answers(lessons, {"method": {"one": learned}}, {"one": {}})
+    assert not beats(whole)
+    assert verdict(whole["one, unseen method"]).endswith("a null")
 
 
 def test_mistakes_are_one_line() -> None:

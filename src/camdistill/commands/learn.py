@@ -20,6 +20,7 @@ from camdistill.report.results import write_atomically, write_results
 from camdistill.studies.metric_learning import (
     Lessons,
     Recipe,
+    demand_kinds,
     fitted,
     lessons_of,
     unseen_methods,
@@ -53,7 +54,8 @@ def learn(
     Args:
         studies: Rankings by name, one for each network, each with the options of `rank`.
         fit: How the metric is trained.
-        images: On how many images metrics are compared.
+        images: On how many images metrics made by hand are asked, of those (half of a ranking's)
+            that the learned one is.
         out: Folder of the rankings, the metric, results.json and table.txt.
         workers: Processes that train students, of one thread each. Default: the cores; 0 on a GPU.
         stack: Students that train as one. Default: 1, on a GPU 32.
@@ -65,6 +67,8 @@ def learn(
             f"there are {len(studies)} studies and {images} images; give at least one ranking "
             "(studies) and 2 images"
         )
+    for name, study in studies.items():
+        demand_kinds(name, study)
     where = chosen_device(device)
     with progress_bar() as bar:
         tell = teller(bar)
@@ -90,7 +94,7 @@ def learn(
             for name, one in lessons.items()
         }
     whole = answers(lessons, {"method": methods, "network": networks}, others)
-    return _written(out, lessons, fit, whole, time.monotonic() - start)
+    return _written(out, lessons, fit, whole, images, time.monotonic() - start)
 
 
 def _written(
@@ -98,14 +102,15 @@ def _written(
     lessons: Mapping[str, Lessons],
     fit: Recipe,
     whole: Mapping[str, Answer],
+    images: int,
     seconds: float,
 ) -> dict[str, object]:
     metric = fitted(lessons, lambda _name, _bag: True, fit)
     about = {"fit": asdict(fit), "networks": list(lessons), "beats": beats(whole)}
     sha256 = metric.save(out / METRIC, about)
-    text = f"{answer_text(whole)}\n"
+    text = f"{answer_text(whole, lessons, images)}\n"
     write_atomically(out / "table.txt", text.encode())
-    told = results(lessons, whole)
+    told = results(lessons, whole, images)
     path = write_results(out / "results.json", told, seconds=seconds, sha256={"metric": sha256})
     print(f"\n{text}\nMetric: {out / METRIC}   Results: {path}")
     return told

@@ -26,6 +26,7 @@ from camdistill.studies.ranking_report import (
     chart,
     gate_text,
     log_scalars,
+    one_class_text,
     ranking_text,
     results,
 )
@@ -111,7 +112,8 @@ def _written(found: Found, seconds: float) -> dict[str, object]:
     """Writes and prints what was found."""
     out, leaked = found.study.folder, leaks(found)
     whole = results(found, leaked, blanks(found))
-    text = f"{gate_text(found)}\n\n{ranking_text(found, leaked)}\n"
+    parts = [gate_text(found), ranking_text(found, leaked), one_class_text(found)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
     write_atomically(out / "table.txt", text.encode())
     sha256 = {"teacher": weights_sha256(found.study.teacher)}
     path = write_results(out / "results.json", whole, seconds=seconds, sha256=sha256)

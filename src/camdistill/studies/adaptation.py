@@ -89,7 +89,10 @@ def adapt_study(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "adapt", wait=False):
         teacher = Teacher(study.teacher).to(device)
-        alone = replace(study, methods=[base], controls=(), controls_of=())
+        # what is wrong with the other methods is told before hours of learning
+        alone = replace(
+            study, methods=list(dict.fromkeys([base, *also])), controls=(), controls_of=()
+        )
         classroom = prepared(alone, device, on_progress)
         how = _complete(how, study, teacher, classroom)
         room = classroom.room(how.n or max(study.n))

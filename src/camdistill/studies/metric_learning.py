@@ -21,7 +21,8 @@ from camdistill.distill.training import as_images, seeded
 from camdistill.errors import UserError
 from camdistill.measure.learned import Context, LearnedMetric, context
 from camdistill.networks.teachers import Teacher
-from camdistill.studies.classroom import NONE, Arm
+from camdistill.studies.classroom import NONE, Arm, arms_of
+from camdistill.studies.plan import Study
 from camdistill.studies.ranking import scores_of
 from camdistill.studies.simulatability import Found
 from camdistill.studies.teacher_work import pool_of
@@ -105,6 +106,18 @@ def group_of(arm: Arm) -> str:
     return arm.method.partition("@")[0] if arm.method else arm.name
 
 
+def demand_kinds(name: str, study: Study) -> None:
+    """Refuse a ranking of too few kinds of arms, before its students are trained."""
+    every = study.methods, study.controls, study.with_controls, study.shares, study.methods
+    arms = [arm for arm in arms_of(*every) if arm != NONE and study.n[0] in study.n_of(arm)]
+    kinds = sorted({group_of(arm) for arm in arms})
+    if len(kinds) < 4:
+        raise UserError(
+            f"studies.{name}: a ranking of {', '.join(kinds)} is too few to learn from: give "
+            "methods of 4 kinds or more (layers and controls of one are of its kind)"
+        )
+
+
 def lessons_of(found: Found, teacher: Teacher, seed: int = 0) -> Lessons:
     """Bags of a ranking's first family and first n, and what its network says of the images."""
     family, n = next(iter(found.study.students)), found.study.n[0]
@@ -119,11 +132,6 @@ def lessons_of(found: Found, teacher: Teacher, seed: int = 0) -> Lessons:
         if arm != NONE and scores is not None and maps is not None:
             gains = (scores - base).mean(1)
             bags.append(Bag(arm.name, group_of(arm), arm.of_method, maps[:, 0].clone(), gains))
-    if len({bag.group for bag in bags}) < 4:
-        raise UserError(
-            f"a ranking of {len(bags)} arms is too few to learn from: give methods of 4 kinds or "
-            "more"
-        )
     device = teacher.mean.device
     parts = [
         context(teacher, as_images(pixels.to(device)), of.to(device)).cpu()

@@ -67,7 +67,7 @@ def _of_methods(
 
 def beats(whole: Mapping[str, Answer]) -> bool:
     """Whether the learned metric is surely above every metric made by hand, in every answer."""
-    return bool(whole) and all(
+    return all(len(answer.everyone) > 1 for answer in whole.values()) and all(
         one.over is not None and one.over.low > 0
         for answer in whole.values()
         for name, one in answer.everyone.items()
@@ -78,6 +78,9 @@ def beats(whole: Mapping[str, Answer]) -> bool:
 def verdict(answer: Answer) -> str:
     """One line on one network."""
     others = {name: one for name, one in answer.everyone.items() if name != LEARNED}
+    if not others:
+        tau = answer.everyone[LEARNED].tau.mean
+        return f"tau {tau:.2f}; no metric made by hand has a value for every arm: a null"
     best = max(others, key=lambda name: others[name].tau.mean)
     own, gap = answer.everyone[LEARNED], others[best].over
     assert gap is not None, "it is another metric"
@@ -90,8 +93,13 @@ def verdict(answer: Answer) -> str:
     return said if len(sure) == len(others) else f"{said}: a null"
 
 
-def answer_text(whole: Mapping[str, Answer]) -> str:
-    """Tables, then what follows."""
+def asked_of(lessons: Mapping[str, Lessons], images: int) -> dict[str, int]:
+    """How many images metrics made by hand are asked about, by network: of the learned one's."""
+    return {name: min(images, len(one.halves[1])) for name, one in lessons.items()}
+
+
+def answer_text(whole: Mapping[str, Answer], lessons: Mapping[str, Lessons], images: int) -> str:
+    """Tables, then what follows; metrics made by hand were asked about so many images at most."""
     parts = []
     for title, answer in whole.items():
         arms, groups = answer.arms
@@ -103,17 +111,26 @@ def answer_text(whole: Mapping[str, Answer]) -> str:
         "Agreement of each metric's order of arms with the order of their gains. Intervals are "
         "95 %, of a bootstrap over groups of arms and seeds of students."
     )
+    counts = asked_of(lessons, images)
+    parts += [
+        f"{name}: the learned metric was asked about {len(one.halves[1])} images, metrics made by "
+        f"hand about {counts[name]} of them."
+        for name, one in lessons.items()
+    ]
     said = "It beats every metric made by hand." if beats(whole) else (
         "It doesn't surely beat every metric made by hand: a null; it is no default."
     )  # fmt: skip
     return "\n\n".join([*parts, said])
 
 
-def results(lessons: Mapping[str, Lessons], whole: Mapping[str, Answer]) -> dict[str, object]:
+def results(
+    lessons: Mapping[str, Lessons], whole: Mapping[str, Answer], images: int
+) -> dict[str, object]:
     """Everything that was found, by name."""
     return {
         "beats": beats(whole),
         "n": {name: len(one.halves[1]) for name, one in lessons.items()},
+        "n_by_hand": asked_of(lessons, images),
         "gains": {name: {bag.name: bag.gain for bag in one.bags} for name, one in lessons.items()},
         "answers": {
             title: {

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from camdistill import tags
 from camdistill.measure.intervals import Interval
@@ -30,6 +31,7 @@ from camdistill.studies.ranking import (
 )
 from camdistill.studies.simulatability import Found
 from camdistill.studies.statistics import Gain
+from camdistill.studies.teacher_work import held_out
 
 RUNS = "tensorboard"
 
@@ -107,8 +109,8 @@ def chart(found: Found) -> Picture:
             if row.gain is not None:
                 interval = Interval(row.gain.mean, row.gain.low, row.gain.high)
                 rows.setdefault(name, {})[_named(condition)] = interval
-    over = "test images" if len(found.study.seeds) == 1 else "seeds and test images"
-    title = f"Simulatability gain, 95 % intervals over {over}, {seeds_of(found)}"
+    over = " over images" if len(found.study.seeds) == 1 else ""  # short: it stands on one chart
+    title = f"Simulatability gain, 95 % intervals{over}, {seeds_of(found)}"
     zero = {_named(condition): 0.0 for condition in conditions(found)}
     return interval_chart(rows, title=title, references=zero)
 
@@ -139,6 +141,18 @@ def seeds_of(found: Found) -> str:
     """How many students each number is of: "1 seed"."""
     count = len(found.study.seeds)
     return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def one_class_text(found: Found) -> str:
+    """What must be said of a teacher that names one class for all; empty for others."""
+    _, logits = held_out(found.classroom.known, "test")
+    named = torch.unique(logits.argmax(1))
+    if len(named) > 1:
+        return ""
+    return (
+        f"The teacher names class {int(named)} for all {len(logits)} test images: to agree with it "
+        "says nothing. Are its weights, mean and std those of these images?"
+    )
 
 
 def one_seed_text(found: Found) -> str:
