@@ -1,6 +1,7 @@
 """A refinement: matched epochs, parts that add up, claims that need the map, exact resuming."""
 
 import base64
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,6 +28,7 @@ from camdistill.networks.teachers import NetworkSpec, Preprocessed
 from camdistill.networks.weights import sha256_of
 from camdistill.studies.ledger import Ledger
 from camdistill.studies.refinement import LEDGER, Found, matched_jobs, refined
+from camdistill.studies.refinement_hypotheses import hypotheses
 from camdistill.studies.refinement_judging import Column, Judge, trained_metrics
 from camdistill.studies.refinement_plan import (
     START,
@@ -40,10 +42,10 @@ from camdistill.studies.refinement_records import Job, Refined, packed
 from camdistill.studies.refinement_report import refinement_text, results
 from camdistill.studies.refinement_results import (
     held_out,
-    hypotheses,
     of_these_starts,
     row,
     told,
+    trained,
     verdict,
 )
 from camdistill.studies.refinement_training import Chosen
@@ -418,7 +420,10 @@ STARTS, IMAGES = 5, 40
 
 
 def planted(
-    folder: Path, by_map: Mapping[str, float], by_answers: Mapping[str, float], **options: object
+    folder: Path,
+    by_map: Mapping[str, float | np.ndarray],
+    by_answers: Mapping[str, float],
+    **options: object,
 ) -> Found:
     """Records in which each arm has a known map's part and answers' part of every metric."""
     plan = plan_in(folder, seeds=list(range(STARTS)), **options)
@@ -512,6 +517,45 @@ def test_energy_that_localises_without_faithfulness_is_told_from_energy_that_doe
     both = place | {"energy map road": 0.05}
     assert answers_of(planted(tmp_path, both, {}, also=also))["H4"] == "no"
     assert answers_of(planted(tmp_path, {}, {}, also=also))["H4"] == "undecided"
+    unknown = place | {"energy map road": np.tile([0.3, -0.3], IMAGES // 2)}  # a null is no proof
+    assert answers_of(planted(tmp_path, unknown, {}, also=also))["H4"] == "undecided"
+
+
+def test_one_start_says_nothing_of_others(tmp_path: Path) -> None:
+    five = planted(tmp_path, {"insertion_deletion": 0.05}, {})
+    found = Found(replace(five.plan, seeds=[0]), five.records, True)
+    assert "from one start, which says nothing of others: not claimed" in verdict(found)[1]
+    assert set(answers_of(found).values()) == {"undecided", "not asked"}
+    text = refinement_text(found)
+    assert "intervals over images alone" in text
+    assert "Claimed" not in text
+
+
+def test_without_its_controls_an_objective_claims_nothing(tmp_path: Path) -> None:
+    found = planted(tmp_path, {"insertion_deletion": 0.05}, {}, arms=["objective", "detached"])
+    assert "Above ce, detached; random, shuffled did not run: not claimed" in verdict(found)[1]
+
+
+def test_a_control_that_is_not_matched_is_told(tmp_path: Path) -> None:
+    found = planted(tmp_path, {"insertion_deletion": 0.05}, {})
+    records = dict(found.records)
+    records["seed0", "random"] = replace(records["seed0", "random"], matched=False)
+    said = verdict(Found(found.plan, records, True))
+    assert "Claimed: above ce, detached, random (not matched), shuffled" in said[1]
+
+
+def test_insertion_with_another_fill_holds_no_insertion_out(tmp_path: Path) -> None:
+    also = {"grey": Objective(shown="grey")}
+    found = planted(tmp_path, {}, {}, also=also)
+    assert trained(found, "grey") == ("insertion_blur", "deletion_blur")
+
+
+def test_h2_tells_the_whole_gain_beside_the_maps(tmp_path: Path) -> None:
+    found = planted(tmp_path, {"insertion_deletion": 0.05}, {"insertion_deletion": 0.02})
+    (h2,) = (one for one in hypotheses(found) if one.name == "H2")
+    whole = re.search(r"with the answers' \+(\S+) .*, over ce \+(\S+) ", h2.says)
+    assert whole is not None
+    assert [float(one) for one in whole.groups()] == pytest.approx([0.07, 0.07], abs=0.004)
 
 
 def test_images_without_ground_truth_are_left_out_of_its_intervals() -> None:

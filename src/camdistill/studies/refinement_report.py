@@ -15,11 +15,11 @@ from camdistill.report.figures.pictures import Picture
 from camdistill.report.results import Cell, text_table
 from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.studies.refinement import Found
+from camdistill.studies.refinement_hypotheses import hypotheses
 from camdistill.studies.refinement_judging import LOCALISATION, MAP
 from camdistill.studies.refinement_plan import CE, START
 from camdistill.studies.refinement_records import Job
 from camdistill.studies.refinement_results import (
-    hypotheses,
     is_matched,
     kept,
     mean_of,
@@ -184,16 +184,19 @@ def _footnote(found: Found) -> str:
     count = next(iter(found.records.values())).images
     starts = len(plan.starts)
     lines = [
-        f"{count} test images, {starts} starts ({', '.join(plan.starts)}); 95 % intervals over "
-        "starts and images at once. Gains are signed so that larger is better.",
+        f"{count} test images, {starts} start{'s' * (starts > 1)} ({', '.join(plan.starts)}); 95 % "
+        f"intervals over {'starts and images at once' if starts > 1 else 'images alone'}. Gains "
+        "are signed so that larger is better.",
         "by answers: the start's map on the new network, less the same on the start. by map: the "
         "new network's map less the start's, both on the new network; only this is the map's.",
         f"of these starts: by map, over {CE}, with an interval over images alone: it says nothing "
         "of other starts.",
     ]
-    if starts < 5:
+    if starts == 1:
+        lines.append("1 start: nothing is claimed of others, and no hypothesis answered.")
+    elif starts < 5:
         lines.append(
-            f"{starts} starts are few: intervals are wide (Student's t of {max(starts - 1, 1)} "
+            f"{starts} starts are few: intervals are wide (Student's t of {starts - 1} "
             "degrees of freedom), and a null says little."
         )
     if missing := [arm for arm in ARMS if arm not in plan.objective.arms]:
