@@ -28,3 +28,9 @@ def test_interval_chart_takes_unknown_intervals_and_missing_measures() -> None:
         "KD": {"accuracy": Interval(0.6, 0.5, 0.7), "skill": Interval(0.1, 0.0, 0.2)},
     }
     assert interval_chart(table).shape[2] == 3
+
+
+def test_a_long_title_is_not_cut() -> None:
+    table = {"a": {"gain": Interval(0.5, 0.4, 0.6)}}
+    picture = interval_chart(table, title="Simulatability gain, 95 % intervals over images, 1 seed")
+    assert (picture[:, -4:] == 255).all(), "nothing reaches the right edge"

@@ -30,7 +30,7 @@ def interval_chart(
     # Fixed heights above and below the charts, in inches, however many arms there are.
     above, below, tall = 0.65 if title else 0.35, 0.4, 0.36 * len(arms) + 0.15
     names = 0.15 + 0.08 * max(map(len, arms))
-    wide = 2.9 * len(measures)
+    wide = max(2.9 * len(measures), 0.085 * len(title) - names)  # the title is not cut
     figure = Figure(figsize=(names + wide + 0.2, above + tall + below), dpi=130)
     grid = figure.subplots(1, len(measures), squeeze=False, sharey=True)
     figure.subplots_adjust(
