@@ -553,7 +553,7 @@ def test_insertion_with_another_fill_holds_no_insertion_out(tmp_path: Path) -> N
 def test_h2_tells_the_whole_gain_beside_the_maps(tmp_path: Path) -> None:
     found = planted(tmp_path, {"insertion_deletion": 0.05}, {"insertion_deletion": 0.02})
     (h2,) = (one for one in hypotheses(found) if one.name == "H2")
-    whole = re.search(r"with the answers' \+(\S+) .*, over ce \+(\S+) ", h2.says)
+    whole = re.search(r"with the answers' part \+(\S+) .*, over ce \+(\S+) ", h2.says)
     assert whole is not None
     assert [float(one) for one in whole.groups()] == pytest.approx([0.07, 0.07], abs=0.004)
 
@@ -663,6 +663,13 @@ def test_an_objective_that_cant_be_asked_is_refused_before_anything_is_trained(
     with pytest.raises(UserError, match="stage9"):
         refined(plan_in(tmp_path, objective=wanted))
     assert not (tmp_path / "networks").exists()
+
+
+def test_a_run_that_diverges_is_told_by_name_with_options_of_this_command(tmp_path: Path) -> None:
+    start = StartRecipe(1, Optimisation("sgd", 1e30), precision="float32")
+    says = r"in start of seed0; try a third of it \(--start\.optimisation\.lr\), or --start\.prec"
+    with pytest.raises(UserError, match=says):
+        refined(plan_in(tmp_path, start=start))
 
 
 def test_students_without_a_judged_layer_are_refused_before_anything_is_trained(

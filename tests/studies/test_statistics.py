@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from camdistill.studies import statistics
 from camdistill.studies.statistics import (
     Bootstrap,
     Gain,
@@ -92,6 +93,16 @@ def test_resamples_keep_arms_paired_and_take_seeds_and_images() -> None:
     expected = (16 * 2 / 3) / 3 + 1.25 / 4
     assert drawn[:, 0].mean(1).var() == pytest.approx(expected, rel=0.1)
     assert np.array_equal(drawn, resampled(both, 0, resamples=3000))
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_draws_that_are_kept_are_the_draws(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, because the second time they come from memory."""
+    scores = np.random.default_rng(3).normal(0, 1, (2, seeds, 30))
+    kept = [resampled(scores, 7, resamples=200) for _ in range(2)]
+    monkeypatch.setattr(statistics, "KEPT", 0)
+    for one in kept:
+        np.testing.assert_array_equal(one, resampled(scores, 7, resamples=200))
 
 
 def test_specific_gain_is_over_the_best_control_of_each_seed() -> None:

@@ -33,9 +33,14 @@ class Training(LightningModule, ABC):
     Attributes:
         cards: Tags of what one looks at first: TensorBoard's front page and table of settings.
         settings: The experiment's, as JSON has them.
+        cure: What to do where the loss is not a number.
     """
 
     cards: tuple[str, ...] = ()
+    cure = (
+        "; try a third of it, --trainer.gradient_clip_val 1, or --trainer.precision 32. The last "
+        "checkpoint is from before"
+    )
 
     def __init__(
         self, optimisation: Optimisation, augment: Augment, *, ema: float | None, seed: int
@@ -95,8 +100,7 @@ class Training(LightningModule, ABC):
         if int(bad) > 0:
             raise UserError(
                 f"the loss is not a number by step {self.global_step} (learning rate "
-                f"{self.optimisation.lr}); try a third of it, --trainer.gradient_clip_val 1, or "
-                "--trainer.precision 32. The last checkpoint is from before"
+                f"{self.optimisation.lr}){self.cure}"
             )
         self._bad_steps = None
 

@@ -77,7 +77,7 @@ def _h2(found: Found) -> Hypothesis:
     matched = is_matched(found, arm)
     raw = told(found.maps(arm, ROAD) - found.maps(CE, ROAD))
     says = (
-        f"{interval(one.by_map)}, over {CE} {interval(over)}; with the answers' "
+        f"{interval(one.by_map)}, over {CE} {interval(over)}; with the answers' part "
         f"{interval(one.gained)}, over {CE} {interval(raw)}; {found.kept} against {CE} "
         f"{interval(kept(found, arm))}{_unmatched(found, arm)}; the map's part of these starts "
         f"alone {interval(of_these_starts(found.by_map(arm, ROAD)))}"

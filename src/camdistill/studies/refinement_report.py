@@ -119,7 +119,7 @@ def pictures(found: Found, workshop: Workshop) -> list[Picture]:
     ]
 
 
-def log_board(found: Found, folder: Path, panels: list[Picture], text: str) -> Path:
+def log_board(found: Found, folder: Path, parts: Picture, panels: list[Picture], text: str) -> Path:
     """Charts, pictures, tables, and a run for each start and arm: accuracy by epoch."""
     board = folder / RUNS
     for old in board.rglob("events.out.tfevents*"):
@@ -136,7 +136,7 @@ def log_board(found: Found, folder: Path, panels: list[Picture], text: str) -> P
         logger.log_metrics({tags.MAP_PART: part}, record.epoch)
         logger.finalize("success")
     logger = TensorBoardLogger(folder, name=RUNS, version="study")
-    logger.log_picture(tags.REFINED, chart(found), 0)
+    logger.log_picture(tags.REFINED, parts, 0)
     for number, picture in enumerate(panels):
         logger.log_picture(tags.REFINED_MAPS, picture, number)
     logger.log_text(tags.EVALUATION_TABLE, f"```\n{text}\n```")

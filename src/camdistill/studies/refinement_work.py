@@ -169,6 +169,7 @@ class Workshop:
                 optimisation=plan.start.optimisation,
                 seed=seed,
             )
+            module.cure = _cure(start, START, "start")
             trained(
                 module,
                 copy.copy(self.sets().whole),
@@ -194,6 +195,7 @@ class Workshop:
             seed=plan.seed,
         )
         chosen = Chosen(job.floor)
+        module.cure = _cure(job.start, job.arm, "recipe")
         trained(
             module,
             copy.copy(self.sets().refining),
@@ -223,6 +225,7 @@ class Workshop:
             cached=False,
             seed=self._order(job.start),
         )
+        module.cure = _cure(job.start, job.arm, "students")
         data = copy.copy(sets.whole)
         data.train_set = limited(_known(data.train_set), recipe.images, self.plan.seed)
         trained(
@@ -272,6 +275,13 @@ class Workshop:
         found = {name: whole.fingerprints[name] for name in ("train", "val")}
         counts = [len(_known(whole.train_set)), len(_known(whole.val_set))]
         return [found, counts, self.plan.data.split_seed, self.plan.data.batch_size]
+
+
+def _cure(start: str, arm: str, recipe: str) -> str:
+    """What to do where a run's loss is not a number."""
+    weight = " or a smaller weight of its objective" if recipe == "recipe" else ""
+    precise = "" if recipe == "students" else f", or --{recipe}.precision float32"
+    return f", in {arm} of {start}; try a third of it (--{recipe}.optimisation.lr){weight}{precise}"
 
 
 def _known(images: ImageSet | None) -> ImageSet:

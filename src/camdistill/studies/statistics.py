@@ -5,7 +5,8 @@ factors and both are resampled (Owen 2007, https://arxiv.org/abs/0712.1111).
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,9 @@ from scipy.stats import kendalltau
 from camdistill.measure.intervals import DRAWS, FloatArray
 
 Floats = NDArray[np.float64]
+Draw = tuple[NDArray[np.float32], NDArray[np.int64]]
 RESAMPLES = 2000
+KEPT = 2_000_000  # numbers of a draw that is kept, 8 MB
 POWER = 0.8
 
 
@@ -55,20 +58,32 @@ def resampled(
         resamples: How many.
     """
     arms, seeds, images = scores.shape
-    generator = np.random.default_rng(seed)
     flat = np.asarray(scores, np.float32).reshape(arms * seeds, images)
-    chunk = max(1, DRAWS // max(images, 1))
+    small = resamples * images <= KEPT
     found = []
+    for weights, chosen in (_kept_draws if small else _draws)(seeds, images, seed, resamples):
+        by_arm = (weights @ flat.T).astype(np.float64) / images
+        means = by_arm.reshape(len(weights), arms, seeds)
+        found.append(np.take_along_axis(means, chosen[:, None, :], 2))
+    return np.concatenate(found)
+
+
+def _draws(seeds: int, images: int, seed: int, resamples: int) -> Iterator[Draw]:
+    """How often each image was drawn, and which seeds, some resamples at a time."""
+    generator = np.random.default_rng(seed)
+    chunk = max(1, DRAWS // max(images, 1))
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         rows = generator.integers(0, images, (size, images))
         rows += np.arange(size)[:, None] * images
         weights = np.bincount(rows.ravel(), minlength=size * images).reshape(size, images)
-        by_arm = (weights.astype(np.float32) @ flat.T).astype(np.float64) / images
-        chosen = generator.integers(0, seeds, (size, seeds))
-        means = by_arm.reshape(size, arms, seeds)
-        found.append(np.take_along_axis(means, chosen[:, None, :], 2))
-    return np.concatenate(found)
+        yield weights.astype(np.float32), generator.integers(0, seeds, (size, seeds))
+
+
+@lru_cache(maxsize=4)
+def _kept_draws(seeds: int, images: int, seed: int, resamples: int) -> list[Draw]:
+    """The same, once: a report asks for a thousand intervals of scores of the same shape."""
+    return list(_draws(seeds, images, seed, resamples))
 
 
 class Bootstrap:
