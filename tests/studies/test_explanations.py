@@ -10,10 +10,12 @@ from PIL import Image
 
 from camdistill.data.modules import FolderData, ShapesData
 from camdistill.errors import UserError
+from camdistill.explain import attribution, gradcam, guided
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.methods import AT_PIXELS, METHODS
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Teacher
+from camdistill.networks.weights import sha256_of
 from camdistill.studies.explanations import Asked, source
 
 DATA = ShapesData(train=30, val=10, test=10, classes=6)
@@ -52,6 +54,13 @@ def test_every_method_gives_maps_and_the_same_again(
     assert maps.shape == (4, 32, 32) if method in AT_PIXELS else maps.dim() == 3
     assert not maps.requires_grad
     torch.testing.assert_close(found.maps(teacher, asked), maps)
+
+
+def test_stored_maps_go_with_the_file_that_a_method_is_written_in() -> None:
+    """Those of pixels went with the table of methods: a mended formula left its old maps."""
+    home = {"guided_backprop": guided, "gradient_x_input": attribution, "grad_cam@layer3": gradcam}
+    for name, module in home.items():
+        assert source(name, DATA).key["code"] == sha256_of(Path(str(module.__file__))), name
 
 
 def test_masks_are_those_of_the_images_mirrored_with_them(teacher: Teacher, asked: Asked) -> None:

@@ -1,5 +1,6 @@
 """All methods by name, with one signature, for whatever compares them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
@@ -116,6 +117,7 @@ def at_image(method: str, layer: str | None = None) -> Explain:
 def _at_pixels(
     method: Callable[[nn.Module, Images, Classes], Float[Tensor, "..."]],
 ) -> Explainer:
+    @functools.wraps(method, assigned=(), updated=())  # stored maps know the method's own file
     def explain(
         network: nn.Module,
         images: Images,
