@@ -19,7 +19,7 @@ from PIL.Image import Resampling
 
 from camdistill.report.results import write_atomically
 
-Picture = UInt8[np.ndarray, "tall wide 3"]
+Picture = UInt8[np.ndarray, "_tall _wide 3"]  # pictures of one call differ in size
 Colours = Float[np.ndarray, "tall wide 3"]
 # Maps of two networks have two resolutions, so their axes have no common name.
 Grid = Shaped[np.ndarray, "_ _"]
