@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from camdistill.studies.refinement import Found
+from camdistill.studies.refinement import Found, Scores
 from camdistill.studies.refinement_judging import MAP
 from camdistill.studies.refinement_plan import CE, STUDENT
 from camdistill.studies.refinement_results import (
@@ -113,9 +113,7 @@ def _h4(found: Found) -> Hypothesis:
     if not arms or RANK not in found.metrics():
         return Hypothesis("H4", asks, "not asked", "--also '{energy: {kind: energy}}' asks it")
     arm = arms[0]
-    place, faith = (
-        told(found.by_map(arm, metric) - found.by_map(CE, metric)) for metric in (RANK, ROAD)
-    )
+    place, faith = (told(_over_ce(found, arm, metric)) for metric in (RANK, ROAD))
     says = (
         f"map's part over {CE}: {RANK} {interval(place)}, {ROAD} {interval(faith)}"
         f"{_unmatched(found, arm)}"
@@ -137,39 +135,47 @@ def _h5(found: Found) -> Hypothesis:
     asks = f"random targets give less than {SHARE:.0%} of the gain"
     if found.main not in found.arms or "random" not in found.arms:
         return Hypothesis("H5", asks, "not asked", "the random arm did not run")
-    gains = {
-        arm: found.by_map(arm, ROAD) - found.by_map(CE, ROAD) for arm in (found.main, "random")
-    }
-    whole, share = told(gains[found.main]), told(gains["random"])
-    excess = told(gains["random"] - SHARE * gains[found.main])
+    part = _part(_over_ce(found, found.main), _over_ce(found, "random"))
     says = (
-        f"map's part of {ROAD} over {CE}: random {interval(share)}{_unmatched(found, 'random')}, "
-        f"objective {interval(whole)}{_unmatched(found, found.main)}; "
-        f"random less {SHARE:.0%} of it {interval(excess)}"
+        f"map's part of {ROAD} over {CE}: random {interval(part.other)}"
+        f"{_unmatched(found, 'random')}, objective {interval(part.whole)}"
+        f"{_unmatched(found, found.main)}; random less {SHARE:.0%} of it {interval(part.excess)}"
     )
-    if not whole.low > 0:
+    if not part.whole.low > 0:
         return Hypothesis("H5", asks, "undecided", f"{says}: no gain to have a share of")
-    return Hypothesis("H5", asks, _below(excess), says)
+    return Hypothesis("H5", asks, _below(part.excess), says)
 
 
 def _h6(found: Found) -> Hypothesis:
     asks = "the gain does not transfer to |gradient|"
     if found.main not in found.arms or GRADIENT not in found.plan.judging.held_out:
         return Hypothesis("H6", asks, "not asked", f"--judging.held_out has no {GRADIENT}")
-    own, other = (
-        found.by_map(found.main, ROAD, explainer) - found.by_map(CE, ROAD, explainer)
-        for explainer in (MAP, GRADIENT)
-    )
-    whole, moved = told(own), told(other)
-    excess = told(other - SHARE * own)
+    part = _part(_over_ce(found, found.main), _over_ce(found, found.main, explainer=GRADIENT))
     says = (
-        f"map's part of {ROAD} over {CE}: |gradient| {interval(moved)}, refined explainer "
-        f"{interval(whole)}{_unmatched(found, found.main)}; the former less {SHARE:.0%} of the "
-        f"latter {interval(excess)}"
+        f"map's part of {ROAD} over {CE}: |gradient| {interval(part.other)}, refined explainer "
+        f"{interval(part.whole)}{_unmatched(found, found.main)}; the former less {SHARE:.0%} of "
+        f"the latter {interval(part.excess)}"
     )
-    if not whole.low > 0:
+    if not part.whole.low > 0:
         return Hypothesis("H6", asks, "undecided", f"{says}: no gain to transfer")
-    return Hypothesis("H6", asks, "no" if moved.low > 0 else _below(excess), says)
+    return Hypothesis("H6", asks, "no" if part.other.low > 0 else _below(part.excess), says)
+
+
+def _over_ce(found: Found, arm: str, metric: str = ROAD, explainer: str = MAP) -> Scores:
+    """The map's own part of an arm, less that of cross-entropy's."""
+    over: Scores = found.by_map(arm, metric, explainer) - found.by_map(CE, metric, explainer)
+    return over
+
+
+class _Part(NamedTuple):
+    whole: Gain
+    other: Gain
+    excess: Gain
+
+
+def _part(whole: Scores, other: Scores) -> _Part:
+    """A gain, another, and what the other is above `SHARE` of it."""
+    return _Part(told(whole), told(other), told(other - SHARE * whole))
 
 
 def _unmatched(found: Found, arm: str) -> str:
