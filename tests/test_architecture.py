@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "camdistill"
 ROWS = [
     {"types", "errors", "tags"},
+    {"files"},
     {"data", "networks", "perturb"},
     {"explain"},
     {"layers", "measure"},

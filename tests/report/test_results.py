@@ -14,7 +14,6 @@ from camdistill.report.results import (
     read_results,
     text_table,
     versions,
-    write_atomically,
     write_results,
 )
 
@@ -78,18 +77,6 @@ def test_full_disk_leaves_the_old_file_and_says_so(
         write_results(path, {"n": 2})
     assert read_results(path)["n"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_folder_that_is_a_file_is_a_users_mistake(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="name another folder"):
-        write_atomically(tmp_path / "file" / "results.json", b"")
-
-
-def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
-    (tmp_path / "usual").touch()
-    write_atomically(tmp_path / "ours", b"x")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_results_that_cant_be_written_as_json_leave_nothing(tmp_path: Path) -> None:

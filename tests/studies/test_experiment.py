@@ -15,8 +15,9 @@ from camdistill import tags
 from camdistill.cli import main
 from camdistill.distill.checkpoints import load
 from camdistill.errors import UserError
+from camdistill.files import write_atomically
 from camdistill.measure.fidelity import FidelityTable
-from camdistill.report.results import read_results, write_atomically
+from camdistill.report.results import read_results
 from camdistill.report.tensorboard import TensorBoardLogger, scalars
 from camdistill.studies.checkpoint_files import LAST, WholeFiles
 from camdistill.studies.experiment import Experiment, read_table, save_table

@@ -14,10 +14,11 @@ from camdistill.commands.running import (
     weights_sha256,
 )
 from camdistill.data.modules import ImageData
+from camdistill.files import write_atomically
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.networks.weights import sha256_of
 from camdistill.report.figures.pictures import save_png
-from camdistill.report.results import write_atomically, write_results
+from camdistill.report.results import write_results
 from camdistill.studies.adaptation import ADAPTED, adapt_study
 from camdistill.studies.adaptation_report import adaptation_results, adaptation_text, chart
 from camdistill.studies.adaptation_rounds import Adaptation

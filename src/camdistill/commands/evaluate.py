@@ -15,6 +15,7 @@ from camdistill.commands.running import chosen_device
 from camdistill.commands.sources import source_from
 from camdistill.data.datasets import ImageSet
 from camdistill.errors import UserError
+from camdistill.files import write_atomically
 from camdistill.measure.metrics import (
     DEFAULT,
     DEFAULT_WITH_MASKS,
@@ -23,7 +24,7 @@ from camdistill.measure.metrics import (
     metric_of,
 )
 from camdistill.networks.weights import sha256_of, weights_digest
-from camdistill.report.results import write_atomically, write_results
+from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.evaluation import Evaluation, Subject
 from camdistill.studies.evaluation import evaluate as run

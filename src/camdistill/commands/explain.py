@@ -16,11 +16,12 @@ from camdistill.commands.sources import ShownImages, images_from
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import Explanation, last_layer
 from camdistill.explain.gradcam import explain as explain_network
+from camdistill.files import write_atomically
 from camdistill.measure.scores import map_scores
 from camdistill.networks.heads import head_size
 from camdistill.report.figures.maps import Row, map_panel
 from camdistill.report.figures.pictures import save_png
-from camdistill.report.results import Cell, text_table, write_atomically, write_results
+from camdistill.report.results import Cell, text_table, write_results
 from camdistill.types import Images
 
 Grid = Float[np.ndarray, "height width"]

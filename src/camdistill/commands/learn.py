@@ -15,8 +15,9 @@ from camdistill.commands.running import (
     unused_teller,
 )
 from camdistill.errors import UserError
+from camdistill.files import write_atomically
 from camdistill.networks.teachers import Teacher
-from camdistill.report.results import write_atomically, write_results
+from camdistill.report.results import write_results
 from camdistill.studies.metric_learning import (
     Lessons,
     Recipe,

@@ -10,7 +10,8 @@ from torch import Tensor
 from camdistill.commands.help import loop_help
 from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError
-from camdistill.report.results import text_table, write_atomically
+from camdistill.files import write_atomically
+from camdistill.report.results import text_table
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.checkpoint_files import LAST
 from camdistill.studies.experiment import Experiment

@@ -4,8 +4,9 @@ import time
 from pathlib import Path
 
 from camdistill.errors import UserError
+from camdistill.files import write_atomically
 from camdistill.networks.weights import sha256_of
-from camdistill.report.results import write_atomically, write_results
+from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.evaluation_report import charts, write_cards
 from camdistill.studies.evaluation_tables import told

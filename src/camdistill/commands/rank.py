@@ -14,9 +14,10 @@ from camdistill.commands.running import (
     weights_sha256,
 )
 from camdistill.data.modules import ImageData
+from camdistill.files import write_atomically
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
-from camdistill.report.results import write_atomically, write_results
+from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.controls import CONTROLS, Control
 from camdistill.studies.lessons import Recipe

@@ -13,10 +13,11 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from camdistill.errors import UserError
+from camdistill.files import write_atomically
 
 Me = TypeVar("Me")
 
@@ -93,15 +94,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     Raises:
         UserError: If it can't be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"can't write the sweep to {path}: {error}; name another folder") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, save({name: value.contiguous() for name, value in tensors.items()}))
     return path
 
 

@@ -4,10 +4,8 @@ safetensors and torch files are told apart by their first bytes, not by their na
 are only read with `weights_only`, onto the CPU.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import struct
 import warnings
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 
 from camdistill.errors import UserError, nearest
+from camdistill.files import write_atomically
 
 # Where training programs put the weights inside their checkpoints, the usual ones first.
 WRAPPERS = (
@@ -260,22 +259,7 @@ def save_safetensors(
     """
     path = Path(path).expanduser()
     content = _serialised(state, metadata or {})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"can't write '{path}' ({len(content):,} bytes): {error.strerror}; "
-            "what was there is intact: free some space or give another path"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
 
 

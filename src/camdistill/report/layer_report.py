@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from camdistill import tags
+from camdistill.files import write_atomically
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.filters import (
     FilterBank,
@@ -36,7 +37,7 @@ from camdistill.report.layer_figures import (
 )
 from camdistill.report.layer_numbers import analysis_arrays, analysis_results, packed
 from camdistill.report.layer_page import findings_page, layers_page, report_page
-from camdistill.report.results import write_atomically, write_results
+from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger, front_page_url
 from camdistill.report.unit_figures import pair_picture, unit_picture
 from camdistill.report.written import EVENTS, SWEEP, Written

@@ -1,7 +1,6 @@
 """Results as files and as text: what was measured, on which machine, with which versions."""
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import math
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from camdistill.errors import UserError, nearest
+from camdistill.files import write_atomically
 from camdistill.measure.intervals import Interval
 
 Cell = Interval | float | int | str | None
@@ -76,29 +76,6 @@ def read_results(path: Path) -> dict[str, object]:
     if not isinstance(results, dict):
         raise UserError(f"{path} holds no named results; name a results.json of camdistill")
     return results
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Puts a file in place whole or not at all.
-
-    Raises:
-        UserError: It can't be written (full disk, no permission); what was there is intact.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = "free some space and start again" if full else "name another folder"
-        raise UserError(f"can't write {path}: {reason}; {cure}") from None
 
 
 def available_cores() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from camdistill.errors import UserError
-from camdistill.report.results import write_atomically
+from camdistill.files import write_atomically
 
 LIST = "written.txt"
 SWEEP = "sweep.safetensors"  # what all images gave: outlives the report that was made of it

@@ -12,8 +12,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from camdistill.distill.training import EXPERIMENT
 from camdistill.errors import UserError
+from camdistill.files import write_atomically
 from camdistill.networks.weights import read_weights
-from camdistill.report.results import write_atomically
 
 LAST = Path("checkpoints") / "last.ckpt"
 

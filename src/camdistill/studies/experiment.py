@@ -15,10 +15,11 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from camdistill.distill.checkpoints import restore, save
 from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError
+from camdistill.files import write_atomically
 from camdistill.measure.fidelity import FidelityTable
 from camdistill.networks.weights import read_weights
 from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunText, Throughput
-from camdistill.report.results import write_atomically, write_results
+from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles
 from camdistill.studies.parsing import Parser, demand_configs, translated

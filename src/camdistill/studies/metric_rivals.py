@@ -15,11 +15,11 @@ from torch import Tensor
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images
 from camdistill.explain.maps import upsample
+from camdistill.files import write_atomically
 from camdistill.measure.intervals import Interval, percentiles
 from camdistill.measure.metrics import METRICS
 from camdistill.measure.panel import Scene, measure, scene
 from camdistill.networks.teachers import Teacher
-from camdistill.report.results import write_atomically
 from camdistill.studies.meta_evaluation import kendall
 from camdistill.studies.metric_learning import Bag, Lessons, Values
 from camdistill.studies.simulatability import Found

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camdistill.errors import UserError
-from camdistill.report.results import write_atomically
+from camdistill.files import write_atomically
 from camdistill.studies.values import Values, read_values, save
 
 Arrays = dict[str, NDArray[np.generic]]

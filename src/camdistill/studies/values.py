@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from camdistill.errors import UserError
+from camdistill.files import write_atomically
 from camdistill.measure.metrics import metric_of
-from camdistill.report.results import write_atomically
 
 CURVES = ("insertion_blur", "deletion_grey")  # whose curves are kept, where they are measured
 ORACLE, LADDER = "oracle", "ladder"

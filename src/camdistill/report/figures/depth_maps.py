@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from camdistill.report.figures.maps import overlay
+from camdistill.report.figures.maps import overlay, peak_of, share_of
 from camdistill.report.figures.pictures import (
     GAP,
     LINE,
@@ -57,7 +57,7 @@ def depth_panel(
         size: Longest side of a tile.
     """
     peaks = {
-        method: max((_peak(one.values) for layers in of.values() for one in layers), default=0.0)
+        method: max((peak_of(one.values) for layers in of.values() for one in layers), default=0.0)
         for method, of in maps.items()
     }
     rows = [
@@ -114,11 +114,9 @@ def _layer(
     highest: float,
 ) -> None:
     tall, wide = tile
-    finite = np.where(np.isfinite(one.values), one.values, np.nan).astype(np.float64)
-    own = _peak(one.values)
-    share = np.maximum(finite, 0) / own if own > 0 else np.maximum(finite, 0) * 0
+    own = peak_of(one.values)
     sheet.write(x, y, _shortened(one.layer), colour="0.35", points=7.0)
-    sheet.paste(x, y + LINE - 2, overlay(image, share, tall, wide))
+    sheet.paste(x, y + LINE - 2, overlay(image, share_of(one.values, own), tall, wide))
     length = round(wide * own / highest) if highest > 0 else 0
     if length:
         sheet.paste(x, y + LINE + tall + 1, np.tile(_BAR, (5, length, 1)))
@@ -133,8 +131,3 @@ _BAR = as_bytes(coloured(np.full((1, 1), 0.25), SEQUENTIAL))
 
 def _shortened(layer: str, most: int = 14) -> str:
     return layer if len(layer) <= most else f"…{layer[-most + 1 :]}"
-
-
-def _peak(values: Grid) -> float:
-    finite = values[np.isfinite(values)]
-    return max(float(finite.max()), 0.0) if finite.size else 0.0

@@ -125,14 +125,14 @@ def overlay(
 def _tiles(row: Row, size: int, scale: str, compared: bool) -> list[_Tile]:
     tall, wide = _tile_size(row.image.shape[1:], size)
     plain = as_bytes(enlarged(row.image, tall, wide))
-    peaks = [_peak(grid) for grid in (row.teacher, row.student) if grid is not None]
+    peaks = [peak_of(grid) for grid in (row.teacher, row.student) if grid is not None]
     peak = {"teacher": peaks[0], "student": peaks[-1]}
     if scale == "shared":
         peak = dict.fromkeys(peak, max(peaks))
-    teacher = _share(row.teacher, peak["teacher"])
+    teacher = share_of(row.teacher, peak["teacher"])
     tiles = [_Tile(plain), _Tile(overlay(row.image, teacher, tall, wide), _note(row.teacher))]
     if row.student is not None:
-        student = _share(row.student, peak["student"])
+        student = share_of(row.student, peak["student"])
         tiles.append(_Tile(overlay(row.image, student, tall, wide), _note(row.student)))
         tiles.append(_Tile(_difference(student, teacher, tall, wide)))
     elif compared:
@@ -148,12 +148,13 @@ def _difference(student: Shares, teacher: Shares, tall: int, wide: int) -> Pictu
     return framed(as_bytes(pixels))
 
 
-def _peak(values: Grid) -> float:
+def peak_of(values: Grid) -> float:
+    """The largest finite value; 0 where none is positive."""
     finite = values[np.isfinite(values)]
     return max(float(finite.max()), 0.0) if finite.size else 0.0
 
 
-def _share(values: Grid, peak: float) -> Shares:
+def share_of(values: Grid, peak: float) -> Shares:
     """Rectified and divided by `peak`; a map with nothing positive is 0; NaN and inf are NaN."""
     values = np.where(np.isfinite(values), values, np.nan).astype(np.float64)
     positive = np.maximum(values, 0)

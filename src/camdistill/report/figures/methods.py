@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from camdistill.report.figures.maps import overlay
+from camdistill.report.figures.maps import overlay, peak_of, share_of
 from camdistill.report.figures.pictures import (
     GAP,
     LINE,
@@ -103,13 +103,10 @@ def _tile(
     one: MethodMap,
     tile: tuple[int, int],
 ) -> None:
-    known = np.where(np.isfinite(one.values), one.values, np.nan).astype(np.float64)
-    positive = np.maximum(known, 0)
-    peak = float(np.nanmax(positive)) if np.isfinite(known).any() else 0.0
-    share = positive / peak if peak > 0 else positive * 0
+    peak = peak_of(one.values)
     sheet.write(x, y, one.method, points=7.5)
     sheet.write(x, y + LINE - 4, one.layer, colour="0.35", points=7.0)
-    sheet.paste(x, y + 2 * LINE - 4, overlay(image, share, *tile))
+    sheet.paste(x, y + 2 * LINE - 4, overlay(image, share_of(one.values, peak), *tile))
     said = f"max {peak:.2g}" if peak > 0 else "blank"
     said = said if np.isfinite(one.values).all() else "NaN"
     note = "   ".join(word for word in (said, one.note) if word)

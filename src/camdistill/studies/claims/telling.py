@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camdistill import tags
+from camdistill.files import write_atomically
 from camdistill.measure.intervals import Interval
 from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import Picture, save_png
-from camdistill.report.results import write_atomically
 from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.studies.claims.rows import Measured, Row
 from camdistill.studies.claims.running import Outcome
