@@ -4,8 +4,8 @@
 
 A step is what `refine` does with a batch of 32 x 32 images: cross-entropy, the map with its graph,
 the objective and the backward, in float32 and in bfloat16. Ways take turns in each round; times are
-of the processor, medians over rounds. Judging asks everything of `refine-cifar10.yaml` about some
-test images: the refined and the start's map, three explainers, ROAD at nine levels.
+of the processor, medians over rounds. Judging asks what `refine` asks of some test images by
+default: the refined and the start's map, three explainers, ROAD at nine levels.
 """
 
 import argparse

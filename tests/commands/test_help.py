@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from camdistill.commands.help import command_help
+from camdistill.commands.help import command_help, loop_help
 from camdistill.errors import UserError
 
 
@@ -93,3 +93,13 @@ def test_a_groups_help_tells_all_with_the_defaults_of_its_own_place() -> None:
 def test_a_group_that_is_not_there_is_told() -> None:
     with pytest.raises(UserError, match="do has no group of options 'recpe'; nearest: 'recipe'"):
         command_help("do", command, "recpe")
+
+
+@pytest.mark.parametrize(
+    ("loop", "told"), [("fit", "Go on from here"), ("test", "What to measure")]
+)
+def test_every_option_of_a_loop_says_what_it_is(loop: str, told: str) -> None:
+    text = loop_help([loop, "-c", "configs/shapes.yaml"])
+    options = text.partition("options\n")[2].partition("\n\n")[0].splitlines()
+    assert all(len(row) > 40 for row in options if row.startswith("  -")), options
+    assert told in line_of(text, "--ckpt_path FILE|last")

@@ -26,7 +26,6 @@ def test_values_equal_numpy(masks: Tensor, maps: Tensor, generator: torch.Genera
     order = ranks(distinct, generator)
     found = {
         "rra": local.relevance_rank_accuracy(order, masks),
-        "top": local.top_precision(order, masks, 7),
         "point": local.pointing_game(order, masks),
         "near": local.pointing_game(order, masks, 2.5),
         "energy": local.energy_pointing_game(maps, masks),
@@ -40,7 +39,6 @@ def test_values_equal_numpy(masks: Tensor, maps: Tensor, generator: torch.Genera
         places = np.argsort(-values.ravel())
         inside = mask.ravel()[places]
         assert found["rra"][image].item() == pytest.approx(inside[: mask.sum()].mean())
-        assert found["top"][image].item() == pytest.approx(inside[:7].mean())
         assert found["point"][image].item() == inside[0]
         y, x = divmod(places[0], 11)
         away = min(np.hypot(y - v, x - u) for v, u in zip(*np.nonzero(mask), strict=True))
@@ -115,7 +113,6 @@ def test_images_without_ground_truth_are_nan_and_blank_maps_fail() -> None:
     order = ranks(maps, generator)
     for values in (
         local.relevance_rank_accuracy(order, masks),
-        local.top_precision(order, masks, 5),
         local.pointing_game(order, masks),
         local.energy_pointing_game(maps, masks),
         local.energy_lift(maps, masks),
@@ -140,7 +137,6 @@ def test_oracle_is_best_and_constant_never(generator: torch.Generator) -> None:
     tables = {
         "rra": {n: local.relevance_rank_accuracy(o, masks) for n, o in orders.items()},
         "point": {n: local.pointing_game(o, masks) for n, o in orders.items()},
-        "top": {n: local.top_precision(o, masks, 20) for n, o in orders.items()},
     }
     for metric in (local.energy_lift, local.iou, local.average_precision, local.inside_outside):
         tables[metric.__name__] = {name: metric(one, masks) for name, one in maps.items()}

@@ -6,6 +6,7 @@ import scipy.stats
 import torch
 from torch import Tensor, nn
 
+from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
 from camdistill.measure.randomisation import (
@@ -128,3 +129,10 @@ def test_entropy_is_that_of_a_histogram(images: Tensor) -> None:
             entropies.append(scipy.stats.entropy(counts))
         expected = entropies[1] / entropies[0] - 1
         assert found[image].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_network_of_one_class_has_no_other_to_draw(images: Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.zeros(5, dtype=torch.long)
+    with pytest.raises(UserError, match="leave it out of --metrics"):
+        random_logit(cam, network(), images, one, torch.zeros(5, 1), generator)

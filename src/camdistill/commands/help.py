@@ -22,7 +22,7 @@ _COMMON = {
 }
 _LOOP = {
     "--run NAME": "Its folder under runs/, or a path with a slash. Default: the config's name.",
-    "--ckpt_path FILE|last": "",
+    "--ckpt_path FILE|last": "{checkpoint}",
     "--seed_everything N": "The seed of everything: start, order, views. Default: 0.",
 }
 _CHECKPOINT = {

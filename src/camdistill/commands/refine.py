@@ -13,6 +13,7 @@ from camdistill.commands.running import (
 )
 from camdistill.data.modules import ImageData
 from camdistill.distill.refining import ARMS, Arm, Objective
+from camdistill.files import write_atomically
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import write_results
@@ -102,7 +103,7 @@ def refine(
 def _written(found: Found, workshop: Workshop, seconds: float) -> dict[str, object]:
     """Writes and prints what was found."""
     out, whole, text = found.plan.folder, results(found), refinement_text(found)
-    (out / "table.txt").write_text(f"{text}\n", encoding="utf-8")
+    write_atomically(out / "table.txt", f"{text}\n".encode())
     path = write_results(out / "results.json", whole, seconds=seconds)
     parts = chart(found)
     picture = save_png(out / "map_parts.png", parts)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from camdistill.files import write_atomically
 from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import text_table
@@ -38,7 +39,7 @@ def study(
     table = text_table(rows, corner=f"n = {results['n']}")
     gains = text_table(results["gain_over"], corner="student minus")
     text = f"{table}\n\n{gains}\n\n95 % intervals over {over}; seeds {seeds}\n"
-    (out / "table.txt").write_text(text, encoding="utf-8")
+    write_atomically(out / "table.txt", text.encode())
     chart = save_png(out / "table.png", interval_chart(rows, title=f"95 % intervals over {over}"))
     print(f"\n{text}\nResults: {out / 'results.json'}   Chart: {chart}")
     print(how_to_look(out))

@@ -46,7 +46,8 @@ class DistilledExplainer(Training):
 
         ce * CE(student, label) + kd * T^2 KL(teacher || student) + beta * distance(maps)
 
-    where the maps of both networks are those of the teacher's top class. With `ce=0` no label is
+    where the maps of both networks are those of the teacher's top class, or of its
+    `transfer.classes` likeliest. With `ce=0` no label is
     needed: unlabelled images train.
 
     Args:

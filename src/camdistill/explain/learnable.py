@@ -2,7 +2,7 @@
 
 What SMaT (Fernandes et al. 2022, https://arxiv.org/abs/2204.10810) learns over the heads of a
 transformer, for the layers and channels of a convolutional network. For layer l with activations A,
-Grad-CAM's channel weights alpha and its map's root mean square s:
+Grad-CAM's channel weights alpha, and s_l the root mean square of m_l:
 
     m_l   = leaky(sum_k gate_lk alpha_lk A_lk)        negative evidence times slope_l
     u_l   = power(m_l / s_l), of root mean square 1    power(x) = x (|x| + 0.001)^(p_l - 1)

@@ -25,12 +25,6 @@ def relevance_rank_accuracy(order: Ranks, masks: Masks) -> PerImage:
     return _known(hits / area.clamp(min=1), masks)
 
 
-def top_precision(order: Ranks, masks: Masks, count: int) -> PerImage:
-    """Share of the first `count` pixels that lie in the mask; higher, in [0, 1]."""
-    hits = ((order < count) & masks).flatten(1).sum(1)
-    return _known(hits / count, masks)
-
-
 def pointing_game(order: Ranks, masks: Masks, tolerance: float | int = 0) -> PerImage:
     """1 if the map's largest pixel lies in the mask, or near it, else 0; higher.
 

@@ -1,9 +1,10 @@
 """An image seen through its map: average drop and its kin, which are easily fooled.
 
 They multiply the image by the min-max normalised map, so they reward a map for being large: on
-ladders of ever worse maps the average drop ranks backwards, and the map of all ones but one pixel
-has a drop of about 0 (Poppi et al. 2021, https://arxiv.org/abs/2104.10252, "Fake-CAM"). They are
-here because papers report them. Don't rank explainers by them.
+ladders of ever worse maps the drop in deletion ranks backwards and the average drop finds half of
+the order at best, and the map of all ones but one pixel has a drop of about 0 (Poppi et al. 2021,
+https://arxiv.org/abs/2104.10252, "Fake-CAM"). They are here because papers report them. Don't rank
+explainers by them.
 
 A constant map lets nothing through: its image is black.
 """

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from camdistill.errors import UserError
 from camdistill.explain.compare import spearman
 from camdistill.networks.capture import bare
 from camdistill.perturb.ranks import demand_finite
@@ -94,7 +95,9 @@ def random_logit(
     """
     number = logits.shape[1]
     if number < 2:
-        raise ValueError("there is no other class to draw: the network has one")
+        raise UserError(
+            "random_logit draws another class, and the network has one: leave it out of --metrics"
+        )
     shift = torch.randint(
         1, number, classes.shape, generator=generator, device=generator.device
     ).to(classes.device)

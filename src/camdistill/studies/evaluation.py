@@ -55,6 +55,7 @@ class Subject:
         images: Their masks are the ground truth; where they have none, the insides of their boxes.
         shapes: What drew the images, by their ids: it knows distractors, and draws an image again
             without its objects.
+        channels: Of the images that the network takes: 3, or 1 for their mean.
     """
 
     network: nn.Module

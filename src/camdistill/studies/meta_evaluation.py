@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from camdistill.measure.intervals import (
@@ -184,7 +185,7 @@ def kendall(
     one, other = np.triu_indices(first.shape[1], 1)
     signs = [np.sign(side[:, one] - side[:, other]) for side in (first, second)]
     untied = np.sqrt(np.prod([(sign**2).sum(1) for sign in signs], axis=0))
-    both: Float[np.ndarray, rows] = np.divide(
+    both: NDArray[np.float64] = np.divide(
         (signs[0] * signs[1]).sum(1), untied, out=np.zeros(len(first)), where=untied > 0
     )
     return both

@@ -18,7 +18,7 @@ from camdistill.studies.refinement_results import (
 from camdistill.studies.statistics import Gain
 
 SHARE = 0.2  # of the gain, which random targets should stay below (H5), and other explainers (H6)
-NO_RISE = 0.01  # of ROAD: a rise that is shown to be smaller is none (H4); insertion's was 0.026
+NO_RISE = 0.01  # of ROAD: a rise that is shown to be smaller is none (H4); insertion's was 0.020
 RANK = "rank_accuracy"
 GRADIENT = "gradient"
 Answer = Literal["yes", "no", "undecided", "not asked"]

@@ -125,7 +125,8 @@ def _said(found: Found, arm: str, one: Row, p: float) -> str:
     if part.high < 0:
         return f"{said}. Worse"
     if not (part.low > 0 and p < LEVEL):
-        return f"{said}. A null; a true {part.mde:.3f} would have been found in 80 of 100"
+        detectable = f"a true {part.mde:.3f} would have been found in 80 of 100, uncorrected"
+        return f"{said}. A null; {detectable}"
     against = one.over if arm == found.main else {CE: one.over[CE]}
     if short := [other for other, gain in against.items() if not gain.low > 0]:
         return f"{said}. Above zero, but not shown above {', '.join(short)}: not claimed"

@@ -14,7 +14,6 @@ from camdistill.types import Labels
 SIDES = ("left", "right", "top", "bottom")
 TONES = ("bright", "dark")
 PLACES = ("left", "right")
-TYPES = ("shape", "brightness", "side")
 APART = 4.0  # pixels between centres, or a side is not asked about
 
 Words = Int[Tensor, "n 6"]
