@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import sobel
+from torch import nn
 
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
@@ -206,3 +207,18 @@ def test_randomised_network_without_normalisation_keeps_biases_at_zero() -> None
     teacher = Teacher.of(ShallowCNN(4, (4,), (2,)))
     other = randomised(teacher, torch.rand(8, 3, 8, 8), 0)
     assert not other.network.linear.bias.any()
+
+
+def test_random_teacher_without_batch_normalisation_is_alive() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(8, 4),
+        )  # fmt: skip
+    images = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    other = randomised(Teacher.of(network), images, 0)
+    norm = other.network[1]
+    assert (norm.weight == 1).all()
+    assert not norm.bias.any()
+    assert float(other(images).std(0).min()) > 1e-4

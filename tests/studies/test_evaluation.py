@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -243,3 +244,16 @@ def test_maps_of_a_wrong_shape_are_told(tmp_path: Path) -> None:
         (UserError, TypeError), match=r"one map an image, \[3, height, width\]|Type"
     ):
         evaluate(evaluation(Mean().eval(), explainers=[wrong]), tmp_path)
+
+
+def test_ladder_of_an_image_without_a_known_object_does_not_count(tmp_path: Path) -> None:
+    images = shapes_set(SHAPES)
+    masks = np.array(images.masks)
+    masks[2] = 0
+    subject = Subject(Mean().eval(), replace(images, masks=masks))
+    values = evaluate(evaluation(Mean().eval(), subject=subject, metrics=("gini",)), tmp_path)
+    rungs = np.array(
+        [[values.of(rung, "gini")[place] for rung in values.rungs] for place in (1, 2)]
+    )
+    assert not np.isnan(rungs[0]).any()
+    assert np.isnan(rungs[1]).all()

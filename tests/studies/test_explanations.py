@@ -1,12 +1,14 @@
 """Every name of a method gives the maps that it promises, and a wrong one its cure."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from camdistill.data.modules import FolderData, ShapesData
 from camdistill.errors import UserError
@@ -16,7 +18,7 @@ from camdistill.explain.methods import AT_PIXELS, METHODS
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import sha256_of
-from camdistill.studies.explanations import Asked, source
+from camdistill.studies.explanations import Asked, code_sha256, source
 
 DATA = ShapesData(train=30, val=10, test=10, classes=6)
 
@@ -179,3 +181,17 @@ def test_wrong_names_offer_the_nearest(teacher: Teacher, asked: Asked, tmp_path:
         source(f"{tmp_path}/short.npz", DATA).maps(teacher, asked)
     with pytest.raises(UserError, match="no layer 'stage9'"):
         source("grad_cam@stage9", DATA).maps(teacher, asked)
+
+
+class Called:
+    def __call__(self, network: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> None:
+        """Not asked."""
+
+
+def test_code_of_whatever_can_be_called_is_the_file_that_it_is_written_in() -> None:
+    own = sha256_of(Path(__file__))
+    for code in (Called, Called(), partial(Called(), None), partial(partial(code_sha256), len)):
+        inner = code.func if isinstance(code, partial) else code
+        wanted = own if isinstance(inner, Called) or inner is Called else code_sha256(code_sha256)
+        assert code_sha256(code) == wanted
+    assert code_sha256(len) is None

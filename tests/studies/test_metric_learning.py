@@ -16,6 +16,7 @@ from camdistill.studies.metric_learning import (
     Recipe,
     fitted,
     group_of,
+    halves_of,
     predicted,
     unseen_methods,
     unseen_networks,
@@ -199,3 +200,18 @@ def test_only_a_sure_win_over_every_metric_is_one() -> None:
 def test_mistakes_are_one_line() -> None:
     with pytest.raises(UserError, match="1 or more, lr above 0"):
         Recipe(steps=0)
+
+
+def test_an_image_of_two_rankings_is_learnt_from_in_both_or_in_none() -> None:
+    ids = {"a": torch.arange(300), "b": torch.arange(400).flip(0), "c": torch.arange(300)}
+    halves = halves_of(ids, 0)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    for name in ("a", "c"):  # the same images: the same halves, as one ranking alone has them
+        assert torch.equal(halves[name][0], order[:150])
+        assert torch.equal(halves[name][1], order[150:])
+    learnt, asked = (
+        {int(one) for name, parts in halves.items() for one in ids[name][parts[half]]}
+        for half in (0, 1)
+    )
+    assert not learnt & asked
+    assert len(halves["b"][0]) == len(halves["b"][1]) == 200

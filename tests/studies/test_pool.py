@@ -126,6 +126,7 @@ def test_what_does_not_belong_together_is_not_pooled(tmp_path: Path) -> None:
         "has another --of than": kept(tmp_path / "d", values(2), of="student"),
         "named before": kept(tmp_path / "e", values(2), seed="a"),
         "compares other explainers than": kept(tmp_path / "f", other),
+        "has another version of the metrics": kept(tmp_path / "v", values(2), measured_as=1),
         "has another --layer": kept(tmp_path / "g", values(2), layer="stage2"),
         "has another --batch": kept(tmp_path / "h", values(2), batch=3),
         "has other --metrics": kept(tmp_path / "i", values(2), metrics=["gini"]),

@@ -1,6 +1,7 @@
 """A refinement: matched epochs, parts that add up, claims that need the map, exact resuming."""
 
 import base64
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from camdistill.measure.panel import measure, scene
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Preprocessed
 from camdistill.networks.weights import sha256_of
+from camdistill.studies import refinement_plan
 from camdistill.studies.ledger import Ledger
 from camdistill.studies.refinement import LEDGER, Found, matched_jobs, refined
 from camdistill.studies.refinement_hypotheses import hypotheses
@@ -687,3 +689,24 @@ def test_a_layer_that_is_not_there_is_refused_before_anything_is_trained(tmp_pat
     with pytest.raises(UserError, match="stage9"):
         refined(plan)
     assert not (tmp_path / "networks").exists()
+
+
+def test_what_decides_a_run_is_what_is_in_a_teachers_file(tmp_path: Path) -> None:
+    file = tmp_path / "teacher.safetensors"
+    told_of, measured_of = [], []
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        teacher = NetworkSpec("resnet20", str(file))
+        objective = Objective(kind="fidelity", teacher=teacher, teacher_layer="layer3")
+        plan = refinement_plan.Plan(
+            ShapesData(), objective, network=NetworkSpec("shallow_cnn"), folder=tmp_path
+        )
+        told_of.append(json.dumps(refinement_plan.told(objective)))
+        measured_of.append(json.dumps(refinement_plan.of_maps(plan)))
+    assert told_of[0] != told_of[1]
+    assert measured_of[0] != measured_of[1]
+    moved = file.rename(tmp_path / "elsewhere.safetensors")
+    again = Objective(
+        kind="fidelity", teacher=NetworkSpec("resnet20", str(moved)), teacher_layer="layer3"
+    )
+    assert json.dumps(refinement_plan.told(again)) == told_of[1]

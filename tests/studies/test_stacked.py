@@ -240,6 +240,13 @@ def test_students_need_a_pooled_linear_head(generator: torch.Generator) -> None:
         pooled_layer(NetworkSpec("vgg11"), 10, torch.rand(2, 3, 64, 64, generator=generator))
 
 
+def test_students_that_draw_at_random_are_refused(generator: torch.Generator) -> None:
+    images = torch.rand(2, 3, 64, 64, generator=generator)
+    with pytest.raises(UserError, match="'mobilenet_v2' have dropout"):
+        pooled_layer(NetworkSpec("mobilenet_v2"), 10, images)
+    pooled_layer(NetworkSpec("mobilenet_v2", args={"dropout": 0.0}), 10, images)
+
+
 def test_mistakes_are_told(pool: Pool, maps: torch.Tensor) -> None:
     for options in ({"steps": 0}, {"batch_size": 1}, {"temperature": 0.0}):
         with pytest.raises(UserError, match="recipe"):

@@ -1,7 +1,6 @@
 """What `evaluate` compares: networks and explainers by the words on its command line."""
 
 import hashlib
-import inspect
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -23,8 +22,9 @@ from camdistill.explain.methods import METHODS, at_image
 from camdistill.networks.class_paths import resolve
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
-from camdistill.networks.weights import read_weights, sha256_of, weights_digest
+from camdistill.networks.weights import read_weights, weights_digest
 from camdistill.studies.evaluation import Explainer, Subject
+from camdistill.studies.explanations import code_sha256
 from camdistill.studies.pool import demand_pairs
 from camdistill.studies.values import CONTROLS, LADDER, UNREADABLE
 from camdistill.types import Explain, Images, Labels
@@ -198,8 +198,7 @@ def _adapted(path: Path) -> Explain:
 
 def _callable(path: str) -> Explainer:
     function = resolve(path)
-    source = inspect.getsourcefile(function) if inspect.isfunction(function) else None
-    digest = sha256_of(Path(source)) if source else ""
+    digest = code_sha256(function) or ""
 
     def explain(network: nn.Module, images: Images, classes: Labels) -> RawMaps:
         maps = function(network, images, classes)

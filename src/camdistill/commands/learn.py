@@ -23,6 +23,8 @@ from camdistill.studies.metric_learning import (
     Recipe,
     demand_kinds,
     fitted,
+    halves_of,
+    images_of,
     lessons_of,
     unseen_methods,
     unseen_networks,
@@ -85,7 +87,8 @@ def learn(
             for name, study in studies.items()
         }
         teachers = {name: Teacher(study.teacher) for name, study in studies.items()}
-        lessons = {name: lessons_of(found[name], teachers[name], fit.seed) for name in studies}
+        halves = halves_of({name: images_of(found[name]) for name in studies}, fit.seed)
+        lessons = {name: lessons_of(found[name], teachers[name], halves[name]) for name in studies}
         methods = unseen_methods(lessons, fit, lambda *done: tell("unseen methods", *done))
         networks = unseen_networks(lessons, fit, lambda *done: tell("unseen networks", *done))
         others = {

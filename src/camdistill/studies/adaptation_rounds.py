@@ -14,6 +14,7 @@ from camdistill.errors import UserError
 from camdistill.explain.learnable import SETTINGS, LearnableCAM, load_explainer
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import read_weights
+from camdistill.studies import controls
 from camdistill.studies.bilevel import Task, adapt_once, parts_of
 from camdistill.studies.classroom import Classroom
 from camdistill.studies.lessons import Lesson
@@ -144,7 +145,7 @@ def learnt(
             "version": VERSION,
             "answers": classroom.known.sha256,
             "teacher": name,
-            "control_seed": classroom.control_seed if name == "randomised" else None,
+            "control": [controls.VERSION, classroom.control_seed] if name == "randomised" else None,
             "family": asdict(family.spec),
             "recipe": asdict(classroom.recipe),
             **{part: value for part, value in asdict(how).items() if part not in _OPEN},

@@ -35,7 +35,7 @@ Control = Literal[
 CONTROLS: tuple[Control, ...] = get_args(Control)
 OF_NO_METHOD: tuple[Control, ...] = ("random", "centre", "edges")  # the same for every method
 ROWS = 4096  # images whose classes are compared with all at once
-VERSION = 1  # goes up when any control changes
+VERSION = 2  # goes up when any control changes
 
 
 def control_maps(
@@ -150,8 +150,8 @@ def mixed(maps: Maps, others: Maps, share: float) -> Maps:
 def randomised(teacher: Teacher, images: Images, seed: int) -> Teacher:
     """A copy of a teacher with every weight drawn anew (He et al. 2015): the architecture alone.
 
-    Batch normalisations get weight 1, bias 0 and the statistics of the given images: with those of
-    the trained weights a deep random network's activations overflow or die out.
+    Normalisations get weight 1 and bias 0, and those of batches the statistics of the given images:
+    with those of the trained weights a deep random network's activations overflow or die out.
 
     Args:
         teacher: It is not changed.
@@ -164,12 +164,14 @@ def randomised(teacher: Teacher, images: Images, seed: int) -> Teacher:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_parameters()
             module.momentum = None  # a plain average over the images
-        else:
-            for weight in module.parameters(recurse=False):
-                drawn = torch.randn(weight.shape, generator=generator)
-                # He's deviation for weights; biases, which have one axis, are 0
-                scale = (2 / weight[0].numel()) ** 0.5 if weight.ndim > 1 else 0.0
-                weight.data.copy_(drawn * scale)
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        scales = all(value.ndim < 2 for value in own.values())  # a normalisation
+        for name, weight in own.items():
+            drawn = torch.randn(weight.shape, generator=generator)
+            # He's deviation for weights; biases, which have one axis, are 0
+            deviation = (2 / weight[0].numel()) ** 0.5 if weight.ndim > 1 else 0.0
+            weight.data.copy_(drawn * deviation + float(scales and not name.endswith("bias")))
     with torch.no_grad():
         bare(teacher.normalise(images))
     return Teacher.of(bare, teacher.mean.flatten().tolist(), teacher.std.flatten().tolist())

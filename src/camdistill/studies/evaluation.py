@@ -269,9 +269,15 @@ def _entries(
         yield name, maps, None, float("nan")
     if evaluation.ladder:
         best = first if asked.masks is None else controls.mask_maps(asked.masks)
-        best = torch.nan_to_num(best)
-        for number, maps in enumerate(controls.ladder(best, asked.generator("ladder"))):
-            yield f"{LADDER}_{number}", levelled(maps), None, float("nan")
+        # Where no object is known there is no order to be found: these images don't count.
+        everywhere = torch.ones(len(best), dtype=torch.bool, device=best.device)
+        known = everywhere if asked.masks is None else asked.masks.flatten(1).any(1)
+        for number, maps in enumerate(
+            controls.ladder(torch.nan_to_num(best), asked.generator("ladder"))
+        ):
+            rung = levelled(maps)
+            rung[~known] = torch.nan
+            yield f"{LADDER}_{number}", rung, None, float("nan")
 
 
 def _controls(

@@ -1,5 +1,6 @@
 """Where the maps that students are taught come from: a method, a file, a function, or a mask."""
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -134,9 +135,20 @@ def _of_explainer(name: str) -> Source:
 
 def _key(name: str, code: Callable[..., object], layer: str | None) -> dict[str, str | None]:
     """What decides a method's maps: its name, its layer, and the file that it is written in."""
-    file = inspect.getsourcefile(inspect.unwrap(code))
-    sha256 = sha256_of(Path(file)) if file else None
-    return {"name": name.partition("@")[0], "layer": layer, "code": sha256}
+    return {"name": name.partition("@")[0], "layer": layer, "code": code_sha256(code)}
+
+
+def code_sha256(code: Callable[..., object]) -> str | None:
+    """Of the file that a function, a class or an object that can be called is written in."""
+    code = inspect.unwrap(code)
+    while isinstance(code, functools.partial):
+        code = inspect.unwrap(code.func)
+    written = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
+    try:
+        file = inspect.getsourcefile(written)
+    except TypeError:  # built into Python
+        file = None
+    return sha256_of(Path(file)) if file else None
 
 
 def _checked(name: str, maps: object, count: int) -> Maps:

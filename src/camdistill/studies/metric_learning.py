@@ -22,10 +22,12 @@ from camdistill.errors import UserError
 from camdistill.measure.learned import Context, LearnedMetric, context
 from camdistill.networks.teachers import Teacher
 from camdistill.studies.classroom import NONE, Arm, arms_of
+from camdistill.studies.lessons import Pool
 from camdistill.studies.plan import Study
 from camdistill.studies.ranking import scores_of
 from camdistill.studies.simulatability import Found
 from camdistill.studies.teacher_work import pool_of
+from camdistill.types import Labels
 
 Values = NDArray[np.float64]
 
@@ -118,10 +120,39 @@ def demand_kinds(name: str, study: Study) -> None:
         )
 
 
-def lessons_of(found: Found, teacher: Teacher, seed: int = 0) -> Lessons:
+def images_of(found: Found) -> Labels:
+    """The ids of a ranking's images, of its first n."""
+    return _pool(found).ids
+
+
+def halves_of(images: Mapping[str, Labels], seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """Positions of each ranking's images that a metric is trained on, and is asked about.
+
+    An image of several rankings is in the same half of all.
+
+    Args:
+        images: Their ids, by ranking.
+        seed: Of the drawing.
+    """
+    learnt: dict[int, bool] = {}
+    halves = {}
+    for name, ids in images.items():
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+        new = [one for one in ids[order].tolist() if one not in learnt]
+        learnt |= {one: place < len(new) // 2 for place, one in enumerate(new)}
+        first = torch.tensor([learnt[one] for one in ids[order].tolist()])
+        halves[name] = (order[first], order[~first])
+    return halves
+
+
+def _pool(found: Found) -> Pool:
+    return pool_of(found.classroom.known, found.study.n[0])
+
+
+def lessons_of(found: Found, teacher: Teacher, halves: tuple[Tensor, Tensor]) -> Lessons:
     """Bags of a ranking's first family and first n, and what its network says of the images."""
     family, n = next(iter(found.study.students)), found.study.n[0]
-    pool = pool_of(found.classroom.known, n)
+    pool = _pool(found)
     classes = pool.logits[:, 0].argmax(1)
     base = scores_of(found, (family, n), NONE)
     assert base is not None, "the arm without maps always runs"
@@ -137,8 +168,7 @@ def lessons_of(found: Found, teacher: Teacher, seed: int = 0) -> Lessons:
         context(teacher, as_images(pixels.to(device)), of.to(device)).cpu()
         for pixels, of in zip(torch.split(pool.pixels, 64), torch.split(classes, 64), strict=True)
     ]
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return Lessons(bags, torch.cat(parts), (order[: n // 2], order[n // 2 :]))
+    return Lessons(bags, torch.cat(parts), halves)
 
 
 def fitted(

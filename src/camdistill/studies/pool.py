@@ -147,6 +147,7 @@ def _demand_kin(
 ) -> None:
     """Refuses an evaluation that differs from the first in more than seed and networks."""
     for name, what in (
+        ("measured_as", "another version of the metrics"),
         ("images", "other images"),
         ("of", "another --of"),
         ("layer", "another --layer"),

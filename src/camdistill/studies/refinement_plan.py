@@ -254,20 +254,31 @@ class Plan:
 
 
 def told(objective: Objective) -> dict[str, object]:
-    """All that decides what is trained: of a metric's file what is in it, not where it is."""
+    """All that decides what is trained: of files what is in them, not where they are."""
     said: dict[str, object] = plain(objective)
     del said["file"]
+    if objective.teacher is not None:
+        said["teacher"] = _content_of(objective.teacher)
     return said if objective.file is None else {**said, "metric": sha256_of(Path(objective.file))}
+
+
+def _content_of(network: NetworkSpec) -> dict[str, object]:
+    """A network's settings, with what is in its file of weights where it has one."""
+    said: dict[str, object] = plain(network)
+    file = Path(network.weights or "")
+    return said | {"weights": sha256_of(file)} if file.is_file() else said
 
 
 def of_maps(plan: Plan) -> Mapping[str, object]:
     """What of the objective decides what is measured."""
     one = plan.objective
-    teacher = [one.teacher, one.teacher_layer] if one.kind == "fidelity" else None
+    teacher = None
+    if one.kind == "fidelity" and one.teacher is not None:
+        teacher = [_content_of(one.teacher), one.teacher_layer]
     file = None if one.file is None else sha256_of(Path(one.file))
     return {
         "cam": [one.cam, one.layer, one.shown],
         "views": plain(one.views),
-        "teacher": plain(teacher),
+        "teacher": teacher,
         "metric": file,
     }

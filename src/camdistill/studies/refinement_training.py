@@ -80,8 +80,9 @@ def trained(
     """
     data.seed = seed
     before = signal.getsignal(signal.SIGINT)
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # of dropout
+    cards = [torch.cuda.current_device()] if device == "cuda" else []
+    with _quiet(), torch.random.fork_rng(devices=cards):
+        torch.manual_seed(seed)  # of dropout
         trainer = Trainer(
             max_epochs=epochs,
             accelerator="gpu" if device == "cuda" else "cpu",

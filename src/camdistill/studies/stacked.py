@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torchvision.ops import StochasticDepth
 
 from camdistill.data.views import View, view_maps
 from camdistill.distill.losses import map_distance, soft_targets_kl
@@ -159,7 +160,19 @@ def pooled_layer(family: NetworkSpec, classes: int, images: Images) -> tuple[str
             f"the students '{family.name}' don't end in global average pooling and one linear "
             f"layer after '{layer}'; take shallow_cnn, a CIFAR ResNet or a wide ResNet"
         )
+    _demand_no_dropout(family.name, network)
     return layer, (own.shape[1], own.shape[2])
+
+
+def _demand_no_dropout(name: str, network: nn.Module) -> None:
+    """Refuse students that draw at random in training: those of one seed would not be alike."""
+    for place, part in network.named_modules():
+        dropped = isinstance(part, nn.modules.dropout._DropoutNd | StochasticDepth)
+        if dropped and part.p > 0:
+            raise UserError(
+                f"the students '{name}' have dropout ({place}, p {part.p}), and students of one "
+                "seed have to draw alike: set it to 0 in their args, or take another network"
+            )
 
 
 def teach(students: Students, pool: Pool, lessons: Sequence[Lesson], recipe: Recipe) -> None:
