@@ -1,15 +1,18 @@
 """Arms times seeds: nothing runs twice, nothing stale stays, and the table equals numpy's."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file
 from scipy.stats import t
 
 from camdistill.errors import UserError
 from camdistill.measure.fidelity import FidelityTable
+from camdistill.networks.weights import save_safetensors
 from camdistill.report.results import read_results
 from camdistill.studies.checkpoint_files import WholeFiles
 from camdistill.studies.experiment import Experiment, read_table, save_table
@@ -200,3 +203,18 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
             Study(tmp_path / "base.yaml", ARMS, seeds, tmp_path)
     with pytest.raises(UserError, match=r"bases\.yaml; nearest: .*base\.yaml"):
         Study(tmp_path / "bases.yaml", ARMS, [0], tmp_path)
+
+
+def test_students_of_two_teachers_dont_share_a_table(
+    config: Config, tmp_path: Path, ran: list[str]
+) -> None:
+    study = Study(config(), {"student": {}}, [0], tmp_path / "study")
+    run_study(study)
+    file = tmp_path / "teacher.safetensors"
+    state = {name: value * 2 for name, value in load_file(file).items()}
+    save_safetensors(file, state, {})
+    with pytest.raises(
+        UserError, match=r"\(student, seed 0\) had a teacher whose file has changed"
+    ):
+        run_study(replace(study, seeds=[0, 1]))
+    assert len(ran) == 1

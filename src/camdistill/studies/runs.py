@@ -14,6 +14,8 @@ from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError, nearest
 from camdistill.measure.fidelity import SAME_MAP, FidelityTable, intervals
 from camdistill.measure.intervals import FloatArray, Interval, paired_interval, seed_interval
+from camdistill.networks.teachers import Teacher
+from camdistill.networks.weights import sha256_of
 from camdistill.report.results import Cell, read_results, write_results
 from camdistill.studies.experiment import Experiment, read_table
 
@@ -96,6 +98,7 @@ def run_study(
         runs[arm][str(seed)] = {
             "arguments": study.arguments(arm, seed),
             "config_sha256": study.config_sha256,
+            "teacher": _taught_by(experiment.model.teacher),
             "folder": str(experiment.folder),
             **{name: results[name] for name in ("n", "student", "controls", "seconds")},
         }
@@ -191,7 +194,7 @@ def _known_runs(path: Path, study: Study) -> dict[str, dict[str, dict[str, objec
         return {}
     found = read_results(path).get("runs", {})
     assert isinstance(found, dict)
-    return {
+    known = {
         arm: {
             seed: run
             for seed, run in runs.items()
@@ -201,6 +204,25 @@ def _known_runs(path: Path, study: Study) -> dict[str, dict[str, dict[str, objec
         for arm, runs in found.items()
         if arm in study.arms
     }
+    for arm, runs in known.items():
+        for seed, run in runs.items():
+            _demand_same_teacher(f"{arm}, seed {seed}", run.get("teacher", {}))
+    return known
+
+
+def _taught_by(teacher: Teacher) -> dict[str, str | None]:
+    file = None if teacher.spec is None else teacher.spec.weights
+    return {"weights": file, "sha256": teacher.sha256}
+
+
+def _demand_same_teacher(run: str, taught_by: Mapping[str, str | None]) -> None:
+    """Refuse a finished run whose teacher's file holds other weights now."""
+    file = Path(taught_by.get("weights") or "")
+    if file.is_file() and taught_by["sha256"] not in (None, sha256_of(file)):
+        raise UserError(
+            f"the study's finished run ({run}) had a teacher whose file has changed since, {file}: "
+            "give another --out, so that students of two teachers don't share a table"
+        )
 
 
 @rank_zero_only
