@@ -5,6 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
+from camdistill.layers.field_walk import Walk
 from camdistill.layers.receptive_field import measured_fields, receptive_fields
 from camdistill.layers.spans import ReceptiveField, Span
 from camdistill.networks.cifar_resnet import CifarResNet
@@ -231,3 +232,14 @@ def test_network_is_left_as_it_was() -> None:
     receptive_fields(network, torch.rand(1, 3, 32, 32))
     assert network.training
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
+def test_a_normalisation_keeps_the_field_under_the_names_of_a_gpu(name: str) -> None:
+    walk = Walk(torch.zeros(1, 3, 8, 8))
+    with walk:
+        seen = torch.nn.functional.conv2d(walk.images, torch.zeros(4, 3, 3, 3), stride=2)
+    operation = getattr(torch.ops.aten, name).default
+    after = walk._after(operation, (seen,), [seen], torch.zeros(seen.shape))
+    assert after == ReceptiveField(Span(3, 2, 0), Span(3, 2, 0))
+    assert not walk.unknown

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
-from camdistill.networks.fusion import foldable, fused
+from camdistill.networks.fusion import _NORMS, foldable, fused
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Teacher
 
@@ -183,3 +183,11 @@ def test_fused_teacher_is_a_teacher_of_the_same_file() -> None:
     assert (other.spec, other.sha256, other.classes) == (teacher.spec, teacher.sha256, 10)
     assert norms(teacher.network) == 19
     assert norms(other.network) == 0
+
+
+@pytest.mark.parametrize("name", ["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
+def test_normalisations_are_known_by_the_names_that_torch_calls_on_a_gpu(name: str) -> None:
+    """Input first and the mean fourth, where the recorder reads them."""
+    read = [one.name for one in getattr(torch.ops.aten, name).default._schema.arguments[:5]]
+    assert read == ["input", "weight", "bias", "running_mean", "running_var"]
+    assert name in _NORMS

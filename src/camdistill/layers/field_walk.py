@@ -185,6 +185,7 @@ _RULES: dict[str, _Rule] = {
         (
             *("native_batch_norm", "native_batch_norm_legit", "clone", "alias", "detach"),
             *("native_batch_norm_legit_no_training", "to_copy", "contiguous"),
+            *("cudnn_batch_norm", "miopen_batch_norm"),  # what torch calls on a GPU
             *("view", "unsafe_view", "reshape", "split", "split_with_sizes", "chunk", "lift_fresh"),
             *("native_dropout", "narrow"),
         ),

@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 
 # Double precision leaves this much between the fused network and the other one.
 TOLERANCE = 1e-8
-_NORMS = ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
+_NORMS = (
+    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    *("cudnn_batch_norm", "miopen_batch_norm"),  # what torch calls on a GPU
+)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
