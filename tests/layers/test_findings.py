@@ -260,6 +260,26 @@ def at(network: nn.Module, images: torch.Tensor, layers: list[str]) -> tuple[Fin
     return findings(state.result())
 
 
+@pytest.mark.parametrize("bias", [1.0, 0.0])
+def test_a_layer_that_is_the_same_for_every_image_has_collapsed(bias: float) -> None:
+    """A bias alone is what is left of the second convolution; without one it is dead instead."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3), nn.Tanh(), nn.Conv2d(16, 16, 3), nn.Tanh()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
+        )
+    with torch.no_grad():
+        network[2].weight.zero_()
+        network[2].bias.copy_(bias * torch.linspace(0.1, 0.9, 16))
+    images = torch.rand(40, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    found = at(network, images, ["1", "3"])
+    told = [(one.layer, one.value, one.text) for one in found if one.kind == "collapsed rank"]
+    text = "net 3: effective rank 0 of 16 possible: the same for every image"
+    assert told == ([("3", 0.0, text)] if bias else [])
+    assert bool(bias) != ("dead" in {one.kind for one in found if one.layer == "3"})
+
+
 GATES = [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0.0, 50.0)]
 OTHERS = [nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(2), nn.Softmax2d()]
 

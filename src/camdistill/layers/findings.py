@@ -11,6 +11,7 @@ independent network had a CKA of 0.51 or more with some layer. The tests plant f
 seeds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -165,7 +166,12 @@ def _saturated(layer: LayerSummary) -> Finding | None:
 
 def _collapsed(layer: LayerSummary) -> Finding | None:
     rank = layer.rank
-    if rank.possible < FEWEST_DIRECTIONS or not rank.effective < COLLAPSED * rank.possible:
+    if rank.possible < FEWEST_DIRECTIONS:
+        return None
+    if math.isnan(rank.effective) and len(layer.units.dead) < layer.channels:
+        text = f"effective rank 0 of {rank.possible} possible: the same for every image"
+        return _finding("collapsed rank", layer, text, (), 0.0)
+    if not rank.effective < COLLAPSED * rank.possible:
         return None
     text = (
         f"effective rank {rank.effective:.1f} of {rank.possible} possible: over images the "
