@@ -1,6 +1,7 @@
 """How a teacher is trained: its loss, its accuracy, its head."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,29 @@ def test_what_is_saved_is_what_loads(shapes: Data, trainer_of: Trainers, tmp_pat
         torch.testing.assert_close(found(images), module.eval().network(images))
     assert found.classes == data.classes
     assert found.teacher is None
+
+
+def test_checkpoint_tells_its_images_size_and_one_that_does_not_still_works(
+    shapes: Data, trainer_of: Trainers, tmp_path: Path
+) -> None:
+    """A network trained at 64 pixels was explained at 224."""
+    data, whole = shapes(size=64), tmp_path / "whole.ckpt"
+    module = Classifier(SMALL)
+    trainer = trainer_of(max_epochs=1)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(whole)
+    save(module, tmp_path / "a.safetensors")
+    for file in (tmp_path / "a.safetensors", whole):
+        assert load(file).settings["size"] == [64, 64]
+    older = torch.load(whole, weights_only=True)
+    told = json.loads(older["camdistill"])
+    del told["size"]
+    torch.save({**older, "camdistill": json.dumps(told)}, tmp_path / "older.ckpt")
+    assert "size" not in load(tmp_path / "older.ckpt").settings
+    again = Classifier(SMALL)
+    trainer_of(max_epochs=2).fit(again, data, ckpt_path=tmp_path / "older.ckpt")
+    assert again.experiment()["size"] == [64, 64]
+    trainer_of().test(again, data, ckpt_path=tmp_path / "older.ckpt", verbose=False)
 
 
 def test_mistakes_are_told(shapes: Data, trainer_of: Trainers) -> None:

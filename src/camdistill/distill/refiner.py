@@ -82,7 +82,6 @@ class Refiner(Training):
         self.accuracy, self.agreement, self.seen = MeanMetric(), MeanMetric(), SumMetric()
         self.tested: tuple[float, float, int] | None = None
         self.labelled = False
-        self._size: tuple[int, int] | None = None
         self._masks: Bool[Tensor, "images height width"] | None = None
         self._places: Labels | None = None
         self._said: dict[tuple[int, ...], Labels] = {}  # by the start, of validation images
@@ -121,17 +120,15 @@ class Refiner(Training):
                 "trained with, or --keep start, which needs no label"
             )
         self.labelled = bool(classes) and classes == own
-        self._size = data.size
         wanted = self.refinement.objective.kind == "energy" and self.refinement.arm != "ce"
         if wanted and data.train_set is not None and self._masks is None:
             self._masks, self._places = masks_of(data.train_set)
 
     def experiment(self) -> dict[str, Any]:
-        """Everything that a checkpoint needs to say, with the size of its images."""
-        size = {} if self._size is None else {"size": list(self._size)}
+        """Everything that a checkpoint needs to say, with the metric's file."""
         file = self.refinement.objective.file
         metric = {} if file is None else {"metric_sha256": sha256_of(Path(file))}
-        return {**super().experiment(), **size, **metric}
+        return {**super().experiment(), **metric}
 
     def train(self, mode: bool = True) -> "Refiner":
         """Batch normalisation stays as it is where its statistics are frozen."""
