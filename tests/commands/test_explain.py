@@ -235,4 +235,4 @@ def test_all_methods_leave_out_what_a_network_refuses(
 
 def test_a_classifier_of_small_images_is_shown_small_images() -> None:
     shipped = Path(__file__).parents[2] / "checkpoints" / "shapes-resnet20.safetensors"
-    assert networks_from(shipped, None, None, []).size == 32
+    assert networks_from(shipped, None, None, []).size == (32, 32)

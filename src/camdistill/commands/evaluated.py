@@ -43,7 +43,7 @@ class Networks:
         other: Its student or its teacher; None where it is alone.
         other_layer: Likewise.
         of: "teacher" or "student": what the explained network is.
-        size: Side of the images that it was trained on, in pixels.
+        size: Height and width of the images that it was trained on, in pixels.
         sha256: Of the files that were read.
         channels: Of the images that the networks take: 3, or 1 for their mean.
     """
@@ -53,7 +53,7 @@ class Networks:
     other: Preprocessed | None
     other_layer: str | None
     of: str
-    size: int
+    size: tuple[int, int]
     sha256: dict[str, str | None]
     channels: int = 3
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from camdistill.commands.networks import side_of
+from camdistill.commands.networks import side_of, trained_size
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
 from camdistill.explain.exporting import ClosedExplainer
@@ -57,7 +57,7 @@ def export(
     if format != "torch":
         _demand_extra()
     found = load(checkpoint, trust=trust)
-    side = side_of(size, int(found.settings.get("size", [224])[0]))
+    side = side_of(size, trained_size(found))
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(max(BATCHES), 3, side, side, generator=generator)
     explainer = ClosedExplainer(found.network.eval().requires_grad_(False), images[:2], layer)

@@ -21,7 +21,7 @@ class Shown:
         student: Beside it, or None.
         pairs: Layers of (teacher, student); the student's is empty where there is none.
         classes: Names of the classes; empty when unknown.
-        size: Side of the images that the networks were trained on, in pixels.
+        size: Height and width of the images that the networks were trained on, in pixels.
         sha256: Of the files that were read.
         first: What the first network is: a student whose teacher is missing stands in its place.
         channels: Of the images that the networks take: 3, or 1 for their mean.
@@ -31,7 +31,7 @@ class Shown:
     student: Preprocessed | None
     pairs: list[tuple[str, str]]
     classes: tuple[str, ...]
-    size: int
+    size: tuple[int, int]
     sha256: dict[str, str | None]
     first: str = "teacher"
     channels: int = 3
@@ -64,11 +64,29 @@ def networks_from(
     return Shown(alone, None, [], (), size, sha256, channels=channels)
 
 
-def side_of(size: int | None, usual: int) -> int:
-    """Side of the images in pixels: as the user wants it, or the usual one."""
-    if size is not None and size < 1:
-        raise UserError(f"size is {size}; give the images' side in pixels, 1 or more")
-    return usual if size is None else size
+def side_of(size: int | None, usual: tuple[int, int]) -> int:
+    """Side of the images in pixels: as the user wants it, or the usual one.
+
+    Raises:
+        UserError: The user's is none, or images usually aren't square and the user wants no side.
+    """
+    if size is not None:
+        if size < 1:
+            raise UserError(f"size is {size}; give the images' side in pixels, 1 or more")
+        return size
+    height, width = usual
+    if height != width:
+        raise UserError(
+            f"the network was trained on {height}x{width} images, which this command doesn't show "
+            "whole: give --size N, the side of a square in pixels"
+        )
+    return height
+
+
+def trained_size(found: Explainer) -> tuple[int, int]:
+    """Height and width of a checkpoint's images; the usual ones where it doesn't tell."""
+    told = found.settings.get("size")
+    return _usual_size(found.network) if told is None else (int(told[0]), int(told[1]))
 
 
 def _channels(network: nn.Module) -> int:
@@ -84,7 +102,7 @@ def _channels(network: nn.Module) -> int:
 
 
 def _of_checkpoint(found: Explainer) -> Shown:
-    size = int(found.settings.get("size", [_usual_size(found.network)])[0])
+    size = trained_size(found)
     sha256: dict[str, str | None] = {"checkpoint": found.sha256}
     if found.teacher is None:
         if found.teacher_missing:
@@ -96,5 +114,5 @@ def _of_checkpoint(found: Explainer) -> Shown:
     return Shown(found.teacher, found.network, pairs, found.classes, size, sha256)
 
 
-def _usual_size(network: Preprocessed) -> int:
-    return 32 if isinstance(network.network, CifarResNet | WideResNet) else 224
+def _usual_size(network: Preprocessed) -> tuple[int, int]:
+    return (32, 32) if isinstance(network.network, CifarResNet | WideResNet) else (224, 224)
