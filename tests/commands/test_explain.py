@@ -18,11 +18,14 @@ from camdistill.data.decode import decode
 from camdistill.explain.methods import METHODS
 from camdistill.explain.methods import explainer as method_of
 from camdistill.networks.cifar_resnet import CifarResNet
+from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Teacher
 from camdistill.networks.weights import save_safetensors
 
 STUDENT = "runs/tiny/version_0/student.safetensors"
 LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
+IMAGENET_MEAN = sum((0.485, 0.456, 0.406)) / 3
+IMAGENET_STD = sum((0.229, 0.224, 0.225)) / 3
 ALONE = NetworkSpec("shallow_cnn", "teacher.safetensors", {"channels": [4, 6], "strides": [1, 2]})
 
 
@@ -236,3 +239,28 @@ def test_all_methods_leave_out_what_a_network_refuses(
 def test_a_classifier_of_small_images_is_shown_small_images() -> None:
     shipped = Path(__file__).parents[2] / "checkpoints" / "shapes-resnet20.safetensors"
     assert networks_from(shipped, None, None, []).size == (32, 32)
+
+
+def test_networks_of_grey_images_see_the_mean_of_the_colours(folder: Path) -> None:
+    """They ended in a traceback."""
+    Path("grey_cnn.py").write_text(
+        "from camdistill.networks.students import ShallowCNN\n"
+        "def network(): return ShallowCNN(6, (4, 6), (1, 2), in_channels=1)\n"
+    )
+    with torch.random.fork_rng():
+        own = ShallowCNN(6, (4, 6), (1, 2), in_channels=1).eval()
+    save_safetensors("grey.safetensors", own.state_dict())
+    line = (
+        "explain --teacher grey_cnn.network --weights grey.safetensors --size 16 --classes 1 "
+        "--images pictures/photo.jpg --layers stage2"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        assert main([*line.split(), "--out", "one"]) == 0
+        assert main([*line.split(), "--out", "all", "--method", "grad_cam", "layer_cam"]) == 0
+    seen = (image("photo.jpg").mean(1, keepdim=True) - IMAGENET_MEAN) / IMAGENET_STD
+    expected = grad_cam(own, seen, ["stage2"], torch.tensor([[1]]))["stage2"][0, 0]
+    with np.load("one/000_photo.npz") as maps:
+        close(maps["teacher/stage2/1"], expected)
+    with np.load("all/000_photo.npz") as maps:
+        close(maps["teacher/stage2/1/grad_cam"], expected)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from camdistill.commands.methods import maps_by_method, method_scores, write_methods
 from camdistill.commands.networks import Shown, networks_from, side_of
 from camdistill.commands.sources import ShownImages, images_from
+from camdistill.distill.training import as_taken
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import Explanation, last_layer
 from camdistill.explain.gradcam import explain as explain_network
@@ -84,11 +85,12 @@ def explain(
     """
     shown = networks_from(checkpoint, teacher, weights, trust)
     found = images_from(images, data, count=count, size=side_of(size, shown.size))
-    shown = replace(shown, pairs=_pairs(shown, layers, found.images[:1]))
+    taken = as_taken(found.images, shown.channels)
+    shown = replace(shown, pairs=_pairs(shown, layers, taken[:1]))
     fitting = len(found.classes) == head_size(shown.teacher.network)
     names = shown.classes or (found.classes if fitting else ())
     chosen = [_class_number(name, names) for name in classes]
-    told, own = _explanations(shown, found.images, chosen)
+    told, own = _explanations(shown, taken, chosen)
     if method:
         return _by_method(shown, found, told, own, names, method, out)
     rows: dict[str, dict[str, object]] = {}
@@ -120,7 +122,8 @@ def _by_method(
     out: Path,
 ) -> dict[str, object]:
     """Panels, raw maps and results of several methods."""
-    maps = maps_by_method(shown, images.images, told.classes, methods)
+    taken = as_taken(images.images, shown.channels)
+    maps = maps_by_method(shown, taken, told.classes, methods)
     rows: dict[str, dict[str, object]] = {}
     alike: dict[str, list[float]] = {}
     for index, name in enumerate(images.names):

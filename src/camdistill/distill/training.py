@@ -8,6 +8,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
@@ -213,6 +214,11 @@ def as_images(pixels: Tensor) -> Images:
     """Stored pixels as images in [0, 1], laid out channels_last."""
     images = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def as_taken(images: Images, channels: int) -> Float[Tensor, "batch taken height width"]:
+    """Images as a network of so many channels takes them: 3, or 1 for their mean."""
+    return images.mean(1, keepdim=True) if channels == 1 else images
 
 
 def plain(value: Any) -> Any:

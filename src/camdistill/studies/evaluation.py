@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from camdistill.data.datasets import ImageSet
 from camdistill.data.shapes import Shapes
-from camdistill.distill.training import as_images
+from camdistill.distill.training import as_images, as_taken
 from camdistill.errors import UserError
 from camdistill.explain.maps import resize
 from camdistill.measure import controls
@@ -168,8 +168,7 @@ def pictures(evaluation: Evaluation, start: int) -> Images:
 def _as_taken(
     subject: Subject, pixels: Pixels
 ) -> Float[Tensor, "batch channels_taken height width"]:
-    images = as_images(pixels)
-    return images if subject.channels == 3 else images.mean(1, keepdim=True)
+    return as_taken(as_images(pixels), subject.channels)
 
 
 def _positions(evaluation: Evaluation, start: int) -> NDArray[np.int64]:
