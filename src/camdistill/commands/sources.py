@@ -141,7 +141,7 @@ def _test_set(data: str, size: int) -> tuple[ImageSet, Shapes | None]:
         module = CIFARData("cifar10" if data == "cifar10" else "cifar100")
     else:
         module = FolderData(Path(data), size=size)
-    module.prepare_data()
+    # Without prepare_data, which decodes training images; setup fetches what is missing.
     module.setup("test")
     assert module.test_set is not None, "setup made it"
     return module.test_set, shapes
