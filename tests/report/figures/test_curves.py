@@ -33,3 +33,8 @@ def test_an_image_without_a_curve_is_left_out_of_the_mean_of_that_map() -> None:
         nothing[:, 60:], removal_chart({"deletion": {"all": rows[:2]}}, fractions)[:, 60:]
     )
     assert removal_chart({"deletion": {"cam": rows[2:]}}, fractions).shape == alone.shape
+
+
+def test_dollars_in_titles_and_names_are_dollars() -> None:
+    name = r"a$ \b $c"  # as a formula it can't be parsed
+    removal_chart({name: {name: np.array([[1.0, 0.5]], np.float32)}}, [0.0, 1.0])

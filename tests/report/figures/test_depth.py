@@ -88,3 +88,20 @@ def test_charts_of_nothing_are_refused() -> None:
         profile_chart({})
     with pytest.raises(ValueError, match="at least one network"):
         ridge_chart({})
+
+
+DOLLARS = r"a$ \b $c"  # a path of the user's; as a formula it can't be parsed
+
+
+def test_dollars_in_titles_and_names_are_dollars() -> None:
+    depth = np.array([0.0, 100.0])
+    line = Profile(depth, np.array([0.1, 0.9]))
+    named = {"title": DOLLARS, "notes": {DOLLARS: DOLLARS}, "beside": {DOLLARS: {DOLLARS: line}}}
+    profile_chart({DOLLARS: {DOLLARS: line}}, **named)
+    edges = np.linspace(-3, 2, 51)
+    found = LogHistogram(edges, np.ones(50), 0.0, 0)
+    ridge_chart({DOLLARS: {DOLLARS: found}}, title=DOLLARS, axis=DOLLARS)
+    similarity_chart(
+        np.full((1, 1), 0.5), [DOLLARS], [DOLLARS],
+        title=DOLLARS, note=DOLLARS, row_axis=DOLLARS, column_axis=DOLLARS,
+    )  # fmt: skip

@@ -34,3 +34,8 @@ def test_a_long_title_is_not_cut() -> None:
     table = {"a": {"gain": Interval(0.5, 0.4, 0.6)}}
     picture = interval_chart(table, title="Simulatability gain, 95 % intervals over images, 1 seed")
     assert (picture[:, -4:] == 255).all(), "nothing reaches the right edge"
+
+
+def test_dollars_in_titles_and_names_are_dollars() -> None:
+    name = r"a$ \b $c"  # as a formula it can't be parsed
+    interval_chart({name: {name: Interval(0.5, 0.4, 0.6)}}, title=name)

@@ -50,7 +50,7 @@ def removal_chart(
                 linestyle="--" if name in dashed else "-",
                 linewidth=1.6,
             )
-        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_title(title, fontsize=10, loc="left", parse_math=False)
         axes.set_xlabel("share of the pixels")
         axes.set_ylim(0, 1)
         axes.grid(color="0.92")
@@ -61,5 +61,6 @@ def removal_chart(
         f"mean probability, n = {len(next(iter(next(iter(charts.values())).values())))}"
     )
     if figure.axes[-1].get_lines():
-        figure.axes[-1].legend(fontsize=8, frameon=False)
+        for words in figure.axes[-1].legend(fontsize=8, frameon=False).get_texts():
+            words.set_parse_math(False)
     return rendered(figure)

@@ -86,9 +86,11 @@ def profile_chart(
             axes.plot(*line, "o-", color=shades[name], markersize=3, linewidth=1.5)
         for name, line in (beside or {}).get(statistic, {}).items():
             axes.plot(*line, "--", color=dashed[name], linewidth=1.2)
-        axes.set_title(statistic, fontsize=9, loc="left", weight="bold", pad=15)
+        axes.set_title(statistic, fontsize=9, loc="left", weight="bold", pad=15, parse_math=False)
         note = (notes or {}).get(statistic, "")
-        axes.text(0, 1.04, note, transform=axes.transAxes, fontsize=7, color="0.4")
+        axes.text(
+            0, 1.04, note, transform=axes.transAxes, fontsize=7, color="0.4", parse_math=False
+        )
         axes.set_xlim(-3, 103)
         if ranges and statistic in ranges:
             low, high = ranges[statistic]
@@ -98,7 +100,7 @@ def profile_chart(
         axes.set_axis_off()
     for axes in grid[-1]:
         axes.set_xlabel("depth (% of layers)", fontsize=8)
-    figure.text(0.12 / wide, 1 - 0.22 / tall, title, fontsize=10.5, weight="bold", va="center")
+    _headline(figure, 0.12 / wide, 1 - 0.22 / tall, title)
     _legend(figure, shades, dashed, wide, tall)
     return rendered(figure)
 
@@ -140,10 +142,12 @@ def ridge_chart(
         )
         colour = COLOURS[place % len(COLOURS)]
         _ridges(axes, layers, ends, colour)
-        axes.set_title(network, fontsize=9.5, color=colour, weight="bold", loc="left", pad=6)
-        axes.set_xlabel(f"{axis}, powers of ten", fontsize=8)
+        axes.set_title(
+            network, fontsize=9.5, color=colour, weight="bold", loc="left", pad=6, parse_math=False
+        )
+        axes.set_xlabel(f"{axis}, powers of ten", fontsize=8, parse_math=False)
         axes.text(1.02, 1.01, "zero", transform=axes.transAxes, fontsize=7.5, color="0.35")
-    figure.text(0.12 / wide, 1 - 0.2 / tall, title, fontsize=10.5, weight="bold", va="center")
+    _headline(figure, 0.12 / wide, 1 - 0.2 / tall, title)
     return rendered(figure)
 
 
@@ -173,7 +177,7 @@ def _ridges(
             fontsize=7.5,
             color="#d62728" if broken or found.zeros > 0.99 else "0.35",
         )
-    axes.set_yticks(range(len(layers)), list(layers)[::-1], fontsize=7.5)
+    axes.set_yticks(range(len(layers)), list(layers)[::-1], fontsize=7.5, parse_math=False)
     axes.set_ylim(-0.2, len(layers) + 0.75)
     axes.set_xlim(*ends)
     axes.tick_params(axis="both", length=0, labelsize=7.5)
@@ -241,11 +245,13 @@ def similarity_chart(
                 column, row, words, ha="center", va="center",
                 fontsize=7 if cell > 0.3 else 5, color="white" if dark else "black",
             )  # fmt: skip
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=7.5)
-    axes.set_yticks(range(len(rows)), rows, fontsize=7.5)
+    axes.set_xticks(
+        range(len(columns)), columns, rotation=45, ha="right", fontsize=7.5, parse_math=False
+    )
+    axes.set_yticks(range(len(rows)), rows, fontsize=7.5, parse_math=False)
     axes.tick_params(length=0)
-    axes.set_xlabel(column_axis, fontsize=8.5)
-    axes.set_ylabel(row_axis, fontsize=8.5)
+    axes.set_xlabel(column_axis, fontsize=8.5, parse_math=False)
+    axes.set_ylabel(row_axis, fontsize=8.5, parse_math=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.add_axes(
@@ -253,9 +259,17 @@ def similarity_chart(
     )
     figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7, length=2)
     bar.spines["outline"].set_visible(False)
-    figure.text(0.12 / whole, 1 - 0.2 / height, title, fontsize=10.5, weight="bold", va="center")
-    figure.text(0.12 / whole, 1 - 0.42 / height, note, fontsize=7.5, color="0.4", va="center")
+    _headline(figure, 0.12 / whole, 1 - 0.2 / height, title)
+    figure.text(
+        *(0.12 / whole, 1 - 0.42 / height, note),
+        fontsize=7.5, color="0.4", va="center", parse_math=False,
+    )  # fmt: skip
     return rendered(figure)
+
+
+def _headline(figure: Figure, x: float, y: float, title: str) -> None:
+    # A title may hold a path of the user's, and that two dollars.
+    figure.text(x, y, title, fontsize=10.5, weight="bold", va="center", parse_math=False)
 
 
 def _plain(axes: Axes) -> None:
@@ -293,6 +307,7 @@ def _legend(
             right / wide,
             1 - 0.22 / tall,
             f"{mark} {name}",
+            parse_math=False,
             color=colour,
             fontsize=9.5,
             weight="bold",

@@ -41,12 +41,12 @@ def interval_chart(
         wspace=0.12,
     )
     if title:
-        figure.suptitle(title, fontsize=10, x=0.015, ha="left", weight="bold")
+        figure.suptitle(title, fontsize=10, x=0.015, ha="left", weight="bold", parse_math=False)
     for axes, measure in zip(grid[0], measures, strict=True):
         found = {arm: row[measure] for arm, row in table.items() if measure in row}
         _draw_intervals(axes, arms, found, (references or {}).get(measure))
-        axes.set_title(measure, fontsize=9, loc="left")
-    grid[0, 0].set_yticks(range(len(arms)), arms, fontsize=9)
+        axes.set_title(measure, fontsize=9, loc="left", parse_math=False)
+    grid[0, 0].set_yticks(range(len(arms)), arms, fontsize=9, parse_math=False)
     grid[0, 0].set_ylim(len(arms) - 0.5, -0.6)
     return rendered(figure)
 

@@ -137,7 +137,7 @@ def _concepts(axes: Axes, concepts: Sequence[tuple[str, float, float]]) -> None:
     for place, (_, iou, chance) in zip(places, concepts, strict=True):
         axes.plot([chance] * 2, [place - 0.4, place + 0.4], color=COLOURS[1], linewidth=1.6)
         axes.text(max(iou, chance) + 0.015, place, f"{iou:.2f}", fontsize=7.5, va="center")
-    axes.set_yticks(places, [name for name, _, _ in concepts], fontsize=7.5)
+    axes.set_yticks(places, [name for name, _, _ in concepts], fontsize=7.5, parse_math=False)
     axes.set_xlim(0, max(0.3, 1.3 * max(values)))
     axes.set_ylim(-0.6, len(concepts) - 0.4)
     axes.set_xticks([])
