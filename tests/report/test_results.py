@@ -126,3 +126,15 @@ def test_table_is_aligned_and_shows_intervals() -> None:
 
 def test_empty_table_is_empty() -> None:
     assert text_table({}).strip() == ""
+
+
+def test_strings_that_look_like_lists_stay_what_they_are(tmp_path: Path) -> None:
+    odd = {
+        "a [ 1,  2 ].png": [1, 2],
+        "b": 'x "[ 1,  2 ]" \\',
+        "c": ["[ 3 ]", "[  4 ]"],
+        "d": "[ 5,",
+    }
+    path = write_results(tmp_path / "r.json", odd)
+    assert {name: read_results(path)[name] for name in odd} == odd
+    assert '"a [ 1,  2 ].png": [1, 2],\n' in path.read_text()

@@ -19,6 +19,8 @@ from camdistill.files import write_atomically
 from camdistill.measure.intervals import Interval
 
 Cell = Interval | float | int | str | None
+# A whole string, so that nothing in it is taken for a list; or a list of numbers, true or null.
+_TEXT_OR_NUMBERS = re.compile(r'"(?:[^"\\]|\\.)*"|\[[^\[\]{}"]*\]')
 
 
 def write_results(
@@ -49,10 +51,13 @@ def write_results(
         whole["sha256"] = dict(sha256)
     text = json.dumps(_plain(whole), indent=2, ensure_ascii=False, allow_nan=False)
     # Lists of numbers (seeds, values by seed) on one line.
-    text = re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()), text)
-    text = re.sub(r"\[ ([^\[\]{}\"]*) \]", r"[\1]", text)
+    text = _TEXT_OR_NUMBERS.sub(_on_one_line, text)
     write_atomically(path, f"{text}\n".encode())
     return path
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return found[0] if found[0].startswith('"') else f"[{' '.join(found[0][1:-1].split())}]"
 
 
 def read_results(path: Path) -> dict[str, object]:
