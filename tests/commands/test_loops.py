@@ -1,17 +1,20 @@
 """`test` of both kinds of checkpoint, `--help` and `--print_config`."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from camdistill.cli import main
-from camdistill.commands.parsing import with_lists
+from camdistill.commands.loops import _Told
+from camdistill.commands.parsing import call, with_lists
 
 RUN = Path("runs/tiny/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
@@ -109,3 +112,44 @@ def test_lists_are_gathered_up_to_the_next_option() -> None:
         "--seeds=[1, 2]",
         "--seeds=[4, 5]",
     ]
+
+
+def test_a_file_whose_name_begins_with_a_bracket_is_a_word() -> None:
+    words = ["--images", "[1] cat.png", "--images=[a.png, b.png]"]
+    assert with_lists(words, {"images": Path}) == [
+        '--images=["[1] cat.png"]',
+        "--images=[a.png, b.png]",
+    ]
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_a_tilde_that_no_shell_replaced_is_the_home_folder(
+    from_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(out: Path = Path("runs"), images: list[Path] = []) -> object:  # noqa: B006
+        """Gives back what it was given."""
+        return out, images
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    config = tmp_path / "probe.yaml"
+    config.write_text("out: ~/oo\nimages: [~/a.png, ~b.png]\n")
+    words = ["--out=~/oo", "--images", "~/a.png", "~b.png"]
+    found = call(probe, ["probe", *(["-c", str(config)] if from_file else words)])
+    home = tmp_path / "home"
+    assert found == (home / "oo", [home / "a.png", Path("~b.png")])
+
+
+def test_the_next_commands_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path("my runs/it's/version_0")
+    fake = SimpleNamespace(
+        trainer=SimpleNamespace(is_global_zero=True),
+        folder=run,
+        model=None,
+        save_network=lambda: run / "student.safetensors",
+    )
+    _Told.after_fit(fake)
+    line = next(one for one in capsys.readouterr().out.splitlines() if "test it:" in one)
+    words = shlex.split(line.partition("test it:")[2])
+    assert words[:4] == ["camdistill", "test", "-c", str(run / "config.yaml")]
+    assert words[4:] == ["--ckpt_path", str(run / "checkpoints/last.ckpt")]

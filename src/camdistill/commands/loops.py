@@ -1,6 +1,7 @@
 """`fit`, `validate`, `test` and `predict`: Lightning's loops, and what to do next."""
 
 import io
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +30,12 @@ class _Told(Experiment):
         path = self.save_network()
         last = self.folder / LAST
         print(f"\nTrained: {path} (small, for use) and {last} (whole, to go on from)")
-        print(f"  test it:     camdistill test -c {self.folder}/config.yaml --ckpt_path {last}")
+        config, whole, small = (
+            shlex.quote(str(one)) for one in (self.folder / "config.yaml", last, path)
+        )
+        print(f"  test it:     camdistill test -c {config} --ckpt_path {whole}")
         if isinstance(self.model, DistilledExplainer):
-            print(f"  look at it:  camdistill explain --checkpoint {path} --images FOLDER")
+            print(f"  look at it:  camdistill explain --checkpoint {small} --images FOLDER")
         print(f"  {how_to_look(self.folder.parent)}")
 
     def after_validate(self) -> None:

@@ -47,7 +47,7 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     chosen.pop("config", None)
     with translated():
         made = parser.instantiate_classes(chosen)
-    options = vars(made)
+    options = {option: _at_home(value) for option, value in vars(made).items()}
     if isinstance(out := options.get("out"), Path) and not any(map(options.get, LOOKS)):
         demand_room(out)
     return command(**options)
@@ -112,7 +112,7 @@ def with_lists(arguments: Sequence[str], lists: Mapping[str, type]) -> list[str]
             values.append(words.pop(0))
         if not values:
             raise UserError(f"{option} stands without its value; give one or more, or leave it out")
-        whole = len(values) == 1 and values[0].startswith("[")
+        whole = len(values) == 1 and values[0].startswith("[") and values[0].endswith("]")
         numbers = all(_WHOLE.fullmatch(value) for value in values) and lists[name] is int
         text = f"[{', '.join(values)}]" if numbers else json.dumps(values)
         done.append(f"{option}={values[0] if whole else text}")
@@ -136,6 +136,13 @@ def with_flags(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
         else:
             done.append(f"--{name}" if bare else word)
     return done
+
+
+def _at_home(value: object) -> object:
+    """Paths, also in lists, with the home folder for a `~` that no shell has replaced."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
 
 
 def _flags(command: Callable[..., object]) -> list[str]:
