@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from camdistill.cli import main
 from camdistill.networks.weights import read_weights, save_safetensors
@@ -34,3 +35,22 @@ def test_images_that_are_not_square_need_a_size(
     )
     if command.startswith(("explain", "analyze")):
         assert main([*command.split(), "--checkpoint", "wide.safetensors", "--size", "16"]) == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "explain --images pixels.png --teacher squeezenet1_1",
+        "evaluate --images pixels.png --teacher squeezenet1_1",
+        "analyze --list-layers --teacher squeezenet1_1",
+        "analyze --list-layers --teacher vit_b_32",
+    ],
+)
+def test_a_size_that_the_network_cannot_take_is_told_in_a_line(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save("pixels.png")
+    assert main([*command.split(), "--size", "8"]) == 2
+    told = capsys.readouterr().err
+    assert "the teacher can't run on an image of 3x8x8 (" in told
+    assert "); give another --size" in told

@@ -19,6 +19,7 @@ from camdistill.data.concepts import shape_concepts
 from camdistill.errors import UserError
 from camdistill.layers.close_up import Closeness
 from camdistill.layers.points import all_layers, find_layers
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.report.layer_report import LayerReport
 from camdistill.report.opening import Opening, Step
@@ -84,9 +85,7 @@ def analyze(
         if number < 0:
             raise UserError(f"{name} is {number}; give 0 (none) or more")
     shown = networks_from(checkpoint, teacher, weights, trust)
-    networks: dict[str, nn.Module] = {shown.first: shown.teacher}
-    if shown.student is not None:
-        networks["student"] = shown.student
+    networks = shown.by_name
     if list_layers:
         return _listed(networks, side_of(size, shown.size), shown.channels)
     source = source_from(images, data, count=count, size=side_of(size, shown.size))
@@ -169,6 +168,7 @@ def _listed(networks: Mapping[str, nn.Module], size: int, channels: int) -> dict
     found: dict[str, object] = {}
     for name, network in networks.items():
         example = torch.zeros(1, channels, size, size)
+        demand_runs({name: network}, example)
         chosen = {layer.key for layer in find_layers(network, example)}
         rows: dict[str, dict[str, Cell]] = {}
         for layer in all_layers(network, example):

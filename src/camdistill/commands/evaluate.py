@@ -14,6 +14,7 @@ from camdistill.commands.networks import networks_from, side_of
 from camdistill.commands.running import chosen_device
 from camdistill.commands.sources import source_from
 from camdistill.data.datasets import ImageSet
+from camdistill.distill.training import as_images, as_taken
 from camdistill.errors import UserError
 from camdistill.files import write_atomically
 from camdistill.measure.metrics import (
@@ -23,6 +24,7 @@ from camdistill.measure.metrics import (
     demand_metrics,
     metric_of,
 )
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.weights import sha256_of, weights_digest
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
@@ -92,10 +94,13 @@ def evaluate(
         raise UserError(f"batch is {batch}; give 1 or more images")
     if seed < 0:
         raise UserError(f"seed is {seed}; give 0 or more")
-    networks = networks_of(networks_from(checkpoint, teacher, weights, trust), of, layer)
+    shown = networks_from(checkpoint, teacher, weights, trust)
+    networks = networks_of(shown, of, layer)
     networks.explained.to(chosen_device(device))
     found = source_from(images, data, count=count, size=side_of(size, networks.size))
     looked_at = found.images.subset(np.sort(found.order))
+    first = as_images(looked_at.batch([0]).pixels)
+    demand_runs(shown.by_name, as_taken(first, networks.channels))
     subject = Subject(networks.explained, looked_at, found.shapes, networks.channels)
     compared = explainers_of(explainers, networks, subject, trust)
     chosen = _chosen(metrics, subject, meta, live=any(one.explain for one in compared))

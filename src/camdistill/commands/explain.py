@@ -19,6 +19,7 @@ from camdistill.explain.gradcam import Explanation, last_layer
 from camdistill.explain.gradcam import explain as explain_network
 from camdistill.files import write_atomically
 from camdistill.measure.scores import map_scores
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.report.figures.maps import Row, map_panel
 from camdistill.report.figures.pictures import save_png
@@ -86,6 +87,7 @@ def explain(
     shown = networks_from(checkpoint, teacher, weights, trust)
     found = images_from(images, data, count=count, size=side_of(size, shown.size))
     taken = as_taken(found.images, shown.channels)
+    demand_runs(shown.by_name, taken[:1])
     shown = replace(shown, pairs=_pairs(shown, layers, taken[:1]))
     fitting = len(found.classes) == head_size(shown.teacher.network)
     names = shown.classes or (found.classes if fitting else ())

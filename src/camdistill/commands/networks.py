@@ -36,6 +36,12 @@ class Shown:
     first: str = "teacher"
     channels: int = 3
 
+    @property
+    def by_name(self) -> dict[str, nn.Module]:
+        """The networks that there are."""
+        first: dict[str, nn.Module] = {self.first: self.teacher}
+        return first if self.student is None else first | {"student": self.student}
+
 
 def networks_from(
     checkpoint: Path | None, teacher: str | None, weights: str | None, trust: Sequence[str]

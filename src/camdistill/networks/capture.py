@@ -6,7 +6,7 @@ without a number the name means the last call.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from camdistill.errors import UserError, nearest
+from camdistill.types import Images
 
 Visit = Callable[[str, object], Tensor | None]
 Look = Callable[[str, object], None]
@@ -174,6 +175,25 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
+
+
+def demand_runs(networks: Mapping[str, nn.Module], image: Images) -> None:
+    """Networks, by name, may have a size of their own, and many ways to say so.
+
+    Raises:
+        UserError: One can't run on the image.
+    """
+    for name, network in networks.items():
+        weight = next(network.parameters(), image)
+        try:
+            with undisturbed(network):
+                network(image.to(weight.device))
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"the {name} can't run on an image of {'x'.join(map(str, image.shape[1:]))} "
+                f"({reason}); give another --size"
+            ) from error
 
 
 def parts(network: nn.Module) -> list[nn.Module]:

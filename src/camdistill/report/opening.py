@@ -23,12 +23,11 @@ from camdistill.layers.portraits import Portrait
 from camdistill.layers.summary import LayerSummary
 from camdistill.layers.sweep import LayerSweep
 from camdistill.layers.through_depth import spatial, stage_ends, through_depth
-from camdistill.networks.capture import undisturbed
+from camdistill.networks.capture import demand_runs
 from camdistill.report.first_units import of_first_filters
 from camdistill.report.kept_sweep import BATCH, KeptSweep, fingerprint, look
 from camdistill.report.layer_report import LayerReport
 from camdistill.report.subject import Subject
-from camdistill.types import Images
 
 EXPLAINED = 256  # images, about, of which every layer's Grad-CAM is measured
 ACROSS = 60  # layers in the picture of one image through depth: ResNet-152 has 53 by default
@@ -81,7 +80,7 @@ class Opening:
             explained=min(EXPLAINED / count, 1.0),
         )
         example = self.subject.fetch(order[:BATCH])
-        self._demand_runs(example[:1])
+        demand_runs(self.networks, example[:1])
         looking = LayerSweep(self.networks, example, layers=self.layers or None, options=options)
         self._demand_units(looking.plan.layers)
         kept = KeptSweep(self.report.written, fingerprint(self.networks, self.subject))
@@ -255,18 +254,6 @@ class Opening:
     def _known(self) -> Analysis:
         assert self.found is not None, "swept first"
         return self.found
-
-    def _demand_runs(self, image: Images) -> None:
-        """Networks may have a size of their own, and many ways to say so."""
-        for name, network in self.networks.items():
-            try:
-                with undisturbed(network):
-                    network(image)
-            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                raise UserError(
-                    f"the {name} can't run on an image of {'x'.join(map(str, image.shape[1:]))} "
-                    f"({str(error).splitlines()[0]}); give another --size"
-                ) from error
 
     def _demand_units(self, layers: Mapping[str, Sequence[Layer]]) -> None:
         """Before a long sweep, not after it."""
