@@ -147,3 +147,17 @@ def test_a_linked_class_folder_is_followed_and_a_circle_is_not(tmp_path: Path) -
     (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "a" / "round").symlink_to(tmp_path / "data")
     assert scan(tmp_path / "data").names == ("a/1.png", "b/1.png")
+
+
+def test_a_folder_that_is_called_like_an_image_is_a_folder(tmp_path: Path) -> None:
+    make(tmp_path, "a/set.png/1.png", "b/2.png")
+    assert scan(tmp_path).names == ("a/set.png/1.png", "b/2.png")
+
+
+def test_a_class_that_is_called_train_is_told(tmp_path: Path) -> None:
+    make(tmp_path, "car/1.png", "plane/2.png", "train/3.png")
+    with pytest.raises(UserError, match=r"'train' and images in 'car' beside it; if both are"):
+        find_layout(tmp_path)
+    assert (
+        find_layout(make(tmp_path / "own", "train/a/1.png", "masks/m.png", "notes/")).test is None
+    )

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -117,9 +117,22 @@ def find_layout(root: Path) -> Layout:
                 "training images 'train', or give a folder without splits"
             )
         return Layout(root, root, None, None)
+    if val is None and test is None:
+        _demand_no_class(root, train, folders.values())
     if test is None:
         val, test = None, val
     return Layout(root, train, val, test)
+
+
+def _demand_no_class(root: Path, train: Path, beside: Iterable[Path]) -> None:
+    others = (path for path in beside if path != train and path.name != MASKS)
+    for path in sorted(others):
+        if not path.name.startswith(".") and len(scan(path)):
+            raise UserError(
+                f"{root} has a folder {train.name!r} and images in {path.name!r} beside it; if "
+                f"both are classes, move all classes into {str(root / 'train')!r}, else move "
+                f"{path.name!r} elsewhere"
+            )
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
@@ -149,7 +162,7 @@ def _walk(folder: Path | str, prefix: str, nested: bool) -> Iterator[tuple[str, 
             name = entry.name
             if name.startswith("."):
                 continue
-            if name.lower().endswith(SUFFIXES):
+            if name.lower().endswith(SUFFIXES) and not entry.is_dir():
                 try:
                     status = entry.stat()
                 except FileNotFoundError:
