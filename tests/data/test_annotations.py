@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from camdistill.data.annotations import boxes_of, masks_of, read_boxes
+from camdistill.data.datasets import ImageSet, folder
 from camdistill.errors import UserError
 
 SIZES = np.array([[40, 20], [20, 20]], dtype=np.int32)
@@ -93,3 +94,29 @@ def test_a_mask_of_another_size_is_told(tmp_path: Path) -> None:
     Image.new("L", (20, 40)).save(tmp_path / "masks" / "train" / "a" / "1.png")
     with pytest.raises(UserError, match="20x40 pixels, its image 40x20"):
         masks_of(tmp_path, NAMES, SIZES, 10)
+
+
+def test_corrected_masks_and_boxes_are_another_truth_of_the_same_images(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8), (9 * number, 0, 0)).save(
+                tmp_path / "train" / name / f"{number}.png"
+            )
+    (tmp_path / "masks" / "train" / "a").mkdir(parents=True)
+    file = tmp_path / "masks" / "train" / "a" / "0.png"
+
+    def seen() -> ImageSet:
+        return folder(tmp_path, "train", cache_dir=tmp_path / "cache")
+
+    found = [seen()]
+    for place in (1, 5):
+        mask = np.zeros((8, 8), np.uint8)
+        mask[place] = 255
+        Image.fromarray(mask).save(file)
+        found.append(seen())
+    (tmp_path / "boxes.csv").write_text("train/a/0.png,1,1,4,4\n")
+    found.append(seen())
+    assert len({one.fingerprint for one in found}) == 1
+    assert len({one.truth for one in found}) == 4
+    assert found[1].subset(np.array([0])).truth == found[1].truth

@@ -112,7 +112,7 @@ def evaluate(
             {"name": one.name, "kind": one.kind, "digest": one.digest} for one in compared
         ],
         "metrics": [_told_apart(name) for name in chosen],
-        "images": [_fingerprint(looked_at), looked_at.ids.tolist()],
+        "images": [_fingerprint(looked_at), looked_at.ids.tolist(), *_truth(looked_at)],
         **{"of": of, "layer": networks.layer, "batch": batch, "seed": seed, "meta": meta},
     }
     evaluation = Evaluation(subject, compared, chosen, seed, batch, meta, settings)
@@ -142,6 +142,11 @@ def evaluate(
 def _told_apart(metric: str) -> str:
     """A learned metric's file may change under its name."""
     return f"{metric} {sha256_of(Path(metric))}" if metric.endswith(FILE) else metric
+
+
+def _truth(images: ImageSet) -> list[str]:
+    """What says where objects are, where that can change without the images."""
+    return [images.truth] if images.truth else []
 
 
 def _fingerprint(images: ImageSet) -> str:

@@ -1,6 +1,7 @@
 """Where the object is: `boxes.csv` or mask images beside an image folder."""
 
 import csv
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -93,6 +94,13 @@ def boxes_of(
                 f"{root / BOXES}, line {line}: no image {path!r}; {nearest(path, names)}"
             )
     return boxes
+
+
+def digest(boxes: NDArray[np.float32] | None, masks: NDArray[np.uint8] | None) -> str:
+    """A sha256 of both; empty where there is neither."""
+    known = [part for part in (boxes, masks) if part is not None]
+    content = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in known))
+    return content.hexdigest() if known else ""
 
 
 def masks_of(

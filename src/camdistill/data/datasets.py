@@ -70,6 +70,7 @@ class ImageSet:
         boxes: float32 [N, 4] (xmin, ymin, xmax, ymax), inclusive pixels of the stored images; NaN
             where an image has none. None where no image has one.
         masks: uint8 [N, H, W], 1 on the object; all 0 where an image has none.
+        truth: sha256 of boxes and masks that lie in files of their own; else empty.
     """
 
     pixels: PixelArray
@@ -80,6 +81,7 @@ class ImageSet:
     fingerprint: str
     boxes: NDArray[np.float32] | None = None
     masks: PixelArray | None = None
+    truth: str = ""
 
     def __post_init__(self) -> None:
         for field in ("labels", "ids", "names", "boxes", "masks"):
@@ -296,6 +298,8 @@ def folder(
         broken = classes[min(lost)]
         raise UserError(f"all images of class {broken!r} in {place} are broken; replace them")
     key = hashlib.sha256(f"{images.digest} {images.pixels.shape}".encode())
+    boxes = annotations.boxes_of(layout.root, names, images.sizes, size)
+    masks = annotations.masks_of(layout.root, names, images.sizes, size)
     return ImageSet(
         pixels=images.pixels,
         labels=kept,
@@ -303,6 +307,7 @@ def folder(
         names=names,
         classes=classes,
         fingerprint=key.hexdigest(),
-        boxes=annotations.boxes_of(layout.root, names, images.sizes, size),
-        masks=annotations.masks_of(layout.root, names, images.sizes, size),
+        boxes=boxes,
+        masks=masks,
+        truth=annotations.digest(boxes, masks),
     )

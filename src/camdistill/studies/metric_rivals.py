@@ -51,6 +51,8 @@ def by_hand(
     pool = pool_of(known_answers, found.study.n[0])
     images = as_images(pool.pixels[rows])
     masks = _masks(found, pool.ids[rows].numpy())
+    located = found.study.data.train_set
+    truth = [located.truth] if located is not None and located.truth else []
     names = [
         name
         for name, one in METRICS.items()
@@ -63,7 +65,7 @@ def by_hand(
     values: dict[str, dict[str, float]] = {}
     for number, bag in enumerate(lessons.bags):
         maps = bag.maps[rows]
-        key = _key(maps, [VERSION, known_answers.sha256, rows.tolist(), names])
+        key = _key(maps, [VERSION, known_answers.sha256, rows.tolist(), names, *truth])
         if key not in known:
             asked = asked or scene(teacher, images, names, "learn", masks=masks)
             means = measure(asked, upsample(maps, size), names).values.items()

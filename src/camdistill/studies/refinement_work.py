@@ -84,6 +84,7 @@ class Workshop:
         common = {
             "version": [VERSION, refinement_judging.VERSION],
             "test": sets.whole.fingerprints["test"],
+            **({"truth": sets.test.truth} if sets.test.truth else {}),
             "judged": [plain(plan.judging), len(sets.test), plan.seed],
             "maps": plain(of_maps(plan)),
             "start": self._start_digest(job.start),
@@ -105,7 +106,8 @@ class Workshop:
             "order": self._order(job.start),
             "images": self._images(),
         }
-        return digest_of(common | own)
+        located = _known(sets.whole.train_set).truth if objective.kind == "energy" else ""
+        return digest_of(common | own | ({"located": located} if located else {}))
 
     def path(self, job: Job) -> Path:
         """Where a job's network is."""
