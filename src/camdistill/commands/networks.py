@@ -92,7 +92,7 @@ def side_of(size: int | None, usual: tuple[int, int]) -> int:
 def trained_size(found: Explainer) -> tuple[int, int]:
     """Height and width of a checkpoint's images; the usual ones where it doesn't tell."""
     told = found.settings.get("size")
-    return _usual_size(found.network) if told is None else (int(told[0]), int(told[1]))
+    return (int(told[0]), int(told[1])) if told and all(told) else _usual_size(found.network)
 
 
 def _channels(network: nn.Module) -> int:
