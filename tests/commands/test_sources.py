@@ -1,12 +1,18 @@
 """Images for a command."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from camdistill.commands.networks import networks_from
 from camdistill.commands.sources import images_from, source_from
+from camdistill.data.modules import FolderData
+from camdistill.distill.checkpoints import save
+from camdistill.distill.classifier import Classifier
 from camdistill.errors import UserError
+from camdistill.networks.teachers import NetworkSpec
 
 
 @pytest.mark.parametrize("look", [images_from, source_from])
@@ -31,3 +37,28 @@ def test_a_broken_training_image_does_not_keep_from_the_test_images(look, tmp_pa
             Image.new("RGB", (16, 16)).save(tmp_path / split / name / "1.png")
     (tmp_path / "train" / "cat" / "2.png").write_bytes(b"no picture")
     assert len(look([], str(tmp_path), count=4, size=16).images) == 2
+
+
+def test_test_images_are_those_that_a_network_was_not_trained_on(tmp_path: Path) -> None:
+    for number in range(60):
+        place = tmp_path / "data" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (4 * number, 0, 0)).save(place)
+    data = FolderData(tmp_path / "data", split_seed=3, test_fraction=0.2)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.train_set is not None
+    module = Classifier(NetworkSpec("shallow_cnn", args={"channels": [4], "strides": [2]}))
+    module._trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
+    module.setup("fit")
+    module._trainer = None
+    path = tmp_path / "network.safetensors"
+    save(module, path)
+    shown = networks_from(path, None, None, [])
+    assert shown.carving == (3, 0.2)
+    folder, side = str(tmp_path / "data"), shown.size[0]
+    found = source_from([], folder, count=60, size=side, carving=shown.carving)
+    assert len(found.images) == 12
+    assert not set(found.images.names) & set(data.train_set.names)
+    others = source_from([], folder, count=60, size=side)
+    assert set(others.images.names) & set(data.train_set.names)

@@ -88,7 +88,9 @@ def analyze(
     networks = shown.by_name
     if list_layers:
         return _listed(networks, side_of(size, shown.size), shown.channels)
-    source = source_from(images, data, count=count, size=side_of(size, shown.size))
+    source = source_from(
+        images, data, count=count, size=side_of(size, shown.size), carving=shown.carving
+    )
     where = chosen_device(device)
     for network in networks.values():
         network.to(where)

@@ -97,7 +97,9 @@ def evaluate(
     shown = networks_from(checkpoint, teacher, weights, trust)
     networks = networks_of(shown, of, layer)
     networks.explained.to(chosen_device(device))
-    found = source_from(images, data, count=count, size=side_of(size, networks.size))
+    found = source_from(
+        images, data, count=count, size=side_of(size, networks.size), carving=shown.carving
+    )
     looked_at = found.images.subset(np.sort(found.order))
     first = as_images(looked_at.batch([0]).pixels)
     demand_runs(shown.by_name, as_taken(first, networks.channels))

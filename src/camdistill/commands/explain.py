@@ -85,7 +85,9 @@ def explain(
             paths may come from.
     """
     shown = networks_from(checkpoint, teacher, weights, trust)
-    found = images_from(images, data, count=count, size=side_of(size, shown.size))
+    found = images_from(
+        images, data, count=count, size=side_of(size, shown.size), carving=shown.carving
+    )
     taken = as_taken(found.images, shown.channels)
     demand_runs(shown.by_name, taken[:1])
     shown = replace(shown, pairs=_pairs(shown, layers, taken[:1]))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from camdistill.data.modules import Carving
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
@@ -25,6 +26,7 @@ class Shown:
         sha256: Of the files that were read.
         first: What the first network is: a student whose teacher is missing stands in its place.
         channels: Of the images that the networks take: 3, or 1 for their mean.
+        carving: Of the images that they were trained on.
     """
 
     teacher: Preprocessed
@@ -35,6 +37,7 @@ class Shown:
     sha256: dict[str, str | None]
     first: str = "teacher"
     channels: int = 3
+    carving: Carving = Carving()  # noqa: RUF009  (a tuple)
 
     @property
     def by_name(self) -> dict[str, nn.Module]:
@@ -108,16 +111,17 @@ def _channels(network: nn.Module) -> int:
 
 
 def _of_checkpoint(found: Explainer) -> Shown:
-    size = trained_size(found)
+    size, told = trained_size(found), found.settings.get("carving", {})
+    carving = Carving(int(told.get("split_seed", 0)), float(told.get("test_fraction", 0.1)))
     sha256: dict[str, str | None] = {"checkpoint": found.sha256}
     if found.teacher is None:
         if found.teacher_missing:
             print(f"No teacher, so the student alone: {found.teacher_missing}\n")
         first = "student" if "student" in found.settings else "network"
-        return Shown(found.network, None, [], found.classes, size, sha256, first)
+        return Shown(found.network, None, [], found.classes, size, sha256, first, carving=carving)
     pairs = [(teacher, student) for student, teacher, _ in found.pairs]
     sha256["teacher"] = found.teacher.sha256
-    return Shown(found.teacher, found.network, pairs, found.classes, size, sha256)
+    return Shown(found.teacher, found.network, pairs, found.classes, size, sha256, carving=carving)
 
 
 def _usual_size(network: Preprocessed) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from camdistill.data.datasets import ImageSet, Positions
 from camdistill.data.decode import decode
 from camdistill.data.folders import scan
-from camdistill.data.modules import CIFARData, FolderData, ImageData, ShapesData
+from camdistill.data.modules import Carving, CIFARData, FolderData, ImageData, ShapesData
 from camdistill.data.shapes import Shapes
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
@@ -28,14 +28,21 @@ class ShownImages(NamedTuple):
     classes: tuple[str, ...]
 
 
-def images_from(paths: Sequence[Path], data: str | None, *, count: int, size: int) -> ShownImages:
+def images_from(
+    paths: Sequence[Path],
+    data: str | None,
+    *,
+    count: int,
+    size: int,
+    carving: Carving = Carving(),  # noqa: B008  (a tuple)
+) -> ShownImages:
     """At most `count` images of files and folders or of a data set's test split, spread evenly."""
     if bool(paths) == (data is not None):
         raise UserError("give either --images FILE_OR_FOLDER ... or --data shapes|cifar10|FOLDER")
     if count < 1:
         raise UserError(f"count is {count}; give 1 or more images")
     if data is not None:
-        return _of_set(_test_set(data, size)[0], count)
+        return _of_set(_test_set(data, size, carving)[0], count)
     files = [file for path in paths for file in _files(path)]
     chosen = [files[place] for place in _spread(len(files), count)]
     pixels = np.stack([decode(file, size)[0] for file in chosen])
@@ -60,7 +67,13 @@ class Source(NamedTuple):
 
 
 def source_from(
-    paths: Sequence[Path], data: str | None, *, count: int, size: int, seed: int = 0
+    paths: Sequence[Path],
+    data: str | None,
+    *,
+    count: int,
+    size: int,
+    carving: Carving = Carving(),  # noqa: B008  (a tuple)
+    seed: int = 0,
 ) -> Source:
     """At most `count` images of files and folders or of a data set's test split, spread evenly.
 
@@ -69,6 +82,7 @@ def source_from(
         data: shapes, cifar10, cifar100 or an image folder.
         count: At most so many.
         size: Side in pixels.
+        carving: Which images test, where a folder doesn't say.
         seed: Of the order.
 
     Raises:
@@ -79,7 +93,7 @@ def source_from(
     if count < 1:
         raise UserError(f"count is {count}; give 1 or more images")
     if data is not None:
-        images, shapes = _test_set(data, size)
+        images, shapes = _test_set(data, size, carving)
         name = f"{Path(data).name} (test)"
     else:
         files = [file for path in paths for file in _files(path)]
@@ -126,7 +140,7 @@ def _files(path: Path) -> list[Path]:
     return [found.path(position) for position in range(len(found))]
 
 
-def _test_set(data: str, size: int) -> tuple[ImageSet, Shapes | None]:
+def _test_set(data: str, size: int, carving: Carving) -> tuple[ImageSet, Shapes | None]:
     module: ImageData
     shapes = None
     if data == "shapes":
@@ -140,7 +154,12 @@ def _test_set(data: str, size: int) -> tuple[ImageSet, Shapes | None]:
             )
         module = CIFARData("cifar10" if data == "cifar10" else "cifar100")
     else:
-        module = FolderData(Path(data), size=size)
+        module = FolderData(
+            Path(data),
+            size=size,
+            split_seed=carving.split_seed,
+            test_fraction=carving.test_fraction,
+        )
     # Without prepare_data, which decodes training images; setup fetches what is missing.
     module.setup("test")
     assert module.test_set is not None, "setup made it"

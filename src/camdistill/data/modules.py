@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pytorch_lightning as pl
 
@@ -14,6 +14,18 @@ from camdistill.data.loading import Loader, Order
 from camdistill.data.shapes import Shapes
 from camdistill.data.shapes_scene import Task
 from camdistill.errors import UserError
+
+
+class Carving(NamedTuple):
+    """How test images are carved from a folder that has none apart.
+
+    Attributes:
+        split_seed: Which they are.
+        test_fraction: Their share, or their number.
+    """
+
+    split_seed: int = 0
+    test_fraction: float = 0.1
 
 
 class ImageData(pl.LightningDataModule, ABC):
@@ -41,6 +53,11 @@ class ImageData(pl.LightningDataModule, ABC):
         self.train_set: ImageSet | None = None
         self.val_set: ImageSet | None = None
         self.test_set: ImageSet | None = None
+
+    @property
+    def carving(self) -> Carving:
+        """What decides which images test, where these are carved."""
+        return Carving()
 
     @abstractmethod
     def _fit_sets(self) -> tuple[ImageSet, ImageSet]:
@@ -262,6 +279,11 @@ class FolderData(ImageData):
         self.on_broken = on_broken
         self.cache_dir = cache_dir
         self._opened: dict[Split, ImageSet] = {}
+
+    @property
+    def carving(self) -> Carving:
+        """What decides which images test, where these are carved."""
+        return Carving(self.split_seed, self.test_fraction)
 
     def _split(self, split: Split) -> ImageSet:
         # Listing 60,000 files takes most of a second start: once in prepare_data is enough.

@@ -83,7 +83,7 @@ class Training(LightningModule, ABC):
         """
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, ImageData) and (stage == "fit" or not self._images):
-            self._images = {"size": list(data.size)}
+            self._images = {"size": list(data.size), "carving": data.carving._asdict()}
         self.to(memory_format=torch.channels_last)
 
     def training_view(self, batch: Batch) -> tuple[Images, View]:
