@@ -47,8 +47,7 @@ class DistilledExplainer(Training):
         ce * CE(student, label) + kd * T^2 KL(teacher || student) + beta * distance(maps)
 
     where the maps of both networks are those of the teacher's top class, or of its
-    `transfer.classes` likeliest. With `ce=0` no label is
-    needed: unlabelled images train.
+    `transfer.classes` likeliest. With `ce=0` no label is needed: unlabelled images train.
 
     Args:
         teacher: The network to imitate; it is never trained and never stored.

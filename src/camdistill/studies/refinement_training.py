@@ -82,7 +82,9 @@ def trained(
     before = signal.getsignal(signal.SIGINT)
     cards = [torch.cuda.current_device()] if device == "cuda" else []
     with _quiet(), torch.random.fork_rng(devices=cards):
-        torch.manual_seed(seed)  # of dropout
+        torch.default_generator.manual_seed(seed)  # of dropout
+        if cards:
+            torch.cuda.manual_seed(seed)
         trainer = Trainer(
             max_epochs=epochs,
             accelerator="gpu" if device == "cuda" else "cpu",

@@ -5,6 +5,7 @@ order. TensorBoard unfolds only the first two groups, so these hold what one loo
 """
 
 import re
+from collections.abc import Callable
 
 EVALUATION = "0_evaluation"
 OVERVIEW, MAPS = "1_overview", "2_maps"
@@ -21,12 +22,10 @@ def card(tag: str, meaning: str) -> str:
     return tag
 
 
-def card_of_layer(stem: str, meaning: str) -> str:
-    """What the names of layers are put behind, likewise."""
+def card_of_layer(stem: str, meaning: str) -> Callable[[str], str]:
+    """What makes the tag of a layer, likewise.
+
+    `layer1.0.relu#1` keeps its dots; a regular expression's signs go.
+    """
     MEANINGS_OF_LAYERS[stem] = meaning
-    return stem
-
-
-def of(stem: str, layer: str) -> str:
-    """Tag of one layer: `layer1.0.relu#1` keeps its dots; a regular expression's signs go."""
-    return stem + re.sub(r"[^\w.-]", "-", layer)
+    return lambda layer: stem + re.sub(r"[^\w.-]", "-", layer)

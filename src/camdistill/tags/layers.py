@@ -10,7 +10,6 @@ from camdistill.tags.groups import (
     UNITS,
     card,
     card_of_layer,
-    of,
 )
 
 # Against depth: the step is the layer's depth in percent, not a training step.
@@ -139,26 +138,26 @@ _BY_STATISTIC = {
     )
     for name in OF_LAYERS
 }
-_WEIGHTS = card_of_layer(f"{FILTERS}/weights_", "The layer's weights.")
-_NORMS = card_of_layer(f"{FILTERS}/norms_", "Lengths of the layer's filters as vectors.")
-_LOG10 = card_of_layer(
+weights = card_of_layer(f"{FILTERS}/weights_", "The layer's weights.")
+norms = card_of_layer(f"{FILTERS}/norms_", "Lengths of the layer's filters as vectors.")
+log10 = card_of_layer(
     f"{ACTIVATIONS}/log10_",
     "Values above 0 after the non-linearity, in powers of ten, on the same images each epoch.",
 )
-_UNITS = card_of_layer(
+unit_cards = card_of_layer(
     f"{UNITS}/cards_",
     "Cards of some units: the pieces of images that excite each most, cut to what it sees, their"
     " mean, an image made to excite it (what it reached before the ReLU, and as a multiple of the"
     " largest value in the data: above 1 it is further than anything there), of a first layer its"
     " filter, the histogram of its activations, what it responds to.",
 )
-_PAIRS = card_of_layer(
+unit_pairs = card_of_layer(
     f"{UNITS}/pairs_",
     "The student's units of this layer that follow a teacher's unit most closely (correlation of"
     " their spatial means over images, paired one to one), each on the right of the unit that it"
     " follows: do the same pieces of images excite both?",
 )
-_FEATURES = card_of_layer(
+feature_maps = card_of_layer(
     f"{UNITS}/maps_",
     "Feature maps of one image: the units whose weight in Grad-CAM is largest, up or down.",
 )
@@ -169,36 +168,6 @@ def profile(name: str) -> str:
     return f"{PROFILE}/{name}"
 
 
-def log10(layer: str) -> str:
-    """Tag of one layer's histogram while training."""
-    return of(_LOG10, layer)
-
-
 def of_layer(statistic: str, layer: str) -> str:
     """Tag of one of `OF_LAYERS` of one layer while training."""
-    return of(_BY_STATISTIC[statistic], layer)
-
-
-def weights(layer: str) -> str:
-    """Tag of one layer's weights while training."""
-    return of(_WEIGHTS, layer)
-
-
-def norms(layer: str) -> str:
-    """Tag of the lengths of one layer's filters while training."""
-    return of(_NORMS, layer)
-
-
-def unit_pairs(layer: str) -> str:
-    """Tag of the pairs of teacher's and student's units, by the student's layer."""
-    return of(_PAIRS, layer)
-
-
-def unit_cards(layer: str) -> str:
-    """Tag of one layer's unit cards."""
-    return of(_UNITS, layer)
-
-
-def feature_maps(layer: str) -> str:
-    """Tag of one layer's feature maps."""
-    return of(_FEATURES, layer)
+    return _BY_STATISTIC[statistic](layer)

@@ -1,6 +1,6 @@
 """Cards of training: losses, accuracies, how alike the maps are; the run itself."""
 
-from camdistill.tags.groups import MAPS, OVERVIEW, RUN, card, card_of_layer, of
+from camdistill.tags.groups import MAPS, OVERVIEW, RUN, card, card_of_layer
 
 LOSS_TRAIN = card(
     f"{OVERVIEW}/loss_train",
@@ -104,38 +104,13 @@ CONFIG = card(f"{RUN}/config", "The configuration that made this run.")
 STUDENT_CARDS = (ACCURACY_STUDENT, AGREEMENT, PEARSON, SKILL)
 CLASSIFIER_CARDS = (ACCURACY_VAL, LOSS_VAL)
 
-_PEARSON = card_of_layer(f"{MAPS}/pearson_", "`pearson` of one layer pair.")
-_SPEARMAN = card_of_layer(f"{MAPS}/spearman_", "`spearman` of one layer pair.")
-_COSINE = card_of_layer(f"{MAPS}/cosine_", "`cosine` of one layer pair.")
-_SKILL = card_of_layer(f"{MAPS}/skill_", "`skill` of one layer pair.")
-_GRID = card_of_layer(
+pearson = card_of_layer(f"{MAPS}/pearson_", "`pearson` of one layer pair.")
+spearman = card_of_layer(f"{MAPS}/spearman_", "`spearman` of one layer pair.")
+cosine = card_of_layer(f"{MAPS}/cosine_", "`cosine` of one layer pair.")
+skill = card_of_layer(f"{MAPS}/skill_", "`skill` of one layer pair.")
+grid = card_of_layer(
     f"{MAPS}/grid_",
     "The same validation images each time: image, teacher's map, student's map, difference. Both"
     " maps are of the teacher's top class, after ReLU, each as a share of its own maximum. In the"
     " difference, red is where the student looks more, blue where the teacher does.",
 )
-
-
-def pearson(layer: str) -> str:
-    """Tag of one layer pair's Pearson correlation."""
-    return of(_PEARSON, layer)
-
-
-def spearman(layer: str) -> str:
-    """Tag of one layer pair's rank correlation."""
-    return of(_SPEARMAN, layer)
-
-
-def cosine(layer: str) -> str:
-    """Tag of one layer pair's cosine."""
-    return of(_COSINE, layer)
-
-
-def skill(layer: str) -> str:
-    """Tag of one layer pair's skill."""
-    return of(_SKILL, layer)
-
-
-def grid(layer: str) -> str:
-    """Tag of one layer pair's pictures."""
-    return of(_GRID, layer)
