@@ -83,6 +83,13 @@ def test_new_head_keeps_the_rest_of_any_network(name: str, size: int) -> None:
     assert network(torch.rand(1, 3, size, size)).shape == (1, 7)
 
 
+def test_a_new_head_changes_only_an_attribute_that_held_the_number_of_classes() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    network.classes, network.num_classes = 5, 3  # 5 is something else's
+    swap_head(network, 7)
+    assert (network.classes, network.num_classes) == (5, 7)
+
+
 def test_every_torchvision_name_is_known_and_has_resnets_first() -> None:
     names = network_names()
     assert set(torchvision.models.list_models(module=torchvision.models)) < set(names)

@@ -5,6 +5,7 @@ calls several times has one output a call: "layer1.0.relu#0" is the first call, 
 without a number the name means the last call.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from camdistill.errors import UserError, nearest
+from camdistill.networks.wrapper import Wrapper
 from camdistill.types import Images
 
 Visit = Callable[[str, object], Tensor | None]
@@ -234,14 +236,17 @@ def _inside(network: nn.Module) -> nn.Module | None:
         inner = network._orig_mod
     elif isinstance(network, DataParallel | DistributedDataParallel):
         inner = network.module
-    elif hasattr(network, "normalise"):
-        inner = getattr(network, "network", None)
+    elif isinstance(network, Wrapper):
+        inner = network.network
     return inner if isinstance(inner, nn.Module) else None
 
 
 def _is_compiled(network: nn.Module) -> bool:
-    # A compiled module passes other attributes on to the original, so ask for its own.
-    return "_orig_mod" in network._modules
+    # Its class is in a module that takes seconds to import, and is there if anything is compiled.
+    if "_orig_mod" not in network._modules:
+        return False
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(network, dynamo.OptimizedModule)
 
 
 def _uncompiled(network: nn.Module) -> AbstractContextManager[object]:

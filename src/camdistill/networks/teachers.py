@@ -22,6 +22,7 @@ from camdistill.networks.fusion import fused
 from camdistill.networks.heads import head_of, head_size, swap_head
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import WeightFile, read_weights
+from camdistill.networks.wrapper import Wrapper
 from camdistill.types import Images, Logits
 
 Triple = tuple[float, float, float]
@@ -215,7 +216,7 @@ def normalisation(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple
     return own
 
 
-class Preprocessed(nn.Module):
+class Preprocessed(Wrapper):
     """A network that takes images in [0, 1]: it normalises them itself.
 
     Attributes:
