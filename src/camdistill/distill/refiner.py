@@ -15,6 +15,7 @@ from camdistill import tags
 from camdistill.data.datasets import ImageSet
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, view_maps
+from camdistill.distill.demands import check_images
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.own_maps import explained, settled
@@ -119,6 +120,7 @@ class Refiner(Training):
                 f"the images have {classes} classes, the network {own}; give the data that it was "
                 "trained with, or --keep start, which needs no label"
             )
+        check_images(self.network.facts, data.size, data.classes, "network")
         self.labelled = bool(classes) and classes == own
         wanted = self.refinement.objective.kind == "energy" and self.refinement.arm != "ce"
         if wanted and data.train_set is not None and self._masks is None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from camdistill.data.views import identity_view
+from camdistill.distill.demands import check_images
 from camdistill.distill.own_maps import explained
 from camdistill.distill.refiner import masks_of
 from camdistill.distill.refining import Refinement, Seen
@@ -42,6 +43,7 @@ def demand_possible(workshop: Workshop) -> None:
     networks = workshop.starting()
     _demand_different(plan)
     for network in networks:
+        check_images(network.facts, sets.test.size, sets.whole.classes, "start network")
         own = head_size(network.network)
         if classes and own != classes and plan.recipe.keep != "start":
             raise UserError(
