@@ -35,6 +35,7 @@ from camdistill.distill.transfer import Transfer, named_pairs, quantity_maps, tr
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, intervals, summary
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build
 from camdistill.types import Batch, Images, Logits
 
@@ -218,6 +219,11 @@ class DistilledExplainer(Training):
         self.image_size = data.size
         self._labels_count = len(data.classes) == self.teacher.classes
         check_images(self.teacher.facts, data.size, data.classes, "teacher")
+        demand_runs(
+            {"teacher": self.teacher, "student": self.student},
+            torch.zeros(1, 3, *data.size),
+            cure="give another --data.size, or another network",
+        )
         if stage == "fit":
             demand_labels(len(data.classes), self.teacher.classes, self.ce)
         self._name_pairs(torch.zeros(1, 3, *data.size, device=self.device))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.engine import Explanation, explained
+from camdistill.explain.hidden_gradients import refusing_reentrant, why_no_gradient
 from camdistill.explain.recording import recordable
 from camdistill.explain.request import (
     Classes,
@@ -23,6 +24,7 @@ from camdistill.explain.request import (
     Request,
     Score,
     Top,
+    demand_explainable,
     demand_known,
     demand_separate_images,
 )
@@ -132,6 +134,8 @@ def explain(
         )
     if grad == "none":
         demand_separate_images(network, len(images))
+    else:
+        demand_explainable(network)
     if layers is None:
         names: tuple[str, ...] = (last_layer(network, images, score=score, logits=logits),)
     else:
@@ -141,17 +145,14 @@ def explain(
         if isinstance(classes, Tensor):
             classes = recordable(classes)
         ask = Request(network, images, names, classes, score, grad, maps, layout, logits, memory)
-        found = explained(ask, record=grad != "none")
-        if found is None and grad == "none":
-            # The network switches the graph off itself somewhere; record all of it.
-            with torch.enable_grad():
-                found = explained(ask, record=True)
+        with refusing_reentrant():
+            found = explained(ask, record=grad != "none")
+            if found is None and grad == "none":
+                # The network switches the graph off itself somewhere; record all of it.
+                with torch.enable_grad():
+                    found = explained(ask, record=True)
     if found is None:
-        raise UserError(
-            f"the score of {type(bare(network)).__name__} has no gradient at every one of the "
-            f"layers {list(names)}: ask for layers that it is computed from, without detach or "
-            "no_grad in between"
-        )
+        raise UserError(why_no_gradient(network, images, names))
     return found
 
 

@@ -18,6 +18,7 @@ from camdistill.explain.alphas import HALF_SCALE, demand_separate
 from camdistill.explain.closed_form import Verdicts
 from camdistill.explain.engine import intact
 from camdistill.explain.gradcam import last_layer
+from camdistill.explain.hidden_gradients import refusing_reentrant, why_no_gradient
 from camdistill.explain.recording import Seen, recordable, recorded_forward
 from camdistill.explain.request import (
     Classes,
@@ -72,7 +73,11 @@ class Pass:
                 way.
         """
         names = tuple(self.edges) if names is None else names
-        with torch.inference_mode(False), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            refusing_reentrant(),
+        ):
             found = torch.autograd.grad(
                 self.scores[:, column].sum(),
                 [self.edges[name] for name in names],
@@ -175,18 +180,16 @@ def forward_pass(ask: Request, record: bool, *, pixels: bool = False) -> Pass | 
         edges = {name: _edge(layer) for name, layer in seen.items()}
         if pixels:
             edges[PIXELS] = get_gradient_edge(ask.images)
-        if not demand_separate(ask, scores, list(edges), list(edges.values()), verdicts):
+        with refusing_reentrant():
+            separate = demand_separate(ask, scores, list(edges), list(edges.values()), verdicts)
+        if not separate:
             return None
     return Pass(classes, scores, seen, edges, scale)
 
 
 def unreachable(ask: Request) -> UserError:
     """What to say where a score has no gradient."""
-    places = f"every one of the layers {list(ask.names)}" if ask.names else "the pixels"
-    return UserError(
-        f"the score of {type(bare(ask.network)).__name__} has no gradient at {places}: ask for "
-        "what it is computed from, without detach or no_grad in between"
-    )
+    return UserError(why_no_gradient(ask.network, ask.images, ask.names))
 
 
 def stacked(maps: Sequence[Tensor], classes: Tensor) -> Tensor:

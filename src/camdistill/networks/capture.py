@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from camdistill.errors import UserError, nearest
+from camdistill.networks.network_checks import check_logits
 from camdistill.networks.wrapper import Wrapper
 from camdistill.types import Images
 
 Visit = Callable[[str, object], Tensor | None]
 Look = Callable[[str, object], None]
+SIZE_CURE = "give another --size, or another network"
 
 
 def bare(network: nn.Module) -> nn.Module:
@@ -179,23 +181,43 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def demand_runs(networks: Mapping[str, nn.Module], image: Images) -> None:
+def demand_runs(networks: Mapping[str, nn.Module], image: Images, *, cure: str = SIZE_CURE) -> None:
     """Networks, by name, may have a size of their own, and many ways to say so.
 
+    Args:
+        networks: By what they are, such as "teacher".
+        image: One of the images that they will take.
+        cure: What to do where the image can't be taken.
+
     Raises:
-        UserError: One can't run on the image.
+        UserError: One can't run on the image, or gives no logits.
     """
+    pair = torch.cat([image[:1], image[:1]])
+    shape = "x".join(map(str, image.shape[1:]))
     for name, network in networks.items():
         weight = next(network.parameters(), image)
         try:
             with undisturbed(network):
-                network(image.to(weight.device))
+                output = network(pair.to(weight.device))
+        except UserError:
+            raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            # What Python says of a forward that wants more, or less, than images.
+            arguments = isinstance(error, TypeError) and "argument" in str(error)
+            do = "give a network whose forward takes images alone" if arguments else cure
             raise UserError(
-                f"the {name} can't run on an image of {'x'.join(map(str, image.shape[1:]))} "
-                f"({reason}); give another --size"
+                f"the {name} can't run on an image of {shape} ({_line_of(error)}); {do}"
             ) from error
+        except (LookupError, AttributeError, ArithmeticError, OSError) as error:
+            raise UserError(
+                f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
+                f"{_line_of(error)}); mend {type(bare(network)).__name__}"
+            ) from error
+        check_logits(f"the {name}", output, len(pair))
+
+
+def _line_of(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def parts(network: nn.Module) -> list[nn.Module]:
@@ -278,6 +300,11 @@ def _located(inner: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Modu
         if module is inner:
             raise UserError(
                 f"no layer '{name}' in {type(inner).__name__}; {nearest(base, _modules(inner))}"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"layer '{name}' is a program of TorchScript, which can't be looked into: ask for "
+                "a layer outside it, or give the torch.nn.Module that it was made from"
             )
         if mark and not number.isdecimal():
             raise UserError(

@@ -16,15 +16,17 @@ from camdistill.networks.class_paths import (
     demand_harmless,
     parameters_of,
     resolve,
+    without_downloads,
 )
 from camdistill.networks.fitting import aligned, load_state, mismatch
 from camdistill.networks.fusion import fused
 from camdistill.networks.heads import head_of, head_size, swap_head
+from camdistill.networks.network_checks import SUSPECT, check_built, check_explainable
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.training_facts import TrainingFacts, Triple, training_facts
 from camdistill.networks.weights import WeightFile, read_weights
 from camdistill.networks.wrapper import Wrapper
-from camdistill.types import Images, Logits
+from camdistill.types import Images
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
@@ -113,6 +115,7 @@ def _assembled(
         raise UserError(f"{classes} classes: a network needs at least 1")
     if spec.weights is None:
         network = _constructed(spec, classes, allowed)
+        check_built(network, spec.name)
         if classes is not None and head_size(network) != classes:
             swap_head(network, classes)
         return network, None, TrainingFacts()
@@ -145,6 +148,7 @@ def _trained(
         demand_harmless(spec.name, facts.args)
         told = replace(spec, args=dict(facts.args))
     network = _constructed(told, facts.classes if facts.name == spec.name else None, allowed)
+    check_built(network, spec.name)
     _load(spec, network, weights, facts.name)
     return network
 
@@ -165,7 +169,8 @@ def _constructed(
     if allowed is not None:
         demand_harmless(spec.name, spec.args)
     by_path = resolve(spec.name, allowed)
-    return construct(spec.name, by_path, _with_classes(by_path, spec, classes), {})
+    args = _with_classes(by_path, spec, classes)
+    return construct(spec.name, by_path, args, without_downloads(by_path, spec.args))
 
 
 def _with_classes(
@@ -253,9 +258,9 @@ class Preprocessed(Wrapper):
         """Images as the network was trained to take them."""
         return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
 
-    def forward(self, images: Images) -> Logits:
-        """Logits of images in [0, 1]."""
-        return self.network(self.normalise(images))  # type: ignore[no-any-return]
+    def forward(self, images: Images) -> object:
+        """What the network gives for images in [0, 1]: logits, where it classifies."""
+        return self.network(self.normalise(images))
 
     def metadata(self) -> dict[str, str]:
         """The normalisation as `save_safetensors` keeps it and `normalisation` reads it."""
@@ -298,6 +303,8 @@ class Teacher(Preprocessed):
         return teacher
 
     def _freeze(self) -> None:
+        suspects = [part for part in self.network.modules() if isinstance(part, SUSPECT)]
+        check_explainable(self.network, type(self.network).__name__, suspects)
         network = self.network.eval().requires_grad_(False)
         self.classes = head_size(network)
         del self.network

@@ -14,6 +14,7 @@ from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.methods import at_image
 from camdistill.measure.learned import load_metric
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed, Teacher, preprocessed
 from camdistill.networks.weights import sha256_of
@@ -43,6 +44,7 @@ def demand_possible(workshop: Workshop) -> None:
     networks = workshop.starting()
     _demand_different(plan)
     for network in networks:
+        demand_runs({"start network": network}, images, cure="give another --data.size")
         check_images(network.facts, sets.test.size, sets.whole.classes, "start network")
         own = head_size(network.network)
         if classes and own != classes and plan.recipe.keep != "start":
