@@ -91,6 +91,7 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*exists and is not empty.*",  # a run that goes on in its folder
         ".*dirpath has changed.*",  # a checkpoint that was moved
+        ".*None of the inputs have requires_grad.*",  # a reentrant checkpoint, which we tell of
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -22,10 +22,10 @@ from camdistill.networks.teachers import (
     NetworkSpec,
     Preprocessed,
     Teacher,
-    Triple,
     build,
     normalisation,
 )
+from camdistill.networks.training_facts import Triple, training_facts
 from camdistill.networks.weights import WeightFile, read_weights, save_safetensors
 from camdistill.types import Images, Logits
 
@@ -178,7 +178,9 @@ def _network(
         moments = (_triple(settings["mean"]), _triple(settings["std"])) if known else None
     network = build(replace(spec, weights=None), classes=classes, allowed=allowed)
     load_state(network, weights)
-    return Preprocessed(network, *(moments or normalisation(spec, weights)))
+    return Preprocessed(
+        network, *(moments or normalisation(spec, weights)), facts=training_facts(weights)
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from camdistill.distill.training import Training, as_images, plain, seeded
 from camdistill.errors import UserError
 from camdistill.measure.intervals import Interval
 from camdistill.measure.scores import correct
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
 from camdistill.types import Batch, Logits
@@ -76,6 +77,12 @@ class Classifier(Training):
             raise UserError(
                 f"the images have {classes} classes, the checkpoint's network "
                 f"{head_size(self.network.network)}; give the data that it was trained with"
+            )
+        if data is not None:
+            demand_runs(
+                {"network": self.network},
+                torch.zeros(1, 3, *data.size),
+                cure="give another --data.size, or another network",
             )
         super().setup(stage)
 

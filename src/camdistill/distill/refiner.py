@@ -15,6 +15,7 @@ from camdistill import tags
 from camdistill.data.datasets import ImageSet
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, view_maps
+from camdistill.distill.demands import check_images
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.own_maps import explained, settled
@@ -28,6 +29,7 @@ from camdistill.distill.training import Training, as_images, plain
 from camdistill.errors import UserError
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.intervals import Interval
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, preprocessed
 from camdistill.networks.weights import sha256_of
@@ -119,6 +121,9 @@ class Refiner(Training):
                 f"the images have {classes} classes, the network {own}; give the data that it was "
                 "trained with, or --keep start, which needs no label"
             )
+        size_cure = "give another --data.size, or another network"
+        demand_runs({"network": self.network}, torch.zeros(1, 3, *data.size), cure=size_cure)
+        check_images(self.network.facts, data.size, data.classes, "network")
         self.labelled = bool(classes) and classes == own
         wanted = self.refinement.objective.kind == "energy" and self.refinement.arm != "ce"
         if wanted and data.train_set is not None and self._masks is None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.engine import AnotherWayError, Explanation, explained
+from camdistill.explain.hidden_gradients import refusing_reentrant, why_no_gradient
 from camdistill.explain.recording import may_be_last, recordable, spatial_shape
 from camdistill.explain.request import (
     Classes,
@@ -24,6 +25,7 @@ from camdistill.explain.request import (
     Request,
     Score,
     Top,
+    demand_explainable,
     demand_known,
     demand_separate_images,
 )
@@ -134,6 +136,8 @@ def explain(
     with exclusive(network), torch.inference_mode(False), torch.set_grad_enabled(grad != "none"):
         if grad == "none":
             demand_separate_images(network, len(images))
+        else:
+            demand_explainable(network)
         images = recordable(images)
         if isinstance(classes, Tensor):
             classes = recordable(classes)
@@ -143,17 +147,14 @@ def explain(
 
 
 def _explanation(ask: Request, *, is_last: bool = False) -> Explanation:
-    found = explained(ask, record=ask.grad != "none", is_last=is_last)
-    if found is None and ask.grad == "none":
-        # The network switches the graph off itself somewhere; record all of it.
-        with torch.enable_grad():
-            found = explained(ask, record=True, is_last=is_last)
+    with refusing_reentrant():
+        found = explained(ask, record=ask.grad != "none", is_last=is_last)
+        if found is None and ask.grad == "none":
+            # The network switches the graph off itself somewhere; record all of it.
+            with torch.enable_grad():
+                found = explained(ask, record=True, is_last=is_last)
     if found is None:
-        raise UserError(
-            f"the score of {type(bare(ask.network)).__name__} has no gradient at every one of the "
-            f"layers {list(ask.names)}: ask for layers that it is computed from, without detach or "
-            "no_grad in between"
-        )
+        raise UserError(why_no_gradient(ask.network, ask.images, ask.names))
     return found
 
 

@@ -17,6 +17,7 @@ from camdistill.errors import UserError
 from camdistill.explain.alphas import HALF_SCALE, demand_separate
 from camdistill.explain.gradcam import last_layer
 from camdistill.explain.graph import Behind
+from camdistill.explain.hidden_gradients import refusing_reentrant, why_no_gradient
 from camdistill.explain.recording import Seen, is_intact, recordable, recorded_forward
 from camdistill.explain.request import (
     Classes,
@@ -29,7 +30,7 @@ from camdistill.explain.request import (
     wide,
 )
 from camdistill.explain.tokens import Layout
-from camdistill.networks.capture import bare, exclusive
+from camdistill.networks.capture import exclusive
 from camdistill.types import Activations, Images, Maps
 
 Formula = Callable[[Activations, Activations], Maps]
@@ -71,7 +72,11 @@ class Pass:
                 way.
         """
         names = tuple(self.edges) if names is None else names
-        with torch.inference_mode(False), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            refusing_reentrant(),
+        ):
             found = torch.autograd.grad(
                 self.scores[:, column].sum(),
                 [self.edges[name] for name in names],
@@ -175,18 +180,16 @@ def forward_pass(ask: Request, record: bool, *, pixels: bool = False) -> Pass | 
         edges = {name: _edge(layer) for name, layer in layers.items()}
         if pixels:
             edges[PIXELS] = get_gradient_edge(ask.images)
-        if not demand_separate(ask, scores, Behind(scores), edges):
+        with refusing_reentrant():
+            separate = demand_separate(ask, scores, Behind(scores), edges)
+        if not separate:
             return None
     return Pass(classes, scores, layers, edges, scale)
 
 
 def unreachable(ask: Request) -> UserError:
     """What to say where a score has no gradient."""
-    places = f"every one of the layers {list(ask.names)}" if ask.names else "the pixels"
-    return UserError(
-        f"the score of {type(bare(ask.network)).__name__} has no gradient at {places}: ask for "
-        "what it is computed from, without detach or no_grad in between"
-    )
+    return UserError(why_no_gradient(ask.network, ask.images, ask.names))
 
 
 def stacked(maps: Sequence[Tensor], classes: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ calls several times has one output a call: "layer1.0.relu#0" is the first call, 
 without a number the name means the last call.
 """
 
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -17,10 +18,13 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from camdistill.errors import UserError, nearest
+from camdistill.networks.network_checks import check_logits
+from camdistill.networks.wrapper import Wrapper
 from camdistill.types import Images
 
 Visit = Callable[[str, object], Tensor | None]
 Look = Callable[[str, object], None]
+SIZE_CURE = "give another --size, or another network"
 
 MANY_MODULES = 16
 # Calls on one network take turns; a network that is forgotten takes its lock with it.
@@ -233,23 +237,43 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
                         buffer.copy_(before)
 
 
-def demand_runs(networks: Mapping[str, nn.Module], image: Images) -> None:
+def demand_runs(networks: Mapping[str, nn.Module], image: Images, *, cure: str = SIZE_CURE) -> None:
     """Networks, by name, may have a size of their own, and many ways to say so.
 
+    Args:
+        networks: By what they are, such as "teacher".
+        image: One of the images that they will take.
+        cure: What to do where the image can't be taken.
+
     Raises:
-        UserError: One can't run on the image.
+        UserError: One can't run on the image, or gives no logits.
     """
+    pair = torch.cat([image[:1], image[:1]])
+    shape = "x".join(map(str, image.shape[1:]))
     for name, network in networks.items():
         weight = next(network.parameters(), image)
         try:
             with undisturbed(network):
-                network(image.to(weight.device))
+                output = network(pair.to(weight.device))
+        except UserError:
+            raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            # What Python says of a forward that wants more, or less, than images.
+            arguments = isinstance(error, TypeError) and "argument" in str(error)
+            do = "give a network whose forward takes images alone" if arguments else cure
             raise UserError(
-                f"the {name} can't run on an image of {'x'.join(map(str, image.shape[1:]))} "
-                f"({reason}); give another --size"
+                f"the {name} can't run on an image of {shape} ({_line_of(error)}); {do}"
             ) from error
+        except (LookupError, AttributeError, ArithmeticError, OSError) as error:
+            raise UserError(
+                f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
+                f"{_line_of(error)}); mend {type(bare(network)).__name__}"
+            ) from error
+        check_logits(f"the {name}", output, len(pair))
+
+
+def _line_of(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def parts(network: nn.Module) -> list[nn.Module]:
@@ -291,14 +315,17 @@ def _inside(network: nn.Module) -> nn.Module | None:
         inner = network._orig_mod
     elif isinstance(network, DataParallel | DistributedDataParallel):
         inner = network.module
-    elif hasattr(network, "normalise"):
-        inner = getattr(network, "network", None)
+    elif isinstance(network, Wrapper):
+        inner = network.network
     return inner if isinstance(inner, nn.Module) else None
 
 
 def _is_compiled(network: nn.Module) -> bool:
-    # A compiled module passes other attributes on to the original, so ask for its own.
-    return "_orig_mod" in network._modules
+    # Its class is in a module that takes seconds to import, and is there if anything is compiled.
+    if "_orig_mod" not in network._modules:
+        return False
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(network, dynamo.OptimizedModule)
 
 
 @contextmanager
@@ -333,6 +360,11 @@ def _located(inner: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Modu
         if module is inner:
             raise UserError(
                 f"no layer '{name}' in {type(inner).__name__}; {nearest(base, _modules(inner))}"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"layer '{name}' is a program of TorchScript, which can't be looked into: ask for "
+                "a layer outside it, or give the torch.nn.Module that it was made from"
             )
         if mark and not number.isdecimal():
             raise UserError(

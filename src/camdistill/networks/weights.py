@@ -97,13 +97,13 @@ def read_weights(path: str | Path, *, part: str | None = None) -> WeightFile:
     whole = False
     if head[8:9] == b"{":
         state, metadata = _read_safetensors(path)
-        state = _part(path, _unwrapped(state), part, False)
+        state = _part(path, unwrapped(state), part, False)
     else:
         content = _read_torch(path)
         whole = isinstance(content, Mapping) and "pytorch-lightning_version" in content
-        state = _part(path, _unwrapped(_tensors(path, content)), part, whole)
+        state = _part(path, unwrapped(_tensors(path, content)), part, whole)
         metadata = _experiment(content) if whole else {}
-    return WeightFile(_unwrapped(state), metadata, sha256, path, whole)
+    return WeightFile(unwrapped(state), metadata, sha256, path, whole)
 
 
 def _demand_file(path: Path) -> None:
@@ -233,12 +233,16 @@ def _experiment(content: object) -> dict[str, str]:
     return {"camdistill": text} if isinstance(text, str) else {}
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without what torch.compile and the parallel wrappers put before the names."""
-    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    state = {_uncompiled(name): value for name, value in state.items()}
     while state and all(name.startswith("module.") for name in state):
         state = {name[len("module.") :]: value for name, value in state.items()}
-    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    return {_uncompiled(name): value for name, value in state.items()}
+
+
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def save_safetensors(

@@ -21,7 +21,7 @@ from camdistill.distill.training import as_images, seeded
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain, last_layer
 from camdistill.explain.maps import relu
-from camdistill.networks.capture import capture
+from camdistill.networks.capture import capture, demand_runs
 from camdistill.networks.heads import head_of
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
 from camdistill.studies.lessons import Lesson, Pool, Recipe, batch_at
@@ -146,6 +146,8 @@ def pooled_layer(family: NetworkSpec, classes: int, images: Images) -> tuple[str
             pooling and one linear layer.
     """
     network = seeded(0, lambda: preprocessed(family, classes=classes)).eval()
+    cure = "give another --data.size, or other students"
+    demand_runs({f"student '{family.name}'": network}, images, cure=cure)
     layer = last_layer(network, images)
     wanted = explain(network, images, [layer])
     own = None
