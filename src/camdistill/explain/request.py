@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from camdistill.errors import UserError
 from camdistill.explain.tokens import Kind, Layout
 from camdistill.networks.capture import bare, parts
+from camdistill.perturb.probability import probabilities
 from camdistill.types import Images
 
 Grad = Literal["none", "activations", "full"]
@@ -64,7 +65,7 @@ def score_columns(ask: Request, output: object, classes: Tensor) -> Float[Tensor
             _demand_own_outputs(ask.score, output)
         return wide(scores)[:, None]
     logits = wide(demand_logits(ask, output))
-    values = logits.softmax(1) if ask.score == "probability" else logits
+    values = probabilities(logits) if ask.score == "probability" else logits
     return values.gather(1, columns(classes))
 
 

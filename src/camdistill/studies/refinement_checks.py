@@ -16,6 +16,7 @@ from camdistill.measure.learned import load_metric
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed, Teacher, preprocessed
 from camdistill.networks.weights import sha256_of
+from camdistill.perturb.probability import label_count
 from camdistill.studies.refinement_plan import CE, Plan
 from camdistill.studies.refinement_work import Workshop
 from camdistill.types import Images, Labels, Maps
@@ -43,7 +44,7 @@ def demand_possible(workshop: Workshop) -> None:
     _demand_different(plan)
     for network in networks:
         own = head_size(network.network)
-        if classes and own != classes and plan.recipe.keep != "start":
+        if classes and label_count(own) != classes and plan.recipe.keep != "start":
             raise UserError(
                 f"the images have {classes} classes, a start network {own}; give the data that it "
                 "was trained with, or --recipe.keep start, which needs no label"
