@@ -37,6 +37,7 @@ from camdistill.explain.gradcam import explain
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, intervals, summary
 from camdistill.networks.capture import demand_runs
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build
+from camdistill.perturb.probability import label_count
 from camdistill.types import Batch, Images, Logits
 
 
@@ -217,7 +218,7 @@ class DistilledExplainer(Training):
         if data is None:
             return
         self.image_size = data.size
-        self._labels_count = len(data.classes) == self.teacher.classes
+        self._labels_count = len(data.classes) == label_count(self.teacher.classes)
         check_images(self.teacher.facts, data.size, data.classes, "teacher")
         demand_runs(
             {"teacher": self.teacher, "student": self.student},
@@ -225,7 +226,7 @@ class DistilledExplainer(Training):
             cure="give another --data.size, or another network",
         )
         if stage == "fit":
-            demand_labels(len(data.classes), self.teacher.classes, self.ce)
+            demand_labels(len(data.classes), label_count(self.teacher.classes), self.ce)
         self._name_pairs(torch.zeros(1, 3, *data.size, device=self.device))
 
     def on_fit_start(self) -> None:
