@@ -68,6 +68,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         sub_dir: Folder below the run, for events with another x axis or of another stage.
         hparam_metrics: Tags that HParams shows beside the settings.
         flush_secs: Events reach the disk at least this often, in seconds.
+        filename_suffix: Ends the name of the file of events.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         sub_dir: str | None = None,
         hparam_metrics: Sequence[str] = tags.STUDENT_CARDS,
         flush_secs: int = 30,
+        filename_suffix: str = "",
     ) -> None:
         super().__init__(
             os.path.expandvars(Path(save_dir).expanduser()),
@@ -87,6 +89,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
             default_hp_metric=False,
             sub_dir=sub_dir,
             flush_secs=flush_secs,
+            filename_suffix=filename_suffix,
         )
         self._hparam_metrics = tuple(hparam_metrics)
         self._described: set[str] = set()
@@ -98,6 +101,12 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         if self._experiment is None:
             self._experiment = _LateWriter(self.log_dir, **self._kwargs)
         return self._experiment
+
+    @rank_zero_only
+    def open_file(self) -> None:
+        """Opens the file of events, which the first event does otherwise."""
+        self.experiment._get_file_writer()
+        self.experiment.flush()
 
     @property
     def described(self) -> frozenset[str]:
