@@ -156,7 +156,7 @@ def test_stopped_early_leaves_a_report_of_what_was_done(
 
     monkeypatch.setattr("camdistill.report.opening.through_depth", stopped)
     given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(tmp_path / "out")]
-    assert main(["analyze", *given, *QUICK, "--layers", "layer3"]) == 0
+    assert main(["analyze", *given, *QUICK, "--layers", "layer3"]) == 130
     assert "Partial report: stopped during the maps through depth" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["unfinished"] == "stopped during the maps through depth"
@@ -186,7 +186,7 @@ def test_mistake_after_the_sweep_loses_nothing_that_was_computed(
     ("where", "code", "told"),
     [
         ("camdistill.layers.sweep.told", 130, "start the same command again"),
-        ("camdistill.report.layer_report.charts", 0, "stopped during the charts of the sweep"),
+        ("camdistill.report.layer_report.charts", 130, "stopped during the charts of the sweep"),
     ],
 )
 def test_stop_between_the_last_image_and_the_pictures_loses_no_image(
@@ -337,7 +337,7 @@ def test_ctrl_c_in_the_middle_leaves_a_readable_report_of_a_part(tmp_path: Path)
             told, error = running.communicate(timeout=60)
         finally:
             running.kill()
-    assert running.returncode == 0, error
+    assert running.returncode == 130, error
     assert "Traceback" not in error
     assert "Partial report: stopped during the look at units." in told
     results = json.loads((out / "results.json").read_text())

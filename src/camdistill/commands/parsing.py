@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from camdistill import commands
 from camdistill.commands.help import command_help
 from camdistill.errors import UserError
+from camdistill.files import lock_folder
 from camdistill.studies.parsing import config_files, demand_configs, read_config, told, translated
 
 _WHOLE = re.compile(r"-?\d+")
@@ -50,6 +51,8 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     options = {option: _at_home(value) for option, value in vars(made).items()}
     if isinstance(out := options.get("out"), Path) and not any(map(options.get, LOOKS)):
         demand_room(out)
+        with lock_folder(out):
+            return command(**options)
     return command(**options)
 
 

@@ -90,6 +90,7 @@ def run_study(
             on_run(arm, seed, number, len(jobs))
         experiment = Experiment(study.arguments(arm, seed), run=False, go_on=True)
         if not isinstance(experiment.model, DistilledExplainer):
+            experiment.release()
             raise UserError(
                 f"{study.config} trains a {type(experiment.model).__name__}; a study compares "
                 "students: give a config of a DistilledExplainer, or train it with `camdistill fit`"
