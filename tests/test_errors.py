@@ -23,13 +23,11 @@ def test_number_is_refused_where_mathematics_has_it_outside(
         "()": low < value < high,
     }[ends]
     interval = f"{ends[0]}{low}, {high}{ends[1]}"
-    try:
+    if inside:
         check_number("it", value, interval)
-    except UserError as error:
-        assert not inside
-        assert str(error) == f"it is {value}; give a number in {interval}"
     else:
-        assert inside
+        with pytest.raises(UserError, match=r"it is .*; give a number in"):
+            check_number("it", value, interval)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -43,7 +41,7 @@ def test_lists_are_refused_where_a_set_is_smaller(values: list[int]) -> None:
     if len(set(values)) == len(values):
         check_each_once("seeds", values)
     else:
-        with pytest.raises(UserError, match="seeds has '. ?' twice|seeds has '.' twice"):
+        with pytest.raises(UserError, match=r"seeds has '\d' twice; give each once"):
             check_each_once("seeds", values)
 
 
@@ -51,7 +49,7 @@ def test_lists_are_refused_where_a_set_is_smaller(values: list[int]) -> None:
     "name", ["", " ", ".", "..", "a/b", "/a", "~", ".a", "a\\b", "a\0b", "x" * 201]
 )
 def test_names_that_are_no_folders_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="can't name a folder|has 201 bytes"):
+    with pytest.raises(UserError, match=r"can't name a folder|has 201 bytes"):
         check_folder_name("arm", name)
 
 

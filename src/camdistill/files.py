@@ -115,8 +115,7 @@ def _arrays(
 ) -> dict[str, np.ndarray]:
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
-            with archive.open(entry) as member:
-                shape, stored = _announced(member)
+            shape, stored = _announced(archive, entry)
             if stored > entry.file_size:
                 raise ValueError(f"'{entry.filename}' announces more than it holds")
             if check is not None:
@@ -128,16 +127,16 @@ def _arrays(
             return dict(found)
 
 
-def _announced(member: zipfile.ZipExtFile) -> tuple[tuple[int, ...], int]:
+def _announced(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], int]:
     """The shape that an array's header tells, and the bytes that it needs."""
-    version = np.lib.format.read_magic(member)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-        raise ValueError(f"an array of format {version}")
-    shape, _, kind = read(member)
+    with archive.open(entry) as member:
+        version = np.lib.format.read_magic(member)
+        if version == (1, 0):
+            shape, _, kind = np.lib.format.read_array_header_1_0(member)
+        elif version == (2, 0):
+            shape, _, kind = np.lib.format.read_array_header_2_0(member)
+        else:
+            raise ValueError(f"an array of format {version}")
     if kind.hasobject:
         raise ValueError("an array of Python objects")
     return shape, math.prod(shape) * kind.itemsize
