@@ -1,6 +1,6 @@
 """What a distillation must have before anything is spent on it."""
 
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 
 
 def demand_weights(*, ce: float, kd: float, beta: float, temperature: float) -> None:
@@ -10,12 +10,10 @@ def demand_weights(*, ce: float, kd: float, beta: float, temperature: float) -> 
         UserError: If one is negative, all are 0, or the temperature is not above 0.
     """
     for name, weight in (("ce", ce), ("kd", kd), ("beta", beta)):
-        if weight < 0:
-            raise UserError(f"{name} is {weight}; a weight of the loss is 0 or more")
+        check_number(name, weight, "[0, inf)", "a weight of the loss is 0 or more")
     if ce == kd == beta == 0:
         raise UserError("ce, kd and beta are all 0: there is nothing to learn; give one a weight")
-    if temperature <= 0:
-        raise UserError(f"temperature is {temperature}; give a number above 0, usually 4")
+    check_number("temperature", temperature, "(0, inf)", "give a number above 0, usually 4")
 
 
 def demand_labels(found: int, wanted: int, ce: float) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, check_number, nearest
 from camdistill.networks import torchvision_models
 from camdistill.networks.cifar_resnet import CIFAR_DEPTHS, CifarResNet, WideResNet
 from camdistill.networks.class_paths import (
@@ -60,10 +60,27 @@ class NetworkSpec:
     std: Triple = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UserError(
-                f"mean {self.mean} and std {self.std}: give three numbers each, std above 0"
-            )
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise UserError(f"mean {self.mean} and std {self.std}: give three numbers each")
+        check_moments(self.mean, self.std)
+
+
+def check_moments(mean: Sequence[float], std: Sequence[float], where: str = "") -> None:
+    """Checks a normalisation of images in [0, 1].
+
+    Args:
+        mean: Of each channel.
+        std: Likewise.
+        where: It was found, for the message.
+
+    Raises:
+        UserError: One can't be: NaN, a deviation of 0, or the mean of images in [0, 255].
+    """
+    cure = f"give numbers for images in [0, 1], which an std above 0 divides{where}"
+    for value in mean:
+        check_number("mean", value, "[-1, 2]", cure)
+    for value in std:
+        check_number("std", value, "(0, inf)", cure)
 
 
 def network_names() -> list[str]:
@@ -201,18 +218,20 @@ def normalisation(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple
         return torchvision_models.normalisation(spec.name, spec.weights)
     if weights is not None and {"mean", "std"} <= set(weights.metadata):
         try:
-            mean, std = (json.loads(weights.metadata[key]) for key in ("mean", "std"))
-            return (float(mean[0]), float(mean[1]), float(mean[2])), (
-                float(std[0]),
-                float(std[1]),
-                float(std[2]),
-            )
+            mean, std = (_triple_in(weights.metadata[key]) for key in ("mean", "std"))
         except (ValueError, TypeError, LookupError) as error:
             raise UserError(
                 f"the metadata of '{weights.path}' has a mean or std that is not three numbers; "
                 "write the file again"
             ) from error
+        check_moments(mean, std, f"; '{weights.path}' has these in its metadata: write it again")
+        return mean, std
     return own
+
+
+def _triple_in(text: str) -> Triple:
+    red, green, blue = (float(value) for value in json.loads(text))
+    return red, green, blue
 
 
 class Preprocessed(nn.Module):
@@ -234,6 +253,7 @@ class Preprocessed(nn.Module):
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
+        check_moments(mean, std)
         self.network = network
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
