@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from camdistill.cli import main
 class Mistake:
     """A command line in a prepared folder, and what the line on stderr must say."""
 
-    line: str
+    line: str | Sequence[str]
     says: str
     prepare: Callable[[Path], object] = lambda folder: None
 
@@ -37,6 +37,11 @@ def config(name: str, change: Callable[[dict], object]) -> Callable[[Path], obje
     return prepare
 
 
+def change_config(change: Callable[[dict], object]) -> Callable[[Path], object]:  # type: ignore[type-arg]
+    """Changes `tiny.yaml` itself."""
+    return config("tiny.yaml", change)
+
+
 def cut(name: str) -> Callable[[Path], object]:
     """The first two thirds of a file."""
 
@@ -52,11 +57,13 @@ def digests(folder: Path) -> dict[Path, str]:
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def told(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a mistaken command line gives."""
+def mistaken_line(
+    line: str | Sequence[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The one line that a mistaken command line gives; nothing that was there has changed."""
     before = digests(folder)
     capsys.readouterr()
-    assert main(shlex.split(line)) == 2
+    assert main(shlex.split(line) if isinstance(line, str) else line) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("camdistill: ")
@@ -71,5 +78,5 @@ def told(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def check_mistake(mistake: Mistake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Makes the mistake; its line says what it must, in the words of the pattern."""
     mistake.prepare(folder)
-    line = told(mistake.line, folder, capsys)
+    line = mistaken_line(mistake.line, folder, capsys)
     assert re.search(mistake.says, line), line
