@@ -2,7 +2,7 @@
 
 import io
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,20 +47,24 @@ class _Told(Experiment):
         print(f"\n{text_table({str(self.folder): row}, corner='validation images')}")
 
     def predict(self, **options: Any) -> None:
-        """Writes logits and raw maps of the test images, in their order."""
-        parts = self.trainer.predict(**options) or []
+        """Writes names, logits and raw maps of the test images, in their order."""
         if self.trainer.world_size > 1:
             raise UserError("predict writes one file, in one process: --trainer.devices 1")
-        arrays: dict[str, list[np.ndarray]] = {}
-        for part in parts:
-            for name, value in _flat(part._asdict() if hasattr(part, "_asdict") else part).items():
-                arrays.setdefault(name, []).append(value)
+        options["return_predictions"] = True
+        parts: dict[str, list[np.ndarray]] = {}
+        for batch in self.trainer.predict(**options) or []:
+            for name, values in _arrays(batch).items():
+                parts.setdefault(name, []).append(values)
+        arrays = {name: np.concatenate(values) for name, values in parts.items()}
+        count = len(next(iter(arrays.values()), []))
+        test_set = getattr(self.datamodule, "test_set", None)
+        if test_set is not None:
+            arrays["names"] = np.array(test_set.names[:count], dtype=np.str_)
         content = io.BytesIO()
-        joined = {name: np.concatenate(values) for name, values in arrays.items()}
-        np.savez_compressed(content, allow_pickle=False, **joined)
+        np.savez_compressed(content, allow_pickle=False, **arrays)
         path = self.folder / "predictions.npz"
         write_atomically(path, content.getvalue())
-        print(f"\nLogits and maps of {len(next(iter(joined.values()), []))} images: {path}")
+        print(f"\n{', '.join(arrays)} of {count} images: {path}")
 
     def after_test(self) -> None:
         """Writes and prints what was measured."""
@@ -72,13 +76,26 @@ class _Told(Experiment):
         print(f"\nResults: {self.folder / 'results.json'}")
 
 
-def _flat(values: Any, name: str = "logits") -> dict[str, np.ndarray]:
-    """Nested tensors by name: `student_maps_by_layer/stage5`."""
+def _arrays(values: object, name: str = "") -> dict[str, np.ndarray]:
+    """What a step predicts, by name: `student_maps_by_layer/stage5`; nothing where it is None.
+
+    Numbers with a fraction become float32. A bare tensor is called `logits`.
+    """
+    if values is None:
+        return {}
     if isinstance(values, Tensor):
-        return {name: values.cpu().float().numpy()}
+        whole = values.detach().cpu()
+        whole = whole.float() if whole.is_floating_point() else whole
+        return {name or "logits": np.atleast_1d(whole.numpy())}
+    if isinstance(values, tuple) and hasattr(values, "_asdict"):
+        values = values._asdict()
+    elif isinstance(values, list | tuple):
+        values = {str(place): value for place, value in enumerate(values)}
+    if not isinstance(values, Mapping):
+        return {name or "values": np.atleast_1d(np.asarray(values))}
     found: dict[str, np.ndarray] = {}
     for key, value in values.items():
-        found |= _flat(value, key if name == "logits" else f"{name}/{key}")
+        found |= _arrays(value, f"{name}/{key}" if name else str(key))
     return found
 
 

@@ -23,6 +23,13 @@ from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles
 from camdistill.studies.parsing import Parser, demand_configs, translated
+from camdistill.studies.trainer_options import (
+    check_callbacks,
+    check_options,
+    check_precision,
+    check_seed,
+    plain_callbacks,
+)
 
 RUNS = Path("runs")
 TABLE = "test_images.npz"
@@ -108,6 +115,11 @@ class Experiment(LightningCLI):
         if self._wanted:
             config["ckpt_path"] = None
 
+    def _set_seed(self) -> None:
+        """Seeds everything, with a seed that numpy takes too."""
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
     def instantiate_classes(self) -> None:
         """Lets the mistakes that networks and data find through."""
         with translated():
@@ -116,6 +128,10 @@ class Experiment(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the run's folder, and the checkpoint that `last` stands for."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        trainer = config["trainer"]
+        check_options(vars(trainer))
+        if trainer.get("callbacks"):
+            trainer["callbacks"] = plain_callbacks(trainer.callbacks)
         name = config["run"] = config.run or _config_name(config)
         runs = Path(name) if "/" in name else RUNS / name
         wanted = self._wanted
@@ -187,19 +203,25 @@ class Experiment(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             ours.append(Progress())
         kwargs["default_root_dir"] = config.get("default_root_dir") or str(self.folder)
-        kwargs["callbacks"] = [*(config.get("callbacks") or []), *ours]
+        given = config.get("callbacks") or []
+        check_callbacks(given, self.model)
+        kwargs["callbacks"] = [*given, *ours]
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        check_precision(trainer)
+        return trainer
 
     def fit_and_test(self) -> dict[str, object]:
         """Trains (on from the last checkpoint, if there is one) and tests; returns the results."""
         last = self.folder / LAST
-        self.trainer.fit(
-            self.model, self.datamodule, ckpt_path=str(last) if last.is_file() else None
-        )
+        with translated():
+            self.trainer.fit(
+                self.model, self.datamodule, ckpt_path=str(last) if last.is_file() else None
+            )
         self.save_network()
-        self.trainer.test(self.model, self.datamodule, verbose=False)
+        with translated():
+            self.trainer.test(self.model, self.datamodule, verbose=False)
         results = self.write_results()
         self.trainer.strategy.barrier()  # what the first process wrote, all can read
         return results

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 from jsonargparse import ArgumentParser
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser
 
 from camdistill.errors import UserError, nearest
+from camdistill.studies.trainer_errors import LIBRARY_ERRORS, mistake_of_options
 
 # What a config's `model` and `data` may name; any other class path works too.
 CLASSES = {
@@ -99,26 +99,11 @@ def translated() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        found = mistake_in(error) or _lightnings(error)
+    except LIBRARY_ERRORS as error:
+        found = mistake_in(error) or mistake_of_options(error)
         if found is None:
             raise
         raise found from error
-
-
-def _lightnings(error: Exception) -> UserError | None:
-    """A mistake that Lightning or torch found; None where the error is a programmer's."""
-    said = _short(" ".join(str(error).split()))
-    if isinstance(error, MisconfigurationException):
-        return UserError(said)
-    if found := re.match(r"You selected an invalid (\w+) .*?='?([^'`]*)'?`\. .*?: (.*?)\.$", said):
-        return UserError(f"--trainer.{found[1]} is '{found[2]}'; give one of {found[3]}")
-    if said.startswith("Error(s) in loading state_dict"):
-        return UserError(
-            "the checkpoint's weights don't fit the network of the config "
-            f"({said.partition(': ')[2][:150]}...); give the config that it was trained with: -c"
-        )
-    return None
 
 
 def demand_configs(arguments: Sequence[str]) -> None:
