@@ -1,4 +1,4 @@
-"""Mistakes in the options of Lightning's trainer: one line with a cure, exit code 2, no run left."""
+"""Mistakes in the options of Lightning's trainer: one line with a cure, exit code 2, no run."""
 
 import inspect
 import re

@@ -152,7 +152,8 @@ def check_callbacks(callbacks: list[Callback], model: LightningModule) -> None:
         if isinstance(callback, ModelPruning):
             raise UserError(
                 "the callback ModelPruning replaces the weights by masked ones, which no "
-                "checkpoint of ours can hold; leave it out, and give a smaller student: --model.student.args"
+                "checkpoint of ours can hold; leave it out, and give a smaller student: "
+                "--model.student.args"
             )
 
 
