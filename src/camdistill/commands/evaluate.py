@@ -25,6 +25,7 @@ from camdistill.measure.metrics import (
     metric_of,
 )
 from camdistill.networks.capture import demand_runs
+from camdistill.networks.heads import head_size
 from camdistill.networks.weights import sha256_of, weights_digest
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
@@ -77,8 +78,9 @@ def evaluate(
             compared with the first. Default: grad_cam, and the student beside its teacher.
         of: Whose decisions are explained: teacher or student.
         layer: Of the network that is explained. Default: the checkpoint's, or the last layer.
-        metrics: Their names, or FILE.safetensors of a learned one. Default: what docs/metrics.md
-            ranks by, deletion, sparsity and the gates; where there are masks, localisation.
+        metrics: Their names, or FILE.safetensors of a learned one; probabilities are the softmax,
+            of a single logit the sigmoid. Default: what docs/metrics.md ranks by, deletion,
+            sparsity and the gates; where there are masks, localisation.
         meta: Put the metrics themselves to the test: ladder, controls, halves, references.
         count: At most so many images, spread evenly.
         size: Side in pixels that images are scaled and cut to. Default: the training images'.
@@ -106,6 +108,9 @@ def evaluate(
     subject = Subject(networks.explained, looked_at, found.shapes, networks.channels)
     compared = explainers_of(explainers, networks, subject, trust)
     chosen = _chosen(metrics, subject, meta, live=any(one.explain for one in compared))
+    other_classes = head_size(networks.explained.network) > 1
+    if not metrics and not other_classes:
+        chosen = tuple(name for name in chosen if name != "random_logit")
     settings = {
         "measured_as": MEASURED_AS,
         "checkpoint": networks.sha256,
@@ -136,6 +141,8 @@ def evaluate(
     )
     write_atomically(out / "table.txt", text.encode())
     print(text)
+    if not metrics and not other_classes:
+        print("random_logit is left out: the network has a single logit, so no other class.")
     print(f"{out / 'results.json'}, values.npz and pictures beside it")
     print(how_to_look(out))
     return results

@@ -26,7 +26,7 @@ from camdistill.distill.comparison import (
     runner_up_of,
     score,
 )
-from camdistill.distill.demands import demand_labels, demand_weights
+from camdistill.distill.demands import check_images, demand_labels, demand_weights
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.targets import Targets, cached_targets, live_targets, shared_cache
@@ -35,7 +35,9 @@ from camdistill.distill.transfer import Transfer, named_pairs, quantity_maps, tr
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, intervals, summary
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build
+from camdistill.perturb.probability import label_count
 from camdistill.types import Batch, Images, Logits
 
 
@@ -219,9 +221,15 @@ class DistilledExplainer(Training):
         if data is None:
             return
         self.image_size = data.size
-        self._labels_count = len(data.classes) == self.teacher.classes
+        self._labels_count = len(data.classes) == label_count(self.teacher.classes)
+        check_images(self.teacher.facts, data.size, data.classes, "teacher")
+        demand_runs(
+            {"teacher": self.teacher, "student": self.student},
+            torch.zeros(1, 3, *data.size),
+            cure="give another --data.size, or another network",
+        )
         if stage == "fit":
-            demand_labels(len(data.classes), self.teacher.classes, self.ce)
+            demand_labels(len(data.classes), label_count(self.teacher.classes), self.ce)
         self._name_pairs(torch.zeros(1, 3, *data.size, device=self.device))
 
     def on_fit_start(self) -> None:
@@ -248,7 +256,7 @@ class DistilledExplainer(Training):
         return {
             **super().experiment(),
             "pairs": plain(self.pairs),
-            "size": list(self.image_size),
+            **({"size": list(self.image_size)} if all(self.image_size) else {}),
             "teacher_sha256": self.teacher.sha256,
             "mean_map_by_layer": {
                 layer: mean.tolist() for layer, mean in self.mean_map_by_layer.items()

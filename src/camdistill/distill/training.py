@@ -3,7 +3,7 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from pytorch_lightning.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import Tensor, distributed, nn
 
 from camdistill import tags
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, draw_view, view_images
 from camdistill.distill.optimisation import Optimisation
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Batch, Images
@@ -27,6 +27,7 @@ from camdistill.types import Batch, Images
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the device
+IMAGES = "images"  # a checkpoint's key of which images it was trained on
 EXPERIMENT = "camdistill"  # a checkpoint's key of what `experiment` says
 
 
@@ -51,6 +52,7 @@ class Training(LightningModule, ABC):
         super().__init__()
         if ema is not None and not 0 < ema < 1:
             raise UserError(f"ema is {ema}; give a decay in (0, 1), such as 0.999, or leave it out")
+        check_number("seed", seed, "[0, inf)", "give 0 or more")
         self.optimisation = optimisation
         self.augment = augment
         self.ema = ema
@@ -76,6 +78,13 @@ class Training(LightningModule, ABC):
         """The part of the training that is done, in [0, 1]."""
         steps = self.trainer.estimated_stepping_batches
         return float(self.global_step) / max(float(steps), 1.0)
+
+    def prepare_data(self) -> None:
+        """Checks that views show something of the images, before anything is written."""
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, ImageData) and self.trainer.state.fn == "fit":
+            data.setup("fit")
+            self.augment.check_size(data.size)
 
     def setup(self, stage: str) -> None:
         """Notes what the images are.
@@ -169,6 +178,9 @@ class Training(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the experiment's settings and the state of torch's generators (dropout needs it)."""
         checkpoint[EXPERIMENT] = json.dumps(self.experiment())
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, ImageData):
+            checkpoint[IMAGES] = _images_of(data)
         checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state()
@@ -184,23 +196,74 @@ class Training(LightningModule, ABC):
         _demand_same_weights(self.state_dict(), checkpoint.get("state_dict", {}))
         if self._trainer is None or not self.trainer.training:
             return
-        stored = json.loads(checkpoint[EXPERIMENT])["optimisation"]
-        if stored != self.settings["optimisation"]:
-            raise UserError(
-                f"the checkpoint was trained with optimisation {stored}, which goes on; give the "
-                "same, or start without --ckpt_path"
-            )
+        self._demand_same_run(checkpoint)
         self._random_state = checkpoint.get("random_state", {})
+
+    def _demand_same_run(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with other settings or other images than the checkpoint's."""
+        own, stored = plain(self.settings), json.loads(checkpoint[EXPERIMENT])
+        pairs = {name: (stored[name], value) for name, value in own.items() if name in stored}
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, ImageData):
+            images = checkpoint.get(IMAGES, {})
+            pairs |= {
+                name: (images[name], value)
+                for name, value in _images_of(data).items()
+                if name in images
+            }
+        for name, (there, here) in pairs.items():
+            if name == "teacher":  # its file may have moved; what is in it is compared
+                there, here = ({**one, "weights": None} for one in (there, here))
+            if there != here:
+                raise UserError(
+                    f"the checkpoint was trained with {name} {there}, which goes on (here "
+                    f"{here}); give the same, or start without --ckpt_path"
+                )
+
+
+def _images_of(data: ImageData) -> dict[str, Any]:
+    """What a training's order and content depend on, as a checkpoint holds it."""
+    images = {
+        f"{name} images": digest for name, digest in data.fingerprints.items() if name != "test"
+    }
+    return {"batch_size": data.batch_size, "limit": data.limit, "order's seed": data.seed, **images}
 
 
 class RunningAverage(EMAWeightAveraging):
     """Lightning's running average, for networks that are built in `setup` too; silent in tests."""
+
+    _constants: Sequence[tuple[Tensor, Tensor]] = ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets up the module first: the network whose weights are averaged has to be there."""
         if stage == "fit":
             pl_module.setup(stage)
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the buffers that are no part of the weights."""
+        assert self._average_model is not None, "set up"
+        kept = pl_module.state_dict().keys()
+        averages = dict(self._average_model.module.named_buffers())
+        own = pl_module.named_buffers()
+        self._constants = [(averages[name], value) for name, value in own if name not in kept]
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Averages what is trained.
+
+        The average of a constant (mean and standard deviation of the images) drifts by rounding,
+        and no checkpoint holds it, so that a run that was killed would end with another one.
+        """
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        for average, constant in self._constants:
+            average.copy_(constant)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain
+from camdistill.explain.hidden_gradients import refusing_reentrant
 from camdistill.explain.request import Classes, wide
 from camdistill.types import Images, Labels
 
@@ -76,7 +77,8 @@ def contributions(
         found = explain(network, asked, layers, classes, grad="activations", maps=False)
         chosen = found.logits.gather(1, found.classes.view(-1, 1)).sum()
         outputs = [found.activations[layer] for layer in layers]
-        gradients = torch.autograd.grad(chosen, outputs, allow_unused=True) if outputs else ()
+        with refusing_reentrant():
+            gradients = torch.autograd.grad(chosen, outputs, allow_unused=True) if outputs else ()
     by_layer = {}
     for layer, output, gradient in zip(layers, outputs, gradients, strict=True):
         if gradient is None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from camdistill.layers.contributions import contributions
 from camdistill.layers.summary import LayerSummary
+from camdistill.perturb.probability import probabilities
 from camdistill.types import Images
 
 CHUNK = 8  # images in one backward
@@ -110,7 +111,7 @@ def through_depth(
         for network, model in networks.items():
             logits, chosen, by_layer = contributions(model, part, layers[network], classes)
             classes = chosen if classes is None else classes
-            likely = logits.softmax(1).max(1)
+            likely = probabilities(logits).max(1)
             tops[network] = list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
             views[network] = [{} for _ in part]
             for layer, one in by_layer.items():

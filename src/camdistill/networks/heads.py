@@ -48,5 +48,5 @@ def swap_head(network: nn.Module, classes: int) -> None:
     network.set_submodule(name, cast(nn.Module, new))
     # torchvision's SqueezeNet and others keep the number beside the layer.
     for word in ("num_classes", "classes"):
-        if isinstance(getattr(network, word, None), int):
+        if getattr(network, word, None) == len(old.weight):
             setattr(network, word, classes)

@@ -159,11 +159,20 @@ class RunText(Callback):
 
 
 class ResumedEvents(Callback):
-    """Keeps lines straight: hides what a killed run logged after the checkpoint that goes on."""
+    """Keeps lines straight: hides what a killed run logged after the checkpoint that goes on.
+
+    It comes before whatever writes events when training starts.
+
+    Args:
+        again: Whether the run was killed before its first checkpoint, and starts again.
+    """
+
+    def __init__(self, *, again: bool = False) -> None:
+        self.again = again
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The checkpoint is loaded by now."""
-        if trainer.global_step:
+        if trainer.global_step or self.again:
             for logger in tensorboards(trainer):
                 logger.resume_at(trainer.global_step)
 

@@ -5,12 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, mistake_of_system, nearest
+from camdistill.studies.config_yaml import load_config
+from camdistill.studies.option_checks import check_no_empty_text, restore_nulls
 from camdistill.studies.trainer_errors import LIBRARY_ERRORS, mistake_of_options
 
 # What a config's `model` and `data` may name; any other class path works too.
@@ -63,6 +66,13 @@ class Parser(LightningArgumentParser):
         """Raises the `UserError` that jsonargparse's many-line message stands for."""
         raise told(message, self, ex) from ex
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
+        """Parses; inside a group null stays null."""
+        words = None if args is None else [restore_nulls(word) for word in args]
+        return super().parse_args(words, *rest, **options)
+
 
 def told(message: str, parser: ArgumentParser, error: BaseException | None) -> UserError:
     """What a parser's message says to a user.
@@ -86,8 +96,10 @@ def told(message: str, parser: ArgumentParser, error: BaseException | None) -> U
 
 
 def mistake_in(error: BaseException | None) -> UserError | None:
-    """The first `UserError` among an exception and its causes."""
+    """The first `UserError` among an exception and its causes, or what the system refused."""
     while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and (mistake := mistake_of_system(error)):
+            return mistake
         error = error.__cause__
     return error
 
@@ -134,11 +146,13 @@ def read_config(path: Path) -> dict[str, object]:
         UserError: There is no such file, or it doesn't hold options.
     """
     if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a pipe, a socket or a device; give a .yaml file")
         if path.is_dir():
             raise UserError(f"{path} is a folder, not a config; {_configs_like(path / 'x')}")
         raise UserError(f"no config file {path}; {_configs_like(path)}")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = load_config(path)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text, so no config; give a .yaml file") from None
     except OSError as error:
@@ -146,11 +160,13 @@ def read_config(path: Path) -> dict[str, object]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "it can't be read"
+        what = getattr(error, "problem", None) or _short(str(error), 100) or "it can't be read"
         raise UserError(
             f"{path}{where} is not YAML: {what}; check brackets, colons and indentation there"
         ) from None
-    if not isinstance(found, dict):
+    if isinstance(found, dict):
+        check_no_empty_text(found)
+    else:
         kind = "is empty" if found is None else f"holds a {type(found).__name__}"
         raise UserError(f"{path} {kind}; a config has options by name, such as model: and data:")
     return found

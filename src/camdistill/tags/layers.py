@@ -147,9 +147,10 @@ log10 = card_of_layer(
 unit_cards = card_of_layer(
     f"{UNITS}/cards_",
     "Cards of some units: the pieces of images that excite each most, cut to what it sees, their"
-    " mean, an image made to excite it (what it reached before the ReLU, and as a multiple of the"
-    " largest value in the data: above 1 it is further than anything there), of a first layer its"
-    " filter, the histogram of its activations, what it responds to.",
+    " mean, an image made to excite it (what it reached after the ReLU, as a multiple of the"
+    " largest value in the data: above 1 it is further than anything there; failed if random"
+    " images excite the unit as much), of a first layer its filter, the histogram of its"
+    " activations, what it responds to.",
 )
 unit_pairs = card_of_layer(
     f"{UNITS}/pairs_",
