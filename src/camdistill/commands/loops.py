@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pytorch_lightning import Trainer
 from torch import Tensor
 
 from camdistill.commands.help import loop_help
+from camdistill.commands.parsing import OF_LOOPS, demand_config_of
 from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError
 from camdistill.files import write_atomically
@@ -16,8 +18,18 @@ from camdistill.report.results import text_table
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.checkpoint_files import LAST
 from camdistill.studies.experiment import Experiment
-from camdistill.studies.parsing import translated
+from camdistill.studies.parsing import config_files, read_config, translated
 from camdistill.studies.runs import result_rows
+
+# What a validation measures: the last words of its tags, as the test's table calls them.
+_VALIDATED = {
+    "accuracy_val": "accuracy",
+    "accuracy_student": "accuracy",
+    "agreement": "agreement",
+    "pearson": "pearson",
+    "skill": "skill",
+    "loss_val": "loss",
+}
 
 
 class _Told(Experiment):
@@ -32,6 +44,8 @@ class _Told(Experiment):
         told = "Trained" if self.trainer.global_step else "Nothing was trained (0 steps)"
         whole_too = f" and {last} (whole, to go on from)" if last.is_file() else ""
         print(f"\n{told}: {path} (small, for use){whole_too}")
+        if measured := _measured(self.trainer):
+            print(f"\n{text_table({'last validation': measured})}\n")
         tested = last if last.is_file() else path
         config, whole, small = (
             shlex.quote(str(one)) for one in (self.folder / "config.yaml", tested, path)
@@ -40,6 +54,9 @@ class _Told(Experiment):
             print(f"  test it:     camdistill test -c {config} --ckpt_path {whole}")
         if isinstance(self.model, DistilledExplainer):
             print(f"  look at it:  camdistill explain --checkpoint {small} --images FOLDER")
+        events = any(self.folder.glob("events.out.tfevents.*"))
+        if events:
+            print(f"  its curves:  camdistill report --run {shlex.quote(str(self.folder))}")
         print(f"  {how_to_look(self.folder.parent)}")
 
     def after_validate(self) -> None:
@@ -80,6 +97,14 @@ class _Told(Experiment):
         print(f"\nResults: {self.folder / 'results.json'}")
 
 
+def _measured(trainer: Trainer) -> dict[str, float]:
+    """The measures of the last validation, by name, in the order of the test's table."""
+    found = {
+        tag.rpartition("/")[2]: float(value) for tag, value in trainer.callback_metrics.items()
+    }
+    return {name: found[tag] for tag, name in _VALIDATED.items() if tag in found}
+
+
 def _arrays(values: object, name: str = "") -> dict[str, np.ndarray]:
     """What a step predicts, by name: `student_maps_by_layer/stage5`; nothing where it is None.
 
@@ -108,5 +133,7 @@ def run(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(loop_help(arguments))
         return
+    if {"base", "arms"} & {key for path in config_files(arguments) for key in read_config(path)}:
+        demand_config_of(arguments[0], OF_LOOPS, arguments)
     with translated():
         _Told(list(arguments))

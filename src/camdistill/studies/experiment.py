@@ -21,6 +21,7 @@ from camdistill.networks.weights import read_weights
 from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunText, Throughput
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger
+from camdistill.report.training_log import LastValidation, TrainingLog
 from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles, WholeFitLoop
 from camdistill.studies.option_checks import check_groups, check_words
 from camdistill.studies.parsing import Parser, demand_configs, translated
@@ -211,7 +212,7 @@ class Experiment(LightningCLI):
         # First, because others read the config and write events.
         ours: list[Callback] = []
         if not config.get("fast_dev_run"):
-            ours.append(_SaveConfig(self._run, self._text))
+            ours += [_SaveConfig(self._run, self._text), LastValidation(), TrainingLog(self.folder)]
         if config.get("logger") in (None, True):
             # Lightning logs a test at step 0, where a run's lines would break off.
             alone = self.subcommand if self.subcommand != "fit" else None

@@ -1,6 +1,5 @@
 """Options of Lightning's trainer that are checked before anything is built or written."""
 
-import math
 from collections.abc import Callable, Mapping
 from enum import Enum
 from importlib.util import find_spec
@@ -45,9 +44,6 @@ RANGES = {
     "accumulate_grad_batches": _from(1),
     "check_val_every_n_epoch": _from(1),
     "fast_dev_run": _from(0),
-    "gradient_clip_val": Range(
-        lambda value: 0 <= value < math.inf, "a number above 0, or leave it out"
-    ),
     "limit_predict_batches": _BATCHES,
     "limit_test_batches": _BATCHES,
     "limit_train_batches": _BATCHES,
