@@ -1,6 +1,5 @@
 """The command line: Lightning's loops, our commands, and every mistake in one line."""
 
-import errno
 import importlib
 import io
 import logging
@@ -12,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from camdistill.errors import UserError, mistake_of_system, nearest
+from camdistill.errors import UserError, disk_mistake, mistake_of_system, nearest
 
 LOOPS = {
     "fit": "train a student (or a teacher) from a config",
@@ -62,14 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `camdistill ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if mistake := mistake_of_system(error):
-            return _told(str(mistake))
-        where = error.filename or "the disk"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _told(f"no space left writing to {where}; free some and start the command again")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return _told(f"{where}: {error.strerror}; change its permissions, or name another")
-        raise
+        mistake = mistake_of_system(error) or disk_mistake(error)
+        if mistake is None:
+            raise
+        return _told(str(mistake))
     except KeyboardInterrupt:
         return _stopped("interrupted", INTERRUPTED, given)
     return 0
@@ -120,16 +115,38 @@ def _run(given: list[str]) -> None:
     elif given[0] in LOOPS:
         loops = importlib.import_module("camdistill.commands.loops")
         _quieten()
-        loops.run(given)
+        with _quiet_event_writers():
+            loops.run(given)
     elif given[0] in COMMANDS:
         command = getattr(importlib.import_module(f"camdistill.commands.{given[0]}"), given[0])
         _quieten()
-        importlib.import_module("camdistill.commands.parsing").call(command, given)
+        with _quiet_event_writers():
+            importlib.import_module("camdistill.commands.parsing").call(command, given)
     else:
         raise UserError(
             f"no command '{given[0]}'; {nearest(given[0], [*LOOPS, *COMMANDS])}. "
             "`camdistill --help` lists them"
         )
+
+
+@contextmanager
+def _quiet_event_writers() -> Iterator[None]:
+    """Leaves out the traceback of TensorBoard's writing thread where its file can't be written.
+
+    The next event that is added, or the next flush, raises the same error in the main thread.
+    """
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        writer = type(failure.thread).__name__ == "_AsyncWriterThread"
+        if not (writer and isinstance(failure.exc_value, OSError)):
+            before(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _quieten() -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from rich.progress import Progress
 
 from camdistill.commands.evaluated import explainers_of, networks_of
 from camdistill.commands.networks import networks_from, side_of
-from camdistill.commands.running import chosen_device
+from camdistill.commands.running import chosen_device, progress_bar
 from camdistill.commands.sources import source_from
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images, as_taken
@@ -123,7 +122,7 @@ def evaluate(
         **{"of": of, "layer": networks.layer, "batch": batch, "seed": seed, "meta": meta},
     }
     evaluation = Evaluation(subject, compared, chosen, seed, batch, meta, settings)
-    with Progress(transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("evaluate", total=None)
 
         def on_batch(done: int, total: int) -> None:

@@ -9,7 +9,7 @@ from camdistill import tags
 from camdistill.data.views import Augment
 from camdistill.distill.losses import cross_entropy
 from camdistill.distill.optimisation import Optimisation
-from camdistill.distill.training import Training, as_images, plain, seeded
+from camdistill.distill.training import Training, as_images, in_float32, plain, seeded
 from camdistill.errors import UserError
 from camdistill.measure.intervals import Interval
 from camdistill.measure.scores import correct
@@ -110,7 +110,7 @@ class Classifier(Training):
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32."""
-        with torch.autocast(self.device.type, enabled=False):
+        with in_float32(self.device):
             self._evaluate(batch)
 
     def _evaluate(self, batch: Batch) -> None:
@@ -152,6 +152,7 @@ class Classifier(Training):
         }
 
     def predict_step(self, batch: Batch, batch_index: int) -> Logits:
-        """Logits."""
-        logits: Logits = self.network(as_images(batch.pixels))
+        """Logits, in float32."""
+        with in_float32(self.device):
+            logits: Logits = self.network(as_images(batch.pixels))
         return logits

@@ -102,13 +102,13 @@ def compared(
         teacher_maps_by_layer: [B, h, w], or [B, C, h, w] for classes [B, C].
         student: Maps of the same classes.
     """
+    own = {name: maps.float() for name, maps in student.maps.items()}
     if classes.dim() == 1:
-        own = dict(student.maps)
         return Comparison(teacher_logits, student.logits, classes, dict(teacher_maps_by_layer), own)
     first, second = (
         [
             {name: maps[:, place] for name, maps in side.items()}
-            for side in (teacher_maps_by_layer, student.maps)
+            for side in (teacher_maps_by_layer, own)
         ]
         for place in (0, 1)
     )

@@ -30,7 +30,7 @@ from camdistill.distill.demands import check_images, demand_labels, demand_weigh
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.targets import Targets, cached_targets, live_targets, shared_cache
-from camdistill.distill.training import EXPERIMENT, Training, as_images, plain, seeded
+from camdistill.distill.training import EXPERIMENT, Training, as_images, in_float32, plain, seeded
 from camdistill.distill.transfer import Transfer, named_pairs, quantity_maps, transfer_distance
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain
@@ -98,6 +98,7 @@ class DistilledExplainer(Training):
         self.transfer, self.ce, self.kd, self.temperature = transfer, ce, kd, temperature
         self.beta, self.cached, self.cache_dir = beta, cached, cache_dir
         self.teacher = Teacher(teacher)
+        self.teacher.holds_precision = True
         network = seeded(seed, lambda: build(student, classes=self.teacher.classes))
         self.student = Preprocessed(
             network, self.teacher.mean.flatten().tolist(), self.teacher.std.flatten().tolist()
@@ -155,7 +156,7 @@ class DistilledExplainer(Training):
         """The student's logits and its side of the transfer, with graph."""
         if not self.beta:
             return self.student(images), {}
-        return quantity_maps(
+        logits, maps_by_layer = quantity_maps(
             self.student,
             images,
             [student_layer for student_layer, _, _ in self.pairs],
@@ -164,6 +165,7 @@ class DistilledExplainer(Training):
             p=self.transfer.p,
             grad=self.transfer.grad,
         )
+        return logits, {layer: maps.float() for layer, maps in maps_by_layer.items()}
 
     def compare(self, images: Images, *, runner_up: bool = False) -> Comparison:
         """Teacher and student on images in [0, 1], at the layer pairs."""
@@ -184,12 +186,13 @@ class DistilledExplainer(Training):
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32, with the live teacher."""
-        with torch.autocast(self.device.type, enabled=False):
+        with in_float32(self.device):
             self._score(batch, self.compare(as_images(batch.pixels), runner_up=True))
 
     def predict_step(self, batch: Batch, batch_index: int) -> Comparison:
-        """Logits and raw maps of both networks."""
-        return self.compare(as_images(batch.pixels))
+        """Logits and raw maps of both networks, in float32."""
+        with in_float32(self.device):
+            return self.compare(as_images(batch.pixels))
 
     def explain_images(self, batch: Batch) -> MapComparison:
         """A few images with the maps of both networks, for pictures."""

@@ -3,7 +3,8 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
@@ -145,6 +146,15 @@ class Training(LightningModule, ABC):
         """Looks at the losses before a checkpoint is written."""
         self.stop_if_bad()
 
+    def on_test_start(self) -> None:
+        """Measures in float32 what was trained in any precision."""
+        with torch.inference_mode(False):
+            self.fitted.float()
+
+    def on_predict_start(self) -> None:
+        """Predicts in float32 as it is tested."""
+        self.on_test_start()
+
     def on_test_epoch_start(self) -> None:
         """Tests one network in all processes: DDP shares buffers in a fit's steps only."""
         if distributed.is_available() and distributed.is_initialized():
@@ -271,6 +281,18 @@ def _demand_same_weights(own: dict[str, Tensor], stored: dict[str, Tensor]) -> N
             f"the checkpoint is of another network ('{odd[0]}' differs); give the config that it "
             "was trained with, or start without --ckpt_path"
         )
+
+
+@contextmanager
+def in_float32(device: torch.device) -> Iterator[None]:
+    """Computes in float32, whatever the trainer's precision makes of new tensors and of layers."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def as_images(pixels: Tensor) -> Images:

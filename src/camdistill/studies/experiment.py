@@ -21,10 +21,18 @@ from camdistill.networks.weights import read_weights
 from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunText, Throughput
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger
+from camdistill.report.training_log import LastValidation, TrainingLog
 from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles, WholeFitLoop
 from camdistill.studies.option_checks import check_groups, check_words
 from camdistill.studies.parsing import Parser, demand_configs, translated
 from camdistill.studies.run_folders import CONFIG, RunFolder, choose, same_config
+from camdistill.studies.trainer_options import (
+    check_callbacks,
+    check_options,
+    check_precision,
+    check_seed,
+    plain_callbacks,
+)
 
 RUNS = Path("runs")
 TABLE = "test_images.npz"
@@ -125,6 +133,11 @@ class Experiment(LightningCLI):
         if self._wanted:
             config["ckpt_path"] = None
 
+    def _set_seed(self) -> None:
+        """Seeds everything, with a seed that numpy takes too."""
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
     def instantiate_classes(self) -> None:
         """Lets the mistakes that networks and data find through."""
         with translated():
@@ -133,6 +146,10 @@ class Experiment(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the run's folder, and the checkpoint that `last` stands for."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        trainer = config["trainer"]
+        check_options(vars(trainer))
+        if trainer.get("callbacks"):
+            trainer["callbacks"] = plain_callbacks(trainer.callbacks)
         name = config["run"] = config.run or _config_name(config)
         runs = expand_home(name) if "/" in name else RUNS / name
         wanted = self._wanted
@@ -195,7 +212,7 @@ class Experiment(LightningCLI):
         # First, because others read the config and write events.
         ours: list[Callback] = []
         if not config.get("fast_dev_run"):
-            ours.append(_SaveConfig(self._run, self._text))
+            ours += [_SaveConfig(self._run, self._text), LastValidation(), TrainingLog(self.folder)]
         if config.get("logger") in (None, True):
             # Lightning logs a test at step 0, where a run's lines would break off.
             alone = self.subcommand if self.subcommand != "fit" else None
@@ -211,10 +228,13 @@ class Experiment(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             ours.append(Progress())
         kwargs["default_root_dir"] = config.get("default_root_dir") or str(self.folder)
-        kwargs["callbacks"] = [*(config.get("callbacks") or []), *ours]
+        given = config.get("callbacks") or []
+        check_callbacks(given, self.model)
+        kwargs["callbacks"] = [*given, *ours]
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
         trainer = super().instantiate_trainer(**kwargs)
+        check_precision(trainer)
         trainer.fit_loop = WholeFitLoop.of(trainer)
         return trainer
 
@@ -224,13 +244,15 @@ class Experiment(LightningCLI):
         self._run.lock()
         try:
             last = self.folder / LAST
-            self.trainer.fit(
-                self.model, self.datamodule, ckpt_path=str(last) if last.is_file() else None
-            )
+            with translated():
+                self.trainer.fit(
+                    self.model, self.datamodule, ckpt_path=str(last) if last.is_file() else None
+                )
             # Only the first process claimed it.
             self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
             self.save_network()
-            self.trainer.test(self.model, self.datamodule, verbose=False)
+            with translated():
+                self.trainer.test(self.model, self.datamodule, verbose=False)
             results = self.write_results()
             self.trainer.strategy.barrier()  # what the first process wrote, all can read
         finally:

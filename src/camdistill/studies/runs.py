@@ -19,6 +19,7 @@ from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import sha256_of
 from camdistill.report.results import Cell, read_results, write_results
 from camdistill.studies.experiment import Experiment, read_table
+from camdistill.studies.parsing import read_config
 
 MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill", "runner_up")
 RESULTS = "results.json"
@@ -68,6 +69,11 @@ class Study:
             raise UserError(
                 f"no config {self.config}; "
                 + nearest(str(self.config), map(str, self.config.parent.glob("*.yaml")))
+            )
+        if "arms" in read_config(self.config):
+            raise UserError(
+                f"{self.config} is a config of a study, which has arms: give it after -c; base is "
+                "the config of a training, such as configs/shapes.yaml"
             )
 
     @property
