@@ -6,12 +6,15 @@ without a number the name means the last call.
 """
 
 import sys
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from camdistill.errors import UserError, nearest
@@ -22,6 +25,13 @@ from camdistill.types import Images
 Visit = Callable[[str, object], Tensor | None]
 Look = Callable[[str, object], None]
 SIZE_CURE = "give another --size, or another network"
+
+MANY_MODULES = 16
+# Calls on one network take turns; a network that is forgotten takes its lock with it.
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_MAKING_LOCKS = threading.Lock()
+# Whether compiled code runs is one switch for the whole process.
+_STANCE = threading.RLock()
 
 
 def bare(network: nn.Module) -> nn.Module:
@@ -46,6 +56,47 @@ def plain(network: nn.Module) -> nn.Module:
 def layer_names(network: nn.Module) -> tuple[str, ...]:
     """Every layer's name, in the order of definition; a shared module has one name each place."""
     return tuple(_modules(bare(network)))
+
+
+@contextmanager
+def exclusive(network: nn.Module) -> Iterator[None]:
+    """Lets one thread at a time examine a network; others wait, calls inside the block don't.
+
+    Modes, hooks and replaced functions belong to the network, so that two threads would undo each
+    other's. A thread that only runs the network may do so meanwhile: hooks of this package act in
+    the thread that set them.
+    """
+    inner = bare(network)
+    with _MAKING_LOCKS:
+        lock = _LOCKS.setdefault(inner, threading.RLock())
+    with lock:
+        yield
+
+
+@contextmanager
+def watching(
+    modules: Collection[nn.Module], note: Callable[[nn.Module, object], None]
+) -> Iterator[None]:
+    """Calls `note(module, output)` whenever one of the modules has run inside the block.
+
+    Nothing is changed, and no module needs to run. Only the calling thread's forwards are noted,
+    and none of compiled parts (see `uncompiled`).
+    """
+    owner, watched = threading.get_ident(), set(modules)
+
+    def hook(module: nn.Module, _: object, output: object) -> None:
+        if threading.get_ident() == owner and module in watched:
+            note(module, output)
+
+    with ExitStack() as stack:
+        # A part that is TorchScript takes no hook of its own.
+        own = not any(isinstance(module, torch.jit.ScriptModule) for module in watched)
+        if own and len(watched) < MANY_MODULES:
+            for module in watched:
+                stack.callback(module.register_forward_hook(hook).remove)
+        else:  # one hook for all modules there are, as each registration takes its time
+            stack.callback(register_module_forward_hook(hook).remove)
+        yield
 
 
 @contextmanager
@@ -109,8 +160,11 @@ def visiting(
     for name, (module, call) in _located(bare(network), layers).items():
         wanted[module].append((name, call))
     calls = dict.fromkeys(wanted, 0)
+    owner = threading.get_ident()
 
     def hook(module: nn.Module, _: object, output: object) -> object:
+        if threading.get_ident() != owner:
+            return output
         this, calls[module] = calls[module], calls[module] + 1
         for name, call in wanted[module]:
             if call in (None, this):
@@ -119,13 +173,15 @@ def visiting(
         return output
 
     def entering(module: nn.Module, arguments: tuple[object, ...]) -> None:
+        if threading.get_ident() != owner:
+            return
         for name, call in wanted[module]:
             if before is not None and call in (None, calls[module]):
                 before(name, arguments[0] if arguments else None)
 
     with ExitStack() as stack:
         if wanted:
-            stack.enter_context(_uncompiled(network))
+            stack.enter_context(uncompiled(network))
         for module in wanted:
             stack.callback(module.register_forward_hook(hook).remove)
             if before is not None:
@@ -158,27 +214,29 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     Modes, buffers and random states are put back, also after an exception.
     """
     inner = bare(network)
-    modes = [(module, module.training) for module in inner.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in inner.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {weight.device.index for weight in inner.parameters() if weight.is_cuda}
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.random.fork_rng(devices=[i for i in devices if i is not None]), torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+    with exclusive(inner):
+        modes = [(module, module.training) for module in inner.modules()]
+        buffers = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in inner.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        devices = {weight.device.index for weight in inner.parameters() if weight.is_cuda}
+        drawn = torch.random.fork_rng(devices=[i for i in devices if i is not None])
+        try:
+            for module, _ in modes:
+                module.training = False
+            with drawn, torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
 
 
 def demand_runs(networks: Mapping[str, nn.Module], image: Images, *, cure: str = SIZE_CURE) -> None:
@@ -235,7 +293,8 @@ def parts(network: nn.Module) -> list[nn.Module]:
 def structure(network: nn.Module) -> int:
     """A fingerprint of what a network is made of and of its modes.
 
-    It changes when a module is replaced, gets a hook, or switches between train and eval.
+    It changes when a module is replaced, gets a hook, or switches between train and eval. A network
+    may take another way without any of these, so nothing but costs may rest on it.
     """
     return hash(
         tuple(
@@ -271,7 +330,9 @@ def _is_compiled(network: nn.Module) -> bool:
     return dynamo is not None and isinstance(network, dynamo.OptimizedModule)
 
 
-def _uncompiled(network: nn.Module) -> AbstractContextManager[object]:
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Parts under torch.compile run as they were written: compiled code doesn't call hooks."""
     layered = [network]
     while (inner := _inside(layered[-1])) is not None:
         layered.append(inner)
@@ -279,9 +340,10 @@ def _uncompiled(network: nn.Module) -> AbstractContextManager[object]:
         _is_compiled(part) or part._compiled_call_impl is not None
         for part in [*layered, *parts(layered[-1])]
     ):
-        eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-        return eager
-    return nullcontext()
+        with _STANCE, torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 def _modules(inner: nn.Module) -> dict[str, nn.Module]:
