@@ -55,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _told(f"{where}: {error.strerror}; change its permissions, or name another")
         raise
+    except MemoryError:
+        return _told(
+            "out of memory; give fewer or smaller images, or a smaller batch, or a larger machine"
+        )
     except KeyboardInterrupt:
         resumes = "`--ckpt_path last` goes on from the last checkpoint"
         _told(f"interrupted; {resumes if given[0] in LOOPS else 'start the same command again'}")

@@ -23,7 +23,7 @@ from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunTe
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles
-from camdistill.studies.option_checks import check_groups, check_words
+from camdistill.studies.option_checks import check_groups, check_seeds, check_words
 from camdistill.studies.parsing import Parser, demand_configs, translated
 
 RUNS = Path("runs")
@@ -102,6 +102,7 @@ class Experiment(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without Lightning's warning about arguments given from Python."""
         check_words(args)
+        check_seeds(args)
         demand_configs(args)
         with translated():
             self.config = parser.parse_args(args)
