@@ -1,5 +1,6 @@
 """Mistakes in names, files and numbers: one line, quickly, and nothing is written."""
 
+import json
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ from PIL import Image
 
 from camdistill.cli import main
 from camdistill.networks.students import ShallowCNN
-from camdistill.networks.weights import save_safetensors
+from camdistill.networks.weights import read_weights, save_safetensors
 
 FIT = "fit -c tiny.yaml"
 STUDENT = "runs/tiny/version_0/student.safetensors"
@@ -24,6 +25,7 @@ LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
 EXPLAIN = f"explain --checkpoint {STUDENT} --images images/test/c0"
 EVALUATE = f"evaluate --checkpoint {STUDENT} --data images --count 4 --metrics deletion_mean"
 ANALYZE = f"analyze --checkpoint {STUDENT} --data images --count 4"
+EXPERIMENT = "explain --checkpoint s.safetensors --images images/test/c0"
 STUDY = "study --base tiny.yaml --seeds 0 --arms"
 LONG = "x" * 300
 LATIN = os.fsdecode(b"caf\xe9")
@@ -90,6 +92,18 @@ def normalised(mean: str, std: str) -> Callable[[Path], object]:
     def prepare(folder: Path) -> None:
         state = ShallowCNN(6, (4, 6), (1, 2)).state_dict()
         save_safetensors(folder / "teacher.safetensors", state, {"mean": mean, "std": std})
+
+    return prepare
+
+
+def experiment(**changes: object) -> Callable[[Path], object]:
+    """A student whose file says another experiment."""
+
+    def prepare(folder: Path) -> None:
+        found = read_weights(folder / STUDENT)
+        settings = json.loads(found.metadata["camdistill"]) | changes
+        metadata = {**found.metadata, "camdistill": json.dumps(settings)}
+        save_safetensors(folder / "s.safetensors", found.state, metadata)
 
     return prepare
 
@@ -275,6 +289,31 @@ MISTAKES = {
         change_config(
             lambda c: c["model"]["init_args"]["teacher"].update(std=[1.0, 1.0, float("inf")])
         ),
+    ),
+    "spread of 0 in a checkpoint": Mistake(
+        EXPERIMENT, r"std is 0\.0; .*'s\.safetensors' says so", experiment(std=[0.2, 0.0, 0.2])
+    ),
+    "size below 0 in a checkpoint": Mistake(
+        EXPERIMENT, r"size is -3; .*'s\.safetensors' says so", experiment(size=[-3, -3])
+    ),
+    "size of 0 in a checkpoint": Mistake(EXPERIMENT, r"size is 0;", experiment(size=[0, 0])),
+    "classes without end in a checkpoint": Mistake(
+        EXPERIMENT, r"weights of shallow_cnn .* take 28\.0 GB", experiment(classes=10**9)
+    ),
+    "units without end in a checkpoint": Mistake(
+        EXPERIMENT,
+        r"weights of shallow_cnn .* take 360\.0 GB",
+        experiment(
+            student={"name": "shallow_cnn", "args": {"channels": [10**5] * 2, "strides": [1, 2]}}
+        ),
+    ),
+    "other names than classes in a checkpoint": Mistake(
+        EXPERIMENT, r"names 2 classes, its network has 6", experiment(class_names=["a", "b"])
+    ),
+    "seed of a part": Mistake(f"{FIT} --model.seed 3", r"--model\.seed is taken from --seed_every"),
+    "images without end": Mistake(
+        f"{FIT} --data ShapesData --data.train 1000000000",
+        r"1,000,000,000 images of 32x32 pixels take",
     ),
     "empty folder for results": Mistake(f"{EXPLAIN} --out ''", r"--out is empty; give a value"),
     "empty folder after a sign": Mistake(f"{EXPLAIN} --out=", r"--out is empty"),

@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mistake is None:
             raise
         return _told(str(mistake))
+    except MemoryError:
+        return _told(
+            "out of memory; give fewer or smaller images, or a smaller batch, or a larger machine"
+        )
     except KeyboardInterrupt:
         return _stopped("interrupted", INTERRUPTED, given)
     return 0

@@ -213,7 +213,9 @@ def make_folders(folder: Path) -> list[Path]:
         except OSError as error:
             remove_empty(made)
             reason = error.strerror or str(error)
-            raise UserError(f"can't make the folder {path}: {reason}; name another") from None
+            raise mistake_of_system(error) or UserError(
+                f"can't make the folder {path}: {reason}; name another"
+            ) from None
         made.insert(0, path)
     return made
 

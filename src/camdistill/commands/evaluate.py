@@ -20,6 +20,7 @@ from camdistill.measure.metrics import (
     DEFAULT,
     DEFAULT_WITH_MASKS,
     FILE,
+    OF_WEIGHTS,
     demand_metrics,
     metric_of,
 )
@@ -28,14 +29,14 @@ from camdistill.networks.heads import head_size
 from camdistill.networks.weights import sha256_of, weights_digest
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
-from camdistill.studies.evaluation import Evaluation, Subject
+from camdistill.studies.evaluation import Evaluation, Explainer, Subject
 from camdistill.studies.evaluation import evaluate as run
 from camdistill.studies.evaluation_report import write_pictures
 from camdistill.studies.evaluation_tables import told
 from camdistill.studies.meta_evaluation import REFERENCES
 from camdistill.studies.pool import Pool, makers
 
-MEASURED_AS = 2  # goes up when the same settings would give other values
+MEASURED_AS = 3  # goes up when the same settings would give other values
 
 
 def evaluate(
@@ -108,8 +109,9 @@ def evaluate(
     compared = explainers_of(explainers, networks, subject, trust)
     chosen = _chosen(metrics, subject, meta, live=any(one.explain for one in compared))
     other_classes = head_size(networks.explained.network) > 1
-    if not metrics and not other_classes:
-        chosen = tuple(name for name in chosen if name != "random_logit")
+    left_out = {} if metrics else _left_out(compared, other_classes=other_classes)
+    chosen = tuple(name for name in chosen if name not in left_out)
+    _demand_weights(metrics, compared)
     settings = {
         "measured_as": MEASURED_AS,
         "checkpoint": networks.sha256,
@@ -140,11 +142,33 @@ def evaluate(
     )
     write_atomically(out / "table.txt", text.encode())
     print(text)
-    if not metrics and not other_classes:
-        print("random_logit is left out: the network has a single logit, so no other class.")
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}.")
     print(f"{out / 'results.json'}, values.npz and pictures beside it")
     print(how_to_look(out))
     return results
+
+
+def _left_out(compared: Sequence[Explainer], *, other_classes: bool) -> dict[str, str]:
+    """Metrics of the default that say nothing here, and why."""
+    found = {}
+    if not other_classes:
+        found["random_logit"] = "the network has a single logit, so no other class"
+    live = [one for one in compared if one.explain is not None]
+    if live and all(one.apart for one in live):
+        found["randomisation"] = "it would be 0 by construction, as all maps are another network's"
+    return found
+
+
+def _demand_weights(metrics: Sequence[str], compared: Sequence[Explainer]) -> None:
+    """Refuse a named metric that would be the same whatever was learned."""
+    asked = [name for name in metrics if name in OF_WEIGHTS]
+    if asked and all(one.apart or one.explain is None for one in compared):
+        raise UserError(
+            f"metric '{asked[0]}' redraws the weights of the explained network, and all of these "
+            f"maps are another network's, so it would be {OF_WEIGHTS[asked[0]]} by construction: "
+            "leave it out, or compare a method too"
+        )
 
 
 def _told_apart(metric: str) -> str:

@@ -162,6 +162,21 @@ def decode(
     return channels.transpose(2, 0, 1), frame
 
 
+def size_in_bytes(path: Path, size: int | None) -> int:
+    """The bytes of a file's pixels at a size (see `decode`), of which no file has more.
+
+    Without a size it is what the file announces; a small number where it can't be read.
+    """
+    if size is not None:
+        return 3 * size**2
+    try:
+        check_regular(path)
+        with Image.open(path, formats=FORMATS) as opened:
+            return 3 * opened.width * opened.height
+    except (UserError, *BROKEN):
+        return 1 << 20
+
+
 def _nonzero(image: Image.Image) -> NDArray[np.uint8]:
     """1 where a mask is marked; palette masks (VOC) count by index, not by colour."""
     pixels = np.asarray(image)

@@ -5,6 +5,10 @@ Z = h w cells and a score S of each image:
 
     alpha_k = 1/Z sum_ij dS/dA_kij        (eq. 1)
     map_ij  = sum_k alpha_k A_kij         (eq. 2, without its ReLU: `explain.maps.relu`)
+
+A map of a logit is in logits per cell: at the last layer of a network that ends in average pooling
+and a linear layer, its sum over cells is the logit minus the bias. All pictures and numbers of the
+project have this scale.
 """
 
 from collections.abc import Callable, Sequence

@@ -181,9 +181,8 @@ def forward_pass(ask: Request, record: bool, *, pixels: bool = False) -> Pass | 
         if pixels:
             edges[PIXELS] = get_gradient_edge(ask.images)
         with refusing_reentrant():
-            separate = demand_separate(ask, scores, Behind(scores), edges)
-        if not separate:
-            return None
+            if not demand_separate(ask, scores, Behind(scores), edges):
+                return None
     return Pass(classes, scores, layers, edges, scale)
 
 

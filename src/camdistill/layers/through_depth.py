@@ -20,7 +20,7 @@ class LayerView:
     """One image at one layer.
 
     Attributes:
-        grad_cam: Raw, in logits.
+        grad_cam: Raw, in logits per cell.
         layer_cam: Likewise.
         units: Those chosen, or those whose alpha is largest in magnitude, largest first.
         alphas: Theirs.

@@ -89,7 +89,9 @@ def watching(
             note(module, output)
 
     with ExitStack() as stack:
-        if len(watched) < MANY_MODULES:
+        # A part that is TorchScript takes no hook of its own.
+        own = not any(isinstance(module, torch.jit.ScriptModule) for module in watched)
+        if own and len(watched) < MANY_MODULES:
             for module in watched:
                 stack.callback(module.register_forward_hook(hook).remove)
         else:  # one hook for all modules there are, as each registration takes its time

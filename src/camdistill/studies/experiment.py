@@ -23,7 +23,7 @@ from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.report.training_log import LastValidation, TrainingLog
 from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles, WholeFitLoop
-from camdistill.studies.option_checks import check_groups, check_words
+from camdistill.studies.option_checks import check_groups, check_seeds, check_words
 from camdistill.studies.parsing import Parser, demand_configs, translated
 from camdistill.studies.run_folders import CONFIG, RunFolder, choose, same_config
 from camdistill.studies.trainer_options import (
@@ -122,6 +122,7 @@ class Experiment(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without Lightning's warning about arguments given from Python."""
         check_words(args)
+        check_seeds(args)
         demand_configs(args)
         with translated():
             self.config = parser.parse_args(args)

@@ -216,14 +216,26 @@ def result_rows(results: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
     rows = {name: results[name] for name in ("student", "network") if name in results}
     rows |= results.get("controls", {})
     found = results.get("intervals", {})
-    return {
-        name: {
-            measure: found.get(f"{'' if name in results else 'controls.'}{name}.{measure}", value)
-            for measure in MEASURES
-            if (value := row.get(measure)) is not None
+    return say_definitions(
+        {
+            name: {
+                measure: found.get(
+                    f"{'' if name in results else 'controls.'}{name}.{measure}", value
+                )
+                for measure in MEASURES
+                if (value := row.get(measure)) is not None
+            }
+            for name, row in rows.items()
         }
-        for name, row in rows.items()
-    }
+    )
+
+
+def say_definitions(rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, Cell]]:
+    """The same table, saying that the mean map's skill is the zero of skill, not measured."""
+    found = {name: dict(row) for name, row in rows.items()}
+    if "skill" in found.get("mean_map", {}):
+        found["mean_map"]["skill"] = "0 by definition"
+    return found
 
 
 def _column(table: FidelityTable, key: str) -> FloatArray | None:
