@@ -183,3 +183,14 @@ def test_predicted_values_of_any_form_have_a_name() -> None:
     }
     assert _arrays(None) == {}
     assert _arrays(two)["logits"].dtype == np.float32
+
+
+def test_a_missing_test_folder_is_told_with_the_folder_in_its_place(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.move("images/test", "elsewhere")
+    said = line("explain --teacher shallow_cnn --images images/test", capsys)
+    assert "no file or folder 'images/test'; in 'images' there are: 'train', 'val'" in said
+    fits = ["fit", "-c", "tiny.yaml", "--data.val_fraction", "12"]
+    assert main(fits) == 0
+    assert "24 images to train, 12 images to validate" in capsys.readouterr().out
