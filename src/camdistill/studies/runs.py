@@ -62,8 +62,9 @@ class Study:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds are {list(self.seeds)}; give at least one, each once")
         check_number("a seed", min(self.seeds), "[0, inf)", "seeds are 0 or more")
+        main, *_ = self.arms
         for arm, options in self.arms.items():
-            _check_arm(arm, options)
+            _check_arm(arm, options, main=arm == main)
         _check_options("overrides", [word.lstrip("-").partition("=")[0] for word in self.overrides])
         if not self.config.is_file():
             raise UserError(
@@ -89,10 +90,10 @@ class Study:
         return [*common, *chosen, f"--seed_everything={seed}", f"--run={run}"]
 
 
-def _check_arm(arm: str, options: Mapping[str, object]) -> None:
+def _check_arm(arm: str, options: Mapping[str, object], *, main: bool) -> None:
     """Refuses an arm that would lie elsewhere, or be taken for something else."""
     check_folder_name("arm", arm)
-    if arm in ROWS:
+    if arm in ROWS and not (main and arm == "student"):  # the main arm is the student's row
         raise UserError(f"arm '{arm}' has the name of what a study writes itself; give another")
     if arm in OURS or arm.partition(".")[0] in ("model", "data", "trainer"):
         raise UserError(
