@@ -23,7 +23,7 @@ from camdistill.studies.experiment import Experiment, read_table
 MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill", "runner_up")
 RESULTS = "results.json"
 # Names that a study's results have for other rows, and its folder for other files
-ROWS = ("student", "mean_map", "same_map", RESULTS, "table.txt", "table.png")
+ROWS = ("mean_map", "same_map", RESULTS, "table.txt", "table.png")
 # Options of a run that the study itself gives
 OURS = {
     "seed_everything": "its seeds: --seeds",
@@ -63,6 +63,8 @@ class Study:
         check_number("a seed", min(self.seeds), "[0, inf)", "seeds are 0 or more")
         for arm, options in self.arms.items():
             _check_arm(arm, options)
+        if "student" in list(self.arms)[1:]:
+            raise UserError("arm 'student' has the name of the first arm's row; give it first")
         _check_options("overrides", [word.lstrip("-").partition("=")[0] for word in self.overrides])
         if not self.config.is_file():
             raise UserError(
