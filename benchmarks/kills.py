@@ -62,7 +62,7 @@ LIMIT = 120.0  # seconds of one command
 MOST = 3  # kills of one run
 # Keys of how long something took, and words of lines that say so or that a run went on.
 SAYS = ("Milliseconds to make a map", "were looked at by an earlier run")
-TIMES = ("seconds", "seconds_of_runs", "images_per_second")
+TIMES = ("seconds", "images_per_second")
 
 
 def student(**more: object) -> dict[str, object]:
@@ -274,12 +274,12 @@ def run(
 
 
 def without_times(value: object) -> object:
-    """JSON without how long things took."""
+    """JSON without how long things took, and which version of a run it was."""
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+        return {k: without_times(v) for k, v in value.items() if not k.startswith(TIMES)}
     if isinstance(value, list):
         return [without_times(one) for one in value if not says_so(one)]
-    return value
+    return re.sub(r"version_\d+", "version_0", value) if isinstance(value, str) else value
 
 
 def says_so(line: object) -> bool:
@@ -416,15 +416,17 @@ def trial(
 
 
 def newest(found: dict[str, object]) -> dict[str, object]:
-    """Of a run that started afresh in a folder of its own: the last, as the first."""
-    numbers = {int(run[1]) for name in found if (run := re.match(r"out/version_(\d+)", name))}
-    if not numbers:
-        return found
-    last = f"out/version_{max(numbers)}"
-    return {
-        name.replace(last, "out/version_0"): value
-        for name, value in found.items()
-        if not name.startswith("out/version_") or re.match(rf"{last}\b", name)
+    """Of runs that started afresh in a folder of their own: the last, as the first."""
+    version = re.compile(r"(.*?version_)(\d+)(.*)")
+    parts = {name: match for name in found if (match := version.fullmatch(name))}
+    last: dict[str, int] = {}
+    for match in parts.values():
+        last[match[1]] = max(last.get(match[1], 0), int(match[2]))
+    rest = {name: value for name, value in found.items() if name not in parts}
+    return rest | {
+        f"{match[1]}0{match[3]}": found[name]
+        for name, match in parts.items()
+        if int(match[2]) == last[match[1]]
     }
 
 

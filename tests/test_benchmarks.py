@@ -95,3 +95,18 @@ def test_every_report_of_a_training_is_on_the_clock() -> None:
     assert seconds["layers"] > 0
     parts = sum(value for name, value in seconds.items() if name != "together")
     assert seconds["together"] == pytest.approx(parts, abs=0.03)
+
+
+@pytest.mark.slow
+def test_commands_that_are_killed_go_on_and_leave_what_unbroken_ones_do() -> None:
+    only = ["--only", "fit with ema", "study", "evaluate", "cache"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "kills.py"), "--kills", "12", *only],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "|" in line][2:]
+    assert [row[0] for row in rows] == only[1:]
+    assert all(int(row[1]) >= 3 and row[4] == "0" for row in rows)

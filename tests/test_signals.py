@@ -80,3 +80,15 @@ def test_a_start_that_was_stopped_leaves_no_folder(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("camdistill.data.modules.FolderData.prepare_data", sends(signal.SIGTERM))
     assert main(["fit", "-c", "tiny.yaml"]) == 143
     assert not Path("runs").exists()
+
+
+def test_sigterm_of_slurm_ends_a_fit_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {"JOB_ID": "7", "JOB_NAME": "fit", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+    for name, value in (known | {"NODEID": "0", "NODELIST": "localhost"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    step = "camdistill.distill.module.DistilledExplainer.training_step"
+    monkeypatch.setattr(step, sends(signal.SIGTERM))
+    assert main(["fit", "-c", "tiny.yaml", "--trainer.devices", "1"]) == 143
+    assert GO_ON in capsys.readouterr().err

@@ -251,6 +251,7 @@ class Experiment(LightningCLI):
                 )
             # Only the first process claimed it.
             self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
+            self._run.keep()
             self.save_network()
             with translated():
                 self.trainer.test(self.model, self.datamodule, verbose=False)
