@@ -2,13 +2,14 @@
 
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, mistake_of_system, nearest
 
 LOOPS = {
     "fit": "train a student (or a teacher) from a config",
@@ -35,6 +36,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 2 for a user's mistake, 130 if interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that a terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _run(given)
     except UserError as error:
@@ -44,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `camdistill ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
+        if mistake := mistake_of_system(error):
+            return _told(str(mistake))
         where = error.filename or "the disk"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _told(f"no space left writing to {where}; free some and start the command again")

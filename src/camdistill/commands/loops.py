@@ -29,11 +29,15 @@ class _Told(Experiment):
             return
         path = self.save_network()
         last = self.folder / LAST
-        print(f"\nTrained: {path} (small, for use) and {last} (whole, to go on from)")
+        told = "Trained" if self.trainer.global_step else "Nothing was trained (0 steps)"
+        whole_too = f" and {last} (whole, to go on from)" if last.is_file() else ""
+        print(f"\n{told}: {path} (small, for use){whole_too}")
+        tested = last if last.is_file() else path
         config, whole, small = (
-            shlex.quote(str(one)) for one in (self.folder / "config.yaml", last, path)
+            shlex.quote(str(one)) for one in (self.folder / "config.yaml", tested, path)
         )
-        print(f"  test it:     camdistill test -c {config} --ckpt_path {whole}")
+        if (self.folder / "config.yaml").is_file():
+            print(f"  test it:     camdistill test -c {config} --ckpt_path {whole}")
         if isinstance(self.model, DistilledExplainer):
             print(f"  look at it:  camdistill explain --checkpoint {small} --images FOLDER")
         print(f"  {how_to_look(self.folder.parent)}")

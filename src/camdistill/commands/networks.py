@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from camdistill.data.decode import check_side
 from camdistill.data.modules import Carving
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
@@ -107,8 +108,7 @@ def side_of(size: int | None, usual: tuple[int, int]) -> int:
         UserError: The user's is none, or images usually aren't square and the user wants no side.
     """
     if size is not None:
-        if size < 1:
-            raise UserError(f"size is {size}; give the images' side in pixels, 1 or more")
+        check_side("size", size)
         return size
     height, width = usual
     if height != width:

@@ -8,16 +8,20 @@ import pkgutil
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from camdistill import commands
 from camdistill.commands.help import command_help
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_each_once
+from camdistill.files import expand_home
+from camdistill.studies.option_checks import check_lists_once, check_words, restore_nulls
 from camdistill.studies.parsing import config_files, demand_configs, read_config, told, translated
 
 _WHOLE = re.compile(r"-?\d+")
+_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?")
+REPEATED = ("overrides", "trust")  # lists in which a value may stand twice, to no harm
 LOOKS = ("list_layers",)  # switches with which a command writes nothing
 
 
@@ -28,6 +32,13 @@ class CommandParser(ArgumentParser):
         """Raises the `UserError` that jsonargparse's many-line message stands for."""
         raise told(message, self, ex) from ex
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
+        """Parses; inside a group null stays null."""
+        words = None if args is None else [restore_nulls(word) for word in args]
+        return super().parse_args(words, *rest, **options)
+
 
 def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     """Runs a function with the options on a command line, the first word being its name."""
@@ -37,20 +48,36 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
         group = [word for word in following if not word.startswith("-")]
         print(command_help(name, command, *group))
         return None
+    check_words(given, ("config", *inspect.signature(command).parameters))
     demand_configs(given)
     demand_config_of(name, command, given)
     parser = CommandParser(prog=f"camdistill {name}", allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
     parser.add_function_arguments(command, as_group=False)
+    check_lists_once(given, _lists(command))
     words = with_lists(with_flags(given, _flags(command)), _lists(command))
     chosen = parser.parse_args(words)
     chosen.pop("config", None)
     with translated():
         made = parser.instantiate_classes(chosen)
     options = {option: _at_home(value) for option, value in vars(made).items()}
+    for option, value in options.items():
+        check_value(option, value)
     if isinstance(out := options.get("out"), Path) and not any(map(options.get, LOOKS)):
         demand_room(out)
     return command(**options)
+
+
+def check_value(option: str, value: object) -> None:
+    """Checks what would be taken for something else, or twice, without a word.
+
+    Raises:
+        UserError: A path is null, or something stands twice in a list.
+    """
+    if value == Path("null"):
+        raise UserError(f"--{option} is null; give a path, or leave it out")
+    if isinstance(value, list) and option not in REPEATED:
+        check_each_once(f"--{option}", [str(one) for one in value])
 
 
 def demand_config_of(name: str, command: Callable[..., object], arguments: Sequence[str]) -> None:
@@ -108,7 +135,7 @@ def with_lists(arguments: Sequence[str], lists: Mapping[str, type]) -> list[str]
             done.append(word)
             continue
         values = [first] if equals else []
-        while words and (not words[0].startswith("-") or _WHOLE.fullmatch(words[0])):
+        while words and (not words[0].startswith("-") or _NUMBER.fullmatch(words[0])):
             values.append(words.pop(0))
         if not values:
             raise UserError(f"{option} stands without its value; give one or more, or leave it out")
@@ -142,7 +169,7 @@ def _at_home(value: object) -> object:
     """Paths, also in lists, with the home folder for a `~` that no shell has replaced."""
     if isinstance(value, list):
         return [_at_home(one) for one in value]
-    return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
+    return expand_home(value) if isinstance(value, Path) else value
 
 
 def _flags(command: Callable[..., object]) -> list[str]:

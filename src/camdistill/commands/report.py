@@ -1,12 +1,13 @@
 """`report`: TensorBoard on a run, and the link to its front page."""
 
+import socket
 import threading
 from pathlib import Path
 
 from tensorboard import program
 
 from camdistill import tags
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.report.layer_report import REPORT, front_page
 from camdistill.report.tensorboard import front_page_url, written
 
@@ -23,10 +24,19 @@ def report(
         port: Where it listens. Default: 6006, or the next that is free.
         host: Which machines may look: localhost, or 0.0.0.0 for all.
     """
+    if port is not None:
+        check_number("port", port, "[0, 65535]", "give a port from 0 (any that is free) to 65535")
     if not run.is_dir() or not any(run.rglob("events.out.tfevents.*")):
         raise UserError(
             f"no TensorBoard events in '{run}'; give a folder that fit, study or analyze wrote"
         )
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"host is '{host}', which isn't known ({said}); give localhost, or 0.0.0.0 for all"
+        ) from None
     options = ["--logdir", str(run), "--host", host, "--samples_per_plugin", "images=100,text=100"]
     server = program.TensorBoard()
     server.configure(argv=["", *options, *(["--port", str(port)] if port is not None else [])])

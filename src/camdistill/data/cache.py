@@ -7,6 +7,7 @@ another list of files, and it is built again.
 """
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import logging
@@ -26,7 +27,8 @@ from numpy.typing import NDArray
 
 from camdistill.data import decode
 from camdistill.data.folders import Files
-from camdistill.errors import UserError
+from camdistill.errors import UserError, shortened
+from camdistill.files import expand_home
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +78,15 @@ class Decoded:
 def cache_folder(cache_dir: Path | None = None) -> Path:
     """Where caches lie: the argument, else CAMDISTILL_CACHE, else ~/.cache/camdistill."""
     named = cache_dir or os.environ.get("CAMDISTILL_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "camdistill"
+    if named:
+        return expand_home(named)
+    try:
+        return Path.home() / ".cache" / "camdistill"
+    except RuntimeError:
+        raise UserError(
+            "no folder for caches: this user has no home folder; name one with CAMDISTILL_CACHE or "
+            "cache_dir"
+        ) from None
 
 
 def decoded(
@@ -101,11 +111,12 @@ def decoded(
     Raises:
         UserError: A broken file, files of different sizes, no room on the disk.
     """
-    if size is not None and size < 1:
-        raise UserError(f"size is {size}; give 1 or more pixels, or null for images of one size")
+    if size is not None:
+        decode.check_side("size", size)
     options = f"{decode.VERSION} {kind} {size} {on_broken} {sys.byteorder}"
     place = f"{files.folder.resolve()}\0{options}".encode("utf-8", "surrogateescape")
-    name = f"{files.folder.name}-{hashlib.sha256(place).hexdigest()[:16]}.pixels"
+    # shortened, so that a folder whose name is as long as can be has a cache too
+    name = f"{files.folder.name[:50]}-{hashlib.sha256(place).hexdigest()[:16]}.pixels"
     path = cache_folder(cache_dir) / name
     key = hashlib.sha256(f"{options} {files.digest()}".encode()).hexdigest()
     found = _opened(path, key, check)
@@ -140,7 +151,7 @@ def _opened(path: Path, key: str, check: Literal["sampled", "full"]) -> Decoded 
         pixels = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", shape=shape))
         if check == "full" and hashlib.sha256(pixels.data).hexdigest() != header["digest"]:
             raise ValueError("changed pixels")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         _log.warning("%s is damaged (%s): building it again", path, error)
@@ -198,9 +209,11 @@ def _build(
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
+        reason = "a file stands in its way" if blocked else error.strerror or error
         raise UserError(
-            f"can't write the image cache {path} ({error.strerror or error}); free some room, or "
-            "name another folder with CAMDISTILL_CACHE or cache_dir"
+            f"can't write the image cache {shortened(str(path), 160)} ({reason}); free some room, "
+            "or name another folder with CAMDISTILL_CACHE or cache_dir"
         ) from None
     finally:
         if temporary is not None:

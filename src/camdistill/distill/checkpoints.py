@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from camdistill.data.decode import LARGEST_SIDE
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.module import DistilledExplainer
 from camdistill.distill.refiner import Refiner
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.explain.gradcam import Explanation, explain
 from camdistill.explain.request import Classes, Grad, Score
 from camdistill.networks.class_paths import SAFE_PACKAGES
@@ -128,6 +129,7 @@ def load(
         pairs = [(str(a), str(b), float(w)) for a, b, w in settings.get("pairs", [])]
         means = _mean_maps(settings)
         names = [str(name) for name in settings.get("class_names", [])]
+        _check_images(settings, weights.path)
     own = _network(spec, weights, settings, allowed).eval()
     found, missing = None, ""
     if told is not None:
@@ -163,6 +165,18 @@ def restore(module: DistilledExplainer | Classifier | Refiner, path: str | Path)
     load_state(module.student.network, weights)
     with _readable(weights.path):
         module.mean_map_by_layer = _mean_maps(settings)
+
+
+def _check_images(settings: Mapping[str, Any], path: Path) -> None:
+    """Refuses an experiment whose images can't have been: everything is shown at their size."""
+    cure = f"; '{path}' says so of its images: give a checkpoint as it was written"
+    for side in settings.get("size") or []:
+        check_number("size", int(side), f"[1, {LARGEST_SIDE}]", f"it is in pixels{cure}")
+    carving = settings.get("carving") or {}
+    check_number(
+        "test_fraction", float(carving.get("test_fraction", 0.1)), "[0, inf)", f"a share{cure}"
+    )
+    check_number("split_seed", int(carving.get("split_seed", 0)), "[0, inf)", f"0 or more{cure}")
 
 
 def _network(

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.networks.training_facts import TrainingFacts
 
 log = logging.getLogger(__name__)
@@ -16,12 +16,10 @@ def demand_weights(*, ce: float, kd: float, beta: float, temperature: float) -> 
         UserError: If one is negative, all are 0, or the temperature is not above 0.
     """
     for name, weight in (("ce", ce), ("kd", kd), ("beta", beta)):
-        if weight < 0:
-            raise UserError(f"{name} is {weight}; a weight of the loss is 0 or more")
+        check_number(name, weight, "[0, inf)", "a weight of the loss is 0 or more")
     if ce == kd == beta == 0:
         raise UserError("ce, kd and beta are all 0: there is nothing to learn; give one a weight")
-    if temperature <= 0:
-        raise UserError(f"temperature is {temperature}; give a number above 0, usually 4")
+    check_number("temperature", temperature, "(0, inf)", "give a number above 0, usually 4")
 
 
 def demand_labels(found: int, wanted: int, ce: float) -> None:

@@ -252,7 +252,7 @@ class DistilledExplainer(Training):
         return {
             **super().experiment(),
             "pairs": plain(self.pairs),
-            "size": list(self.image_size),
+            **({"size": list(self.image_size)} if all(self.image_size) else {}),
             "teacher_sha256": self.teacher.sha256,
             "mean_map_by_layer": {
                 layer: mean.tolist() for layer, mean in self.mean_map_by_layer.items()

@@ -18,7 +18,7 @@ from camdistill import tags
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, draw_view, view_images
 from camdistill.distill.optimisation import Optimisation
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Batch, Images
@@ -50,6 +50,7 @@ class Training(LightningModule, ABC):
         super().__init__()
         if ema is not None and not 0 < ema < 1:
             raise UserError(f"ema is {ema}; give a decay in (0, 1), such as 0.999, or leave it out")
+        check_number("seed", seed, "[0, inf)", "give 0 or more")
         self.optimisation = optimisation
         self.augment = augment
         self.ema = ema
@@ -75,6 +76,13 @@ class Training(LightningModule, ABC):
         """The part of the training that is done, in [0, 1]."""
         steps = self.trainer.estimated_stepping_batches
         return float(self.global_step) / max(float(steps), 1.0)
+
+    def prepare_data(self) -> None:
+        """Checks that views show something of the images, before anything is written."""
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, ImageData) and self.trainer.state.fn == "fit":
+            data.setup("fit")
+            self.augment.check_size(data.size)
 
     def setup(self, stage: str) -> None:
         """Notes what the images are.

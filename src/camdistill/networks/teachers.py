@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, check_number, nearest
 from camdistill.networks import torchvision_models
 from camdistill.networks.cifar_resnet import CIFAR_DEPTHS, CifarResNet, WideResNet
 from camdistill.networks.class_paths import (
@@ -63,10 +63,27 @@ class NetworkSpec:
     std: Triple = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UserError(
-                f"mean {self.mean} and std {self.std}: give three numbers each, std above 0"
-            )
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise UserError(f"mean {self.mean} and std {self.std}: give three numbers each")
+        check_moments(self.mean, self.std)
+
+
+def check_moments(mean: Sequence[float], std: Sequence[float], where: str = "") -> None:
+    """Checks a normalisation of images in [0, 1].
+
+    Args:
+        mean: Of each channel.
+        std: Likewise.
+        where: It was found, for the message.
+
+    Raises:
+        UserError: One can't be: NaN, a deviation of 0, or the mean of images in [0, 255].
+    """
+    cure = f"give numbers for images in [0, 1], which an std above 0 divides{where}"
+    for value in mean:
+        check_number("mean", value, "[-1, 2]", cure)
+    for value in std:
+        check_number("std", value, "(0, inf)", cure)
 
 
 def network_names() -> list[str]:
@@ -224,7 +241,11 @@ def normalisation(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple
         facts = torchvision_models.facts(spec.name, spec.weights)
     elif weights is not None:
         facts = training_facts(weights)
-    return own if facts.mean is None or facts.std is None else (facts.mean, facts.std)
+    if facts.mean is None or facts.std is None:
+        return own
+    where = f"; '{spec.weights}' has these in its metadata: write it again"
+    check_moments(facts.mean, facts.std, where)
+    return facts.mean, facts.std
 
 
 class Preprocessed(Wrapper):
@@ -249,6 +270,7 @@ class Preprocessed(Wrapper):
         facts: TrainingFacts = TrainingFacts(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
+        check_moments(mean, std)
         self.network = network
         self.facts = facts
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)

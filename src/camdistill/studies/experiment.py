@@ -3,6 +3,7 @@
 import io
 import os
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from camdistill.distill.checkpoints import restore, save
 from camdistill.distill.module import DistilledExplainer
-from camdistill.errors import UserError
-from camdistill.files import write_atomically
+from camdistill.errors import UserError, check_number
+from camdistill.files import expand_home, read_arrays, write_atomically
 from camdistill.measure.fidelity import FidelityTable
 from camdistill.networks.weights import read_weights
 from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunText, Throughput
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles
+from camdistill.studies.option_checks import check_groups, check_words
 from camdistill.studies.parsing import Parser, demand_configs, translated
 
 RUNS = Path("runs")
@@ -99,11 +101,14 @@ class Experiment(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without Lightning's warning about arguments given from Python."""
+        check_words(args)
         demand_configs(args)
         with translated():
             self.config = parser.parse_args(args)
         # Lightning would read the file's hyperparameters and let them choose the model's class.
         config = self.config.get(self.config.get("subcommand") or "", {})
+        for part in ("model", "data"):
+            check_groups(config or self.config, part)
         self._wanted: str | None = config.get("ckpt_path")
         if self._wanted:
             config["ckpt_path"] = None
@@ -117,7 +122,7 @@ class Experiment(LightningCLI):
         """Finds the run's folder, and the checkpoint that `last` stands for."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         name = config["run"] = config.run or _config_name(config)
-        runs = Path(name) if "/" in name else RUNS / name
+        runs = expand_home(name) if "/" in name else RUNS / name
         wanted = self._wanted
         self._small: str | None = None
         if "verbose" in config:
@@ -171,6 +176,9 @@ class Experiment(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with our logger and callbacks, unless the config brings its own logger."""
         config: Namespace = self._get(self.config_init, "trainer", default={})
+        if (clip := config.get("gradient_clip_val")) is not None:
+            name, cure = "--trainer.gradient_clip_val", "give 0 (no clipping) or more"
+            check_number(name, clip, "[0, inf)", cure)
         ours: list[Callback] = []
         if config.get("logger") in (None, True):
             # Lightning logs a test at step 0, where a run's lines would break off.
@@ -279,6 +287,12 @@ def read_table(folder: Path) -> FidelityTable:
     path = folder / TABLE
     if not path.is_file():
         raise UserError(f"{folder} was not tested: it has no {TABLE}; run `camdistill test` on it")
-    with np.load(path, allow_pickle=False) as file:
-        columns = {name: file[name] for name in file.files if name not in ("ids", "layers")}
-        return FidelityTable(file["ids"], columns, tuple(str(name) for name in file["layers"]))
+    try:
+        file = read_arrays(path)
+        columns = {name: file[name] for name in file if name not in ("ids", "layers")}
+        layers = tuple(str(name) for name in file["layers"])
+        return FidelityTable(file["ids"], columns, layers)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); run `camdistill test` on that run again"
+        ) from None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from camdistill.data.datasets import ImageSet, PixelArray
 from camdistill.data.modules import ImageData, ShapesData
@@ -21,7 +21,8 @@ from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import last_layer
 from camdistill.explain.learnable import load_explainer
 from camdistill.explain.methods import AT_PIXELS, METHODS, Explainer, explainer
-from camdistill.networks.class_paths import SAFE_PACKAGES
+from camdistill.files import expand_home, read_arrays
+from camdistill.networks.class_paths import FAILURES, SAFE_PACKAGES
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import sha256_of
 from camdistill.types import Explain, Images, Labels
@@ -113,9 +114,33 @@ def _of_method(name: str, method: Explainer, layer: str | None) -> Source:
     return Source(name, _key(name, method, layer), maps, True, layer)
 
 
+def call_function(
+    path: str,
+    function: Callable[..., object],
+    network: nn.Module,
+    images: Images,
+    classes: Labels,
+) -> object:
+    """What a user's function gives.
+
+    Raises:
+        UserError: If it fails; the line says what it was called with.
+    """
+    try:
+        return function(network, images, classes)
+    except UserError:
+        raise
+    except FAILURES as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"function '{path}' fails ({type(error).__name__}: {said}): it is called with "
+            "(network, images, classes) and must return one map an image"
+        ) from error
+
+
 def _of_function(name: str, function: Explain) -> Source:
     def maps(teacher: Teacher, asked: Asked) -> Maps:
-        found = function(teacher, asked.images, asked.classes)
+        found = call_function(name, function, teacher, asked.images, asked.classes)
         return _checked(name, found, len(asked.images))
 
     return Source(name, _key(name, function, None), maps, True)
@@ -169,7 +194,7 @@ def _imported(path: str, trust: Collection[str]) -> Explain:
         )
     try:
         found: Explain = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except (*FAILURES, SyntaxError, NameError) as error:
         raise UserError(
             f"can't import '{path}': {error}; check the name, or put its folder on PYTHONPATH"
         ) from error
@@ -232,7 +257,7 @@ def _filled(boxes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uin
 
 
 def _of_file(name: str) -> Source:
-    stored, ids = _stored(Path(name))
+    stored, ids = _stored(expand_home(name))
     place = {int(number): row for row, number in enumerate(ids)}
     mirrored = "mirrored" if "mirrored" in stored else "maps"
 
@@ -262,13 +287,14 @@ def _stored(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
         hint = nearest(path.name, beside) if beside else "check the path"
         raise UserError(f"no file {path}; {hint}")
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, BadZipFile) as error:
+        arrays = read_arrays(path)
+    except UserError:
+        raise
+    except (ValueError, OSError, EOFError, KeyError, BadZipFile) as error:
         raise UserError(f"can't read {path}: {error}; write it with numpy.savez") from None
     if "maps" not in arrays:
         raise UserError(f"{path} holds {sorted(arrays)}, not 'maps'; savez(file, maps=array)")
-    found = {
+    found: dict[str, np.ndarray] = {
         key: np.asarray(arrays[key], np.float32) for key in ("maps", "mirrored") if key in arrays
     }
     for key, array in found.items():

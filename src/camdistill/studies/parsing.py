@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, mistake_of_system, nearest
+from camdistill.studies.config_yaml import load_config
+from camdistill.studies.option_checks import check_no_empty_text, restore_nulls
 
 # What a config's `model` and `data` may name; any other class path works too.
 CLASSES = {
@@ -63,6 +66,13 @@ class Parser(LightningArgumentParser):
         """Raises the `UserError` that jsonargparse's many-line message stands for."""
         raise told(message, self, ex) from ex
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
+        """Parses; inside a group null stays null."""
+        words = None if args is None else [restore_nulls(word) for word in args]
+        return super().parse_args(words, *rest, **options)
+
 
 def told(message: str, parser: ArgumentParser, error: BaseException | None) -> UserError:
     """What a parser's message says to a user.
@@ -77,7 +87,8 @@ def told(message: str, parser: ArgumentParser, error: BaseException | None) -> U
         group = re.match(r"Parser key ['\"]([\w.]+)['\"]", message)
         return inner.inside(group[1]) if group and isinstance(inner, OptionError) else inner
     parser = getattr(error, "subcommand_parser", None) or parser
-    options = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    names = [action.dest for action in parser._actions]
+    options = [name for name in names if not name.endswith(("help", "config"))]
     text = " ".join(message.split())
     for pattern, tell in _TOLD:
         if found := re.search(pattern, text):
@@ -86,8 +97,10 @@ def told(message: str, parser: ArgumentParser, error: BaseException | None) -> U
 
 
 def mistake_in(error: BaseException | None) -> UserError | None:
-    """The first `UserError` among an exception and its causes."""
+    """The first `UserError` among an exception and its causes, or what the system refused."""
     while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and (mistake := mistake_of_system(error)):
+            return mistake
         error = error.__cause__
     return error
 
@@ -149,11 +162,13 @@ def read_config(path: Path) -> dict[str, object]:
         UserError: There is no such file, or it doesn't hold options.
     """
     if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a pipe, a socket or a device; give a .yaml file")
         if path.is_dir():
             raise UserError(f"{path} is a folder, not a config; {_configs_like(path / 'x')}")
         raise UserError(f"no config file {path}; {_configs_like(path)}")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = load_config(path)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text, so no config; give a .yaml file") from None
     except OSError as error:
@@ -161,11 +176,13 @@ def read_config(path: Path) -> dict[str, object]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "it can't be read"
+        what = getattr(error, "problem", None) or _short(str(error), 100) or "it can't be read"
         raise UserError(
             f"{path}{where} is not YAML: {what}; check brackets, colons and indentation there"
         ) from None
-    if not isinstance(found, dict):
+    if isinstance(found, dict):
+        check_no_empty_text(found)
+    else:
         kind = "is empty" if found is None else f"holds a {type(found).__name__}"
         raise UserError(f"{path} {kind}; a config has options by name, such as model: and data:")
     return found
@@ -254,6 +271,45 @@ def _unknown_class(found: re.Match[str], options: list[str]) -> UserError:
     )
 
 
+def _named_values(found: re.Match[str], options: list[str]) -> UserError:
+    """One value where a group of them is meant: teacher: resnet20."""
+    named = found.groupdict()
+    given = _short(named.get("value") or "that", 60).strip("'\"")
+    return OptionError(
+        f"{{}} is {given!r}; it takes named values, such as {{{{name: {given}}}}}", found["name"]
+    )
+
+
+def _class_or_values(found: re.Match[str], options: list[str]) -> UserError:
+    """A word where a class path or a group is meant."""
+    return (_unknown_class if found["name"] in CLASSES else _named_values)(found, options)
+
+
+def _wrong_class(found: re.Match[str], options: list[str]) -> UserError:
+    """A class of another kind."""
+    known = ", ".join(repr(option) for option in CLASSES.get(found["name"], ()))
+    return OptionError(
+        f"{{}} names '{found['value']}', which is no {found['kind']}; name one, such as {known}",
+        found["name"],
+    )
+
+
+def _wrong_length(found: re.Match[str], options: list[str]) -> UserError:
+    return OptionError(
+        f"{{}} is {_short(found['value'], 60)}; it takes a list of {found['count']}", found["name"]
+    )
+
+
+def _inside_a_value(found: re.Match[str], options: list[str]) -> UserError:
+    return OptionError("no option '{}': {} is one value", found["inner"], found["name"])
+
+
+def _unknown_entry(found: re.Match[str], options: list[str]) -> UserError:
+    return UserError(
+        f"an entry with '{found['name']}' has another name in it that is not known; check its names"
+    )
+
+
 def _no_value(found: re.Match[str], options: list[str]) -> UserError:
     return UserError(f"{found['name']} stands without its value; give one after it")
 
@@ -266,13 +322,29 @@ _EXPECTED = r"Expected an? (typing\.Literal\[[^\]]*\]|<class '[^']*'>|[\w.\[\]]+
 _KEY = r"Parser key ['\"](?P<name>[\w.]+)['\"]: "
 Telling = Callable[[re.Match[str], list[str]], UserError]
 _TOLD: tuple[tuple[str, Telling], ...] = (
-    (r"[Uu]nrecognized arguments?: (?P<word>(?:--?(?P<name>[\w.]+))?\S*)", _unknown),
+    (r"[Uu]nrecognized arguments?: (?P<word>(?:--?(?P<name>[\w.]+(?:-[\w.]+)*))?\S*)", _unknown),
     (r"Subcommand '\w+' does not accept option '(?P<name>[\w.]+)'", _unknown),
     (r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'", _unknown),
     (r"Option '(?P<name>[\w.]+)' is not accepted", _unknown),
     (r"the following arguments are required: (?P<names>.*)", _missing),
     (_KEY + r".*Problem with given class_path '(?P<path>[^']*)'", _unknown_class),
-    (_KEY + r".*Expected a dot import path string: (?P<path>\S+)", _unknown_class),
+    (
+        _KEY + r".*Expected a dot import path string: (?P<path>(?P<value>\S+))",
+        _class_or_values,
+    ),
+    (
+        _KEY + r".*Expected a path but (?P<value>\S+) either .*"
+        r"does not correspond to a subclass of (?P<kind>\w+)",
+        _wrong_class,
+    ),
+    (_KEY + r"Not a valid subclass of \w+\. Got value: (?P<value>\S+)", _named_values),
+    (
+        _KEY + r"Expected a tuple with (?P<count>\d+) elements\. Got value: (?P<value>.*)",
+        _wrong_length,
+    ),
+    (_KEY + r"Not of type Path: .* not NestedArg.*key='(?P<inner>[\w.]+)'", _inside_a_value),
     (_KEY + r"(?P<rest>.*Expected .*)", _wrong_kind),
+    (_KEY + r"Unable to load config '(?P<value>[^']*)' - Parser key .* load config", _named_values),
+    (r"^[\"']+(?P<name>\w+)[\"']+$", _unknown_entry),
     (r"argument (?:-\w/)?(?P<name>--\S+): expected", _no_value),
 )

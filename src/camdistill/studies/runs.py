@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from pytorch_lightning.utilities import rank_zero_only
 
+from camdistill.data.modules import ImageData
 from camdistill.distill.module import DistilledExplainer
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, check_folder_name, check_number, nearest
 from camdistill.measure.fidelity import SAME_MAP, FidelityTable, intervals
 from camdistill.measure.intervals import FloatArray, Interval, paired_interval, seed_interval
 from camdistill.networks.teachers import Teacher
@@ -21,6 +22,15 @@ from camdistill.studies.experiment import Experiment, read_table
 
 MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill", "runner_up")
 RESULTS = "results.json"
+# Names that a study's results have for other rows, and its folder for other files
+ROWS = ("student", "mean_map", "same_map", RESULTS, "table.txt", "table.png")
+# Options of a run that the study itself gives
+OURS = {
+    "seed_everything": "its seeds: --seeds",
+    "run": "its folder: --out",
+    "config": "its config: --base",
+    "ckpt_path": "from where it goes on",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,10 @@ class Study:
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds are {list(self.seeds)}; give at least one, each once")
+        check_number("a seed", min(self.seeds), "[0, inf)", "seeds are 0 or more")
+        for arm, options in self.arms.items():
+            _check_arm(arm, options)
+        _check_options("overrides", [word.lstrip("-").partition("=")[0] for word in self.overrides])
         if not self.config.is_file():
             raise UserError(
                 f"no config {self.config}; "
@@ -67,6 +81,27 @@ class Study:
         run = f"{self.folder}/{arm}/seed_{seed}"
         common = ["--config", str(self.config), *self.overrides]
         return [*common, *chosen, f"--seed_everything={seed}", f"--run={run}"]
+
+
+def _check_arm(arm: str, options: Mapping[str, object]) -> None:
+    """Refuses an arm that would lie elsewhere, or be taken for something else."""
+    check_folder_name("arm", arm)
+    if arm in ROWS:
+        raise UserError(f"arm '{arm}' has the name of what a study writes itself; give another")
+    if arm in OURS or arm.partition(".")[0] in ("model", "data", "trainer"):
+        raise UserError(
+            f"arm '{arm}' has the name of an option; name the arm too: {{NAME: {{{arm}: VALUE}}}}"
+        )
+    _check_options(f"arm '{arm}'", list(options))
+
+
+def _check_options(what: str, options: Sequence[str]) -> None:
+    """Refuses options that the study gives itself: its own would replace them."""
+    for option in options:
+        if option in OURS:
+            raise UserError(
+                f"{what} sets {option}, but the study chooses {OURS[option]}; leave it out"
+            )
 
 
 def run_study(
@@ -94,6 +129,8 @@ def run_study(
                 f"{study.config} trains a {type(experiment.model).__name__}; a study compares "
                 "students: give a config of a DistilledExplainer, or train it with `camdistill fit`"
             )
+        if isinstance(experiment.datamodule, ImageData):
+            experiment.datamodule.check_test_set()
         results = experiment.fit_and_test()
         runs[arm][str(seed)] = {
             "arguments": study.arguments(arm, seed),

@@ -131,6 +131,7 @@ def _sets(study: Study) -> Sets:
             raise UserError(
                 f"{name} is {wanted}, but there are {len(train)} training images; take fewer"
             )
+    study.recipe.augment.check_size(train.size)
     order = np.random.default_rng([study.seed, *b"rank"]).permutation(len(train))
     return Sets(train.subset(order.astype(np.int64)), val, test)
 
