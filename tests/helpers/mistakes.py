@@ -12,6 +12,8 @@ import yaml
 
 from camdistill.cli import main
 
+Prepare = Callable[[Path], object]
+
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
@@ -19,14 +21,14 @@ class Mistake:
 
     line: str | Sequence[str]
     says: str
-    prepare: Callable[[Path], object] = lambda folder: None
+    prepare: Prepare = lambda folder: None
 
 
-def write(name: str, text: str) -> Callable[[Path], object]:
+def write(name: str, text: str) -> Prepare:
     return lambda folder: (folder / name).write_text(text)
 
 
-def config(name: str, change: Callable[[dict], object]) -> Callable[[Path], object]:  # type: ignore[type-arg]
+def config(name: str, change: Callable[[dict], object]) -> Prepare:  # type: ignore[type-arg]
     """A config that differs from the good one."""
 
     def prepare(folder: Path) -> None:
@@ -37,12 +39,12 @@ def config(name: str, change: Callable[[dict], object]) -> Callable[[Path], obje
     return prepare
 
 
-def change_config(change: Callable[[dict], object]) -> Callable[[Path], object]:  # type: ignore[type-arg]
+def change_config(change: Callable[[dict], object]) -> Prepare:  # type: ignore[type-arg]
     """Changes `tiny.yaml` itself."""
     return config("tiny.yaml", change)
 
 
-def cut(name: str) -> Callable[[Path], object]:
+def cut(name: str) -> Prepare:
     """The first two thirds of a file."""
 
     def prepare(folder: Path) -> None:
@@ -53,14 +55,13 @@ def cut(name: str) -> Callable[[Path], object]:
 
 
 def digests(folder: Path) -> dict[Path, str]:
+    """Of all regular files below a folder."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def mistaken_line(
-    line: str | Sequence[str], folder: Path, capsys: pytest.CaptureFixture[str]
-) -> str:
-    """The one line that a mistaken command line gives; nothing that was there has changed."""
+def told(line: str | Sequence[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a mistaken command line gives; what was there is as it was."""
     before = digests(folder)
     capsys.readouterr()
     assert main(shlex.split(line) if isinstance(line, str) else line) == 2
@@ -73,6 +74,16 @@ def mistaken_line(
     assert {path: after.get(path) for path in before} == before
     assert not (folder / "exploded").exists()
     return lines[0]
+
+
+def mistaken_line(
+    line: str | Sequence[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The same of a mistake that is found before anything is written."""
+    before = digests(folder)
+    message = told(line, folder, capsys)
+    assert digests(folder) == before
+    return message
 
 
 def check_mistake(mistake: Mistake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
