@@ -133,15 +133,15 @@ def test_a_tilde_that_no_shell_replaced_is_the_home_folder(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     config = tmp_path / "probe.yaml"
-    config.write_text("out: ~/oo\nimages: [~/a.png, b.png]\n")
-    words = ["--out=~/oo", "--images", "~/a.png", "b.png"]
+    config.write_text("out: ~/oo\nimages: [~/a.png, ~b.png]\n")
+    words = ["--out=~/oo", "--images", "~/a.png", "~b.png"]
     found = call(probe, ["probe", *(["-c", str(config)] if from_file else words)])
     home = tmp_path / "home"
-    assert found == (home / "oo", [home / "a.png", Path("b.png")])
+    assert found == (home / "oo", [home / "a.png", Path("~b.png")])
 
 
 def test_the_next_commands_can_be_pasted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = Path("my runs/it's/version_0")

@@ -20,7 +20,8 @@ from camdistill.studies.option_checks import check_lists_once, check_words, rest
 from camdistill.studies.parsing import config_files, demand_configs, read_config, told, translated
 
 _WHOLE = re.compile(r"-?\d+")
-REPEATED = ("overrides", "trust")  # lists in which a value may stand twice, to no harm
+# Lists in which a value may stand twice, to no harm or with a line of its own
+REPEATED = ("overrides", "trust", "runs")
 # First words of the options of fit, validate, test and predict
 OF_LOOPS = ("model", "data", "trainer", "run", "seed_everything", "ckpt_path", "verbose")
 LOOKS = ("list_layers",)  # switches with which a command writes nothing

@@ -204,7 +204,8 @@ def _check_room(name: str, factory: Factory, args: Mapping[str, object]) -> None
     isn't known.
     """
     home = getattr(factory, "__module__", "")
-    if not home.startswith(("camdistill.networks.", "torchvision.models.")):
+    loads = any(args.get(word) for word in ("weights", "weights_backbone", "pretrained"))
+    if loads or not home.startswith(("camdistill.networks.", "torchvision.models.")):
         return
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
