@@ -17,6 +17,7 @@ from camdistill.report.results import text_table
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.checkpoint_files import LAST
 from camdistill.studies.experiment import Experiment
+from camdistill.studies.option_checks import check_words
 from camdistill.studies.parsing import config_files, read_config, translated
 from camdistill.studies.runs import result_rows
 
@@ -130,6 +131,7 @@ def run(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(loop_help(arguments))
         return
+    check_words(arguments)
     if {"base", "arms"} & {key for path in config_files(arguments) for key in read_config(path)}:
         demand_config_of(arguments[0], OF_LOOPS, arguments)
     with translated():
