@@ -37,6 +37,25 @@ def test_four_engines_give_the_same_maps() -> None:
         assert min(row[1:]) > 2
 
 
+@pytest.mark.slow
+def test_at_least_seven_of_the_readmes_eight_units_exceed_random_images(tmp_path: Path) -> None:
+    checkpoint = BENCHMARKS.parent / "checkpoints" / "shapes-student.safetensors"
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(BENCHMARKS / "made_images.py"),
+            *("--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=BENCHMARKS.parent,
+    )
+    words = done.stdout.splitlines()[-1].split()
+    assert int(words[0]) >= 7
+    assert int(words[2]) == 8
+
+
 def test_a_split_sweep_differs_where_nan_meets_a_number() -> None:
     place = BENCHMARKS / "layer_sweep_split.py"
     spec = importlib.util.spec_from_file_location("layer_sweep_split", place)
@@ -76,3 +95,18 @@ def test_every_report_of_a_training_is_on_the_clock() -> None:
     assert seconds["layers"] > 0
     parts = sum(value for name, value in seconds.items() if name != "together")
     assert seconds["together"] == pytest.approx(parts, abs=0.03)
+
+
+@pytest.mark.slow
+def test_commands_that_are_killed_go_on_and_leave_what_unbroken_ones_do() -> None:
+    only = ["--only", "fit with ema", "study", "evaluate", "cache"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "kills.py"), "--kills", "12", *only],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "|" in line][2:]
+    assert [row[0] for row in rows] == only[1:]
+    assert all(int(row[1]) >= 3 and row[4] == "0" for row in rows)

@@ -1,5 +1,6 @@
 """Mistakes in names, files and numbers: one line, quickly, and nothing is written."""
 
+import json
 import os
 import re
 import shlex
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mistakes import Mistake, change_config, mistaken_line
 from PIL import Image
 
 from camdistill.cli import main
 from camdistill.networks.students import ShallowCNN
-from camdistill.networks.weights import save_safetensors
+from camdistill.networks.weights import read_weights, save_safetensors
+from mistakes import Mistake, change_config, mistaken_line
 
 FIT = "fit -c tiny.yaml"
 STUDENT = "runs/tiny/version_0/student.safetensors"
@@ -24,6 +25,7 @@ LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
 EXPLAIN = f"explain --checkpoint {STUDENT} --images images/test/c0"
 EVALUATE = f"evaluate --checkpoint {STUDENT} --data images --count 4 --metrics deletion_mean"
 ANALYZE = f"analyze --checkpoint {STUDENT} --data images --count 4"
+EXPERIMENT = "explain --checkpoint s.safetensors --images images/test/c0"
 STUDY = "study --base tiny.yaml --seeds 0 --arms"
 LONG = "x" * 300
 LATIN = os.fsdecode(b"caf\xe9")
@@ -94,6 +96,18 @@ def normalised(mean: str, std: str) -> Callable[[Path], object]:
     return prepare
 
 
+def experiment(**changes: object) -> Callable[[Path], object]:
+    """A student whose file says another experiment."""
+
+    def prepare(folder: Path) -> None:
+        found = read_weights(folder / STUDENT)
+        settings = json.loads(found.metadata["camdistill"]) | changes
+        metadata = {**found.metadata, "camdistill": json.dumps(settings)}
+        save_safetensors(folder / "s.safetensors", found.state, metadata)
+
+    return prepare
+
+
 def deep_grey(folder: Path) -> None:
     values = (np.arange(256, dtype=np.int32) * 1000).reshape(16, 16)
     Image.fromarray(values).save(folder / "images/test/c0/deep.tiff")
@@ -131,6 +145,7 @@ MISTAKES = {
         f"{FIT} --model.teacher.weights ~nouser/x", r"no user 'nouser'"
     ),
     "user that is not there, results": Mistake(f"{EXPLAIN} --out ~nouser/x", r"no user 'nouser'"),
+    "user that is not there, alone": Mistake(f"{EXPLAIN} --out ~nouser", r"no user 'nouser'"),
     "option that is not UTF-8": Mistake(
         ["fit", "-c", "tiny.yaml", "--run", LATIN], r"'caf\\xe9' is not UTF-8.*rename it"
     ),
@@ -215,7 +230,7 @@ MISTAKES = {
     ),
     **{
         f"size of 100,000 pixels: {line.split()[0]}": Mistake(
-            line, r"size is 100000; give a side in pixels, from 1 to 8,192"
+            line, r"size is 100000; give .* in pixels, 1 or more, at most 8,192"
         )
         for line in (
             f"{EXPLAIN} --size 100000",
@@ -275,6 +290,31 @@ MISTAKES = {
         change_config(
             lambda c: c["model"]["init_args"]["teacher"].update(std=[1.0, 1.0, float("inf")])
         ),
+    ),
+    "spread of 0 in a checkpoint": Mistake(
+        EXPERIMENT, r"std is 0\.0; .*'s\.safetensors' says so", experiment(std=[0.2, 0.0, 0.2])
+    ),
+    "size below 0 in a checkpoint": Mistake(
+        EXPERIMENT, r"size is -3; .*'s\.safetensors' says so", experiment(size=[-3, -3])
+    ),
+    "size of 0 in a checkpoint": Mistake(EXPERIMENT, r"size is 0;", experiment(size=[0, 0])),
+    "classes without end in a checkpoint": Mistake(
+        EXPERIMENT, r"weights of shallow_cnn .* take 28\.0 GB", experiment(classes=10**9)
+    ),
+    "units without end in a checkpoint": Mistake(
+        EXPERIMENT,
+        r"weights of shallow_cnn .* take 360\.0 GB",
+        experiment(
+            student={"name": "shallow_cnn", "args": {"channels": [10**5] * 2, "strides": [1, 2]}}
+        ),
+    ),
+    "other names than classes in a checkpoint": Mistake(
+        EXPERIMENT, r"names 2 classes, its network has 6", experiment(class_names=["a", "b"])
+    ),
+    "seed of a part": Mistake(f"{FIT} --model.seed 3", r"--model\.seed is taken from --seed_every"),
+    "images without end": Mistake(
+        f"{FIT} --data ShapesData --data.train 1000000000",
+        r"1,000,000,000 images of 32x32 pixels take",
     ),
     "empty folder for results": Mistake(f"{EXPLAIN} --out ''", r"--out is empty; give a value"),
     "empty folder after a sign": Mistake(f"{EXPLAIN} --out=", r"--out is empty"),

@@ -1,15 +1,17 @@
 """The command line: Lightning's loops, our commands, and every mistake in one line."""
 
-import errno
 import importlib
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from camdistill.errors import UserError, mistake_of_system, nearest
+from camdistill.errors import UserError, disk_mistake, mistake_of_system, nearest
 
 LOOPS = {
     "fit": "train a student (or a teacher) from a config",
@@ -32,34 +34,81 @@ COMMANDS = {
     "study": "train several arms with several seeds and compare them",
 }
 
+INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 2 for a user's mistake, 130 if interrupted."""
+    """Runs a command line; returns the exit code.
+
+    It is 2 for a user's mistake, 130 after Ctrl-C and 143 after SIGTERM.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that a terminal has no letters for
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _run(given)
+        with _stoppable():
+            _run(given)
     except UserError as error:
         return _told(str(error))
-    except SystemExit as end:  # jsonargparse's, after --print_config
+    except SystemExit as end:
+        # Lightning makes Ctrl-C exit 1, and its own exception of SIGTERM has no code.
+        if end.code == TERMINATED or type(end).__name__ == "SIGTERMException":
+            return _stopped("terminated", TERMINATED, given)
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return _stopped("interrupted", INTERRUPTED, given)
+        # jsonargparse's, after --print_config
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BrokenPipeError:  # `camdistill ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if mistake := mistake_of_system(error):
-            return _told(str(mistake))
-        where = error.filename or "the disk"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _told(f"no space left writing to {where}; free some and start the command again")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return _told(f"{where}: {error.strerror}; change its permissions, or name another")
-        raise
+        mistake = mistake_of_system(error) or disk_mistake(error)
+        if mistake is None:
+            raise
+        return _told(str(mistake))
+    except MemoryError:
+        return _told(
+            "out of memory; give fewer or smaller images, or a smaller batch, or a larger machine"
+        )
     except KeyboardInterrupt:
-        resumes = "`--ckpt_path last` goes on from the last checkpoint"
-        _told(f"interrupted; {resumes if given[0] in LOOPS else 'start the same command again'}")
-        return 130
+        return _stopped("interrupted", INTERRUPTED, given)
     return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends what runs as Ctrl-C does, cleaning up; both handlers are put back.
+
+    Lightning calls this handler after its own, and leaves Ctrl-C switched off when it was used.
+    """
+    if threading.current_thread() is not threading.main_thread():  # it has no signals
+        yield
+        return
+    handlers = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)}
+    main_process = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() != main_process:  # one that was forked from it
+            os._exit(TERMINATED)
+        raise SystemExit(TERMINATED)
+
+    if handlers[signal.SIGTERM] is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        for which, handler in handlers.items():
+            if handler is not None:
+                signal.signal(which, handler)
+
+
+def _stopped(how: str, code: int, given: Sequence[str]) -> int:
+    """Says how to go on after a signal."""
+    if given[:1] == ["fit"]:
+        cure = "the same command with `--ckpt_path last` goes on from the last whole epoch"
+    else:
+        cure = "start the same command again"
+    _told(f"{how}; {cure}")
+    return code
 
 
 def _run(given: list[str]) -> None:
@@ -70,16 +119,38 @@ def _run(given: list[str]) -> None:
     elif given[0] in LOOPS:
         loops = importlib.import_module("camdistill.commands.loops")
         _quieten()
-        loops.run(given)
+        with _quiet_event_writers():
+            loops.run(given)
     elif given[0] in COMMANDS:
         command = getattr(importlib.import_module(f"camdistill.commands.{given[0]}"), given[0])
         _quieten()
-        importlib.import_module("camdistill.commands.parsing").call(command, given)
+        with _quiet_event_writers():
+            importlib.import_module("camdistill.commands.parsing").call(command, given)
     else:
         raise UserError(
             f"no command '{given[0]}'; {nearest(given[0], [*LOOPS, *COMMANDS])}. "
             "`camdistill --help` lists them"
         )
+
+
+@contextmanager
+def _quiet_event_writers() -> Iterator[None]:
+    """Leaves out the traceback of TensorBoard's writing thread where its file can't be written.
+
+    The next event that is added, or the next flush, raises the same error in the main thread.
+    """
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        writer = type(failure.thread).__name__ == "_AsyncWriterThread"
+        if not (writer and isinstance(failure.exc_value, OSError)):
+            before(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _quieten() -> None:

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import math
+import os
 from collections import Counter
 from collections.abc import Hashable, Iterable
 
@@ -100,3 +101,44 @@ def mistake_of_system(error: OSError) -> UserError | None:
         case errno.ENXIO | errno.ENODEV:
             return UserError(f"'{path}' is a pipe, a socket or a device; give a file")
     return None
+
+
+_SPACE = "free some and start the command again"
+_PERMISSION = "change its permissions, or name another"
+_PATH = "name another path"
+_DISK = "check that disk, or name a folder on another"
+CURES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: "raise the limit (`ulimit -f`), or name a folder on another file system",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: _PERMISSION,
+    errno.ENOENT: "it was moved or removed meanwhile; bring it back, or name another",
+    errno.ENOTEMPTY: _PATH,
+    errno.EMFILE: "raise the limit (`ulimit -n`), or give fewer --workers",
+    errno.ENFILE: "close other programs, or give fewer --workers",
+    errno.ENOMEM: "give fewer images at once, or fewer --workers",
+    errno.EBUSY: "another program uses it; wait for that, or name another",
+    errno.ETXTBSY: "another program uses it; wait for that, or name another",
+    errno.EIO: _DISK,
+    errno.ESTALE: _DISK,
+    errno.ENOTCONN: _DISK,
+    errno.ETIMEDOUT: _DISK,
+}
+
+
+def disk_mistake(error: OSError) -> UserError | None:
+    """What a user can do about a file or disk that fails; None where the system said no reason.
+
+    Args:
+        error: As Python raises it.
+    """
+    cure = CURES.get(error.errno or 0)
+    if cure is None or (error.errno == errno.ENOENT and not error.filename):
+        return None
+    name = error.filename
+    where = os.fsdecode(name) if isinstance(name, bytes | str) and name else "the disk"
+    if cure == _SPACE:
+        return UserError(f"no space left writing to {where}; {cure}")
+    return UserError(f"{where}: {error.strerror or 'it fails'}; {cure}")

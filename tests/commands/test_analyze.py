@@ -156,7 +156,7 @@ def test_stopped_early_leaves_a_report_of_what_was_done(
 
     monkeypatch.setattr("camdistill.report.opening.through_depth", stopped)
     given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(tmp_path / "out")]
-    assert main(["analyze", *given, *QUICK, "--layers", "layer3"]) == 0
+    assert main(["analyze", *given, *QUICK, "--layers", "layer3"]) == 130
     assert "Partial report: stopped during the maps through depth" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["unfinished"] == "stopped during the maps through depth"
@@ -186,7 +186,7 @@ def test_mistake_after_the_sweep_loses_nothing_that_was_computed(
     ("where", "code", "told"),
     [
         ("camdistill.layers.sweep.told", 130, "start the same command again"),
-        ("camdistill.report.layer_report.charts", 0, "stopped during the charts of the sweep"),
+        ("camdistill.report.layer_report.charts", 130, "stopped during the charts of the sweep"),
     ],
 )
 def test_stop_between_the_last_image_and_the_pictures_loses_no_image(
@@ -337,7 +337,7 @@ def test_ctrl_c_in_the_middle_leaves_a_readable_report_of_a_part(tmp_path: Path)
             told, error = running.communicate(timeout=60)
         finally:
             running.kill()
-    assert running.returncode == 0, error
+    assert running.returncode == 130, error
     assert "Traceback" not in error
     assert "Partial report: stopped during the look at units." in told
     results = json.loads((out / "results.json").read_text())
@@ -377,3 +377,40 @@ def test_report_prints_the_front_page_and_stops_cleanly(trained: Path) -> None:
     assert server.returncode == 0
     assert "Stopped." in out
     assert "Traceback" not in error
+
+
+FLAT = """
+import torch
+from camdistill.networks.students import ShallowCNN
+
+
+class Flat(ShallowCNN):
+    def __init__(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            super().__init__(4, (4, 6), (1, 2))
+        with torch.no_grad():
+            self.stage2.conv.weight[3] = 0
+            self.stage2.bn.bias[3] = 0.5
+"""
+
+
+def test_units_whose_images_failed_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit without weights gives the same for every image, so nothing can excite it."""
+    (tmp_path / "flat_network.py").write_text(FLAT)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "out"
+    given = ["--teacher", "flat_network.Flat", "--size", "32", "--data", "shapes"]
+    chosen = ["--units", "stage2:3", "stage2:4", "--layers", "stage2"]
+    quick = ["--count", "24", "--steps", "20", "--cards", "0", "--pictures", "0"]
+    assert main(["analyze", *given, *chosen, *quick, "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    flat, other = results["units"]["teacher"]["stage2"]
+    assert flat["failed"]
+    assert flat["reached"] == flat["random"] == 0.5
+    assert not other["failed"]
+    assert other["reached"] > other["random"]
+    assert any("failed for stage2:3:" in note for note in results["notes"])
+    assert "failed for stage2:3:" in (out / "report.md").read_text()

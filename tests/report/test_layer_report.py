@@ -21,7 +21,7 @@ from camdistill.layers.profiles import profiles
 from camdistill.networks.students import ShallowCNN
 from camdistill.report.layer_report import LayerReport, front_page, standardised, steps
 from camdistill.report.opening import Opening
-from camdistill.report.tensorboard import scalars
+from camdistill.report.tensorboard import TensorBoardLogger, scalars
 from camdistill.report.written import Written
 
 
@@ -308,6 +308,37 @@ def test_report_written_again_replaces_the_earlier_events(tmp_path: Path, subjec
         opening.sweep()
         report.finish(opening.found)
     assert len(scalars(tmp_path / "network")[tags.profile("active")]) == 2
+
+
+def test_report_killed_when_its_events_were_opened_can_be_written_again(
+    tmp_path: Path, subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def killed(logger: TensorBoardLogger) -> None:
+        opened(logger)
+        raise KilledError
+
+    opened = TensorBoardLogger.open_file
+    network = ShallowCNN(8, (4, 5), (1, 2)).eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardLogger, "open_file", killed)
+        with pytest.raises(KilledError):
+            Opening({"network": network}, subject, LayerReport(tmp_path, ("network",))).sweep()
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    report = LayerReport(tmp_path, ("network",))
+    opening = Opening({"network": network}, subject, report)
+    opening.sweep()
+    report.finish(opening.found)
+    assert len(scalars(tmp_path / "network")[tags.profile("active")]) == 2
+    assert len(list((tmp_path / "network").glob("events.out.tfevents.*"))) == 1
+    # events of a training that were put there since are none of the report's
+    foreign = tmp_path / "network" / "events.out.tfevents.1.host.1.0"
+    foreign.touch()
+    with pytest.raises(UserError, match="holds another run's events"):
+        LayerReport(tmp_path, ("network",))
+    assert foreign.exists()
 
 
 def test_report_that_never_began_leaves_the_earlier_one_alone(opened: Opening) -> None:

@@ -231,7 +231,6 @@ def test_processes_of_one_run_share_its_folder_and_the_next_run_does_not(
 ) -> None:
     arguments = ["--config", str(config())]
     first = Experiment([*arguments, "--run", str(tmp_path / "a")], run=False)
-    first.folder.mkdir(parents=True)
     monkeypatch.setenv("LOCAL_RANK", "1")  # what Lightning tells the processes that it starts
     same = Experiment([*arguments, "--run", str(tmp_path / "a")], run=False)
     assert same.folder == first.folder

@@ -112,10 +112,11 @@ def analyze(
             if opening.found is None:
                 raise
             opening.stopped()
-            if isinstance(reason, UserError):
-                # What was computed until then may have taken hours.
-                _finish(opening, shown, started)
-                raise
+            # What was computed until then may have taken hours.
+            _finish(opening, shown, started)
+            if isinstance(reason, KeyboardInterrupt):
+                _tell(opening, out)
+            raise
     results = _finish(opening, shown, started)
     _tell(opening, out)
     return results

@@ -160,6 +160,7 @@ def _of_other(name: str, networks: Networks) -> Explainer:
         _grad_cam_of(networks.other, networks.other_layer),
         kind=f"{name}@{networks.other_layer or ''}",
         digest=weights_digest(networks.other),
+        apart=True,
     )
 
 
@@ -177,7 +178,8 @@ def _of_checkpoint(path: Path, networks: Networks, trust: Sequence[str]) -> Expl
     layer = found.pairs[-1][0] if found.pairs else None
     made_by = weights_digest(found.network)
     kind = f"{_BESIDE[networks.of]}@{layer or ''}"
-    return Explainer(path.stem, _grad_cam_of(found.network, layer), kind=kind, digest=made_by)
+    explain = _grad_cam_of(found.network, layer)
+    return Explainer(path.stem, explain, kind=kind, digest=made_by, apart=True)
 
 
 def _grad_cam_of(other: nn.Module, layer: str | None) -> Explain:

@@ -15,13 +15,16 @@ from jsonargparse import ArgumentParser, Namespace
 from camdistill import commands
 from camdistill.commands.help import command_help
 from camdistill.errors import UserError, check_each_once
-from camdistill.files import expand_home
+from camdistill.files import expand_home, lock_folder
 from camdistill.studies.option_checks import check_lists_once, check_words, restore_nulls
 from camdistill.studies.parsing import config_files, demand_configs, read_config, told, translated
 
 _WHOLE = re.compile(r"-?\d+")
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?")
-REPEATED = ("overrides", "trust")  # lists in which a value may stand twice, to no harm
+# Lists in which a value may stand twice, to no harm or with a line of its own
+REPEATED = ("overrides", "trust", "runs")
+# First words of the options of fit, validate, test and predict
+OF_LOOPS = ("model", "data", "trainer", "run", "seed_everything", "ckpt_path", "verbose")
 LOOKS = ("list_layers",)  # switches with which a command writes nothing
 
 
@@ -50,7 +53,7 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
         return None
     check_words(given, ("config", *inspect.signature(command).parameters))
     demand_configs(given)
-    demand_config_of(name, command, given)
+    demand_config_of(name, inspect.signature(command).parameters, given)
     parser = CommandParser(prog=f"camdistill {name}", allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
     parser.add_function_arguments(command, as_group=False)
@@ -65,6 +68,8 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
         check_value(option, value)
     if isinstance(out := options.get("out"), Path) and not any(map(options.get, LOOKS)):
         demand_room(out)
+        with lock_folder(out):
+            return command(**options)
     return command(**options)
 
 
@@ -80,17 +85,22 @@ def check_value(option: str, value: object) -> None:
         check_each_once(f"--{option}", [str(one) for one in value])
 
 
-def demand_config_of(name: str, command: Callable[..., object], arguments: Sequence[str]) -> None:
+def demand_config_of(name: str, own: Collection[str], arguments: Sequence[str]) -> None:
     """Checks that config files are this command's, as far as the names of their options tell.
+
+    Args:
+        name: The command's.
+        own: The first words of its options.
+        arguments: The command line.
 
     Raises:
         UserError: One has options that only other commands have; it names these.
     """
     for path in config_files(arguments):
         keys = {str(key).partition(".")[0] for key in read_config(path)}
-        odd = sorted(keys - {"config", *inspect.signature(command).parameters})
-        others = [other for other, options in _options().items() if keys <= options]
-        if odd and others:
+        odd = sorted(keys - {"config", *own})
+        others = [other for other, options in _options().items() if odd and keys <= options]
+        if others:
             raise UserError(
                 f"{path} is a config of `camdistill {' or '.join(others)}`; {name} has no option "
                 f"'{odd[0]}': start that command, or give another -c"
@@ -99,7 +109,7 @@ def demand_config_of(name: str, command: Callable[..., object], arguments: Seque
 
 def _options() -> dict[str, set[str]]:
     """The first words of every command's options, by command."""
-    found = {"fit": {"model", "data", "trainer", "run", "seed_everything"}}
+    found = {"fit": set(OF_LOOPS)}
     for module in pkgutil.iter_modules(commands.__path__):
         own = importlib.import_module(f"{commands.__name__}.{module.name}")
         if callable(function := getattr(own, module.name, None)):

@@ -15,7 +15,7 @@ from camdistill.data.folders import demand_images, scan
 from camdistill.data.modules import Carving, CIFARData, FolderData, ImageData, ShapesData
 from camdistill.data.shapes import Shapes
 from camdistill.distill.training import as_images
-from camdistill.errors import UserError, check_each_once
+from camdistill.errors import UserError, check_each_once, nearest
 from camdistill.files import check_memory, printable
 from camdistill.types import Images
 
@@ -149,7 +149,10 @@ def _files(path: Path) -> list[Path]:
     if path.exists() and not path.is_dir():
         raise UserError(f"'{path}' is a pipe, a socket or a device; give files or folders")
     if not path.is_dir():
-        raise UserError(f"no file or folder '{path}'; check the path")
+        parent = path.parent
+        beside = sorted(one.name for one in parent.iterdir()) if parent.is_dir() else []
+        cure = f"in '{parent}' {nearest(path.name, beside)}" if beside else "check the path"
+        raise UserError(f"no file or folder '{path}'; {cure}")
     found = scan(path)
     demand_images(path, found)
     return [found.path(position) for position in range(len(found))]

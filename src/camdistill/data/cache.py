@@ -37,8 +37,8 @@ MAGIC = b"camdistill"
 FOOTER_BYTES = 64 + 12 + len(MAGIC)
 # Blocks read when a cache is opened: 16 of 64 KB, the first and the last among them
 SAMPLES, SAMPLE_BYTES = 16, 65536
-# Files a thread decodes at a time, and decoded images held in memory at a time
-CHUNK, PENDING_CHUNKS = 64, 16
+# Files a thread decodes at a time, if they have so many bytes at most, and chunks held in memory
+CHUNK, CHUNK_BYTES, PENDING_CHUNKS = 64, 64 << 20, 16
 Kind = Literal["image", "mask"]
 OnBroken = Literal["raise", "skip"]
 # One decoded file: pixels, width, height; or why there are none
@@ -274,20 +274,25 @@ def _write(
 
 def _outcomes(files: Files, size: int | None, kind: Kind) -> Iterator[Outcome]:
     """Decoded files in order, by threads (Pillow's codecs release the interpreter's lock)."""
+    most = decode.size_in_bytes(files.path(0), size) if len(files) else 1
+    step = max(1, min(CHUNK, CHUNK_BYTES // most))
 
     def chunk(start: int) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        for position in range(start, min(start + CHUNK, len(files))):
+        shape: tuple[int, ...] | None = None
+        for position in range(start, min(start + step, len(files))):
             try:
                 pixels, frame = decode.decode(files.path(position), size, kind)
             except UserError as error:
                 outcomes.append(error)
             else:
                 outcomes.append((pixels, frame.width, frame.height))
+                if pixels.shape != (shape := shape or pixels.shape):
+                    break  # images of two sizes: `_write` ends at this one
         return outcomes
 
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        starts = iter(range(0, len(files), CHUNK))
+        starts = iter(range(0, len(files), step))
         pending = [
             pool.submit(chunk, start)
             for _, start in zip(range(PENDING_CHUNKS), starts, strict=False)

@@ -91,9 +91,8 @@ def check_side(name: str, side: int) -> None:
     Raises:
         UserError: It is less than 1 pixel, or so large that an image would fill the memory.
     """
-    check_number(
-        name, side, f"[1, {LARGEST_SIDE}]", f"give a side in pixels, from 1 to {LARGEST_SIDE:,}"
-    )
+    cure = f"give the images' side in pixels, 1 or more, at most {LARGEST_SIDE:,}"
+    check_number(name, side, f"[1, {LARGEST_SIDE}]", cure)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -160,6 +159,21 @@ def decode(
         ) from None
     channels = pixels.reshape(*pixels.shape[:2], -1)
     return channels.transpose(2, 0, 1), frame
+
+
+def size_in_bytes(path: Path, size: int | None) -> int:
+    """The bytes of a file's pixels at a size (see `decode`), of which no file has more.
+
+    Without a size it is what the file announces; a small number where it can't be read.
+    """
+    if size is not None:
+        return 3 * size**2
+    try:
+        check_regular(path)
+        with Image.open(path, formats=FORMATS) as opened:
+            return 3 * opened.width * opened.height
+    except (UserError, *BROKEN):
+        return 1 << 20
 
 
 def _nonzero(image: Image.Image) -> NDArray[np.uint8]:

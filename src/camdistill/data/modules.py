@@ -21,7 +21,7 @@ from camdistill.data.loading import Loader, Order
 from camdistill.data.shapes import Shapes
 from camdistill.data.shapes_scene import Task
 from camdistill.errors import UserError
-from camdistill.files import expand_home
+from camdistill.files import check_memory, expand_home
 
 _log = logging.getLogger(__name__)
 
@@ -195,6 +195,8 @@ class ShapesData(ImageData):
         )
         for split in ("val", "test"):  # a wrong number is told now, not after the training
             self.shapes(split)
+        most = max(self._lengths.values())
+        check_memory(most * 3 * size**2, f"{most:,} images of {size}x{size} pixels")
 
     def shapes(self, split: Literal["train", "val", "test"]) -> Shapes:
         """What is drawn in one split."""

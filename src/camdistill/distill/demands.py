@@ -27,7 +27,7 @@ def demand_labels(found: int, wanted: int, ce: float) -> None:
 
     Args:
         found: Number of the data's classes, 0 without labels.
-        wanted: Number of the teacher's.
+        wanted: Number that the teacher tells apart: two by a single logit.
         ce: Weight of cross-entropy.
 
     Raises:

@@ -34,6 +34,7 @@ from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, preprocessed
 from camdistill.networks.weights import sha256_of
 from camdistill.perturb.asking import in_parts
+from camdistill.perturb.probability import label_count, predict_labels
 from camdistill.types import Batch, Images, Labels, Logits, Masks, PerImage
 
 RECIPE = Optimisation(optimiser="adamw", lr=3e-4, schedule="cosine", warmup=0.1)
@@ -113,7 +114,7 @@ class Refiner(Training):
         super().setup(stage)
 
     def _meet(self, data: ImageData) -> None:
-        classes, own = len(data.classes), head_size(self.network.network)
+        classes, own = len(data.classes), label_count(head_size(self.network.network))
         if self.keep == "labels" and not classes:
             raise UserError("keep is labels, but the images have none; --keep start needs no label")
         if classes and classes != own and self.keep != "start":
@@ -184,17 +185,17 @@ class Refiner(Training):
         """
         images, ids = as_images(batch.pixels), tuple(batch.ids.tolist())
         if ids not in self._said:
-            self._said[ids] = in_parts(self.start, images).argmax(1)
+            self._said[ids] = predict_labels(in_parts(self.start, images))
         self._evaluate(batch, images, self._said[ids])
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32."""
         images = as_images(batch.pixels)
         with torch.autocast(self.device.type, enabled=False):
-            self._evaluate(batch, images, in_parts(self.start, images).argmax(1))
+            self._evaluate(batch, images, predict_labels(in_parts(self.start, images)))
 
     def _evaluate(self, batch: Batch, images: Images, before: Labels) -> None:
-        top, counted = in_parts(self.network, images).argmax(1), batch.counted.float()
+        top, counted = predict_labels(in_parts(self.network, images)), batch.counted.float()
         if self.labelled:
             self.accuracy.update((top == batch.labels).float(), counted)
         self.agreement.update((top == before).float(), counted)

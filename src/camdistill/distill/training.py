@@ -3,7 +3,8 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from pytorch_lightning.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import Tensor, distributed, nn
 
 from camdistill import tags
@@ -26,6 +27,7 @@ from camdistill.types import Batch, Images
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the device
+IMAGES = "images"  # a checkpoint's key of which images it was trained on
 EXPERIMENT = "camdistill"  # a checkpoint's key of what `experiment` says
 
 
@@ -144,6 +146,15 @@ class Training(LightningModule, ABC):
         """Looks at the losses before a checkpoint is written."""
         self.stop_if_bad()
 
+    def on_test_start(self) -> None:
+        """Measures in float32 what was trained in any precision."""
+        with torch.inference_mode(False):
+            self.fitted.float()
+
+    def on_predict_start(self) -> None:
+        """Predicts in float32 as it is tested."""
+        self.on_test_start()
+
     def on_test_epoch_start(self) -> None:
         """Tests one network in all processes: DDP shares buffers in a fit's steps only."""
         if distributed.is_available() and distributed.is_initialized():
@@ -167,6 +178,9 @@ class Training(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the experiment's settings and the state of torch's generators (dropout needs it)."""
         checkpoint[EXPERIMENT] = json.dumps(self.experiment())
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, ImageData):
+            checkpoint[IMAGES] = _images_of(data)
         checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state()
@@ -182,23 +196,74 @@ class Training(LightningModule, ABC):
         _demand_same_weights(self.state_dict(), checkpoint.get("state_dict", {}))
         if self._trainer is None or not self.trainer.training:
             return
-        stored = json.loads(checkpoint[EXPERIMENT])["optimisation"]
-        if stored != self.settings["optimisation"]:
-            raise UserError(
-                f"the checkpoint was trained with optimisation {stored}, which goes on; give the "
-                "same, or start without --ckpt_path"
-            )
+        self._demand_same_run(checkpoint)
         self._random_state = checkpoint.get("random_state", {})
+
+    def _demand_same_run(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with other settings or other images than the checkpoint's."""
+        own, stored = plain(self.settings), json.loads(checkpoint[EXPERIMENT])
+        pairs = {name: (stored[name], value) for name, value in own.items() if name in stored}
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, ImageData):
+            images = checkpoint.get(IMAGES, {})
+            pairs |= {
+                name: (images[name], value)
+                for name, value in _images_of(data).items()
+                if name in images
+            }
+        for name, (there, here) in pairs.items():
+            if name == "teacher":  # its file may have moved; what is in it is compared
+                there, here = ({**one, "weights": None} for one in (there, here))
+            if there != here:
+                raise UserError(
+                    f"the checkpoint was trained with {name} {there}, which goes on (here "
+                    f"{here}); give the same, or start without --ckpt_path"
+                )
+
+
+def _images_of(data: ImageData) -> dict[str, Any]:
+    """What a training's order and content depend on, as a checkpoint holds it."""
+    images = {
+        f"{name} images": digest for name, digest in data.fingerprints.items() if name != "test"
+    }
+    return {"batch_size": data.batch_size, "limit": data.limit, "order's seed": data.seed, **images}
 
 
 class RunningAverage(EMAWeightAveraging):
     """Lightning's running average, for networks that are built in `setup` too; silent in tests."""
+
+    _constants: Sequence[tuple[Tensor, Tensor]] = ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets up the module first: the network whose weights are averaged has to be there."""
         if stage == "fit":
             pl_module.setup(stage)
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the buffers that are no part of the weights."""
+        assert self._average_model is not None, "set up"
+        kept = pl_module.state_dict().keys()
+        averages = dict(self._average_model.module.named_buffers())
+        own = pl_module.named_buffers()
+        self._constants = [(averages[name], value) for name, value in own if name not in kept]
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Averages what is trained.
+
+        The average of a constant (mean and standard deviation of the images) drifts by rounding,
+        and no checkpoint holds it, so that a run that was killed would end with another one.
+        """
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        for average, constant in self._constants:
+            average.copy_(constant)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -216,6 +281,18 @@ def _demand_same_weights(own: dict[str, Tensor], stored: dict[str, Tensor]) -> N
             f"the checkpoint is of another network ('{odd[0]}' differs); give the config that it "
             "was trained with, or start without --ckpt_path"
         )
+
+
+@contextmanager
+def in_float32(device: torch.device) -> Iterator[None]:
+    """Computes in float32, whatever the trainer's precision makes of new tensors and of layers."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def as_images(pixels: Tensor) -> Images:

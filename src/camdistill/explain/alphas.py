@@ -14,6 +14,7 @@ from camdistill.explain.recording import Seen
 from camdistill.explain.request import Grad, Request, columns, score_columns, wide
 from camdistill.explain.separation import keeps_images_apart
 from camdistill.networks.capture import bare
+from camdistill.perturb.probability import probabilities
 
 # Gradients in float16 below 6e-8 are 0; as S is scaled and alpha scaled back, they aren't.
 HALF_SCALE = 1024.0
@@ -174,8 +175,8 @@ def closed_maps(
     if ask.score == "logit":
         alpha = weight[chosen]
     elif ask.score == "probability":
-        # d softmax_c / d y = p_c (e_c - p)
-        likely = wide(logits if ask.grad == "full" else logits.detach()).softmax(1)
+        # d softmax_c / d y = p_c (e_c - p); of a single logit d sigmoid / d y = p (1 - p)
+        likely = probabilities(wide(logits if ask.grad == "full" else logits.detach()))
         alpha = likely.gather(1, chosen)[..., None] * (weight[chosen] - (likely @ weight)[:, None])
     else:
         alpha = (_slope(ask, logits, classes) @ weight)[:, None]

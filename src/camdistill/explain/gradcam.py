@@ -5,6 +5,10 @@ Z = h w cells and a score S of each image:
 
     alpha_k = 1/Z sum_ij dS/dA_kij        (eq. 1)
     map_ij  = sum_k alpha_k A_kij         (eq. 2, without its ReLU: `explain.maps.relu`)
+
+A map of a logit is in logits per cell: at the last layer of a network that ends in average pooling
+and a linear layer, its sum over cells is the logit minus the bias. All pictures and numbers of the
+project have this scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -102,9 +106,9 @@ def explain(
         classes: None is each image's own top class; an int, or [B], is one class an image; [B, C]
             is several classes for each image and gives maps [B, C, h, w], and so does Top(C): each
             image's own C likeliest classes.
-        score: What is explained. "logit" is the class's logit, "probability" its softmax. A
-            callable takes whatever the network gave (a tuple or dict too) and returns one score an
-            image, [B]; `classes` must then be None.
+        score: What is explained. "logit" is the class's logit, "probability" its softmax, or
+            the sigmoid of a network's single logit. A callable takes whatever the network gave (a
+            tuple or dict too) and returns one score an image, [B]; `classes` must then be None.
         grad: "none": maps, logits and activations carry no graph, and there is none before the
             first layer asked for. "activations" and "full" are for training: everything carries the
             graph of this one forward, whatever mode surrounds the call. With "activations" alpha

@@ -14,6 +14,7 @@ from camdistill.errors import UserError
 from camdistill.explain.tokens import Kind, Layout
 from camdistill.networks.capture import bare, parts
 from camdistill.networks.network_checks import SUSPECT, check_explainable
+from camdistill.perturb.probability import probabilities
 from camdistill.types import Images
 
 Grad = Literal["none", "activations", "full"]
@@ -65,7 +66,7 @@ def score_columns(ask: Request, output: object, classes: Tensor) -> Float[Tensor
             _demand_own_outputs(ask.score, output)
         return wide(scores)[:, None]
     logits = wide(demand_logits(ask, output))
-    values = logits.softmax(1) if ask.score == "probability" else logits
+    values = probabilities(logits) if ask.score == "probability" else logits
     return values.gather(1, columns(classes))
 
 

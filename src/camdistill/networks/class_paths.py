@@ -12,7 +12,8 @@ import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, nearest, shortened
+from camdistill.files import check_memory
 
 Argument = bool | int | float | str | list[int] | list[float] | list[str] | None
 Factory = Callable[..., object]
@@ -173,6 +174,7 @@ def construct(
             f"{name} needs the argument '{missing[0]}'; give it in a config's args, or name a "
             "function of yours that gives it"
         )
+    _check_room(name, factory, {**fixed, **args})
     try:
         network = factory(**fixed, **args)
     except UserError:
@@ -209,6 +211,26 @@ def without_downloads(factory: Factory, args: Mapping[str, Argument]) -> dict[st
         if fetches and name not in args:
             declined[name] = False if default is True else None
     return declined
+
+
+def _check_room(name: str, factory: Factory, args: Mapping[str, object]) -> None:
+    """Refuses a network that wouldn't fit into memory, by its shapes alone.
+
+    Asked of networks that are known to be made of shapes; what others do when they are called twice
+    isn't known.
+    """
+    home = getattr(factory, "__module__", "")
+    loads = any(args.get(word) for word in ("weights", "weights_backbone", "pretrained"))
+    if loads or not home.startswith(("camdistill.networks.", "torchvision.models.")):
+        return
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            network = factory(**args)
+    except (TypeError, ValueError, RuntimeError, LookupError, AssertionError):
+        return  # what is wrong is told when it is built
+    if isinstance(network, nn.Module):
+        size = sum(one.numel() * one.element_size() for one in network.parameters())
+        check_memory(size, f"the weights of {name} with {shortened(str(dict(args)))}")
 
 
 def parameters_of(factory: Factory) -> dict[str, inspect.Parameter]:

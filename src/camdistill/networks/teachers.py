@@ -241,11 +241,10 @@ def normalisation(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple
         facts = torchvision_models.facts(spec.name, spec.weights)
     elif weights is not None:
         facts = training_facts(weights)
-    if facts.mean is None or facts.std is None:
-        return own
-    where = f"; '{spec.weights}' has these in its metadata: write it again"
-    check_moments(facts.mean, facts.std, where)
-    return facts.mean, facts.std
+        if facts.mean is not None and facts.std is not None:
+            where = f"; '{weights.path}' has these in its metadata: write it again"
+            check_moments(facts.mean, facts.std, where)
+    return own if facts.mean is None or facts.std is None else (facts.mean, facts.std)
 
 
 class Preprocessed(Wrapper):
@@ -277,12 +276,26 @@ class Preprocessed(Wrapper):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def normalise(self, images: Images) -> Images:
-        """Images as the network was trained to take them."""
-        return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+        """Images as the network was trained to take them; float32 ones get its weights' type."""
+        normalised = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+        weight = next(self.network.parameters(), self.mean)
+        if images.dtype == torch.float32 and weight.is_floating_point():
+            return normalised.to(weight.dtype)
+        return normalised
 
     def forward(self, images: Images) -> object:
         """What the network gives for images in [0, 1]: logits, where it classifies."""
         return self.network(self.normalise(images))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Preprocessed":
+        """What `to`, `cuda`, `bfloat16` and the like are made of; mean and std stay exact."""
+        exact = {name: self._buffers[name] for name in ("mean", "std")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def metadata(self) -> dict[str, str]:
         """The normalisation as `save_safetensors` keeps it and `normalisation` reads it."""
@@ -301,7 +314,10 @@ class Teacher(Preprocessed):
         spec: What it was built from; None if it came from `Teacher.of`.
         classes: Number of logits.
         sha256: Of the weights' file, in hexadecimal; None without a file.
+        holds_precision: Whether it only moves between devices, whatever its holder is turned into.
     """
+
+    holds_precision = False
 
     def __init__(self, spec: NetworkSpec, *, allowed: Sequence[str] | None = None) -> None:
         network, weights, facts = _assembled(spec, None, allowed, False)
@@ -341,8 +357,9 @@ class Teacher(Preprocessed):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
         """What `to`, `cuda`, `bfloat16` and the like are made of; the holder's calls ours."""
+        fn = _in_its_precision(fn) if self.holds_precision else fn
         self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         return self
 
     def fused(self, size: tuple[int, int] = (32, 32), keep: Collection[str] = ()) -> "Teacher":
@@ -361,3 +378,13 @@ class Teacher(Preprocessed):
         copy = type(self).of(network, self.mean.flatten().tolist(), self.std.flatten().tolist())
         copy.spec, copy.sha256, copy.facts = self.spec, self.sha256, self.facts
         return copy.to(self.mean.device)
+
+
+def _in_its_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same move without a change of precision, which would round."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move

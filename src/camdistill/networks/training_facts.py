@@ -86,4 +86,9 @@ def _triples(settings: Mapping[str, Any]) -> tuple[Triple | None, Triple | None]
     if not {"mean", "std"} <= set(settings):
         return None, None
     mean, std = ([float(value) for value in settings[key]] for key in ("mean", "std"))
-    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    return _triple(mean), _triple(std)
+
+
+def _triple(values: list[float]) -> Triple:
+    red, green, blue = values
+    return red, green, blue

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.perturb.asking import Shown, changed_scores, logits_of
+from camdistill.perturb.probability import probabilities
 from camdistill.types import Images, Labels, Maps, PerImage
 
 _MASK_BYTES = 2**26  # of the masks that are held at once
@@ -107,7 +108,7 @@ def bank(
     own = logits_of(network, images)
     watched = own.argmax(1) if classes is None else classes
     logits = own.gather(1, watched[:, None])
-    probabilities = own.softmax(1).gather(1, watched[:, None])
+    likely = probabilities(own).gather(1, watched[:, None])
 
     def probe(cells: Bool[Tensor, "#batch changes rows columns"]) -> Probe:
         found = []
@@ -119,7 +120,7 @@ def bank(
         return Probe(
             cells,
             logits - torch.cat([one.logits for one in found]),
-            probabilities - torch.cat([one.probabilities for one in found]),
+            likely - torch.cat([one.probabilities for one in found]),
         )
 
     subsets = {
@@ -130,7 +131,7 @@ def bank(
         side: probe(_occluders(plan.cells, side).to(images.device)) for side in plan.occluders
     }
     size = (images.shape[2], images.shape[3])
-    return Bank(size, watched, logits[:, 0], probabilities[:, 0], subsets, occluders)
+    return Bank(size, watched, logits[:, 0], likely[:, 0], subsets, occluders)
 
 
 def _block(cells: Bool[Tensor, "_ changes rows columns"], images: Images) -> int:

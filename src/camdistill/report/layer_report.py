@@ -5,6 +5,7 @@ The parts are written as they are found, so that a report that was stopped holds
 
 import math
 import re
+import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -87,10 +88,11 @@ class LayerReport:
             # It would be drawn into the same charts.
             self.written.clear()
             for run in self._runs:
-                logger = TensorBoardLogger(self.folder, name="", version=run)
-                logger.experiment.flush()
-                for file in (self.folder / run).glob(EVENTS):
-                    self.written.add(file)
+                # Listed before it is there, though its whole name isn't known before.
+                own = f".{secrets.token_hex(4)}"
+                logger = TensorBoardLogger(self.folder, "", version=run, filename_suffix=own)
+                self.written.add(self.folder / run / f"{EVENTS}{own}")
+                logger.open_file()
                 self._opened[run] = logger
         return self._opened
 

@@ -18,6 +18,7 @@ from urllib.parse import quote, urlencode
 import numpy as np
 import yaml
 from jaxtyping import Float, Shaped, UInt8
+from lightning_fabric.loggers.logger import rank_zero_experiment
 from PIL import Image
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import TensorBoardLogger as LightningTensorBoardLogger
@@ -31,6 +32,7 @@ from tensorboard.plugins.scalar.metadata import create_summary_metadata as scala
 from tensorboard.plugins.text.metadata import create_summary_metadata as text_metadata
 from tensorboard.util.tensor_util import make_ndarray, make_tensor_proto
 from torch import Tensor
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
@@ -39,6 +41,18 @@ from camdistill.files import expand_home
 
 Picture = UInt8[np.ndarray, "height width 3"]
 MAX_STEP = 2**62
+
+
+class _LateWriter(SummaryWriter):
+    """Opens its file with the first event: Lightning asks for a writer before checks are done."""
+
+    def __init__(self, log_dir: str, **options: object) -> None:
+        self._constructed = False
+        super().__init__(log_dir, **options)
+        self._constructed = True
+
+    def _get_file_writer(self) -> FileWriter | None:
+        return super()._get_file_writer() if self._constructed else None  # type: ignore[no-untyped-call]
 
 
 class TensorBoardLogger(LightningTensorBoardLogger):
@@ -55,6 +69,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         sub_dir: Folder below the run, for events with another x axis or of another stage.
         hparam_metrics: Tags that HParams shows beside the settings.
         flush_secs: Events reach the disk at least this often, in seconds.
+        filename_suffix: Ends the name of the file of events.
     """
 
     def __init__(
@@ -66,6 +81,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         sub_dir: str | None = None,
         hparam_metrics: Sequence[str] = tags.STUDENT_CARDS,
         flush_secs: int = 30,
+        filename_suffix: str = "",
     ) -> None:
         super().__init__(
             os.path.expandvars(expand_home(save_dir)),
@@ -74,9 +90,24 @@ class TensorBoardLogger(LightningTensorBoardLogger):
             default_hp_metric=False,
             sub_dir=sub_dir,
             flush_secs=flush_secs,
+            filename_suffix=filename_suffix,
         )
         self._hparam_metrics = tuple(hparam_metrics)
         self._described: set[str] = set()
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """What writes the events of this process."""
+        if self._experiment is None:
+            self._experiment = _LateWriter(self.log_dir, **self._kwargs)
+        return self._experiment
+
+    @rank_zero_only
+    def open_file(self) -> None:
+        """Opens the file of events, which the first event does otherwise."""
+        self.experiment._get_file_writer()
+        self.experiment.flush()
 
     @property
     def described(self) -> frozenset[str]:

@@ -1,7 +1,8 @@
 """What an analysis wrote into its folder, so that the next one there removes that and no more.
 
 `written.txt` has a line a file, relative to the folder, and gets it before the file is written: a
-run that was killed leaves nothing that nobody owns.
+run that was killed leaves nothing that nobody owns. A file of events, whose name begins with the
+time, is listed by a pattern that no other file has.
 """
 
 from collections.abc import Collection
@@ -33,7 +34,10 @@ class Written:
         except FileNotFoundError:
             return []
         inside = [Path(line) for line in lines if line and ".." not in Path(line).parts]
-        return [self.folder / path for path in dict.fromkeys(inside) if not path.is_absolute()]
+        listed = [path for path in dict.fromkeys(inside) if not path.is_absolute()]
+        patterns = [str(path) for path in listed if "*" in path.name]
+        found = [file for pattern in patterns for file in self.folder.glob(pattern)]
+        return [*(self.folder / path for path in listed), *found]
 
     @property
     def runs(self) -> list[str]:

@@ -1,7 +1,6 @@
 """One training run from a config: Lightning's command line, our run folders, resuming, errors."""
 
 import io
-import os
 import time
 import zipfile
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import yaml
 from jsonargparse import Namespace
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from camdistill.distill.checkpoints import restore, save
 from camdistill.distill.module import DistilledExplainer
@@ -22,30 +21,41 @@ from camdistill.networks.weights import read_weights
 from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunText, Throughput
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger
-from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles
-from camdistill.studies.option_checks import check_groups, check_words
+from camdistill.report.training_log import LastValidation, TrainingLog
+from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles, WholeFitLoop
+from camdistill.studies.option_checks import check_groups, check_seeds, check_words
 from camdistill.studies.parsing import Parser, demand_configs, translated
+from camdistill.studies.run_folders import CONFIG, RunFolder, choose, same_config
+from camdistill.studies.trainer_options import (
+    check_callbacks,
+    check_options,
+    check_precision,
+    check_seed,
+    plain_callbacks,
+)
 
 RUNS = Path("runs")
 TABLE = "test_images.npz"
 
 
-class _SaveConfig(SaveConfigCallback):
-    """The config goes into the folder of a training run; testing leaves it as it is."""
+class _SaveConfig(Callback):
+    """Writes the config into the run's folder when all checks are passed and training begins."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.config = self.config.clone()
-            if "ckpt_path" in self.config:  # a run that was gone on with is the same run
-                self.config["ckpt_path"] = None
-            super().setup(trainer, pl_module, stage)
+    def __init__(self, folder: RunFolder, text: str) -> None:
+        self._folder, self._text = folder, text
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replaces the config of a run that goes on, whole or not at all."""
+        self._folder.keep()
+        if trainer.is_global_zero:
+            write_atomically(self._folder.path / CONFIG, self._text.encode())
 
 
 class Experiment(LightningCLI):
     """`fit`, `validate`, `test` and `predict` of a config, in a folder that resuming finds again.
 
     A fresh `fit` gets the next `runs/<name>/version_<k>`; `--ckpt_path last` stands for the newest
-    version with a checkpoint, and everything goes on in that folder.
+    version of the same model, data and seed, and everything goes on in that folder.
 
     Args:
         args: The command line.
@@ -60,13 +70,23 @@ class Experiment(LightningCLI):
     def __init__(self, args: list[str], *, run: bool = True, go_on: bool = False) -> None:
         self._go_on = go_on
         self._started = time.monotonic()
+        self._run: RunFolder | None = None
+        self._again = False
+        try:
+            self._begin(args, run)
+        except BaseException:
+            self.release()
+            raise
+        if run:
+            self.release(keep=True)
+
+    def _begin(self, args: list[str], run: bool) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=_SaveConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={
                 "precision": "bf16-mixed",
@@ -102,6 +122,7 @@ class Experiment(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without Lightning's warning about arguments given from Python."""
         check_words(args)
+        check_seeds(args)
         demand_configs(args)
         with translated():
             self.config = parser.parse_args(args)
@@ -113,6 +134,11 @@ class Experiment(LightningCLI):
         if self._wanted:
             config["ckpt_path"] = None
 
+    def _set_seed(self) -> None:
+        """Seeds everything, with a seed that numpy takes too."""
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
     def instantiate_classes(self) -> None:
         """Lets the mistakes that networks and data find through."""
         with translated():
@@ -121,6 +147,10 @@ class Experiment(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the run's folder, and the checkpoint that `last` stands for."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        trainer = config["trainer"]
+        check_options(vars(trainer))
+        if trainer.get("callbacks"):
+            trainer["callbacks"] = plain_callbacks(trainer.callbacks)
         name = config["run"] = config.run or _config_name(config)
         runs = expand_home(name) if "/" in name else RUNS / name
         wanted = self._wanted
@@ -129,22 +159,31 @@ class Experiment(LightningCLI):
             config["verbose"] = False  # our own table says it better
         if "weights_only" in config:
             config["weights_only"] = True  # a checkpoint runs no code
-        if self._go_on and (same := self._same_config(runs)):
-            self.folder = same
-        elif wanted == "last":
-            self.folder = _newest(runs)
-            config["ckpt_path"] = str(self.folder / LAST)
-        elif wanted:
-            self.folder = _folder_of(Path(wanted), runs)
-        elif self.subcommand in (None, "fit"):
-            self.folder = _next_version(runs)
+        text = self._parser(self.subcommand).dump(config, skip_none=False)
+        self._text, plain = text, yaml.safe_load(text)
+        if wanted and wanted != "last":
+            config["ckpt_path"] = self._readable(wanted)
+        same = same_config(runs, plain) if self._go_on else None
+        if same is not None:
+            self._run, self._again = RunFolder(same), not (same / LAST).is_file()
         else:
-            raise UserError(
-                f"no checkpoint to {self.subcommand}: give --ckpt_path FILE, or --ckpt_path last "
-                f"for the newest run of {runs}"
-            )
-        if wanted:
-            config["ckpt_path"] = self._readable(config["ckpt_path"] or wanted)
+            self._run, last, self._again = choose(runs, plain, wanted, self.subcommand)
+            if last is not None:
+                config["ckpt_path"] = self._readable(str(last))
+        self.folder = self._run.path
+        if self.subcommand == "fit":
+            self._run.lock()
+
+    def release(self, *, keep: bool = False) -> None:
+        """Lets other processes train in the folder; one that was never needed is removed.
+
+        Args:
+            keep: Whether it was needed.
+        """
+        if self._run is not None:
+            if keep:
+                self._run.keep()
+            self._run.release()
 
     def _readable(self, path: str) -> str | None:
         """A checkpoint for Lightning; a small one, which has weights alone, is ours to read."""
@@ -164,22 +203,17 @@ class Experiment(LightningCLI):
         if self._small is not None:
             restore(self.model, self._small)
 
-    def _same_config(self, runs: Path) -> Path | None:
-        """The newest of a run's folders whose config is this one."""
-        own = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        for folder in reversed(_versions(runs)):
-            file = folder / "config.yaml"
-            if file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) == own:
-                return folder
-        return None
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with our logger and callbacks, unless the config brings its own logger."""
         config: Namespace = self._get(self.config_init, "trainer", default={})
         if (clip := config.get("gradient_clip_val")) is not None:
             name, cure = "--trainer.gradient_clip_val", "give 0 (no clipping) or more"
             check_number(name, clip, "[0, inf)", cure)
+        assert self._run is not None, "chosen"
+        # First, because others read the config and write events.
         ours: list[Callback] = []
+        if not config.get("fast_dev_run"):
+            ours += [_SaveConfig(self._run, self._text), LastValidation(), TrainingLog(self.folder)]
         if config.get("logger") in (None, True):
             # Lightning logs a test at step 0, where a run's lines would break off.
             alone = self.subcommand if self.subcommand != "fit" else None
@@ -189,27 +223,42 @@ class Experiment(LightningCLI):
                 sub_dir=alone,
                 hparam_metrics=getattr(self.model, "cards", ()),
             )
-            ours += [MapGrids(), RunText(), ResumedEvents(), Throughput()]
+            ours += [ResumedEvents(again=self._again), MapGrids(), RunText(), Throughput()]
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
             ours.append(LastCheckpoint(self.folder))
         if config.get("enable_progress_bar") is not False:
             ours.append(Progress())
         kwargs["default_root_dir"] = config.get("default_root_dir") or str(self.folder)
-        kwargs["callbacks"] = [*(config.get("callbacks") or []), *ours]
+        given = config.get("callbacks") or []
+        check_callbacks(given, self.model)
+        kwargs["callbacks"] = [*given, *ours]
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        check_precision(trainer)
+        trainer.fit_loop = WholeFitLoop.of(trainer)
+        return trainer
 
     def fit_and_test(self) -> dict[str, object]:
         """Trains (on from the last checkpoint, if there is one) and tests; returns the results."""
-        last = self.folder / LAST
-        self.trainer.fit(
-            self.model, self.datamodule, ckpt_path=str(last) if last.is_file() else None
-        )
-        self.save_network()
-        self.trainer.test(self.model, self.datamodule, verbose=False)
-        results = self.write_results()
-        self.trainer.strategy.barrier()  # what the first process wrote, all can read
+        assert self._run is not None, "chosen"
+        self._run.lock()
+        try:
+            last = self.folder / LAST
+            with translated():
+                self.trainer.fit(
+                    self.model, self.datamodule, ckpt_path=str(last) if last.is_file() else None
+                )
+            # Only the first process claimed it.
+            self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
+            self._run.keep()
+            self.save_network()
+            with translated():
+                self.trainer.test(self.model, self.datamodule, verbose=False)
+            results = self.write_results()
+            self.trainer.strategy.barrier()  # what the first process wrote, all can read
+        finally:
+            self.release()
         return results
 
     def save_network(self) -> Path:
@@ -236,42 +285,6 @@ class Experiment(LightningCLI):
 def _config_name(config: Namespace) -> str:
     files = config.get("config") or []
     return Path(str(files[0])).stem if files else "run"
-
-
-def _folder_of(checkpoint: Path, runs: Path) -> Path:
-    """The run that a checkpoint lies in; for one that lies elsewhere a new one."""
-    for folder in (checkpoint.parent, checkpoint.parent.parent):
-        if (folder / "config.yaml").is_file():
-            return folder
-    return _next_version(runs)
-
-
-def _versions(runs: Path) -> list[Path]:
-    """A run's version folders, oldest first."""
-    found = [path for path in runs.glob("version_*") if path.name.split("_")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("_")[1]))
-
-
-def _newest(runs: Path) -> Path:
-    for folder in reversed(_versions(runs)):
-        if (folder / LAST).is_file():
-            return folder
-    raise UserError(
-        f"no checkpoint to go on from under {runs}; start without --ckpt_path, or name the run "
-        "with --run"
-    )
-
-
-def _next_version(runs: Path) -> Path:
-    """The next free folder; processes that Lightning starts for the same run get the same one."""
-    inherited = os.environ.get("CAMDISTILL_RUN_FOLDER")
-    if inherited and "LOCAL_RANK" in os.environ and Path(inherited).parent == runs:
-        return Path(inherited)
-    versions = _versions(runs)
-    number = int(versions[-1].name.split("_")[1]) + 1 if versions else 0
-    folder = runs / f"version_{number}"
-    os.environ["CAMDISTILL_RUN_FOLDER"] = str(folder)
-    return folder
 
 
 def save_table(path: Path, table: FidelityTable) -> None:

@@ -48,6 +48,21 @@ def check_words(arguments: Sequence[str], options: Collection[str] | None = None
             raise _empty(option)
 
 
+def check_seeds(arguments: Sequence[str]) -> None:
+    """Checks that the one seed isn't given to a part of the experiment, where it is replaced.
+
+    Raises:
+        UserError: It is.
+    """
+    for word in arguments:
+        option = word.partition("=")[0].replace(".init_args", "")
+        if option in ("--model.seed", "--data.seed"):
+            raise UserError(
+                f"{option} is taken from --seed_everything, and would be replaced; give "
+                "--seed_everything"
+            )
+
+
 def check_no_empty_text(config: Mapping[str, object], group: str = "") -> None:
     """Checks the same of a config file.
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser
 
 from camdistill.errors import UserError, mistake_of_system, nearest
 from camdistill.studies.config_yaml import load_config
+from camdistill.studies.hints import places
 from camdistill.studies.option_checks import check_no_empty_text, restore_nulls
+from camdistill.studies.trainer_errors import LIBRARY_ERRORS, mistake_of_options
 
 # What a config's `model` and `data` may name; any other class path works too.
 CLASSES = {
@@ -112,26 +113,11 @@ def translated() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        found = mistake_in(error) or _lightnings(error)
+    except LIBRARY_ERRORS as error:
+        found = mistake_in(error) or mistake_of_options(error)
         if found is None:
             raise
         raise found from error
-
-
-def _lightnings(error: Exception) -> UserError | None:
-    """A mistake that Lightning or torch found; None where the error is a programmer's."""
-    said = _short(" ".join(str(error).split()))
-    if isinstance(error, MisconfigurationException):
-        return UserError(said)
-    if found := re.match(r"You selected an invalid (\w+) .*?='?([^'`]*)'?`\. .*?: (.*?)\.$", said):
-        return UserError(f"--trainer.{found[1]} is '{found[2]}'; give one of {found[3]}")
-    if said.startswith("Error(s) in loading state_dict"):
-        return UserError(
-            "the checkpoint's weights don't fit the network of the config "
-            f"({said.partition(': ')[2][:150]}...); give the config that it was trained with: -c"
-        )
-    return None
 
 
 def demand_configs(arguments: Sequence[str]) -> None:
@@ -201,11 +187,21 @@ def _unknown(found: re.Match[str], options: list[str]) -> UserError:
     named = found.groupdict()
     name = f"{named['group']}.{named['name']}" if named.get("group") else named["name"]
     if not name:
-        return UserError(f"'{named['word']}' belongs to no option; options begin with --")
+        word = named["word"]
+        if word.lower().endswith((".yaml", ".yml")):
+            return UserError(f"'{word}' belongs to no option; a config stands after -c: -c {word}")
+        if "run" in options and Path(word).is_dir():
+            return UserError(
+                f"'{word}' belongs to no option; a run stands after --run: --run {word}"
+            )
+        return UserError(f"'{word}' belongs to no option; options begin with --")
     if name[0].isdecimal():
         return UserError(
             f"'{named['word']}' reads as an option; give a number below 0 as --NAME=-1"
         )
+    if elsewhere := places(name, options, CLASSES):
+        marks = " or ".join(["--{}"] * len(elsewhere))
+        return OptionError(f"no option '{{}}' here; give {marks}", name, *elsewhere)
     group, _, last = name.rpartition(".")
     beside = {
         option.rpartition(".")[2]: option
@@ -242,6 +238,9 @@ def _wrong_kind(found: re.Match[str], options: list[str]) -> UserError:
     kinds = [kind for kind in kinds if kind]
     value = re.search(r"(?:Got value|Given value): (.*)$", found["rest"])
     given = value[1] if value else "that"
+    if nested := re.match(r"NestedArg\(key='(.*?)', val='(.*?)'\)", given):
+        said = f"{{}} has no option '{nested[1]}' of its own; give --{{}} {nested[2]}"
+        return OptionError(said, found["name"], found["name"])
     alike = get_close_matches(given, re.findall(r"'([^']*)'", " ".join(kinds)), n=1, cutoff=0.5)
     wanted = f"it takes {' or '.join(kinds) or 'another type'}"
     said = f"is {_short(given, 60)!r}; {_short(wanted, 200)}"

@@ -18,6 +18,7 @@ from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed, Teacher, preprocessed
 from camdistill.networks.weights import sha256_of
+from camdistill.perturb.probability import label_count
 from camdistill.studies.refinement_plan import CE, Plan
 from camdistill.studies.refinement_work import Workshop
 from camdistill.types import Images, Labels, Maps
@@ -47,7 +48,7 @@ def demand_possible(workshop: Workshop) -> None:
         demand_runs({"start network": network}, images, cure="give another --data.size")
         check_images(network.facts, sets.test.size, sets.whole.classes, "start network")
         own = head_size(network.network)
-        if classes and own != classes and plan.recipe.keep != "start":
+        if classes and label_count(own) != classes and plan.recipe.keep != "start":
             raise UserError(
                 f"the images have {classes} classes, a start network {own}; give the data that it "
                 "was trained with, or --recipe.keep start, which needs no label"
