@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mistakes import Mistake, change_config, mistaken_line
 from PIL import Image
 
 from camdistill.cli import main
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import read_weights, save_safetensors
+from mistakes import Mistake, change_config, mistaken_line
 
 FIT = "fit -c tiny.yaml"
 STUDENT = "runs/tiny/version_0/student.safetensors"

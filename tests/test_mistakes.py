@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from camdistill.cli import main
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import read_weights, save_safetensors
-from mistakes import Mistake, check_mistake, config, cut, told, write
+from mistakes import Mistake, check_mistake, config, cut, mistaken_line, write
 
 CIFAR = "{class_path: camdistill.data.modules.CIFARData, init_args: {root: nothing}}"
 STUDENT = "runs/tiny/version_0/student.safetensors"
@@ -385,7 +385,7 @@ def test_full_disk_is_told_and_keeps_what_was_done(
 
     monkeypatch.setattr("os.fsync", full)  # results, pictures and small checkpoints
     monkeypatch.setattr("torch.save", full)  # Lightning's checkpoints
-    line = told(command, folder, capsys)
+    line = mistaken_line(command, folder, capsys)
     assert "space" in line
     assert "free some" in line  # what it says to do
 
@@ -397,7 +397,7 @@ def test_folder_that_may_not_be_written_is_told(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr("os.makedirs", refused)
-    line = told(f"{FIT} --run refused", folder, capsys)
+    line = mistaken_line(f"{FIT} --run refused", folder, capsys)
     assert re.search(r"refused.*: Permission denied; change its permissions", line), line
 
 
@@ -414,7 +414,7 @@ def test_unbuilt_networks_are_never_tested(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for loop in ("validate", "test", "predict"):
-        assert f"no checkpoint to {loop}" in told(f"{loop} -c tiny.yaml", folder, capsys)
+        assert f"no checkpoint to {loop}" in mistaken_line(f"{loop} -c tiny.yaml", folder, capsys)
 
 
 def test_weights_of_the_copy_are_those_of_the_run(folder: Path) -> None:

@@ -12,8 +12,6 @@ import yaml
 
 from camdistill.cli import main
 
-Prepare = Callable[[Path], object]
-
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
@@ -21,14 +19,14 @@ class Mistake:
 
     line: str | Sequence[str]
     says: str
-    prepare: Prepare = lambda folder: None
+    prepare: Callable[[Path], object] = lambda folder: None
 
 
-def write(name: str, text: str) -> Prepare:
+def write(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
 
-def config(name: str, change: Callable[[dict], object]) -> Prepare:  # type: ignore[type-arg]
+def config(name: str, change: Callable[[dict], object]) -> Callable[[Path], object]:  # type: ignore[type-arg]
     """A config that differs from the good one."""
 
     def prepare(folder: Path) -> None:
@@ -39,12 +37,12 @@ def config(name: str, change: Callable[[dict], object]) -> Prepare:  # type: ign
     return prepare
 
 
-def change_config(change: Callable[[dict], object]) -> Prepare:  # type: ignore[type-arg]
+def change_config(change: Callable[[dict], object]) -> Callable[[Path], object]:  # type: ignore[type-arg]
     """Changes `tiny.yaml` itself."""
     return config("tiny.yaml", change)
 
 
-def cut(name: str) -> Prepare:
+def cut(name: str) -> Callable[[Path], object]:
     """The first two thirds of a file."""
 
     def prepare(folder: Path) -> None:
@@ -55,13 +53,14 @@ def cut(name: str) -> Prepare:
 
 
 def digests(folder: Path) -> dict[Path, str]:
-    """Of all regular files below a folder."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def told(line: str | Sequence[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a mistaken command line gives; what was there is as it was."""
+def mistaken_line(
+    line: str | Sequence[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The one line that a mistaken command line gives; nothing that was there has changed."""
     before = digests(folder)
     capsys.readouterr()
     assert main(shlex.split(line) if isinstance(line, str) else line) == 2
@@ -74,16 +73,6 @@ def told(line: str | Sequence[str], folder: Path, capsys: pytest.CaptureFixture[
     assert {path: after.get(path) for path in before} == before
     assert not (folder / "exploded").exists()
     return lines[0]
-
-
-def mistaken_line(
-    line: str | Sequence[str], folder: Path, capsys: pytest.CaptureFixture[str]
-) -> str:
-    """The same of a mistake that is found before anything is written."""
-    before = digests(folder)
-    message = told(line, folder, capsys)
-    assert digests(folder) == before
-    return message
 
 
 def check_mistake(mistake: Mistake, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
