@@ -252,7 +252,8 @@ def demand_runs(
         networks: By what they are, such as "teacher".
         image: One of the images that they will take.
         cure: What to do where the image can't be taken.
-        numbers: Whether NaN among the logits is refused; an analysis shows where it comes from.
+        numbers: Whether NaN among the logits is refused even where a layer gives it: an analysis
+            shows that layer.
 
     Raises:
         UserError: One can't run on the image, or gives no logits.
@@ -261,8 +262,15 @@ def demand_runs(
     shape = "x".join(map(str, image.shape[1:]))
     for name, network in networks.items():
         weight = next(network.parameters(), image)
+        broken: list[nn.Module] = []
+
+        def note(module: nn.Module, values: object, broken: list[nn.Module] = broken) -> None:
+            if isinstance(values, Tensor) and bool(values.isnan().any()):
+                broken.append(module)
+
+        inside = () if numbers else parts(bare(network))[1:]
         try:
-            with undisturbed(network):
+            with undisturbed(network), watching(inside, note):
                 output = network(pair.to(weight.device))
         except UserError:
             raise
@@ -278,7 +286,7 @@ def demand_runs(
                 f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
                 f"{_line_of(error)}); mend {type(bare(network)).__name__}"
             ) from error
-        check_logits(f"the {name}", output, len(pair), numbers=numbers)
+        check_logits(f"the {name}", output, len(pair), numbers=not broken)
 
 
 def _line_of(error: Exception) -> str:
