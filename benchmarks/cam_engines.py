@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import torchcam.methods
 import torchvision
 from captum.attr import LayerGradCam
+from counted import counted
 from live_bytes import LiveBytes
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
@@ -161,7 +162,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
             assert_same({engine: call() for engine, call in calls.items()}, size)
             peaks = {engine: peak_bytes(call, given.device) for engine, call in calls.items()}
             taken: dict[str, list[float]] = {engine: [] for engine in networks}
-            for _ in range(given.rounds):
+            for _ in counted(given.rounds):
                 for engine, call in calls.items():
                     taken[engine].append(seconds(call, given))
             what = f"{'last stage' if len(layers) == 1 else f'{len(layers)} stages'}"

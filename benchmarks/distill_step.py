@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from counted import counted
 
 from camdistill.data.datasets import ImageSet, shapes_set
 from camdistill.data.shapes import Shapes
@@ -99,7 +100,7 @@ def main() -> None:
         }
         generator = np.random.default_rng(0)
         taken: dict[str, list[float]] = {name: [] for name in arms}
-        for number in range(given.rounds + 1):
+        for number in counted(given.rounds + 1):
             order = [generator.choice(2048, given.batch, replace=False) for _ in range(given.steps)]
             batches = [images.batch(np.sort(positions)) for positions in order]
             for name, arm in arms.items():

@@ -321,7 +321,7 @@ def left(place: Path, cache: Path | None) -> dict[str, object]:
     for root in roots:
         for file in sorted(root.rglob("*")):
             name = str(file.relative_to(root))
-            if not file.is_file() or file.name in ("written.txt", "hparams.yaml"):
+            if not file.is_file() or file.name in ("written.txt", "hparams.yaml", "training.log"):
                 continue
             if "tfevents" in name:
                 folder = file.parent

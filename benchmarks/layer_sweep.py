@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from counted import counted
 from torch import nn
 
 from camdistill import load
@@ -76,7 +77,7 @@ def timed(
             network(images)
 
     taken: dict[str, list[float]] = {"both forwards": [], **{name: [] for name in sweeps}}
-    for number in range(rounds + 1):
+    for number in counted(rounds + 1):
         images, labels = batch(size, number)
         ids = torch.arange(number * size, (number + 1) * size)
         for name, values in taken.items():

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from counted import counted
 from numpy.typing import NDArray
 
 from camdistill import load
@@ -272,7 +273,7 @@ def main() -> None:
     )  # fmt: skip
     taken: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
     tables: dict[str, Table] = {}
-    for _ in range(given.rounds):
+    for _ in counted(given.rounds):
         for arm, images in sizes.items():
             seconds, peak, table = measured(arm, images, given.explainers, given.threads)
             taken[arm].append((seconds, peak))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from counted import counted
 
 from camdistill.data.modules import ShapesData
 from camdistill.networks.teachers import NetworkSpec
@@ -79,7 +80,7 @@ def main() -> None:
                 list(crew.results([[job] for job in jobs[: available_cores()]]))
                 ways["one a process"] = lambda: list(crew.results([[job] for job in jobs]))
             seconds: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(asked.rounds):
+            for _ in counted(asked.rounds):
                 for name, way in ways.items():
                     start = time.perf_counter()
                     way()

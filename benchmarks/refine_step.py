@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from counted import counted
 
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import identity_view
@@ -73,7 +74,7 @@ def stepper(
 def medians(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Seconds of the processor, the first round left out."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for number in counted(rounds + 1):
         for name, way in ways.items():
             start = time.process_time()
             way()

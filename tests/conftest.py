@@ -1,6 +1,9 @@
 """What all tests share: generators of their own, caches of their own, images, a trained run."""
 
+import errno
+import http.client
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +84,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("CAMDISTILL_RUN_FOLDER", "")
         assert main(["fit", "-c", "tiny.yaml"]) == 0
     return folder
+
+
+@pytest.fixture
+def offline_folder(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A copy of `trained` to make mistakes in, where the test is, without internet."""
+    copy = tmp_path / "here"
+    shutil.copytree(trained, copy)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", _no_route)
+    yield copy
+    monkeypatch.delenv("CAMDISTILL_RUN_FOLDER", raising=False)
+
+
+def _no_route(*args: object, **options: object) -> None:
+    raise OSError(errno.EHOSTUNREACH, "no route to host")

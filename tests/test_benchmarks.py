@@ -37,6 +37,25 @@ def test_four_engines_give_the_same_maps() -> None:
         assert min(row[1:]) > 2
 
 
+@pytest.mark.slow
+def test_at_least_seven_of_the_readmes_eight_units_exceed_random_images(tmp_path: Path) -> None:
+    checkpoint = BENCHMARKS.parent / "checkpoints" / "shapes-student.safetensors"
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(BENCHMARKS / "made_images.py"),
+            *("--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=BENCHMARKS.parent,
+    )
+    words = done.stdout.splitlines()[-1].split()
+    assert int(words[0]) >= 7
+    assert int(words[2]) == 8
+
+
 def test_a_split_sweep_differs_where_nan_meets_a_number() -> None:
     place = BENCHMARKS / "layer_sweep_split.py"
     spec = importlib.util.spec_from_file_location("layer_sweep_split", place)

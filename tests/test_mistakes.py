@@ -1,20 +1,17 @@
 """Mistakes of the user: one line with a cure, exit code 2, and what was there stays as it was."""
 
-import dataclasses
 import errno
-import hashlib
-import http.client
 import json
 import pickle
 import re
-import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from mistakes import Mistake, check_mistake, config, cut, mistaken_line, write
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -27,45 +24,11 @@ STUDENT = "runs/tiny/version_0/student.safetensors"
 LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
 
 
-@dataclasses.dataclass(frozen=True)
-class Mistake:
-    """A command line in a prepared folder, and what the line on stderr must say."""
-
-    line: str
-    says: str
-    prepare: Callable[[Path], object] = lambda folder: None
-
-
 class Bomb:
     """Unpickled, it would make a file."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
         return Path.touch, (Path("exploded"),)  # type: ignore[return-value]
-
-
-def write(name: str, text: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_text(text)
-
-
-def config(name: str, change: Callable[[dict], object]) -> Callable[[Path], object]:  # type: ignore[type-arg]
-    """A config that differs from the good one."""
-
-    def prepare(folder: Path) -> None:
-        content = yaml.safe_load((folder / "tiny.yaml").read_text())
-        change(content)
-        (folder / name).write_text(yaml.safe_dump(content))
-
-    return prepare
-
-
-def cut(name: str) -> Callable[[Path], object]:
-    """The first two thirds of a file."""
-
-    def prepare(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[: len(content) * 2 // 3])
-
-    return prepare
 
 
 def truncated_jpeg(folder: Path) -> None:
@@ -402,50 +365,15 @@ MISTAKES = {
 
 
 @pytest.fixture
-def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy to make mistakes in, without internet."""
-    copy = tmp_path / "here"
-    shutil.copytree(trained, copy)
-    monkeypatch.chdir(copy)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(http.client.HTTPConnection, "connect", _no_route)
-    yield copy
-    monkeypatch.delenv("CAMDISTILL_RUN_FOLDER", raising=False)
-
-
-def _no_route(*args: object, **options: object) -> None:
-    raise OSError(errno.EHOSTUNREACH, "no route to host")
-
-
-def digests(folder: Path) -> dict[Path, str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def told(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a mistaken command line gives."""
-    before = digests(folder)
-    capsys.readouterr()
-    assert main(shlex.split(line)) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("camdistill: ")
-    assert len(lines[0]) < 500
-    assert not {"Traceback", "class '", "Namespace", "jsonargparse"} & set(lines[0].split())
-    after = digests(folder)
-    assert {path: after.get(path) for path in before} == before
-    assert not (folder / "exploded").exists()
-    return lines[0]
+def folder(offline_folder: Path) -> Path:
+    return offline_folder
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_told_in_one_line_with_its_cure(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mistake = MISTAKES[name]
-    mistake.prepare(folder)
-    line = told(mistake.line, folder, capsys)
-    assert re.search(mistake.says, line), line
+    check_mistake(MISTAKES[name], folder, capsys)
 
 
 @pytest.mark.parametrize("command", [f"{FIT} --run full", EXPLAIN])
@@ -457,7 +385,7 @@ def test_full_disk_is_told_and_keeps_what_was_done(
 
     monkeypatch.setattr("os.fsync", full)  # results, pictures and small checkpoints
     monkeypatch.setattr("torch.save", full)  # Lightning's checkpoints
-    line = told(command, folder, capsys)
+    line = mistaken_line(command, folder, capsys)
     assert "space" in line
     assert "free some" in line  # what it says to do
 
@@ -469,7 +397,7 @@ def test_folder_that_may_not_be_written_is_told(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr("os.makedirs", refused)
-    line = told(f"{FIT} --run refused", folder, capsys)
+    line = mistaken_line(f"{FIT} --run refused", folder, capsys)
     assert re.search(r"refused.*: Permission denied; change its permissions", line), line
 
 
@@ -486,7 +414,7 @@ def test_unbuilt_networks_are_never_tested(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for loop in ("validate", "test", "predict"):
-        assert f"no checkpoint to {loop}" in told(f"{loop} -c tiny.yaml", folder, capsys)
+        assert f"no checkpoint to {loop}" in mistaken_line(f"{loop} -c tiny.yaml", folder, capsys)
 
 
 def test_weights_of_the_copy_are_those_of_the_run(folder: Path) -> None:

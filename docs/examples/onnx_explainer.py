@@ -32,8 +32,10 @@ def prepared(path: Path, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of logits."""
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """The softmax of several logits; the sigmoid of a single one."""
+    if logits.shape[-1] == 1:
+        return 1 / (1 + np.exp(-logits))
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
@@ -66,7 +68,9 @@ def main() -> None:
     batch = np.stack([np.asarray(image, np.float32) / 255 for image in images])
     logits, maps = session.run(["logits", "maps"], {"images": batch.transpose(0, 3, 1, 2)})
     given.out.mkdir(parents=True, exist_ok=True)
-    for number, (path, probability) in enumerate(zip(given.images, softmax(logits), strict=True)):
+    for number, (path, probability) in enumerate(
+        zip(given.images, probabilities(logits), strict=True)
+    ):
         best = np.argsort(-probability)[:3]
         said = [f"{names[c] if names else c} {probability[c]:.3f}" for c in best]
         written = given.out / f"{number:03d}_{path.stem}.png"

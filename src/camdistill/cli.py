@@ -1,7 +1,7 @@
 """The command line: Lightning's loops, our commands, and every mistake in one line."""
 
-import errno
 import importlib
+import io
 import logging
 import os
 import signal
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, disk_mistake, mistake_of_system, nearest
 
 LOOPS = {
     "fit": "train a student (or a teacher) from a config",
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     It is 2 for a user's mistake, 130 after Ctrl-C and 143 after SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that a terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _stoppable():
             _run(given)
@@ -59,12 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `camdistill ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        where = error.filename or "the disk"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _told(f"no space left writing to {where}; free some and start the command again")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return _told(f"{where}: {error.strerror}; change its permissions, or name another")
-        raise
+        mistake = mistake_of_system(error) or disk_mistake(error)
+        if mistake is None:
+            raise
+        return _told(str(mistake))
+    except MemoryError:
+        return _told(
+            "out of memory; give fewer or smaller images, or a smaller batch, or a larger machine"
+        )
     except KeyboardInterrupt:
         return _stopped("interrupted", INTERRUPTED, given)
     return 0
@@ -115,16 +119,38 @@ def _run(given: list[str]) -> None:
     elif given[0] in LOOPS:
         loops = importlib.import_module("camdistill.commands.loops")
         _quieten()
-        loops.run(given)
+        with _quiet_event_writers():
+            loops.run(given)
     elif given[0] in COMMANDS:
         command = getattr(importlib.import_module(f"camdistill.commands.{given[0]}"), given[0])
         _quieten()
-        importlib.import_module("camdistill.commands.parsing").call(command, given)
+        with _quiet_event_writers():
+            importlib.import_module("camdistill.commands.parsing").call(command, given)
     else:
         raise UserError(
             f"no command '{given[0]}'; {nearest(given[0], [*LOOPS, *COMMANDS])}. "
             "`camdistill --help` lists them"
         )
+
+
+@contextmanager
+def _quiet_event_writers() -> Iterator[None]:
+    """Leaves out the traceback of TensorBoard's writing thread where its file can't be written.
+
+    The next event that is added, or the next flush, raises the same error in the main thread.
+    """
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        writer = type(failure.thread).__name__ == "_AsyncWriterThread"
+        if not (writer and isinstance(failure.exc_value, OSError)):
+            before(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _quieten() -> None:
@@ -141,6 +167,7 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*exists and is not empty.*",  # a run that goes on in its folder
         ".*dirpath has changed.*",  # a checkpoint that was moved
+        ".*None of the inputs have requires_grad.*",  # a reentrant checkpoint, which we tell of
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -1,13 +1,147 @@
-"""Writing files whole or not at all, and folders that one process at a time works in."""
+"""Files: their names as text, writing them whole, and folders of one process at a time."""
 
 import contextlib
 import errno
+import hashlib
+import math
 import os
+import struct
 import sys
-from collections.abc import Iterator
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from camdistill.errors import UserError
+import numpy as np
+
+from camdistill.errors import LONGEST_NAME, UserError, mistake_of_system, shortened
+
+
+def printable(name: str) -> str:
+    r"""A file's name as text that every file format takes: a byte that is not UTF-8 is `\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def folder_name(text: str) -> str:
+    """A text as the name of a folder; one that would be too long is cut, with its digest."""
+    name = "".join(one if one.isalnum() or one in "._-@" else "_" for one in printable(text))
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"{name.encode()[: LONGEST_NAME - 17].decode(errors='ignore')}-{digest}"
+
+
+def expand_home(path: str | Path) -> Path:
+    """A path with the home folder for its `~` or `~user`.
+
+    A path that is there as it is written stays.
+
+    Raises:
+        UserError: That user, or this one, has no home folder.
+    """
+    path = Path(path)
+    if not str(path).startswith("~") or os.path.lexists(path):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        whose = f"there is no user '{path.parts[0][1:]}'" if len(path.parts[0]) > 1 else "no HOME"
+        raise UserError(
+            f"'{shortened(str(path), 120)}' begins with {path.parts[0]}, but {whose} with a home "
+            "folder here; write the whole path"
+        ) from None
+
+
+def check_regular(path: Path) -> None:
+    """Checks that a path that is there is a file: a pipe, a socket or a device may never end.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+        raise UserError(f"'{path}' is {kind}; give a file")
+
+
+def check_memory(size: int, what: str) -> None:
+    """Checks that so many bytes have room in a quarter of the machine's memory.
+
+    As float32, pixels take four times as much.
+
+    Raises:
+        UserError: They have not.
+    """
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > whole / 4:
+        raise UserError(
+            f"{what} take {size / 1e9:,.1f} GB, and this machine has {whole / 1e9:,.1f} GB of "
+            "memory; give fewer or smaller ones"
+        )
+
+
+def read_arrays(
+    path: Path, check: Callable[[str, tuple[int, ...]], object] | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, after a look at how large it says that they are.
+
+    A few bytes of an archive may stand for any number of zeros, so what has no room isn't read.
+
+    Args:
+        path: The file.
+        check: Told each array's name and shape before any is read; it may refuse by raising.
+
+    Raises:
+        UserError: It is no file, or its arrays don't fit into memory.
+        OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile: It is damaged, or not one.
+    """
+    try:
+        check_regular(path)
+        return _arrays(path, check)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and (
+            mistake := mistake_of_system(error)
+        ):
+            raise mistake from error
+        raise
+    except (
+        *(zlib.error, struct.error, RuntimeError, OverflowError, MemoryError),
+        *(SyntaxError, tokenize.TokenError),  # numpy reads a damaged header as Python
+    ) as error:
+        raise ValueError(str(error) or "too large") from error
+
+
+def _arrays(
+    path: Path, check: Callable[[str, tuple[int, ...]], object] | None
+) -> dict[str, np.ndarray]:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            shape, stored = _announced(archive, entry)
+            if stored > entry.file_size:
+                raise ValueError(f"'{entry.filename}' announces more than it holds")
+            if check is not None:
+                check(entry.filename.removesuffix(".npy"), shape)
+        total = sum(entry.file_size for entry in archive.infolist())
+        check_memory(total, f"the arrays of '{path}'")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as found:
+            return dict(found)
+
+
+def _announced(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], int]:
+    """The shape that an array's header tells, and the bytes that it needs."""
+    with archive.open(entry) as member:
+        version = np.lib.format.read_magic(member)
+        if version == (1, 0):
+            shape, _, kind = np.lib.format.read_array_header_1_0(member)
+        elif version == (2, 0):
+            shape, _, kind = np.lib.format.read_array_header_2_0(member)
+        else:
+            raise ValueError(f"an array of format {version}")
+    if kind.hasobject:
+        raise ValueError("an array of Python objects")
+    return shape, math.prod(shape) * kind.itemsize
+
 
 _LOCKS: set[int] = set()  # descriptors that hold a folder's lock
 
@@ -18,7 +152,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         UserError: It can't be written (full disk, no permission); what was there is intact.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name[:50]}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
@@ -30,7 +164,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         reason = error.strerror or str(error)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "free some space and start again" if full else "name another folder"
-        raise UserError(f"can't write {path}: {reason}; {cure}") from None
+        raise UserError(f"can't write {shortened(str(path), 160)}: {reason}; {cure}") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -79,7 +213,9 @@ def make_folders(folder: Path) -> list[Path]:
         except OSError as error:
             remove_empty(made)
             reason = error.strerror or str(error)
-            raise UserError(f"can't make the folder {path}: {reason}; name another") from None
+            raise mistake_of_system(error) or UserError(
+                f"can't make the folder {path}: {reason}; name another"
+            ) from None
         made.insert(0, path)
     return made
 

@@ -377,3 +377,40 @@ def test_report_prints_the_front_page_and_stops_cleanly(trained: Path) -> None:
     assert server.returncode == 0
     assert "Stopped." in out
     assert "Traceback" not in error
+
+
+FLAT = """
+import torch
+from camdistill.networks.students import ShallowCNN
+
+
+class Flat(ShallowCNN):
+    def __init__(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            super().__init__(4, (4, 6), (1, 2))
+        with torch.no_grad():
+            self.stage2.conv.weight[3] = 0
+            self.stage2.bn.bias[3] = 0.5
+"""
+
+
+def test_units_whose_images_failed_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit without weights gives the same for every image, so nothing can excite it."""
+    (tmp_path / "flat_network.py").write_text(FLAT)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "out"
+    given = ["--teacher", "flat_network.Flat", "--size", "32", "--data", "shapes"]
+    chosen = ["--units", "stage2:3", "stage2:4", "--layers", "stage2"]
+    quick = ["--count", "24", "--steps", "20", "--cards", "0", "--pictures", "0"]
+    assert main(["analyze", *given, *chosen, *quick, "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    flat, other = results["units"]["teacher"]["stage2"]
+    assert flat["failed"]
+    assert flat["reached"] == flat["random"] == 0.5
+    assert not other["failed"]
+    assert other["reached"] > other["random"]
+    assert any("failed for stage2:3:" in note for note in results["notes"])
+    assert "failed for stage2:3:" in (out / "report.md").read_text()

@@ -250,3 +250,25 @@ def test_stored_maps_of_other_images_are_told(
     np.savez("mine.npz", maps=np.ones((6, 4, 4)))
     assert main([*line.split(), "--metrics", "max_sensitivity"]) == 2
     assert "all of these are stored" in capsys.readouterr().err
+
+
+def test_what_is_so_by_construction_is_left_out_with_its_reason(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A student's map is its own, whatever the weights of the teacher that is explained."""
+    line = f"evaluate --checkpoint {STUDENT} --data images --count 6 --batch 6"
+    gates = ["--metrics", "randomisation", "smooth_randomisation", "gini"]
+    assert main([*line.split(), "--out", "both", *gates]) == 0
+    explainers = read_results(Path("both/results.json"))["explainers"]
+    assert {"randomisation", "smooth_randomisation"} <= set(explainers["grad_cam"])  # type: ignore[index]
+    assert set(explainers["student"]) == {"gini"}  # type: ignore[index]
+    printed = capsys.readouterr().out
+    assert "student: no randomisation, which would be 0 by construction" in printed
+    assert "student: no smooth_randomisation, which would be 1 by construction" in printed
+
+    alone = ["--explainers", "student", "--out", "alone"]
+    assert main([*line.split(), *alone, *gates]) == 2
+    assert "would be 0 by construction: leave it out" in capsys.readouterr().err
+    assert not Path("alone").exists()
+    assert main([*line.split(), *alone]) == 0
+    assert "randomisation is left out: it would be 0 by construction" in capsys.readouterr().out

@@ -21,6 +21,7 @@ from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Teacher
 from camdistill.networks.weights import save_safetensors
+from camdistill.report.figures import depth_maps, maps
 
 STUDENT = "runs/tiny/version_0/student.safetensors"
 LAST = "runs/tiny/version_0/checkpoints/last.ckpt"
@@ -264,3 +265,35 @@ def test_networks_of_grey_images_see_the_mean_of_the_colours(folder: Path) -> No
         close(maps["teacher/stage2/1"], expected)
     with np.load("all/000_photo.npz") as maps:
         close(maps["teacher/stage2/1/grad_cam"], expected)
+
+
+def test_one_map_has_one_maximum_in_all_that_show_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`explain`, `explain --method` at many layers and `analyze` write the same number."""
+    shown: list[float] = []
+
+    def peak_of(values: np.ndarray) -> float:  # type: ignore[type-arg]
+        shown.append(float(values.max()))
+        return max(float(values.max()), 1e-9)
+
+    network = load(STUDENT).teacher
+    assert network is not None
+    images = image("photo.jpg")
+    expected = {
+        layer: float(grad_cam(network, images, [layer])[layer].max())
+        for layer in ("stage1", "stage2")
+    }
+    given = ["--checkpoint", STUDENT, "--images", "pictures/photo.jpg"]
+    layers = ["--layers", "stage1:stage1", "stage2:stage2"]
+    monkeypatch.setattr(maps, "peak_of", peak_of)
+    monkeypatch.setattr(depth_maps, "peak_of", peak_of)
+    for command in (
+        ["explain", *given, *layers, "--out", "a"],
+        ["explain", *given, *layers, "--method", "grad_cam", "--out", "b"],
+        ["analyze", *given, "--cards", "0", "--pictures", "1", "--out", "c"],
+    ):
+        shown.clear()
+        assert main(command) == 0
+        for value in expected.values():
+            assert any(one == pytest.approx(value, rel=1e-4) for one in shown), command

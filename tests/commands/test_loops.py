@@ -143,7 +143,7 @@ def test_a_tilde_that_no_shell_replaced_is_the_home_folder(
 def test_the_next_commands_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     run = Path("my runs/it's/version_0")
     fake = SimpleNamespace(
-        trainer=SimpleNamespace(is_global_zero=True),
+        trainer=SimpleNamespace(is_global_zero=True, global_step=1, callback_metrics={}),
         folder=run,
         model=None,
         save_network=lambda: run / "student.safetensors",

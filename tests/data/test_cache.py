@@ -221,3 +221,27 @@ def test_cache_lies_where_the_user_says(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("CAMDISTILL_CACHE", str(tmp_path / "named"))
     assert cache.cache_folder() == tmp_path / "named"
     assert cache.cache_folder(tmp_path / "given") == tmp_path / "given"
+
+
+def test_large_images_are_decoded_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the bytes of a chunk allow, also where the first file is broken."""
+    for number in range(6):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "0.png").write_bytes(b"no image")
+    taken: list[int] = []
+    submit = cache.concurrent.futures.ThreadPoolExecutor.submit
+
+    def counted(pool: object, work: object, start: int) -> object:
+        taken.append(start)
+        return submit(pool, work, start)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cache.concurrent.futures.ThreadPoolExecutor, "submit", counted)
+    monkeypatch.setattr(cache, "CHUNK_BYTES", 2 * 3 * 20 * 20)
+    whole = decoded(scan(tmp_path / "images"), 20, tmp_path / "cache", "skip")
+    assert taken == [0, 2, 4]
+    assert whole.pixels[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
+    whole = decoded(scan(tmp_path / "images"), None, tmp_path / "cache", "skip")
+    assert whole.pixels[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from camdistill.data.decode import Frame, decode
+from camdistill.data.folders import scan
 from camdistill.errors import UserError
 
 H, W = 5, 7
@@ -244,3 +245,70 @@ def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((H, W), dtype=np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(UserError, match="8 or 16 bits"):
         decode(tmp_path / "a.tiff", None)
+
+
+def test_32_bit_grey_within_16_bits_keeps_its_range(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (H, W)).astype(np.int32)
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    pixels, _ = decode(tmp_path / "x.tiff", None)
+    assert np.array_equal(pixels[0], np.rint(values / 257))
+
+
+@pytest.mark.parametrize("value", [65536, 2**31 - 1, -1])
+def test_grey_values_beyond_16_bits_are_refused(tmp_path: Path, value: int) -> None:
+    values = np.zeros((H, W), np.int32)
+    values[1, 1] = value
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    with pytest.raises(UserError, match=rf"{value}.*no agreed range"):
+        decode(tmp_path / "x.tiff", None)
+
+
+@pytest.mark.parametrize("suffix", ["avif", "jfif", "tga", "jp2", "qoi", "ico"])
+def test_other_kinds_are_read_from_folders_too(tmp_path: Path, suffix: str) -> None:
+    picture = Image.fromarray(colours(size=(16, 16)))
+    picture.save(tmp_path / f"x.{suffix}", format="JPEG" if suffix == "jfif" else None)
+    (name,) = scan(tmp_path).names
+    assert decode(tmp_path / name, None)[0].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("shape", [(4000, 2), (2, 4000), (1, 60000), (60000, 1)])
+def test_thin_images_are_scaled_where_they_are_kept(
+    tmp_path: Path, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of a thin image is what would be kept of all of it, to rounding."""
+    ramp = np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % 256
+    Image.fromarray(np.stack([ramp] * 3, 2).astype(np.uint8)).save(tmp_path / "x.png")
+    largest: list[int] = []
+    resize = Image.Image.resize
+
+    def measured(image: Image.Image, size: tuple[int, int], *rest: object) -> Image.Image:
+        largest.append(size[0] * size[1])
+        return resize(image, size, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", measured)
+    pixels, frame = decode(tmp_path / "x.png", 224)
+    assert max(largest) == 224**2
+    scale = min(shape) / 224
+    for axis, along in ((0, 1), (1, 0)):
+        first = (
+            (round((frame.scaled()[along] - 224) / 2) + 0.5) * shape[axis] / frame.scaled()[along]
+        )
+        centres = first + np.arange(224) * scale - 0.5
+        if shape[axis] == max(shape):  # the ramp itself at these places, wraps apart
+            line = pixels[0, :, 100] if axis == 0 else pixels[0, 100, :]
+            across = np.clip((100.5) * scale - 0.5, 0, min(shape) - 1)
+            wanted = centres + across
+            inside = (wanted % 256 > 1) & (wanted % 256 < 254)
+            assert np.abs(line[inside] - wanted[inside] % 256).max() <= 1
+
+
+def test_sides_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(colours()).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="size is 100000; give a side in pixels, from 1 to 8,192"):
+        decode(tmp_path / "x.png", 100_000)
+
+
+def test_a_program_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(UserError, match="cannot identify"):
+        decode(tmp_path / "x.png", None)

@@ -1,5 +1,6 @@
 """Image folders: layouts, order, classes, and what is said when they are wrong."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from camdistill.data.decode import SUFFIXES
 from camdistill.data.folders import (
     class_folders,
     classes_of,
@@ -161,3 +163,65 @@ def test_a_class_that_is_called_train_is_told(tmp_path: Path) -> None:
     assert (
         find_layout(make(tmp_path / "own", "train/a/1.png", "masks/m.png", "notes/")).test is None
     )
+
+
+def test_a_class_called_masks_is_a_class(tmp_path: Path) -> None:
+    make(tmp_path, "gloves/0.png", "helmets/1.png", "masks/2.png", "masks/more/3.png")
+    assert class_folders(tmp_path) == tuple(ImageFolder(tmp_path).classes)
+    assert scan(tmp_path).names == (
+        "gloves/0.png",
+        "helmets/1.png",
+        "masks/2.png",
+        "masks/more/3.png",
+    )
+
+
+def test_a_class_called_masks_inside_a_split_is_a_class(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        *(f"{split}/{name}/0.png" for split in ("train", "test") for name in ("a", "masks")),
+    )
+    layout = find_layout(tmp_path)
+    assert class_folders(layout.train) == ("a", "masks")
+    assert len(scan(layout.train)) == 2
+
+
+@pytest.mark.parametrize("mask", ["masks/a/0.png", "masks/a/0.jpg.png"])
+def test_masks_that_mirror_the_images_are_no_class(tmp_path: Path, mask: str) -> None:
+    make(tmp_path, "a/0.jpg", "b/1.jpg", mask)
+    assert class_folders(tmp_path) == ("a", "b")
+    assert scan(tmp_path).names == ("a/0.jpg", "b/1.jpg")
+
+
+@pytest.mark.parametrize("mask", ["masks/0.png", "masks/0.jpg.png"])
+def test_masks_beside_a_flat_folder_are_no_images(tmp_path: Path, mask: str) -> None:
+    assert scan(make(tmp_path, "0.jpg", "1.jpg", mask)).names == ("0.jpg", "1.jpg")
+
+
+def test_a_folder_of_masks_and_of_other_images_is_told(tmp_path: Path) -> None:
+    make(tmp_path, "a/0.png", "b/1.png", "masks/a/0.png", "masks/2.png")
+    with pytest.raises(UserError, match=r"masks/2\.png is of none; remove it"):
+        class_folders(tmp_path)
+
+
+def test_images_beside_the_splits_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, "train/a/0.png", "test/a/0.png", "masks/train/a/0.png", "bus/0.png", "notes/")
+    find_layout(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: images in 'bus' are not used; splits are train/, val/, test/"
+    ]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_folder_reads_what_a_single_file_is_read_as(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"0{suffix.upper()}").touch()
+    (tmp_path / "0.txt").touch()
+    assert len(scan(tmp_path)) == 1
+
+
+def test_a_pipe_called_like_an_image_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"x\.png is a pipe, a socket or a device"):
+        scan(tmp_path)

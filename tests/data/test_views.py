@@ -303,3 +303,16 @@ def test_moved_map_is_the_map_of_the_moved_image_for_a_pooling_network(
 def test_impossible_augmentation_is_told(options: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         Augment(**options)
+
+
+@pytest.mark.parametrize(("padding", "refused"), [(8, False), (9, True), (500, True)])
+def test_shifts_by_more_than_half_an_image_are_refused(padding: int, refused: bool) -> None:
+    augment = Augment(crop="pad", padding=padding)
+    if refused:
+        with pytest.raises(
+            UserError, match=rf"padding is {padding} for images of 16x20.*8 or less"
+        ):
+            augment.check_size((16, 20))
+    else:
+        augment.check_size((16, 20))
+    Augment(crop="none", padding=padding).check_size((16, 20))

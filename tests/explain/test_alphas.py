@@ -9,19 +9,21 @@ import torchvision
 from cam_oracles import (
     close,
     head_of,
+    is_overwritten,
     out_of_place,
+    pooled_layers,
     reference,
     seeded,
     state_of,
     student,
     untouched,
-    verdicts_of,
 )
 from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from camdistill.errors import UserError
+from camdistill.explain import alphas
 from camdistill.explain.gradcam import explain, grad_cam
 
 TABLE = torch.tensor([[3, 0, 1], [1, 2, 0], [2, 2, 3]])
@@ -90,7 +92,7 @@ def test_an_operation_without_a_rule_for_batches_goes_one_by_one(small: Tensor) 
         found = grad_cam(network, small, ["0"], TABLE)["0"]
         for column in range(3):
             close(found[:, column], reference(network, small, ["0"], TABLE[:, column])["0"])
-    assert not verdicts_of(network, "0")[0].batched
+    assert alphas._ONE_BY_ONE[network] == {"0"}
 
 
 class Pooled(nn.Module):
@@ -134,8 +136,8 @@ def test_a_head_that_reads_only_the_mean_is_asked_at_the_mean(
             close(found[:, column].detach(), true)
         true = reference(network, small, ["0"], TABLE[:, 0], lambda y: y.softmax(1))["0"]
         close(likely.detach(), true)
-    assert head_of(network, "0") is None
-    assert [verdict.pooled for verdict in verdicts_of(network, "0")] == [kind != "maximum"]
+    assert head_of(network, small, "0") is None
+    assert pooled_layers(network, small, ["0"]) == (["0"] if kind != "maximum" else [])
 
 
 class Branching(nn.Module):
@@ -162,7 +164,7 @@ def test_a_mean_that_is_not_all_that_is_read_is_seen_whatever_layers_are_asked(
         found = grad_cam(network, small, asked, TABLE[:, 0])
         for name in asked:
             close(found[name], true[name])
-    assert [verdicts_of(network, name)[0].pooled for name in names] == [False, True]
+        assert pooled_layers(network, small, asked) == [name for name in asked if name == "second"]
 
 
 def test_a_pooled_head_keeps_no_gradient_as_large_as_the_layer() -> None:
@@ -195,12 +197,8 @@ def test_torchvision_heads_are_seen_for_what_they_are(name: str, head: str) -> N
     true = reference(trainable, images, [layer], TABLE[:2, 0])[layer]
     for _ in range(2):
         close(grad_cam(network, images, [layer], TABLE[:2])[layer][:, 0], true, 1e-11)
-    verdict = verdicts_of(network, layer)[0]
-    assert (verdict.head is not None, verdict.pooled) == {
-        "closed": (True, None),
-        "pooled": (False, True),
-        "neither": (False, False),
-    }[head]
+    assert (head_of(network, images, layer) is not None) == (head == "closed")
+    assert pooled_layers(network, images, [layer]) == ([layer] if head == "pooled" else [])
 
 
 @pytest.mark.parametrize("kind", ["batch", "pairs"])
@@ -252,8 +250,8 @@ def test_a_layer_is_copied_only_where_it_is_overwritten(small: Tensor) -> None:
         found = grad_cam(network, images, ["bn1", "layer1"], TABLE[:, 0])
         for name in ("bn1", "layer1"):
             close(found[name], true[name])
-    assert verdicts_of(network, "bn1")[0].overwritten
-    assert verdicts_of(network, "layer1")[0].overwritten is False
+    assert is_overwritten(network, "bn1")
+    assert not is_overwritten(network, "layer1")
 
 
 class Moody(nn.Module):
@@ -345,6 +343,6 @@ def test_logits_are_taken_out_of_a_tuple_or_a_dict(small: Tensor) -> None:
         true = grad_cam(inner, small, ["stage1", "stage3"], TABLE)
         for name in names:
             close(found.maps[name], true[name.removeprefix("inner.")])
-    assert head_of(network, "inner.stage3") == "inner.linear"
+    assert found.heads == {names[0]: None, names[1]: inner.linear}
     with pytest.raises(UserError, match=r"Pair gives a dict, not logits \[3, classes\]: .*logits="):
         grad_cam(network, small, names)

@@ -11,12 +11,12 @@ from cam_oracles import (
     close,
     head_of,
     out_of_place,
+    pooled_layers,
     reference,
     same,
     seeded,
     state_of,
     untouched,
-    verdicts_of,
 )
 from live_bytes import LiveBytes
 from torch import Tensor, nn
@@ -162,9 +162,10 @@ def test_maps_are_autograds_in_every_state_and_leave_none(name: str, dtype: torc
                 assert maps.grad_fn is None
                 assert not maps.is_inference()
                 close(maps, true[layer] / scale, BOUNDS[dtype])
-    assert (head_of(network, layers[-1]) is not None) == (name in CLOSED)
+    assert (head_of(network, images, layers[-1]) is not None) == (name in CLOSED)
     if name not in CLOSED:
-        assert {v.pooled for v in verdicts_of(network, layers[-1])} == {name in POOLED}
+        pooled = pooled_layers(network, images, layers[-1:])
+        assert pooled == (layers[-1:] if name in POOLED else [])
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -185,7 +186,7 @@ def test_no_graph_stays_alive_and_channels_last_and_several_classes_agree(name: 
                 kept = sum(maps.untyped_storage().nbytes() for maps in found.values())
                 assert live.now <= kept + 3 * images.nbytes  # comparisons' leftovers
                 del found
-    assert head_of(moved, layers[-1]) == head_of(network, layers[-1])
+    assert head_of(moved, images, layers[-1]) == head_of(network, images, layers[-1])
 
 
 class Broken(nn.Module):

@@ -76,7 +76,7 @@ def test_swin_maps_are_channels_last_grids(layer: str) -> None:
         close(found, true)
         several = grad_cam(network, images, [layer], table, layout=layout)[layer]
         close(several[:, 0], true)
-    assert head_of(network, layer) == ("head" if layer == "norm" else None)
+    assert head_of(network, images, layer) == ("head" if layer == "norm" else None)
 
 
 def test_swins_default_layer_has_a_closed_form() -> None:
@@ -85,7 +85,7 @@ def test_swins_default_layer_has_a_closed_form() -> None:
     assert last_layer(network, images) == "permute"
     found = grad_cam(network, images, ["permute", "norm"], CLASSES)
     close(found["permute"], found["norm"])
-    assert head_of(network, "permute") == "head"
+    assert head_of(network, images, "permute") == "head"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,18 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from camdistill.explain import closed_form
-from camdistill.explain.closed_form import Verdict
+from camdistill.explain import alphas, recording
+from camdistill.explain.gradcam import explain
+from camdistill.explain.graph import Behind
+from camdistill.explain.recording import Seen
+from camdistill.networks.capture import bare
 from camdistill.networks.students import ShallowCNN
 
 
@@ -81,15 +87,37 @@ def reference(
     return found
 
 
-def verdicts_of(network: nn.Module, layer: str) -> list[Verdict]:
-    known = closed_form._VERDICTS.get(network, {})
-    return [verdict for (name, _, _), verdict in known.items() if name == layer]
+def head_of(network: nn.Module, images: Tensor, layer: str, **asked: Any) -> str | None:
+    """The name of the head that makes a layer closed in a forward."""
+    head = explain(network, images, [layer], **asked).heads[layer]
+    names = {part: name for name, part in bare(network).named_modules()}
+    return None if head is None else names[head]
 
 
-def head_of(network: nn.Module, layer: str) -> object:
-    """What was decided of a layer: a head's name, None, or "undecided"."""
-    heads = {verdict.head for verdict in verdicts_of(network, layer) if verdict.judged}
-    return heads.pop() if len(heads) == 1 else (heads or "undecided")
+def pooled_layers(network: nn.Module, images: Tensor, layers: list[str], **asked: Any) -> list[str]:
+    """The layers of a forward whose gradient is asked at their spatial mean."""
+    place, pooled = alphas._place, []
+
+    def noting(layer: Seen, behind: Behind) -> GradientEdge:
+        edge = place(layer, behind)
+        probe = None if layer.probe is None else get_gradient_edge(layer.probe)
+        if probe is not None and edge.node is not probe.node:
+            pooled.append(layer.activations)
+        return edge
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alphas, "_place", noting)
+        found = explain(network, images, layers, **asked).activations
+    return [
+        name
+        for name, values in found.items()
+        if any(values.data_ptr() == one.data_ptr() for one in pooled)
+    ]
+
+
+def is_overwritten(network: nn.Module, layer: str) -> bool:
+    """Whether the last forward saw the layer overwritten in place."""
+    return recording._OVERWRITTEN[network][layer]
 
 
 def close(ours: Tensor, true: Tensor, bound: float = 1e-12) -> None:

@@ -10,27 +10,28 @@ from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 
 
-def test_grad_cam_in_logits_is_the_map_times_its_cells(generator: torch.Generator) -> None:
+def test_both_maps_have_the_scale_of_the_explainers(generator: torch.Generator) -> None:
+    """One quantity, one scale: what `analyze` draws is what `grad_cam` and `layer_cam` give."""
     network = CifarResNet(20, classes=4).double().eval().requires_grad_(False)
     images = torch.rand(3, 3, 32, 32, generator=generator, dtype=torch.float64)
     layers = ["layer1", "layer2.0.relu#0", "layer3"]
     _, classes, found = contributions(network, images, layers)
     maps = grad_cam(network, images, layers, classes)
+    published = layer_cam(network, images, layers, classes)
     for layer in layers:
-        cells = maps[layer][0].numel()
-        expected = maps[layer].float() * cells
-        assert torch.allclose(found[layer].grad_cam, expected, atol=1e-4), layer
+        for ours, expected in ((found[layer].grad_cam, maps), (found[layer].layer_cam, published)):
+            torch.testing.assert_close(ours, expected[layer].float(), rtol=1e-4, atol=1e-6)
 
 
-def test_layer_cam_in_logits_is_the_published_map_times_its_cells(
+def test_cells_of_a_pooled_layer_sum_to_the_logit_without_its_bias(
     generator: torch.Generator,
 ) -> None:
-    network = CifarResNet(20, classes=4).double().eval().requires_grad_(False)
-    images = torch.rand(2, 3, 32, 32, generator=generator, dtype=torch.float64)
-    _, classes, found = contributions(network, images, ["layer2"])
-    (published,) = layer_cam(network, images, ["layer2"], classes).values()
-    expected = published.float() * published[0].numel()
-    assert torch.allclose(found["layer2"].layer_cam, expected, atol=1e-4)
+    """Which is why the unit is logits per cell."""
+    network = ShallowCNN(3, (4, 5), (1, 2)).eval()
+    images = torch.rand(2, 3, 8, 8, generator=generator)
+    logits, classes, found = contributions(network, images, ["stage2"])
+    expected = logits.gather(1, classes[:, None])[:, 0] - network.linear.bias.detach()[classes]
+    torch.testing.assert_close(found["stage2"].grad_cam.sum((1, 2)), expected)
 
 
 def test_bias_free_relu_network_gives_its_logit_at_every_layer(generator: torch.Generator) -> None:
@@ -49,8 +50,7 @@ def test_bias_free_relu_network_gives_its_logit_at_every_layer(generator: torch.
         total = (one.gradients * one.activations).sum((1, 2, 3))
         assert torch.allclose(total, expected, atol=1e-5)
         mean = one.gradients.clamp_min(0) * one.activations
-        cells = one.activations[0, 0].numel()
-        assert torch.allclose(one.layer_cam, mean.sum(1) * cells)
+        assert torch.allclose(one.layer_cam, mean.sum(1))
 
 
 def test_frozen_network_keeps_no_graph_and_no_gradient(generator: torch.Generator) -> None:

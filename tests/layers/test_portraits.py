@@ -142,11 +142,13 @@ def test_pictures_through_depth_are_of_the_first_networks_class(network, images,
         assert one.tops["student"][0] == int(likely[row].argmax())
         assert one.tops["student"][1] == pytest.approx(float(likely[row].max()), rel=1e-5)
         view = one.views["student"]["stage1"]
-        # GAP and a linear head: the map is the class's weights over the activations.
+        # GAP and a linear head: the map is the class's weights, divided by the cells that each
+        # logit is a mean over, over the activations.
         with torch.no_grad():
             activations = other.stage1(images[row : row + 1])[0]
-            expected = torch.einsum("k,kij->ij", other.linear.weight[tops[row]], activations)
-        assert torch.allclose(view.grad_cam, expected, atol=1e-5)
+            alpha = other.linear.weight[tops[row]] / activations[0].numel()
+            expected = torch.einsum("k,kij->ij", alpha, activations)
+        torch.testing.assert_close(view.grad_cam, expected, rtol=1e-4, atol=1e-7)
         assert len(view.units) == 2
         assert torch.allclose(view.features, activations[list(view.units)], atol=1e-6)
 

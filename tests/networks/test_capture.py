@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from camdistill.errors import UserError
+from camdistill.explain.gradcam import grad_cam
 from camdistill.networks.capture import (
     bare,
     capture,
@@ -15,10 +16,11 @@ from camdistill.networks.capture import (
     undisturbed,
     visiting,
 )
+from camdistill.networks.wrapper import Wrapper
 
 
-class Wrapper(nn.Module):
-    """Stands for the package's own normalising wrapper: `network` and `normalise`."""
+class Doubled(Wrapper):
+    """Stands for the package's own normalising wrapper."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -132,7 +134,7 @@ def test_a_wrong_layer_is_told_with_its_cure(
 def test_wrappers_are_peeled_for_names_and_kept_for_running(
     network: nn.Module, images: torch.Tensor
 ) -> None:
-    wrapped = Wrapper(nn.DataParallel(network))
+    wrapped = Doubled(nn.DataParallel(network))
     assert bare(wrapped) is network
     assert bare(torch.compile(wrapped)) is network
     assert plain(torch.compile(nn.DataParallel(wrapped))) is wrapped
@@ -142,10 +144,49 @@ def test_wrappers_are_peeled_for_names_and_kept_for_running(
     assert torch.equal(found["conv"], network.conv(images * 2 - 1))
 
 
+class OwnNames(nn.Module):
+    """A user's network whose parts are called as our wrapper's, a compiled network's, DDP's are."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.normalise = nn.BatchNorm2d(3)
+        self.add_module(name, nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()))
+        self.more = nn.Conv2d(6, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.get_submodule(self.name)(self.normalise(images))
+        return self.head(self.more(hidden).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["network", "_orig_mod", "module"])
+def test_a_network_is_no_wrapper_for_the_names_of_its_parts(
+    name: str, images: torch.Tensor
+) -> None:
+    torch.compile(nn.Conv2d(3, 4, 3), backend="eager")  # the class of compiled networks is there
+    network = OwnNames(name).double().eval()
+    images = images.double()
+    assert bare(network) is network
+    assert plain(network) is network
+    maps = grad_cam(network, images)
+    assert list(maps) == ["more"]
+    hidden = network.more(network.get_submodule(name)(network.normalise(images)))
+    hidden = hidden.detach().requires_grad_()
+    logits = network.head(hidden.relu().mean((2, 3)))
+    (gradient,) = torch.autograd.grad(logits.max(1).values.sum(), hidden)
+    expected = (gradient.mean((2, 3), keepdim=True) * hidden).sum(1)
+    torch.testing.assert_close(maps["more"], expected, rtol=1e-12, atol=1e-12)
+    before = network.normalise.running_mean.clone()
+    with pytest.raises(UserError, match="'normalise' is in train mode"):
+        grad_cam(network.train(), images, ["more"], 1)
+    assert torch.equal(network.normalise.running_mean, before)
+
+
 def test_a_compiled_network_is_run_uncompiled_and_hooked(
     network: nn.Module, images: torch.Tensor
 ) -> None:
-    inside = Wrapper(torch.compile(network, backend="eager"))
+    inside = Doubled(torch.compile(network, backend="eager"))
     in_place = copy.deepcopy(network)
     in_place.compile(backend="eager")
     with torch.no_grad():

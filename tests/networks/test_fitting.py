@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.networks.fitting import load_state
@@ -64,3 +64,35 @@ def test_weights_that_do_not_fit_change_nothing(
         load_state(network, WeightFile(state))
     assert "\n" not in str(caught.value)
     assert same(network, before)
+
+
+class OwnNames(nn.Module):
+    """A user's network with a part that is called as torch.compile's or DDP's own is."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.add_module(name, nn.Linear(2, 3))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return next(self.children())(values)
+
+
+@pytest.mark.parametrize("name", ["_orig_mod", "module", "not_orig_mod"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.backbone."])
+def test_weights_of_a_network_with_a_wrapper_s_word_for_a_part_fit(
+    name: str, prefix: str, tmp_path: Path
+) -> None:
+    network, other = OwnNames(name), OwnNames(name)
+    state = {prefix + key: value for key, value in network.state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    load_state(other, read_weights(tmp_path / "w.pt"))
+    values = torch.ones(1, 2)
+    assert torch.equal(other(values), network(values))
+
+
+def test_a_network_with_compiled_parts_takes_the_weights_of_the_plain_one(tmp_path: Path) -> None:
+    plain, compiled = student(), student(seed=1)
+    compiled.stage1 = torch.compile(compiled.stage1, backend="eager")
+    torch.save(plain.state_dict(), tmp_path / "w.pt")
+    load_state(compiled, read_weights(tmp_path / "w.pt"))
+    assert torch.equal(compiled.get_submodule("stage1").conv.weight, plain.stage1.conv.weight)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
+from camdistill.networks import torchvision_models
 from camdistill.networks.heads import head_of, swap_head
 from camdistill.networks.teachers import (
     IMAGENET_MEAN,
@@ -81,6 +82,13 @@ def test_new_head_keeps_the_rest_of_any_network(name: str, size: int) -> None:
     assert set(after) == set(before)
     assert changed <= {f"{head}.weight", f"{head}.bias"}
     assert network(torch.rand(1, 3, size, size)).shape == (1, 7)
+
+
+def test_a_new_head_changes_only_an_attribute_that_held_the_number_of_classes() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    network.classes, network.num_classes = 5, 3  # 5 is something else's
+    swap_head(network, 7)
+    assert (network.classes, network.num_classes) == (5, 7)
 
 
 def test_every_torchvision_name_is_known_and_has_resnets_first() -> None:
@@ -353,3 +361,18 @@ def test_pretrained_teachers_have_their_published_error(
     assert teacher.sha256 is not None
     assert teacher.sha256.startswith(path.stem.rpartition("-")[2])
     assert correct(teacher, images_folder / "cifar10" / "test") == published
+
+
+def test_a_file_with_an_experiment_that_can_t_be_read_is_told(tmp_path: Path) -> None:
+    network = build(NetworkSpec("shallow_cnn", args=SMALL), classes=3)
+    for text in ("{", '{"network": {"name": "shallow_cnn"}, "size": ["x", 2]}', "[1]", "3"):
+        weights = saved(tmp_path / "w", network, {"camdistill": text})
+        with pytest.raises(UserError, match="can't be read"):
+            Teacher(NetworkSpec("shallow_cnn", weights, SMALL))
+
+
+def test_named_weights_say_their_size_and_classes() -> None:
+    """All were run at 224 pixels."""
+    facts = torchvision_models.facts("efficientnet_b3", "IMAGENET1K_V1")
+    assert facts.size == (300, 300)
+    assert facts.class_names[281] == "tabby"

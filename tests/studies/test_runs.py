@@ -218,3 +218,16 @@ def test_students_of_two_teachers_dont_share_a_table(
     ):
         run_study(replace(study, seeds=[0, 1]))
     assert len(ran) == 1
+
+
+def test_the_mean_maps_skill_is_said_to_be_zero_by_definition() -> None:
+    """Skill is measured from the mean map, so its own would be 0.000 whatever was trained."""
+    rows = result_rows(
+        {
+            "student": {"skill": 0.25},
+            "controls": {"mean_map": {"cosine": 0.5, "skill": 0.0}},
+            "intervals": {},
+        }
+    )
+    assert rows["mean_map"] == {"cosine": 0.5, "skill": "0 by definition"}
+    assert rows["student"] == {"skill": 0.25}

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from rich.progress import Progress
 
 from camdistill.commands.evaluated import explainers_of, networks_of
 from camdistill.commands.networks import networks_from, side_of
-from camdistill.commands.running import chosen_device
+from camdistill.commands.running import chosen_device, progress_bar
 from camdistill.commands.sources import source_from
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images, as_taken
@@ -21,21 +20,23 @@ from camdistill.measure.metrics import (
     DEFAULT,
     DEFAULT_WITH_MASKS,
     FILE,
+    OF_WEIGHTS,
     demand_metrics,
     metric_of,
 )
 from camdistill.networks.capture import demand_runs
+from camdistill.networks.heads import head_size
 from camdistill.networks.weights import sha256_of, weights_digest
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
-from camdistill.studies.evaluation import Evaluation, Subject
+from camdistill.studies.evaluation import Evaluation, Explainer, Subject
 from camdistill.studies.evaluation import evaluate as run
 from camdistill.studies.evaluation_report import write_pictures
 from camdistill.studies.evaluation_tables import told
 from camdistill.studies.meta_evaluation import REFERENCES
 from camdistill.studies.pool import Pool, makers
 
-MEASURED_AS = 2  # goes up when the same settings would give other values
+MEASURED_AS = 3  # goes up when the same settings would give other values
 
 
 def evaluate(
@@ -77,8 +78,9 @@ def evaluate(
             compared with the first. Default: grad_cam, and the student beside its teacher.
         of: Whose decisions are explained: teacher or student.
         layer: Of the network that is explained. Default: the checkpoint's, or the last layer.
-        metrics: Their names, or FILE.safetensors of a learned one. Default: what docs/metrics.md
-            ranks by, deletion, sparsity and the gates; where there are masks, localisation.
+        metrics: Their names, or FILE.safetensors of a learned one; probabilities are the softmax,
+            of a single logit the sigmoid. Default: what docs/metrics.md ranks by, deletion,
+            sparsity and the gates; where there are masks, localisation.
         meta: Put the metrics themselves to the test: ladder, controls, halves, references.
         count: At most so many images, spread evenly.
         size: Side in pixels that images are scaled and cut to. Default: the training images'.
@@ -106,6 +108,10 @@ def evaluate(
     subject = Subject(networks.explained, looked_at, found.shapes, networks.channels)
     compared = explainers_of(explainers, networks, subject, trust)
     chosen = _chosen(metrics, subject, meta, live=any(one.explain for one in compared))
+    other_classes = head_size(networks.explained.network) > 1
+    left_out = {} if metrics else _left_out(compared, other_classes=other_classes)
+    chosen = tuple(name for name in chosen if name not in left_out)
+    _demand_weights(metrics, compared)
     settings = {
         "measured_as": MEASURED_AS,
         "checkpoint": networks.sha256,
@@ -118,7 +124,7 @@ def evaluate(
         **{"of": of, "layer": networks.layer, "batch": batch, "seed": seed, "meta": meta},
     }
     evaluation = Evaluation(subject, compared, chosen, seed, batch, meta, settings)
-    with Progress(transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("evaluate", total=None)
 
         def on_batch(done: int, total: int) -> None:
@@ -136,9 +142,33 @@ def evaluate(
     )
     write_atomically(out / "table.txt", text.encode())
     print(text)
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}.")
     print(f"{out / 'results.json'}, values.npz and pictures beside it")
     print(how_to_look(out))
     return results
+
+
+def _left_out(compared: Sequence[Explainer], *, other_classes: bool) -> dict[str, str]:
+    """Metrics of the default that say nothing here, and why."""
+    found = {}
+    if not other_classes:
+        found["random_logit"] = "the network has a single logit, so no other class"
+    live = [one for one in compared if one.explain is not None]
+    if live and all(one.apart for one in live):
+        found["randomisation"] = "it would be 0 by construction, as all maps are another network's"
+    return found
+
+
+def _demand_weights(metrics: Sequence[str], compared: Sequence[Explainer]) -> None:
+    """Refuse a named metric that would be the same whatever was learned."""
+    asked = [name for name in metrics if name in OF_WEIGHTS]
+    if asked and all(one.apart or one.explain is None for one in compared):
+        raise UserError(
+            f"metric '{asked[0]}' redraws the weights of the explained network, and all of these "
+            f"maps are another network's, so it would be {OF_WEIGHTS[asked[0]]} by construction: "
+            "leave it out, or compare a method too"
+        )
 
 
 def _told_apart(metric: str) -> str:

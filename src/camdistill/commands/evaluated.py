@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from camdistill.commands.networks import Shown
 from camdistill.distill.checkpoints import load
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, check_each_once, nearest, shortened
 from camdistill.explain.learnable import holds_explainer, load_explainer
 from camdistill.explain.maps import upsample
 from camdistill.explain.methods import METHODS, at_image
+from camdistill.files import expand_home, printable, read_arrays
 from camdistill.networks.class_paths import resolve
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
@@ -76,18 +77,21 @@ def networks_of(found: Shown, of: Literal["teacher", "student"], layer: str | No
 def explainers_of(
     words: Sequence[str], networks: Networks, subject: Subject, trust: Sequence[str]
 ) -> list[Explainer]:
-    """The explainers that words name, each once; several of one name are numbered."""
+    """The explainers that words name; several of one name are numbered."""
+    check_each_once("--explainers", words)
     beside = _BESIDE[networks.of]
     default = ["grad_cam"] if networks.other is None else ["grad_cam", beside]
     found = [
         (name, _explainer(what, beside, networks, subject, trust))
-        for name, what in map(_named, dict.fromkeys(words or default))
+        for name, what in map(_named, words or default)
     ]
     counts = Counter(name or one.name for name, one in found)
     seen: Counter[str] = Counter()
     compared = []
     for name, one in found:
         called = name or one.name
+        if len(called) > 100:
+            raise UserError(f"'{shortened(called)}' is too long a name; give another: NAME=...")
         if "#" in called:
             raise UserError(f"'{called}' can't name an explainer, because of #: give NAME={called}")
         if called in CONTROLS or called.startswith(LADDER):
@@ -109,16 +113,17 @@ def _named(word: str) -> tuple[str, str]:
     name, sign, what = word.partition("=")
     if not sign or _is_file(word):
         return "", word
-    if re.fullmatch(r"[\w.@ -]+", name) is None:
+    if re.fullmatch(r"[\w.@ -]{1,60}", name) is None or not name.strip(". "):
         raise UserError(
-            f"'{name}' can't name an explainer: NAME=... takes letters, digits, _ - . @"
+            f"{shortened(name)!r} can't name an explainer: NAME=... takes letters, digits, _ - . @ "
+            "(60 at most)"
         )
     return name, what
 
 
 def _is_file(word: str) -> bool:
     try:
-        return Path(word).is_file()
+        return expand_home(word).is_file()
     except OSError:  # a name that no file can have
         return False
 
@@ -133,9 +138,9 @@ def _explainer(
         layer = layer or networks.layer or ""
         return Explainer(word, at_image(method, layer or None), kind=f"{method}@{layer}")
     if word.endswith(".npz"):
-        return _stored(Path(word), subject)
+        return _stored(expand_home(word), subject)
     if word.endswith((".safetensors", ".ckpt")):
-        return _of_checkpoint(Path(word), networks, trust)
+        return _of_checkpoint(expand_home(word), networks, trust)
     if _is_file(word):
         raise UserError(f"'{word}' is a file, but neither .safetensors, .ckpt nor .npz")
     if "." in word:
@@ -155,6 +160,7 @@ def _of_other(name: str, networks: Networks) -> Explainer:
         _grad_cam_of(networks.other, networks.other_layer),
         kind=f"{name}@{networks.other_layer or ''}",
         digest=weights_digest(networks.other),
+        apart=True,
     )
 
 
@@ -172,7 +178,8 @@ def _of_checkpoint(path: Path, networks: Networks, trust: Sequence[str]) -> Expl
     layer = found.pairs[-1][0] if found.pairs else None
     made_by = weights_digest(found.network)
     kind = f"{_BESIDE[networks.of]}@{layer or ''}"
-    return Explainer(path.stem, _grad_cam_of(found.network, layer), kind=kind, digest=made_by)
+    explain = _grad_cam_of(found.network, layer)
+    return Explainer(path.stem, explain, kind=kind, digest=made_by, apart=True)
 
 
 def _grad_cam_of(other: nn.Module, layer: str | None) -> Explain:
@@ -213,9 +220,26 @@ def _callable(path: str) -> Explainer:
 
 
 def _stored(path: Path, subject: Subject) -> Explainer:
+    count, size = len(subject.images), subject.images.size
+
+    def check(name: str, shape: tuple[int, ...]) -> None:
+        if name != "maps":
+            return
+        if len(shape) != 3 or shape[0] != count:
+            raise UserError(
+                f"'maps' in '{path}' has the shape {list(shape)} for {count} images: give one map "
+                f"an image, [{count}, height, width], in the order of the images"
+            )
+        if max(shape[1:]) > 4 * max(size):
+            raise UserError(
+                f"'maps' in '{path}' has maps of {shape[1]}x{shape[2]} cells for images of "
+                f"{size[0]}x{size[1]} pixels: give maps of the images' size or smaller"
+            )
+
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-            arrays = dict(found)
+        arrays = read_arrays(path, check)
+    except UserError:
+        raise
     except FileNotFoundError:
         beside = [str(file) for file in path.parent.glob("*.npz")]
         raise UserError(f"no file '{path}'; {nearest(str(path), beside)}") from None
@@ -224,16 +248,12 @@ def _stored(path: Path, subject: Subject) -> Explainer:
     maps = arrays.get("maps")
     if maps is None:
         raise UserError(f"'{path}' has no array 'maps'; {nearest('maps', arrays)}")
-    count = len(subject.images)
-    if maps.ndim != 3 or len(maps) != count:
-        raise UserError(
-            f"'maps' in '{path}' has the shape {list(maps.shape)} for {count} images: give one map "
-            f"an image, [{count}, height, width], in the order of the images"
-        )
     if maps.dtype.kind not in "fiub" or not maps.size:
         raise UserError(
             f"'maps' in '{path}' has the shape {list(maps.shape)} and the type {maps.dtype}: give "
             "real numbers"
         )
     digest = hashlib.sha256(np.ascontiguousarray(maps).tobytes()).hexdigest()
-    return Explainer(path.stem, stored=maps.astype(np.float32), kind="stored", digest=digest)
+    return Explainer(
+        printable(path.stem), stored=maps.astype(np.float32), kind="stored", digest=digest
+    )

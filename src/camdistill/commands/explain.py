@@ -21,6 +21,7 @@ from camdistill.files import write_atomically
 from camdistill.measure.scores import map_scores
 from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
+from camdistill.perturb.probability import probabilities
 from camdistill.report.figures.maps import Row, map_panel
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import Cell, text_table, write_results
@@ -64,6 +65,7 @@ def explain(
     """Explains images: an overview, a panel and the raw maps (.npz) of each, and results.json.
 
     With a checkpoint the student stands beside its teacher; maps are of the teacher's top class.
+    Probabilities are the softmax of the logits, of a single logit its sigmoid.
     With --method a panel shows every method's map, or Grad-CAM's at many layers, and no overview.
 
     Args:
@@ -248,7 +250,7 @@ def _said(
     said: dict[str, object] = {}
     for who, found in ((first, told), ("student", own)):
         if found is not None:
-            probability, top = found.logits[index].softmax(0).max(0)
+            probability, top = probabilities(found.logits[index : index + 1])[0].max(0)
             said[who] = {"class": _class_name(int(top), names), "probability": float(probability)}
     return said
 

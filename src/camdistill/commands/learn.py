@@ -14,7 +14,7 @@ from camdistill.commands.running import (
     teller,
     unused_teller,
 )
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_folder_name
 from camdistill.files import write_atomically
 from camdistill.networks.teachers import Teacher
 from camdistill.report.results import write_results
@@ -71,6 +71,7 @@ def learn(
             "(studies) and 2 images"
         )
     for name, study in studies.items():
+        check_folder_name("the ranking", name)
         demand_kinds(name, study)
     where = chosen_device(device)
     with progress_bar() as bar:

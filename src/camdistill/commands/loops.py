@@ -2,13 +2,15 @@
 
 import io
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pytorch_lightning import Trainer
 from torch import Tensor
 
 from camdistill.commands.help import loop_help
+from camdistill.commands.parsing import OF_LOOPS, demand_config_of
 from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError
 from camdistill.files import write_atomically
@@ -16,8 +18,18 @@ from camdistill.report.results import text_table
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.checkpoint_files import LAST
 from camdistill.studies.experiment import Experiment
-from camdistill.studies.parsing import translated
+from camdistill.studies.parsing import config_files, read_config, translated
 from camdistill.studies.runs import result_rows
+
+# What a validation measures: the last words of its tags, as the test's table calls them.
+_VALIDATED = {
+    "accuracy_val": "accuracy",
+    "accuracy_student": "accuracy",
+    "agreement": "agreement",
+    "pearson": "pearson",
+    "skill": "skill",
+    "loss_val": "loss",
+}
 
 
 class _Told(Experiment):
@@ -29,13 +41,22 @@ class _Told(Experiment):
             return
         path = self.save_network()
         last = self.folder / LAST
-        print(f"\nTrained: {path} (small, for use) and {last} (whole, to go on from)")
+        told = "Trained" if self.trainer.global_step else "Nothing was trained (0 steps)"
+        whole_too = f" and {last} (whole, to go on from)" if last.is_file() else ""
+        print(f"\n{told}: {path} (small, for use){whole_too}")
+        if measured := _measured(self.trainer):
+            print(f"\n{text_table({'last validation': measured})}\n")
+        tested = last if last.is_file() else path
         config, whole, small = (
-            shlex.quote(str(one)) for one in (self.folder / "config.yaml", last, path)
+            shlex.quote(str(one)) for one in (self.folder / "config.yaml", tested, path)
         )
-        print(f"  test it:     camdistill test -c {config} --ckpt_path {whole}")
+        if (self.folder / "config.yaml").is_file():
+            print(f"  test it:     camdistill test -c {config} --ckpt_path {whole}")
         if isinstance(self.model, DistilledExplainer):
             print(f"  look at it:  camdistill explain --checkpoint {small} --images FOLDER")
+        events = any(self.folder.glob("events.out.tfevents.*"))
+        if events:
+            print(f"  its curves:  camdistill report --run {shlex.quote(str(self.folder))}")
         print(f"  {how_to_look(self.folder.parent)}")
 
     def after_validate(self) -> None:
@@ -47,20 +68,24 @@ class _Told(Experiment):
         print(f"\n{text_table({str(self.folder): row}, corner='validation images')}")
 
     def predict(self, **options: Any) -> None:
-        """Writes logits and raw maps of the test images, in their order."""
-        parts = self.trainer.predict(**options) or []
+        """Writes names, logits and raw maps of the test images, in their order."""
         if self.trainer.world_size > 1:
             raise UserError("predict writes one file, in one process: --trainer.devices 1")
-        arrays: dict[str, list[np.ndarray]] = {}
-        for part in parts:
-            for name, value in _flat(part._asdict() if hasattr(part, "_asdict") else part).items():
-                arrays.setdefault(name, []).append(value)
+        options["return_predictions"] = True
+        parts: dict[str, list[np.ndarray]] = {}
+        for batch in self.trainer.predict(**options) or []:
+            for name, values in _arrays(batch).items():
+                parts.setdefault(name, []).append(values)
+        arrays = {name: np.concatenate(values) for name, values in parts.items()}
+        count = len(next(iter(arrays.values()), []))
+        test_set = getattr(self.datamodule, "test_set", None)
+        if test_set is not None:
+            arrays["names"] = np.array(test_set.names[:count], dtype=np.str_)
         content = io.BytesIO()
-        joined = {name: np.concatenate(values) for name, values in arrays.items()}
-        np.savez_compressed(content, allow_pickle=False, **joined)
+        np.savez_compressed(content, allow_pickle=False, **arrays)
         path = self.folder / "predictions.npz"
         write_atomically(path, content.getvalue())
-        print(f"\nLogits and maps of {len(next(iter(joined.values()), []))} images: {path}")
+        print(f"\n{', '.join(arrays)} of {count} images: {path}")
 
     def after_test(self) -> None:
         """Writes and prints what was measured."""
@@ -72,13 +97,34 @@ class _Told(Experiment):
         print(f"\nResults: {self.folder / 'results.json'}")
 
 
-def _flat(values: Any, name: str = "logits") -> dict[str, np.ndarray]:
-    """Nested tensors by name: `student_maps_by_layer/stage5`."""
+def _measured(trainer: Trainer) -> dict[str, float]:
+    """The measures of the last validation, by name, in the order of the test's table."""
+    found = {
+        tag.rpartition("/")[2]: float(value) for tag, value in trainer.callback_metrics.items()
+    }
+    return {name: found[tag] for tag, name in _VALIDATED.items() if tag in found}
+
+
+def _arrays(values: object, name: str = "") -> dict[str, np.ndarray]:
+    """What a step predicts, by name: `student_maps_by_layer/stage5`; nothing where it is None.
+
+    Numbers with a fraction become float32. A bare tensor is called `logits`.
+    """
+    if values is None:
+        return {}
     if isinstance(values, Tensor):
-        return {name: values.cpu().float().numpy()}
+        whole = values.detach().cpu()
+        whole = whole.float() if whole.is_floating_point() else whole
+        return {name or "logits": np.atleast_1d(whole.numpy())}
+    if isinstance(values, tuple) and hasattr(values, "_asdict"):
+        values = values._asdict()
+    elif isinstance(values, list | tuple):
+        values = {str(place): value for place, value in enumerate(values)}
+    if not isinstance(values, Mapping):
+        return {name or "values": np.atleast_1d(np.asarray(values))}
     found: dict[str, np.ndarray] = {}
     for key, value in values.items():
-        found |= _flat(value, key if name == "logits" else f"{name}/{key}")
+        found |= _arrays(value, f"{name}/{key}" if name else str(key))
     return found
 
 
@@ -87,5 +133,7 @@ def run(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(loop_help(arguments))
         return
+    if {"base", "arms"} & {key for path in config_files(arguments) for key in read_config(path)}:
+        demand_config_of(arguments[0], OF_LOOPS, arguments)
     with translated():
         _Told(list(arguments))

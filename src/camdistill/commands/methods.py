@@ -123,7 +123,7 @@ def write_methods(
     write_atomically(path.with_name(f"{path.name}.npz"), content.getvalue())
     if {method for method, _, _ in maps.pairs} == {"grad_cam"} and len(maps.pairs) > 1:
         deep = {
-            name: [LayerMap(one.layer, one.values * one.values.size) for one in block]
+            name: [LayerMap(one.layer, one.values) for one in block]
             for name, block in blocks.items()
         }
         return depth_panel(image, {"Grad-CAM": deep}, title=title)

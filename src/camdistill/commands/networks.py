@@ -1,16 +1,18 @@
 """Networks for a command: a checkpoint's student and teacher, or any network alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from camdistill.data.decode import check_side
 from camdistill.data.modules import Carving
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher
+from camdistill.networks.training_facts import TrainingFacts
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,41 @@ def networks_from(
             "--weights if it is trained (a network alone)"
         )
     alone = Teacher(NetworkSpec(teacher, weights))
+    facts, usual = alone.facts, _usual_size(alone)
     if weights is None:
         print(f"{teacher} has random weights; for trained ones give --weights FILE or DEFAULT\n")
-    size = _usual_size(alone)
+    elif assumed := _assumptions(facts, usual):
+        print(f"'{weights}' doesn't tell how its images were: {assumed}\n")
     channels, sha256 = _channels(alone.network), {"teacher": alone.sha256}
     if channels == 1:
         # The spec has three numbers, of red, green and blue.
         mean, std = (float(value.mean()) for value in (alone.mean, alone.std))
         alone = Teacher.of(alone.network, [mean], [std])
-    return Shown(alone, None, [], (), size, sha256, channels=channels)
+    return Shown(
+        alone,
+        None,
+        [],
+        facts.class_names,
+        facts.size or usual,
+        sha256,
+        channels=channels,
+        carving=_carving(facts.carving),
+    )
+
+
+def _assumptions(facts: TrainingFacts, usual: tuple[int, int]) -> str:
+    """What is taken for granted where the weights' file doesn't say it."""
+    assumed = []
+    if facts.size is None:
+        assumed.append(f"{usual[0]}x{usual[1]} pixels (--size N takes others)")
+    if facts.mean is None:
+        assumed.append("ImageNet's mean and standard deviation")
+    verb = "are" if facts.mean is None else "is"
+    return f"{' and '.join(assumed)} {verb} assumed" if assumed else ""
+
+
+def _carving(told: Mapping[str, float]) -> Carving:
+    return Carving(int(told.get("split_seed", 0)), float(told.get("test_fraction", 0.1)))
 
 
 def side_of(size: int | None, usual: tuple[int, int]) -> int:
@@ -80,8 +108,7 @@ def side_of(size: int | None, usual: tuple[int, int]) -> int:
         UserError: The user's is none, or images usually aren't square and the user wants no side.
     """
     if size is not None:
-        if size < 1:
-            raise UserError(f"size is {size}; give the images' side in pixels, 1 or more")
+        check_side("size", size)
         return size
     height, width = usual
     if height != width:
@@ -111,8 +138,9 @@ def _channels(network: nn.Module) -> int:
 
 
 def _of_checkpoint(found: Explainer) -> Shown:
-    size, told = trained_size(found), found.settings.get("carving", {})
-    carving = Carving(int(told.get("split_seed", 0)), float(told.get("test_fraction", 0.1)))
+    told = found.settings.get("carving", {})
+    carving = _carving({str(name): float(value) for name, value in told.items()})
+    size = trained_size(found)
     sha256: dict[str, str | None] = {"checkpoint": found.sha256}
     if found.teacher is None:
         if found.teacher_missing:

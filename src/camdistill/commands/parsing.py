@@ -8,17 +8,21 @@ import pkgutil
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from camdistill import commands
 from camdistill.commands.help import command_help
-from camdistill.errors import UserError
-from camdistill.files import lock_folder
+from camdistill.errors import UserError, check_each_once
+from camdistill.files import expand_home, lock_folder
+from camdistill.studies.option_checks import check_lists_once, check_words, restore_nulls
 from camdistill.studies.parsing import config_files, demand_configs, read_config, told, translated
 
 _WHOLE = re.compile(r"-?\d+")
+REPEATED = ("overrides", "trust")  # lists in which a value may stand twice, to no harm
+# First words of the options of fit, validate, test and predict
+OF_LOOPS = ("model", "data", "trainer", "run", "seed_everything", "ckpt_path", "verbose")
 LOOKS = ("list_layers",)  # switches with which a command writes nothing
 
 
@@ -29,6 +33,13 @@ class CommandParser(ArgumentParser):
         """Raises the `UserError` that jsonargparse's many-line message stands for."""
         raise told(message, self, ex) from ex
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
+        """Parses; inside a group null stays null."""
+        words = None if args is None else [restore_nulls(word) for word in args]
+        return super().parse_args(words, *rest, **options)
+
 
 def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     """Runs a function with the options on a command line, the first word being its name."""
@@ -38,17 +49,21 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
         group = [word for word in following if not word.startswith("-")]
         print(command_help(name, command, *group))
         return None
+    check_words(given, ("config", *inspect.signature(command).parameters))
     demand_configs(given)
-    demand_config_of(name, command, given)
+    demand_config_of(name, inspect.signature(command).parameters, given)
     parser = CommandParser(prog=f"camdistill {name}", allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
     parser.add_function_arguments(command, as_group=False)
+    check_lists_once(given, _lists(command))
     words = with_lists(with_flags(given, _flags(command)), _lists(command))
     chosen = parser.parse_args(words)
     chosen.pop("config", None)
     with translated():
         made = parser.instantiate_classes(chosen)
     options = {option: _at_home(value) for option, value in vars(made).items()}
+    for option, value in options.items():
+        check_value(option, value)
     if isinstance(out := options.get("out"), Path) and not any(map(options.get, LOOKS)):
         demand_room(out)
         with lock_folder(out):
@@ -56,17 +71,34 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     return command(**options)
 
 
-def demand_config_of(name: str, command: Callable[..., object], arguments: Sequence[str]) -> None:
+def check_value(option: str, value: object) -> None:
+    """Checks what would be taken for something else, or twice, without a word.
+
+    Raises:
+        UserError: A path is null, or something stands twice in a list.
+    """
+    if value == Path("null"):
+        raise UserError(f"--{option} is null; give a path, or leave it out")
+    if isinstance(value, list) and option not in REPEATED:
+        check_each_once(f"--{option}", [str(one) for one in value])
+
+
+def demand_config_of(name: str, own: Collection[str], arguments: Sequence[str]) -> None:
     """Checks that config files are this command's, as far as the names of their options tell.
+
+    Args:
+        name: The command's.
+        own: The first words of its options.
+        arguments: The command line.
 
     Raises:
         UserError: One has options that only other commands have; it names these.
     """
     for path in config_files(arguments):
         keys = {str(key).partition(".")[0] for key in read_config(path)}
-        odd = sorted(keys - {"config", *inspect.signature(command).parameters})
-        others = [other for other, options in _options().items() if keys <= options]
-        if odd and others:
+        odd = sorted(keys - {"config", *own})
+        others = [other for other, options in _options().items() if odd and keys <= options]
+        if others:
             raise UserError(
                 f"{path} is a config of `camdistill {' or '.join(others)}`; {name} has no option "
                 f"'{odd[0]}': start that command, or give another -c"
@@ -75,7 +107,7 @@ def demand_config_of(name: str, command: Callable[..., object], arguments: Seque
 
 def _options() -> dict[str, set[str]]:
     """The first words of every command's options, by command."""
-    found = {"fit": {"model", "data", "trainer", "run", "seed_everything"}}
+    found = {"fit": set(OF_LOOPS)}
     for module in pkgutil.iter_modules(commands.__path__):
         own = importlib.import_module(f"{commands.__name__}.{module.name}")
         if callable(function := getattr(own, module.name, None)):
@@ -145,7 +177,7 @@ def _at_home(value: object) -> object:
     """Paths, also in lists, with the home folder for a `~` that no shell has replaced."""
     if isinstance(value, list):
         return [_at_home(one) for one in value]
-    return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
+    return expand_home(value) if isinstance(value, Path) else value
 
 
 def _flags(command: Callable[..., object]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from tensorboard import program
 
 from camdistill import tags
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.report.layer_report import REPORT, front_page
 from camdistill.report.tensorboard import front_page_url, written
 
@@ -23,6 +23,8 @@ def report(
         port: Where it listens. Default: 6006, or the next that is free.
         host: Which machines may look: localhost, or 0.0.0.0 for all.
     """
+    if port is not None:
+        check_number("port", port, "[0, 65535]", "give a port from 0 (any that is free) to 65535")
     if not run.is_dir() or not any(run.rglob("events.out.tfevents.*")):
         raise UserError(
             f"no TensorBoard events in '{run}'; give a folder that fit, study or analyze wrote"

@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from camdistill.data.datasets import ImageSet, Positions
-from camdistill.data.decode import decode
-from camdistill.data.folders import scan
+from camdistill.data.decode import check_side, decode
+from camdistill.data.folders import demand_images, scan
 from camdistill.data.modules import Carving, CIFARData, FolderData, ImageData, ShapesData
 from camdistill.data.shapes import Shapes
 from camdistill.distill.training import as_images
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_each_once, nearest
+from camdistill.files import check_memory, printable
 from camdistill.types import Images
 
 CIFAR_SIDE = 32
@@ -43,10 +45,9 @@ def images_from(
         raise UserError(f"count is {count}; give 1 or more images")
     if data is not None:
         return _of_set(_test_set(data, size, carving)[0], count)
-    files = [file for path in paths for file in _files(path)]
+    files = _all_files(paths)
     chosen = [files[place] for place in _spread(len(files), count)]
-    pixels = np.stack([decode(file, size)[0] for file in chosen])
-    return ShownImages(as_images(torch.from_numpy(pixels)), _names(chosen), ())
+    return ShownImages(as_images(torch.from_numpy(_decoded(chosen, size))), _names(chosen), ())
 
 
 class Source(NamedTuple):
@@ -96,7 +97,7 @@ def source_from(
         images, shapes = _test_set(data, size, carving)
         name = f"{Path(data).name} (test)"
     else:
-        files = [file for path in paths for file in _files(path)]
+        files = _all_files(paths)
         files = [files[place] for place in _spread(len(files), count)]
         images, shapes = _set_of(files, size), None
         name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files and folders"
@@ -108,8 +109,7 @@ def source_from(
 
 
 def _set_of(files: Sequence[Path], size: int) -> ImageSet:
-    pixels = np.stack([decode(file, size)[0] for file in files])
-    count = len(files)
+    pixels, count = _decoded(files, size), len(files)
     return ImageSet(
         pixels=pixels,
         labels=np.full(count, -1, np.int64),
@@ -126,17 +126,35 @@ def _names(files: Sequence[Path]) -> list[str]:
         names = ["/".join(file.parts[-parts:]) for file in files]
         if len(set(names)) == len(names):
             break
-    return names
+    return [printable(name) for name in names]
+
+
+def _decoded(files: Sequence[Path], size: int) -> NDArray[np.uint8]:
+    """The images of some files, which have to fit into memory."""
+    check_side("--size", size)
+    check_memory(len(files) * 3 * size**2, f"{len(files)} images of {size}x{size} pixels")
+    return np.stack([decode(file, size)[0] for file in files])
+
+
+def _all_files(paths: Sequence[Path]) -> list[Path]:
+    """The files of several paths, each once."""
+    files = [file for path in paths for file in _files(path)]
+    check_each_once("--images", [str(file.absolute()) for file in files])
+    return files
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
+    if path.exists() and not path.is_dir():
+        raise UserError(f"'{path}' is a pipe, a socket or a device; give files or folders")
     if not path.is_dir():
-        raise UserError(f"no file or folder '{path}'; check the path")
+        parent = path.parent
+        beside = sorted(one.name for one in parent.iterdir()) if parent.is_dir() else []
+        cure = f"in '{parent}' {nearest(path.name, beside)}" if beside else "check the path"
+        raise UserError(f"no file or folder '{path}'; {cure}")
     found = scan(path)
-    if not len(found):
-        raise UserError(f"no images in '{path}'; give a folder with .png, .jpg, .webp or such")
+    demand_images(path, found)
     return [found.path(position) for position in range(len(found))]
 
 

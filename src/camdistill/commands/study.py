@@ -7,7 +7,7 @@ from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import text_table
 from camdistill.report.tensorboard import how_to_look
-from camdistill.studies.runs import Study, run_study
+from camdistill.studies.runs import Study, run_study, say_definitions
 
 # What an option of a run may be: a value, or a list as model.transfer.pairs is.
 Setting = bool | int | float | str | list[dict[str, str | float]] | None
@@ -36,7 +36,7 @@ def study(
     results = run_study(whole, on_run=_announce)
     rows = {"student": results["student"], **results["controls"]}
     over = "seeds" if len(seeds) > 1 else "test images"
-    table = text_table(rows, corner=f"n = {results['n']}")
+    table = text_table(say_definitions(rows), corner=f"n = {results['n']}")
     gains = text_table(results["gain_over"], corner="student minus")
     text = f"{table}\n\n{gains}\n\n95 % intervals over {over}; seeds {seeds}\n"
     write_atomically(out / "table.txt", text.encode())

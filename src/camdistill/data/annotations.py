@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -9,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camdistill.data import decode
-from camdistill.data.folders import BOXES, MASKS
-from camdistill.errors import UserError, nearest
+from camdistill.data.folders import BOXES, MASKS, scan
+from camdistill.errors import UserError, nearest, shortened
+from camdistill.files import check_regular
 
 COLUMNS = ["path", "xmin", "ymin", "xmax", "ymax"]
 
@@ -26,8 +28,9 @@ def read_boxes(root: Path) -> dict[str, tuple[NDArray[np.float64], int]] | None:
         UserError: A line that is not `path,xmin,ymin,xmax,ymax`, with its number.
     """
     file = root / BOXES
-    if not file.is_file():
+    if not file.exists():
         return None
+    check_regular(file)
     found: dict[str, tuple[NDArray[np.float64], int]] = {}
     with file.open(newline="", encoding="utf-8-sig") as opened:
         try:
@@ -89,9 +92,9 @@ def boxes_of(
         if index is not None:
             width, height = sizes[index].tolist()
             boxes[index] = decode.Frame(width, height, size).stored_box(box)
-        elif not (root / path).is_file():
+        elif not os.path.isfile(root / path):  # noqa: PTH113  (a name may be too long for a file)
             raise UserError(
-                f"{root / BOXES}, line {line}: no image {path!r}; {nearest(path, names)}"
+                f"{root / BOXES}, line {line}: no image {shortened(path)!r}; {nearest(path, names)}"
             )
     return boxes
 
@@ -116,7 +119,9 @@ def masks_of(
         UserError: A mask of another size than its image, or a broken one.
     """
     folder = root / MASKS
-    if not folder.is_dir():
+    if folder.is_file():
+        raise UserError(f"'{folder}' is a file; masks lie in a folder of that name: rename it")
+    if not folder.is_dir() or any(name.startswith(f"{MASKS}/") for name in names):  # a class
         return None
     masks: NDArray[np.uint8] | None = None
     for index, name in enumerate(names):
@@ -139,4 +144,9 @@ def masks_of(
         if masks is None:
             masks = np.zeros((len(names), *mask.shape[1:]), dtype=np.uint8)
         masks[index] = mask[0]
+    if masks is None and len(scan(folder)):
+        raise UserError(
+            f"'{folder}' holds masks of no image here; a mask of {names[0]} is "
+            f"{MASKS}/{names[0]}.png: name them so, or move the folder elsewhere"
+        )
     return masks

@@ -7,6 +7,7 @@ another list of files, and it is built again.
 """
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import logging
@@ -26,7 +27,8 @@ from numpy.typing import NDArray
 
 from camdistill.data import decode
 from camdistill.data.folders import Files
-from camdistill.errors import UserError
+from camdistill.errors import UserError, shortened
+from camdistill.files import expand_home
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +37,8 @@ MAGIC = b"camdistill"
 FOOTER_BYTES = 64 + 12 + len(MAGIC)
 # Blocks read when a cache is opened: 16 of 64 KB, the first and the last among them
 SAMPLES, SAMPLE_BYTES = 16, 65536
-# Files a thread decodes at a time, and decoded images held in memory at a time
-CHUNK, PENDING_CHUNKS = 64, 16
+# Files a thread decodes at a time, if they have so many bytes at most, and chunks held in memory
+CHUNK, CHUNK_BYTES, PENDING_CHUNKS = 64, 64 << 20, 16
 Kind = Literal["image", "mask"]
 OnBroken = Literal["raise", "skip"]
 # One decoded file: pixels, width, height; or why there are none
@@ -76,7 +78,15 @@ class Decoded:
 def cache_folder(cache_dir: Path | None = None) -> Path:
     """Where caches lie: the argument, else CAMDISTILL_CACHE, else ~/.cache/camdistill."""
     named = cache_dir or os.environ.get("CAMDISTILL_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "camdistill"
+    if named:
+        return expand_home(named)
+    try:
+        return Path.home() / ".cache" / "camdistill"
+    except RuntimeError:
+        raise UserError(
+            "no folder for caches: this user has no home folder; name one with CAMDISTILL_CACHE or "
+            "cache_dir"
+        ) from None
 
 
 def decoded(
@@ -101,11 +111,12 @@ def decoded(
     Raises:
         UserError: A broken file, files of different sizes, no room on the disk.
     """
-    if size is not None and size < 1:
-        raise UserError(f"size is {size}; give 1 or more pixels, or null for images of one size")
+    if size is not None:
+        decode.check_side("size", size)
     options = f"{decode.VERSION} {kind} {size} {on_broken} {sys.byteorder}"
     place = f"{files.folder.resolve()}\0{options}".encode("utf-8", "surrogateescape")
-    name = f"{files.folder.name}-{hashlib.sha256(place).hexdigest()[:16]}.pixels"
+    # shortened, so that a folder whose name is as long as can be has a cache too
+    name = f"{files.folder.name[:50]}-{hashlib.sha256(place).hexdigest()[:16]}.pixels"
     path = cache_folder(cache_dir) / name
     key = hashlib.sha256(f"{options} {files.digest()}".encode()).hexdigest()
     found = _opened(path, key, check)
@@ -140,7 +151,7 @@ def _opened(path: Path, key: str, check: Literal["sampled", "full"]) -> Decoded 
         pixels = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", shape=shape))
         if check == "full" and hashlib.sha256(pixels.data).hexdigest() != header["digest"]:
             raise ValueError("changed pixels")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         _log.warning("%s is damaged (%s): building it again", path, error)
@@ -198,9 +209,11 @@ def _build(
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
+        reason = "a file stands in its way" if blocked else error.strerror or error
         raise UserError(
-            f"can't write the image cache {path} ({error.strerror or error}); free some room, or "
-            "name another folder with CAMDISTILL_CACHE or cache_dir"
+            f"can't write the image cache {shortened(str(path), 160)} ({reason}); free some room, "
+            "or name another folder with CAMDISTILL_CACHE or cache_dir"
         ) from None
     finally:
         if temporary is not None:
@@ -261,20 +274,25 @@ def _write(
 
 def _outcomes(files: Files, size: int | None, kind: Kind) -> Iterator[Outcome]:
     """Decoded files in order, by threads (Pillow's codecs release the interpreter's lock)."""
+    most = decode.size_in_bytes(files.path(0), size) if len(files) else 1
+    step = max(1, min(CHUNK, CHUNK_BYTES // most))
 
     def chunk(start: int) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        for position in range(start, min(start + CHUNK, len(files))):
+        shape: tuple[int, ...] | None = None
+        for position in range(start, min(start + step, len(files))):
             try:
                 pixels, frame = decode.decode(files.path(position), size, kind)
             except UserError as error:
                 outcomes.append(error)
             else:
                 outcomes.append((pixels, frame.width, frame.height))
+                if pixels.shape != (shape := shape or pixels.shape):
+                    break  # images of two sizes: `_write` ends at this one
         return outcomes
 
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        starts = iter(range(0, len(files), CHUNK))
+        starts = iter(range(0, len(files), step))
         pending = [
             pool.submit(chunk, start)
             for _, start in zip(range(PENDING_CHUNKS), starts, strict=False)

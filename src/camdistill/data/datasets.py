@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from camdistill.data import annotations, cache, folders
 from camdistill.data.shapes import Shapes
 from camdistill.errors import UserError, nearest
+from camdistill.files import expand_home, printable
 from camdistill.types import Batch
 
 Positions = NDArray[np.int64]
@@ -230,6 +231,7 @@ def cifar(
     from torchvision.datasets import CIFAR10, CIFAR100  # a second of imports that others don't need
 
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    root = expand_home(root)
     try:
         source = kind(str(root), train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
@@ -276,7 +278,7 @@ def folder(
         UserError: A missing folder or split, no images, one class only, an empty class, a broken
             file, classes that differ between splits, boxes of unknown images.
     """
-    layout = folders.find_layout(Path(root).expanduser())
+    layout = folders.find_layout(Path(root))
     parts = layout.parts()
     if split not in parts:
         raise UserError(f"{root} has no {split} split; {nearest(split, parts)}")
@@ -284,9 +286,13 @@ def folder(
     classes = folders.classes_of(layout.train, labelled)
     if classes and split != "train":
         folders.same_classes(layout.train, place)
+    if place != layout.root and (place / folders.MASKS).is_dir() and folders.has_masks(place):
+        raise UserError(
+            f"{place / folders.MASKS} holds masks of the images beside it; move it to "
+            f"{layout.root / folders.MASKS / place.name}, where masks are read"
+        )
     files = folders.scan(place)
-    if not len(files):
-        raise UserError(f"no images in {str(place)!r}; supported: {', '.join(folders.SUFFIXES)}")
+    folders.demand_images(place, files)
     labels = folders.labels_of(files, classes) if classes else None
     images = cache.decoded(files, size, cache_dir, on_broken)
     prefix = "" if place == layout.root else f"{place.name}/"
@@ -304,8 +310,8 @@ def folder(
         pixels=images.pixels,
         labels=kept,
         ids=np.arange(count, dtype=np.int64),
-        names=names,
-        classes=classes,
+        names=tuple(map(printable, names)),
+        classes=tuple(map(printable, classes)),
         fingerprint=key.hexdigest(),
         boxes=boxes,
         masks=masks,

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
+from camdistill.files import check_regular
 
 # Raise it when decoding changes: every cache is then rebuilt
 VERSION = 1
@@ -23,7 +24,21 @@ BROKEN = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    MemoryError,
 )
+# Of an image's side in pixels: one of 8,192 x 8,192 takes 200 MB
+LARGEST_SIDE = 8192
+# Of a whole scaled image, in pixels: beyond, only what is kept of it is scaled
+LARGEST_SCALED = 2**24
+# Not images but programs (PostScript), and what Pillow only knows by name
+_NOT_IMAGES = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
+Image.init()
+FORMATS = tuple(name for name in Image.OPEN if name not in _NOT_IMAGES)
+_KNOWN = [suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS]
+_USUAL = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"]
+# What Pillow can open, the usual ones first
+SUFFIXES = tuple(dict.fromkeys([one for one in _USUAL if one in _KNOWN] + sorted(_KNOWN)))
+SUPPORTED = ", ".join(SUFFIXES[: len(_USUAL)]) + " and what else Pillow opens"
 
 
 @dataclass(frozen=True)
@@ -70,13 +85,31 @@ class Frame:
         return moved
 
 
+def check_side(name: str, side: int) -> None:
+    """Checks the side of the square that images are brought to.
+
+    Raises:
+        UserError: It is less than 1 pixel, or so large that an image would fill the memory.
+    """
+    check_number(
+        name, side, f"[1, {LARGEST_SIDE}]", f"give a side in pixels, from 1 to {LARGEST_SIDE:,}"
+    )
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """Any mode as 8-bit RGB; transparency lies on white, as a page shows it."""
     mode = image.mode
     if mode.startswith("I;16") or mode == "I":
         # 16 bits (mode I too, where older files and TIFF put them): 65535 becomes 255
-        deep = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(np.rint(deep / 257), 0, 255).astype(np.uint8)).convert("RGB")
+        deep = np.asarray(image)
+        low, high = int(deep.min()), int(deep.max())
+        if low < 0 or high > 65535:
+            raise ValueError(
+                f"grey values from {low} to {high} have no agreed range; save it with 8 or 16 bits"
+            )
+        # rounds value / 257, which is never halfway between two numbers
+        grey = ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if mode == "F":
         raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -109,8 +142,11 @@ def decode(
     Raises:
         UserError: The file is broken, with the reason.
     """
+    if size is not None:
+        check_side("size", size)
     try:
-        with Image.open(path) as opened:
+        check_regular(Path(path))
+        with Image.open(path, formats=FORMATS) as opened:
             image = _upright(opened)
             frame = Frame(*image.size, size)
             image = _rgb(image) if kind == "image" else Image.fromarray(_nonzero(image))
@@ -126,6 +162,21 @@ def decode(
     return channels.transpose(2, 0, 1), frame
 
 
+def size_in_bytes(path: Path, size: int | None) -> int:
+    """The bytes of a file's pixels at a size (see `decode`), of which no file has more.
+
+    Without a size it is what the file announces; a small number where it can't be read.
+    """
+    if size is not None:
+        return 3 * size**2
+    try:
+        check_regular(path)
+        with Image.open(path, formats=FORMATS) as opened:
+            return 3 * opened.width * opened.height
+    except (UserError, *BROKEN):
+        return 1 << 20
+
+
 def _nonzero(image: Image.Image) -> NDArray[np.uint8]:
     """1 where a mask is marked; palette masks (VOC) count by index, not by colour."""
     pixels = np.asarray(image)
@@ -138,10 +189,17 @@ def _nonzero(image: Image.Image) -> NDArray[np.uint8]:
 def _framed(image: Image.Image, frame: Frame, kind: Literal["image", "mask"]) -> Image.Image:
     if frame.size is None:
         return image
-    if frame.scaled() != image.size:
-        filter_ = Image.Resampling.BILINEAR if kind == "image" else Image.Resampling.NEAREST
-        image = image.resize(frame.scaled(), filter_)
     left, top = frame.corner()
+    width, height = frame.scaled()
+    filter_ = Image.Resampling.BILINEAR if kind == "image" else Image.Resampling.NEAREST
+    if width * height > LARGEST_SCALED:
+        # An image of 60,000 x 1 pixels would be scaled to 9 GB, of which a square is kept: the same
+        # filter at the same places, to the rounding of its weights.
+        across, down = frame.width / width, frame.height / height
+        box = (left * across, top * down, (left + frame.size) * across, (top + frame.size) * down)
+        return image.resize((frame.size, frame.size), filter_, box)
+    if (width, height) != image.size:
+        image = image.resize((width, height), filter_)
     if image.size != (frame.size, frame.size):
         image = image.crop((left, top, left + frame.size, top + frame.size))
     return image

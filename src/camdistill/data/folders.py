@@ -1,8 +1,10 @@
 """Image folders: which split lies where, which files are images, what their classes are."""
 
 import hashlib
+import logging
 import os
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +12,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from camdistill.data.decode import SUFFIXES, SUPPORTED
 from camdistill.errors import UserError, nearest
+from camdistill.files import expand_home, printable
+
+_log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
@@ -18,7 +24,6 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Beside the images, not among them
 MASKS = "masks"
 BOXES = "boxes.csv"
@@ -80,6 +85,7 @@ def existing_folder(root: Path) -> Path:
     Raises:
         UserError: It is not; the nearest names beside it are offered.
     """
+    root = expand_home(root)
     if root.is_dir():
         return root
     if root.exists():
@@ -103,7 +109,9 @@ def find_layout(root: Path) -> Layout:
 
     Names: train or training; val, valid, validation or dev; test or testing.
     """
-    folders = {path.name.lower(): path for path in existing_folder(root).iterdir() if path.is_dir()}
+    root = existing_folder(root)
+    inside = sorted(path for path in root.iterdir() if path.is_dir())
+    folders = {path.name.lower(): path for path in inside}
     found = {
         split: next((folders[name] for name in names if name in folders), None)
         for split, names in SPLIT_NAMES.items()
@@ -118,16 +126,17 @@ def find_layout(root: Path) -> Layout:
             )
         return Layout(root, root, None, None)
     if val is None and test is None:
-        _demand_no_class(root, train, folders.values())
+        _demand_no_class(root, train, inside)
+    else:
+        _tell_unused(root, [path for path in inside if path not in found.values()])
     if test is None:
         val, test = None, val
     return Layout(root, train, val, test)
 
 
 def _demand_no_class(root: Path, train: Path, beside: Iterable[Path]) -> None:
-    others = (path for path in beside if path != train and path.name != MASKS)
-    for path in sorted(others):
-        if not path.name.startswith(".") and len(scan(path)):
+    for path in _with_images(path for path in beside if path != train):
+        if path.name != MASKS:
             raise UserError(
                 f"{root} has a folder {train.name!r} and images in {path.name!r} beside it; if "
                 f"both are classes, move all classes into {str(root / 'train')!r}, else move "
@@ -135,40 +144,96 @@ def _demand_no_class(root: Path, train: Path, beside: Iterable[Path]) -> None:
             )
 
 
-def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of a folder's class folders, sorted as torchvision's ImageFolder sorts them."""
-    with os.scandir(folder) as entries:
-        return tuple(
-            sorted(
-                entry.name
-                for entry in entries
-                if entry.is_dir() and not entry.name.startswith(".") and entry.name != MASKS
-            )
+def _tell_unused(root: Path, beside: Iterable[Path]) -> None:
+    """Says which images beside the splits are in none of them."""
+    for path in _with_images(path for path in beside if path.name != MASKS):
+        _log.warning(
+            "%s: images in %r are not used; splits are %s",
+            root,
+            printable(path.name),
+            ", ".join(f"{names[0]}/" for names in SPLIT_NAMES.values()),
         )
 
 
+def _with_images(folders: Iterable[Path]) -> Iterator[Path]:
+    return (path for path in folders if not path.name.startswith(".") and len(scan(path)))
+
+
+def has_masks(folder: Path) -> bool:
+    """Whether a folder's `masks` holds masks of the images beside it; else it is a class.
+
+    Masks mirror the images: masks/cat/1.png of cat/1.jpg. A class called "masks" does not.
+
+    Raises:
+        UserError: It holds both masks and other images.
+    """
+    masks = folder / MASKS
+    if not masks.is_dir():
+        return False
+    found = scan(masks)
+    beside = [entry for entry in folder.iterdir() if entry.name != MASKS]
+    folders = {entry.name for entry in beside if entry.is_dir()}
+    stems = {entry.stem for entry in beside if entry.name not in folders}
+    mirrored = [_mirrors(name, folders, stems) for name in found.names]
+    if any(mirrored) and not all(mirrored) and not len(scan(folder, nested=False)):
+        stray = found.path(mirrored.index(False))
+        raise UserError(
+            f"{masks} holds masks of the images beside it, but {stray} is of none; remove it, or "
+            "give the class 'masks' another name"
+        )
+    return any(mirrored) or not mirrored
+
+
+def _mirrors(name: str, folders: set[str], stems: set[str]) -> bool:
+    """A mask of beside/cat.jpg is cat.png or cat.jpg.png; of cat/1.jpg it lies in cat/."""
+    first, sign, _ = name.partition("/")
+    mask = Path(first)
+    return first in folders if sign else bool({mask.stem, Path(mask.stem).stem} & stems)
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Names of a folder's class folders, sorted as torchvision's ImageFolder sorts them."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+    if MASKS in names and has_masks(folder):
+        names.remove(MASKS)
+    return tuple(sorted(names))
+
+
 def scan(folder: Path, *, nested: bool = True) -> Files:
-    """The images below a folder; hidden files and other kinds of files are passed over."""
-    found = sorted(_walk(folder, "", nested))
+    """The images below a folder; hidden files and other kinds of files are passed over.
+
+    Raises:
+        UserError: What is called as an image is a pipe or the like, or a link to nothing.
+    """
+    folder = Path(folder)
+    left_out = {MASKS} if nested and folder.name != MASKS and has_masks(folder) else set()
+    found = sorted(_walk(folder, "", nested, left_out))
     names = tuple(name for name, _, _ in found)
     stats = np.array([(size, time) for _, size, time in found], dtype=np.int64).reshape(-1, 2)
     return Files(folder, names, stats)
 
 
-def _walk(folder: Path | str, prefix: str, nested: bool) -> Iterator[tuple[str, int, int]]:
+def _walk(
+    folder: Path | str, prefix: str, nested: bool, left_out: Container[str] = ()
+) -> Iterator[tuple[str, int, int]]:
     """(relative name, bytes, modification time); 60,000 files take 0.3 s."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
-            if name.startswith("."):
+            if name.startswith(".") or name in left_out:
                 continue
             if name.lower().endswith(SUFFIXES) and not entry.is_dir():
                 try:
                     status = entry.stat()
                 except FileNotFoundError:
                     raise UserError(f"{entry.path} is a link to nothing; remove it") from None
+                if not stat.S_ISREG(status.st_mode):
+                    raise UserError(
+                        f"{entry.path} is a pipe, a socket or a device, no image; remove it"
+                    )
                 yield prefix + name, status.st_size, status.st_mtime_ns
-            elif nested and name != MASKS and entry.is_dir(follow_symlinks=not prefix):
+            elif nested and entry.is_dir(follow_symlinks=not prefix):
                 yield from _walk(entry.path, f"{prefix}{name}/", nested)
 
 
@@ -248,3 +313,34 @@ def same_classes(train: Path, other: Path) -> None:
         f"class {missing[0]!r} of {train} is not in {other} ({len(missing)} missing); "
         "add it there or remove it here"
     )
+
+
+def demand_images(folder: Path, files: Files) -> None:
+    """Checks that there are images.
+
+    Raises:
+        UserError: There are none; it says what is there instead.
+    """
+    if len(files):
+        return
+    others = sorted({path.suffix.lower() for path in folder.rglob("*") if path.is_file()})
+    instead = f" (its files end in {', '.join(others[:5])})" if any(others) else ""
+    raise UserError(f"no images in {str(folder)!r}{instead}; supported: {SUPPORTED}")
+
+
+def check_test_folder(train: Path, test: Path, classes: tuple[str, ...]) -> None:
+    """Checks before training what would be found only when testing.
+
+    Args:
+        train: The folder of the training images.
+        test: The folder of the test images.
+        classes: Of the training images; empty without labels.
+
+    Raises:
+        UserError: There are no test images, or they are of other classes.
+    """
+    files = scan(test)
+    demand_images(test, files)
+    if classes:
+        same_classes(train, test)
+        labels_of(files, classes)

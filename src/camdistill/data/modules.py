@@ -1,6 +1,7 @@
 """LightningDataModules: procedural shapes, CIFAR, any image folder."""
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -9,11 +10,20 @@ import pytorch_lightning as pl
 
 from camdistill.data.cache import OnBroken
 from camdistill.data.datasets import ImageSet, carve, cifar, folder, limited, shapes_set
-from camdistill.data.folders import Layout, Split, find_layout
+from camdistill.data.folders import (
+    Layout,
+    Split,
+    check_test_folder,
+    classes_of,
+    find_layout,
+)
 from camdistill.data.loading import Loader, Order
 from camdistill.data.shapes import Shapes
 from camdistill.data.shapes_scene import Task
 from camdistill.errors import UserError
+from camdistill.files import check_memory, expand_home
+
+_log = logging.getLogger(__name__)
 
 
 class Carving(NamedTuple):
@@ -66,6 +76,13 @@ class ImageData(pl.LightningDataModule, ABC):
     @abstractmethod
     def _held_out_set(self) -> ImageSet:
         """The test set."""
+
+    def check_test_set(self) -> None:
+        """Checks that there will be images to test on: before a training, not after it.
+
+        Raises:
+            UserError: There will be none.
+        """
 
     def setup(self, stage: str) -> None:
         """Load what a stage needs: the test set is touched by test and predict alone."""
@@ -176,6 +193,10 @@ class ShapesData(ImageData):
             suppressor=suppressor,
             task=task,
         )
+        for split in ("val", "test"):  # a wrong number is told now, not after the training
+            self.shapes(split)
+        most = max(self._lengths.values())
+        check_memory(most * 3 * size**2, f"{most:,} images of {size}x{size} pixels")
 
     def shapes(self, split: Literal["train", "val", "test"]) -> Shapes:
         """What is drawn in one split."""
@@ -215,7 +236,7 @@ class CIFARData(ImageData):
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, split_seed=split_seed, limit=limit)
         self.dataset: Literal["cifar10", "cifar100"] = name
-        self.root = Path(root)
+        self.root = expand_home(root)
         self.download = download
         self.val_fraction = val_fraction
 
@@ -271,7 +292,7 @@ class FolderData(ImageData):
         limit: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, split_seed=split_seed, limit=limit)
-        self.root = Path(root)
+        self.root = expand_home(root)
         self.image_size = size
         self.labelled = labelled
         self.val_fraction = val_fraction
@@ -299,11 +320,24 @@ class FolderData(ImageData):
         return self._opened[split]
 
     def _layout(self) -> Layout:
-        return find_layout(self.root.expanduser())
+        return find_layout(self.root)
 
     def prepare_data(self) -> None:
-        """Decode the training images in one process, before the others open the cache."""
+        """Decode the training images in one process, before the others open the cache.
+
+        What is wrong with any split is told here, before a training has written anything.
+        """
+        layout = self._layout()
         self._split("train")
+        if layout.test is not None:
+            classes = classes_of(layout.train, self.labelled)
+            check_test_folder(layout.train, layout.test, classes)
+        else:
+            try:
+                self.check_test_set()
+            except UserError as reason:  # one may train without
+                _log.warning("%s", reason)
+        self._fit_sets()
 
     def _fit_sets(self) -> tuple[ImageSet, ImageSet]:
         layout, train = self._layout(), self._split("train")
@@ -313,7 +347,16 @@ class FolderData(ImageData):
             train, _ = carve(train, self.test_fraction, self.split_seed, purpose="test")
         return carve(train, self.val_fraction, self.split_seed)
 
+    def check_test_set(self) -> None:
+        """Checks that there will be images to test on."""
+        if self.test_fraction == 0 and self._layout().test is None:
+            raise UserError(
+                f"no test images: {self.root} has no test folder and test_fraction is 0; give a "
+                "test folder, or a test_fraction above 0"
+            )
+
     def _held_out_set(self) -> ImageSet:
+        self.check_test_set()
         if self._layout().test is not None:
             return self._split("test")
         _, test = carve(self._split("train"), self.test_fraction, self.split_seed, purpose="test")

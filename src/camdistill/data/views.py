@@ -45,6 +45,18 @@ class Augment:
                 f"augment.scale is {self.scale}; give (low, high) with 0 < low <= high <= 1"
             )
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Checks that views of images of a height and width show something of them.
+
+        Raises:
+            UserError: They may be shifted by more than half of their shorter side.
+        """
+        if self.crop == "pad" and 2 * self.padding > min(size):
+            raise UserError(
+                f"augment.padding is {self.padding} for images of {size[0]}x{size[1]} pixels, and "
+                f"would leave little but black; give {min(size) // 2} or less"
+            )
+
 
 class View(NamedTuple):
     """One view per image: first the flip, then the box.

@@ -10,22 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from camdistill.data.decode import LARGEST_SIDE
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.module import DistilledExplainer
 from camdistill.distill.refiner import Refiner
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.explain.gradcam import Explanation, explain
 from camdistill.explain.request import Classes, Grad, Score
 from camdistill.networks.class_paths import SAFE_PACKAGES
 from camdistill.networks.fitting import load_state
+from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import (
     NetworkSpec,
     Preprocessed,
     Teacher,
-    Triple,
     build,
+    check_moments,
     normalisation,
 )
+from camdistill.networks.training_facts import Triple, training_facts
 from camdistill.networks.weights import WeightFile, read_weights, save_safetensors
 from camdistill.types import Images, Logits
 
@@ -127,8 +130,14 @@ def load(
         told = _spec(settings["teacher"]) if "student" in settings else None
         pairs = [(str(a), str(b), float(w)) for a, b, w in settings.get("pairs", [])]
         means = _mean_maps(settings)
-        names = [str(name) for name in settings.get("class_names", [])]
+        names = _class_names(settings.get("class_names", []))
+        _check_images(settings, weights.path)
     own = _network(spec, weights, settings, allowed).eval()
+    if names and len(names) != (count := head_size(own.network)):
+        raise UserError(
+            f"'{weights.path}' names {len(names)} classes, its network has {count}: give a "
+            "checkpoint as it was written"
+        )
     found, missing = None, ""
     if told is not None:
         expected = settings.get("teacher_sha256")
@@ -165,6 +174,17 @@ def restore(module: DistilledExplainer | Classifier | Refiner, path: str | Path)
         module.mean_map_by_layer = _mean_maps(settings)
 
 
+def _check_images(settings: Mapping[str, Any], path: Path) -> None:
+    """Refuses an experiment whose images can't have been: everything is shown at their size."""
+    cure = f"; '{path}' says so of its images: give a checkpoint as it was written"
+    for side in settings.get("size") or []:
+        check_number("size", int(side), f"[1, {LARGEST_SIDE}]", f"it is in pixels{cure}")
+    carving = settings.get("carving") or {}
+    share, seed = float(carving.get("test_fraction", 0.1)), int(carving.get("split_seed", 0))
+    check_number("test_fraction", share, "[0, inf)", f"it is a share{cure}")
+    check_number("split_seed", seed, "[0, inf)", f"it is 0 or more{cure}")
+
+
 def _network(
     spec: NetworkSpec,
     weights: WeightFile,
@@ -176,9 +196,13 @@ def _network(
         classes = None if settings.get("classes") is None else int(settings["classes"])
         known = {"mean", "std"} <= set(settings)
         moments = (_triple(settings["mean"]), _triple(settings["std"])) if known else None
+    if moments is not None:
+        check_moments(*moments, f"; '{weights.path}' says so: give a checkpoint as it was written")
     network = build(replace(spec, weights=None), classes=classes, allowed=allowed)
     load_state(network, weights)
-    return Preprocessed(network, *(moments or normalisation(spec, weights)))
+    return Preprocessed(
+        network, *(moments or normalisation(spec, weights)), facts=training_facts(weights)
+    )
 
 
 @contextmanager
@@ -198,6 +222,12 @@ def _readable(path: Path) -> Iterator[None]:
 def _triple(values: Sequence[float]) -> Triple:
     red, green, blue = (float(value) for value in values)
     return red, green, blue
+
+
+def _class_names(found: object) -> list[str]:
+    if not isinstance(found, list):
+        raise ValueError("class_names is no list")
+    return [str(name) for name in found]
 
 
 def _mean_maps(settings: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,12 +9,14 @@ from camdistill import tags
 from camdistill.data.views import Augment
 from camdistill.distill.losses import cross_entropy
 from camdistill.distill.optimisation import Optimisation
-from camdistill.distill.training import Training, as_images, plain, seeded
+from camdistill.distill.training import Training, as_images, in_float32, plain, seeded
 from camdistill.errors import UserError
 from camdistill.measure.intervals import Interval
 from camdistill.measure.scores import correct
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
+from camdistill.perturb.probability import expand_single_logit
 from camdistill.types import Batch, Logits
 
 
@@ -77,6 +79,12 @@ class Classifier(Training):
                 f"the images have {classes} classes, the checkpoint's network "
                 f"{head_size(self.network.network)}; give the data that it was trained with"
             )
+        if data is not None:
+            demand_runs(
+                {"network": self.network},
+                torch.zeros(1, 3, *data.size),
+                cure="give another --data.size, or another network",
+            )
         super().setup(stage)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -93,7 +101,7 @@ class Classifier(Training):
         if not self.label_smoothing:
             return loss
         # Szegedy et al. 2016, section 7: the target mixes in the uniform distribution
-        spread = -torch.log_softmax(logits.float(), dim=1).mean(1)
+        spread = -torch.log_softmax(expand_single_logit(logits.float()), dim=1).mean(1)
         return (1 - self.label_smoothing) * loss + self.label_smoothing * spread
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -102,7 +110,7 @@ class Classifier(Training):
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32."""
-        with torch.autocast(self.device.type, enabled=False):
+        with in_float32(self.device):
             self._evaluate(batch)
 
     def _evaluate(self, batch: Batch) -> None:
@@ -144,6 +152,7 @@ class Classifier(Training):
         }
 
     def predict_step(self, batch: Batch, batch_index: int) -> Logits:
-        """Logits."""
-        logits: Logits = self.network(as_images(batch.pixels))
+        """Logits, in float32."""
+        with in_float32(self.device):
+            logits: Logits = self.network(as_images(batch.pixels))
         return logits

@@ -15,6 +15,7 @@ from camdistill.explain.gradcam import Explanation, Top, explain
 from camdistill.explain.maps import relu
 from camdistill.measure.fidelity import FidelityMeter, StudentSummary
 from camdistill.networks.teachers import Preprocessed, Teacher
+from camdistill.perturb.probability import label_count, predict_labels
 from camdistill.types import Batch, Images, Labels, Logits, Maps
 
 BATCH = 256
@@ -44,12 +45,13 @@ class MapComparison(NamedTuple):
     Attributes:
         images01: In [0, 1].
         labels: -1 where there is none.
-        teacher_classes: The teacher's top class, of which all maps are.
-        student_classes: The student's top class.
+        teacher_classes: What the teacher predicts; maps are of that class (of a single logit's
+            only class, whatever it predicts).
+        student_classes: What the student predicts.
         teacher_maps_by_layer: Raw maps by the teacher's layer.
         student_maps_by_layer: Raw maps by the student's layer.
         pairs: The student's layer and the teacher's; one of the teacher's may stand in several.
-        class_count: How many classes the networks know, which needn't be the labels'.
+        class_count: How many classes the networks tell apart, which needn't be the labels'.
     """
 
     images01: Images
@@ -100,13 +102,13 @@ def compared(
         teacher_maps_by_layer: [B, h, w], or [B, C, h, w] for classes [B, C].
         student: Maps of the same classes.
     """
+    own = {name: maps.float() for name, maps in student.maps.items()}
     if classes.dim() == 1:
-        own = dict(student.maps)
         return Comparison(teacher_logits, student.logits, classes, dict(teacher_maps_by_layer), own)
     first, second = (
         [
             {name: maps[:, place] for name, maps in side.items()}
-            for side in (teacher_maps_by_layer, student.maps)
+            for side in (teacher_maps_by_layer, own)
         ]
         for place in (0, 1)
     )
@@ -169,13 +171,14 @@ def mean_maps(
 
 def for_pictures(batch: Batch, images: Images, found: Comparison, pairs: Pairs) -> MapComparison:
     """A comparison as pictures need it."""
+    several = found.teacher_logits.shape[1] > 1
     return MapComparison(
         images.cpu(),
         batch.labels.cpu(),
-        found.classes.cpu(),
-        found.student_logits.argmax(1).cpu(),
+        (found.classes if several else predict_labels(found.teacher_logits)).cpu(),
+        predict_labels(found.student_logits).cpu(),
         {layer: maps.cpu() for layer, maps in found.teacher_maps_by_layer.items()},
         {layer: maps.cpu() for layer, maps in found.student_maps_by_layer.items()},
         [(own, teacher) for own, teacher, _ in pairs],
-        found.teacher_logits.shape[1],
+        label_count(found.teacher_logits.shape[1]),
     )

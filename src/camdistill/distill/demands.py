@@ -1,6 +1,12 @@
 """What a distillation must have before anything is spent on it."""
 
-from camdistill.errors import UserError
+import logging
+from collections.abc import Sequence
+
+from camdistill.errors import UserError, check_number
+from camdistill.networks.training_facts import TrainingFacts
+
+log = logging.getLogger(__name__)
 
 
 def demand_weights(*, ce: float, kd: float, beta: float, temperature: float) -> None:
@@ -10,12 +16,10 @@ def demand_weights(*, ce: float, kd: float, beta: float, temperature: float) -> 
         UserError: If one is negative, all are 0, or the temperature is not above 0.
     """
     for name, weight in (("ce", ce), ("kd", kd), ("beta", beta)):
-        if weight < 0:
-            raise UserError(f"{name} is {weight}; a weight of the loss is 0 or more")
+        check_number(name, weight, "[0, inf)", "a weight of the loss is 0 or more")
     if ce == kd == beta == 0:
         raise UserError("ce, kd and beta are all 0: there is nothing to learn; give one a weight")
-    if temperature <= 0:
-        raise UserError(f"temperature is {temperature}; give a number above 0, usually 4")
+    check_number("temperature", temperature, "(0, inf)", "give a number above 0, usually 4")
 
 
 def demand_labels(found: int, wanted: int, ce: float) -> None:
@@ -23,7 +27,7 @@ def demand_labels(found: int, wanted: int, ce: float) -> None:
 
     Args:
         found: Number of the data's classes, 0 without labels.
-        wanted: Number of the teacher's.
+        wanted: Number that the teacher tells apart: two by a single logit.
         ce: Weight of cross-entropy.
 
     Raises:
@@ -37,3 +41,34 @@ def demand_labels(found: int, wanted: int, ce: float) -> None:
         f"the images have {found} classes, the teacher {wanted}; --model.ce 0 distils the "
         "teacher's own classes, or fine-tune a teacher for yours with Classifier"
     )
+
+
+def check_images(
+    facts: TrainingFacts, size: tuple[int, int], classes: Sequence[str], who: str
+) -> None:
+    """Checks the data against the images that a network was trained on, as far as its file says.
+
+    The log says where the size differs, and what is assumed where the file doesn't say it.
+
+    Args:
+        facts: Of the network.
+        size: Height and width of the data's images in pixels.
+        classes: Names of the data's classes.
+        who: What the network is, for messages.
+
+    Raises:
+        UserError: If the classes have the same names in another order: labels would be wrong.
+    """
+    own = facts.class_names
+    if own != tuple(classes) and sorted(own) == sorted(classes):
+        place = next(number for number, name in enumerate(own) if name != classes[number])
+        raise UserError(
+            f"class {place} is '{classes[place]}' in the data and '{own[place]}' in the {who}: the "
+            "classes are the same in another order; name the folders so that they sort as the "
+            f"{who}'s classes do"
+        )
+    if facts.size is not None and facts.size != size:
+        there, here = ("x".join(map(str, one)) for one in (facts.size, size))
+        log.warning(
+            "the %s was trained on images of %s pixels, the data's have %s", who, there, here
+        )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from camdistill.explain.compare import cosine, l1, l2, pearson
 from camdistill.explain.maps import relu, resize
+from camdistill.perturb.probability import expand_single_logit
 from camdistill.types import Activations, ClassMaps, Labels, Logits, Maps, PerImage
 
 AttentionForm = Literal["paper", "code"]
@@ -183,18 +184,23 @@ def soft_targets_kl(
     """Hinton's distillation term, T^2 KL(softmax(z_T / T) || softmax(z_S / T)), in nats.
 
     Hinton et al. 2015 (https://arxiv.org/abs/1503.02531), section 2. Summed over classes: torch's
-    `KLDivLoss()` with its default reduction would divide by the number of classes too.
+    `KLDivLoss()` with its default reduction would divide by the number of classes too. A single
+    logit stands for the two answers of a yes-or-no question: its KL is between sigmoids.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
-    student = F.log_softmax(_wide(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(_wide(teacher_logits) / temperature, dim=1)
+    student = F.log_softmax(expand_single_logit(_wide(student_logits)) / temperature, dim=1)
+    teacher = F.log_softmax(expand_single_logit(_wide(teacher_logits)) / temperature, dim=1)
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
 def cross_entropy(logits: Logits, labels: Labels) -> PerImage:
-    """Cross-entropy in nats; an image without a label (-1) contributes 0."""
-    return F.cross_entropy(_wide(logits), labels.long(), ignore_index=-1, reduction="none")
+    """Cross-entropy in nats; an image without a label (-1) contributes 0.
+
+    A single logit's is the binary one, of its sigmoid with the labels 0 and 1.
+    """
+    answers = expand_single_logit(_wide(logits))
+    return F.cross_entropy(answers, labels.long(), ignore_index=-1, reduction="none")
 
 
 def beta_factor(schedule: BetaSchedule, progress: float) -> float:

@@ -26,16 +26,18 @@ from camdistill.distill.comparison import (
     runner_up_of,
     score,
 )
-from camdistill.distill.demands import demand_labels, demand_weights
+from camdistill.distill.demands import check_images, demand_labels, demand_weights
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.targets import Targets, cached_targets, live_targets, shared_cache
-from camdistill.distill.training import EXPERIMENT, Training, as_images, plain, seeded
+from camdistill.distill.training import EXPERIMENT, Training, as_images, in_float32, plain, seeded
 from camdistill.distill.transfer import Transfer, named_pairs, quantity_maps, transfer_distance
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, intervals, summary
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build
+from camdistill.perturb.probability import label_count
 from camdistill.types import Batch, Images, Logits
 
 
@@ -96,6 +98,7 @@ class DistilledExplainer(Training):
         self.transfer, self.ce, self.kd, self.temperature = transfer, ce, kd, temperature
         self.beta, self.cached, self.cache_dir = beta, cached, cache_dir
         self.teacher = Teacher(teacher)
+        self.teacher.holds_precision = True
         network = seeded(seed, lambda: build(student, classes=self.teacher.classes))
         self.student = Preprocessed(
             network, self.teacher.mean.flatten().tolist(), self.teacher.std.flatten().tolist()
@@ -153,7 +156,7 @@ class DistilledExplainer(Training):
         """The student's logits and its side of the transfer, with graph."""
         if not self.beta:
             return self.student(images), {}
-        return quantity_maps(
+        logits, maps_by_layer = quantity_maps(
             self.student,
             images,
             [student_layer for student_layer, _, _ in self.pairs],
@@ -162,6 +165,7 @@ class DistilledExplainer(Training):
             p=self.transfer.p,
             grad=self.transfer.grad,
         )
+        return logits, {layer: maps.float() for layer, maps in maps_by_layer.items()}
 
     def compare(self, images: Images, *, runner_up: bool = False) -> Comparison:
         """Teacher and student on images in [0, 1], at the layer pairs."""
@@ -182,12 +186,13 @@ class DistilledExplainer(Training):
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32, with the live teacher."""
-        with torch.autocast(self.device.type, enabled=False):
+        with in_float32(self.device):
             self._score(batch, self.compare(as_images(batch.pixels), runner_up=True))
 
     def predict_step(self, batch: Batch, batch_index: int) -> Comparison:
-        """Logits and raw maps of both networks."""
-        return self.compare(as_images(batch.pixels))
+        """Logits and raw maps of both networks, in float32."""
+        with in_float32(self.device):
+            return self.compare(as_images(batch.pixels))
 
     def explain_images(self, batch: Batch) -> MapComparison:
         """A few images with the maps of both networks, for pictures."""
@@ -216,9 +221,15 @@ class DistilledExplainer(Training):
         if data is None:
             return
         self.image_size = data.size
-        self._labels_count = len(data.classes) == self.teacher.classes
+        self._labels_count = len(data.classes) == label_count(self.teacher.classes)
+        check_images(self.teacher.facts, data.size, data.classes, "teacher")
+        demand_runs(
+            {"teacher": self.teacher, "student": self.student},
+            torch.zeros(1, 3, *data.size),
+            cure="give another --data.size, or another network",
+        )
         if stage == "fit":
-            demand_labels(len(data.classes), self.teacher.classes, self.ce)
+            demand_labels(len(data.classes), label_count(self.teacher.classes), self.ce)
         self._name_pairs(torch.zeros(1, 3, *data.size, device=self.device))
 
     def on_fit_start(self) -> None:
@@ -245,7 +256,7 @@ class DistilledExplainer(Training):
         return {
             **super().experiment(),
             "pairs": plain(self.pairs),
-            "size": list(self.image_size),
+            **({"size": list(self.image_size)} if all(self.image_size) else {}),
             "teacher_sha256": self.teacher.sha256,
             "mean_map_by_layer": {
                 layer: mean.tolist() for layer, mean in self.mean_map_by_layer.items()

@@ -21,6 +21,7 @@ from camdistill.explain.maps import relu
 from camdistill.measure.faithfulness import faithfulness_correlation
 from camdistill.perturb.asking import in_parts
 from camdistill.perturb.bank import Bank
+from camdistill.perturb.probability import log_probabilities
 from camdistill.types import Images, Labels, Logits, Maps, PerImage
 
 Ask = Callable[[Images], Logits]
@@ -109,7 +110,7 @@ def insertion_deletion(
         changed.append(torch.lerp(images[:, None], shown[:, None], masks).flatten(0, 1))
         if form == "log":
             changed.append(images)
-    likely = _wide(in_parts(ask, torch.cat(changed))).log_softmax(1)
+    likely = log_probabilities(_wide(in_parts(ask, torch.cat(changed))))
     count = len(images) * len(shares)
 
     def of(rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from camdistill.errors import UserError
+from camdistill.errors import check_number
 
 START, END = 1 / 25, 1e-4  # of the highest rate, where one-cycle begins and ends
 
@@ -36,14 +36,10 @@ class Optimisation:
     warmup: float = 0.15
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise UserError(f"lr is {self.lr}; a learning rate is above 0: try 0.1 for sgd")
-        if self.weight_decay < 0:
-            raise UserError(f"weight_decay is {self.weight_decay}; give 0 or more")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"warmup is {self.warmup}; it is a part of the training, in [0, 1)")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum is {self.momentum}; give a value in [0, 1)")
+        check_number("lr", self.lr, "(0, inf)", "a learning rate is above 0: try 0.1 for sgd")
+        check_number("weight_decay", self.weight_decay, "[0, inf)", "give 0 or more")
+        check_number("warmup", self.warmup, "[0, 1)", "it is a part of the training, in [0, 1)")
+        check_number("momentum", self.momentum, "[0, 1)")
 
     def rate(self, progress: float) -> float:
         """The learning rate as a part of the highest one, at a progress in [0, 1]."""

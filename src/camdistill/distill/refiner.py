@@ -15,6 +15,7 @@ from camdistill import tags
 from camdistill.data.datasets import ImageSet
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, view_maps
+from camdistill.distill.demands import check_images
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.own_maps import explained, settled
@@ -28,10 +29,12 @@ from camdistill.distill.training import Training, as_images, plain
 from camdistill.errors import UserError
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.intervals import Interval
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, preprocessed
 from camdistill.networks.weights import sha256_of
 from camdistill.perturb.asking import in_parts
+from camdistill.perturb.probability import label_count, predict_labels
 from camdistill.types import Batch, Images, Labels, Logits, Masks, PerImage
 
 RECIPE = Optimisation(optimiser="adamw", lr=3e-4, schedule="cosine", warmup=0.1)
@@ -111,7 +114,7 @@ class Refiner(Training):
         super().setup(stage)
 
     def _meet(self, data: ImageData) -> None:
-        classes, own = len(data.classes), head_size(self.network.network)
+        classes, own = len(data.classes), label_count(head_size(self.network.network))
         if self.keep == "labels" and not classes:
             raise UserError("keep is labels, but the images have none; --keep start needs no label")
         if classes and classes != own and self.keep != "start":
@@ -119,6 +122,9 @@ class Refiner(Training):
                 f"the images have {classes} classes, the network {own}; give the data that it was "
                 "trained with, or --keep start, which needs no label"
             )
+        size_cure = "give another --data.size, or another network"
+        demand_runs({"network": self.network}, torch.zeros(1, 3, *data.size), cure=size_cure)
+        check_images(self.network.facts, data.size, data.classes, "network")
         self.labelled = bool(classes) and classes == own
         wanted = self.refinement.objective.kind == "energy" and self.refinement.arm != "ce"
         if wanted and data.train_set is not None and self._masks is None:
@@ -179,17 +185,17 @@ class Refiner(Training):
         """
         images, ids = as_images(batch.pixels), tuple(batch.ids.tolist())
         if ids not in self._said:
-            self._said[ids] = in_parts(self.start, images).argmax(1)
+            self._said[ids] = predict_labels(in_parts(self.start, images))
         self._evaluate(batch, images, self._said[ids])
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32."""
         images = as_images(batch.pixels)
         with torch.autocast(self.device.type, enabled=False):
-            self._evaluate(batch, images, in_parts(self.start, images).argmax(1))
+            self._evaluate(batch, images, predict_labels(in_parts(self.start, images)))
 
     def _evaluate(self, batch: Batch, images: Images, before: Labels) -> None:
-        top, counted = in_parts(self.network, images).argmax(1), batch.counted.float()
+        top, counted = predict_labels(in_parts(self.network, images)), batch.counted.float()
         if self.labelled:
             self.accuracy.update((top == batch.labels).float(), counted)
         self.agreement.update((top == before).float(), counted)

@@ -18,7 +18,7 @@ from camdistill.distill.objectives import (
     unfaithfulness,
 )
 from camdistill.distill.own_maps import Cam, LayerMaps, constant_answers, explained
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_each_once, check_number
 from camdistill.explain.compare import pearson
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
@@ -87,14 +87,15 @@ class Objective:
     file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise UserError(f"objective.weight is {self.weight}; a weight of the loss is 0 or more")
-        if self.deletion < 0:
-            raise UserError(f"objective.deletion is {self.deletion}; give 0 or more")
+        check_number(
+            "objective.weight", self.weight, "[0, inf)", "a weight of the loss is 0 or more"
+        )
+        check_number("objective.deletion", self.deletion, "[0, inf)", "give 0 or more")
         if not self.shares or not all(0 < share < 1 for share in self.shares):
             raise UserError(f"objective.shares is {list(self.shares)}; give shares between 0 and 1")
-        if self.temperature is not None and self.temperature <= 0:
-            raise UserError(f"objective.temperature is {self.temperature}; give one above 0")
+        if self.temperature is not None:
+            check_number("objective.temperature", self.temperature, "(0, inf)", "give one above 0")
+        check_each_once("objective.shares", self.shares)
         if self.subsets < 3 or self.cells < 2:
             raise UserError(
                 f"objective.subsets {self.subsets} and cells {self.cells}; a correlation needs at "

@@ -3,7 +3,8 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from camdistill import tags
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, draw_view, view_images
 from camdistill.distill.optimisation import Optimisation
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Batch, Images
@@ -51,6 +52,7 @@ class Training(LightningModule, ABC):
         super().__init__()
         if ema is not None and not 0 < ema < 1:
             raise UserError(f"ema is {ema}; give a decay in (0, 1), such as 0.999, or leave it out")
+        check_number("seed", seed, "[0, inf)", "give 0 or more")
         self.optimisation = optimisation
         self.augment = augment
         self.ema = ema
@@ -76,6 +78,13 @@ class Training(LightningModule, ABC):
         """The part of the training that is done, in [0, 1]."""
         steps = self.trainer.estimated_stepping_batches
         return float(self.global_step) / max(float(steps), 1.0)
+
+    def prepare_data(self) -> None:
+        """Checks that views show something of the images, before anything is written."""
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, ImageData) and self.trainer.state.fn == "fit":
+            data.setup("fit")
+            self.augment.check_size(data.size)
 
     def setup(self, stage: str) -> None:
         """Notes what the images are.
@@ -136,6 +145,15 @@ class Training(LightningModule, ABC):
     def on_train_epoch_end(self) -> None:
         """Looks at the losses before a checkpoint is written."""
         self.stop_if_bad()
+
+    def on_test_start(self) -> None:
+        """Measures in float32 what was trained in any precision."""
+        with torch.inference_mode(False):
+            self.fitted.float()
+
+    def on_predict_start(self) -> None:
+        """Predicts in float32 as it is tested."""
+        self.on_test_start()
 
     def on_test_epoch_start(self) -> None:
         """Tests one network in all processes: DDP shares buffers in a fit's steps only."""
@@ -263,6 +281,18 @@ def _demand_same_weights(own: dict[str, Tensor], stored: dict[str, Tensor]) -> N
             f"the checkpoint is of another network ('{odd[0]}' differs); give the config that it "
             "was trained with, or start without --ckpt_path"
         )
+
+
+@contextmanager
+def in_float32(device: torch.device) -> Iterator[None]:
+    """Computes in float32, whatever the trainer's precision makes of new tensors and of layers."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def as_images(pixels: Tensor) -> Images:

@@ -18,7 +18,7 @@ from camdistill.distill.losses import (
     map_distance,
     several_maps_distance,
 )
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.explain.gradcam import explain, last_layer
 from camdistill.explain.request import Classes, Grad
 from camdistill.networks.heads import head_size
@@ -41,8 +41,7 @@ class LayerPair:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise UserError(f"a pair's weight is {self.weight}; give 0 or more")
+        check_number("a pair's weight", self.weight, "[0, inf)", "give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,12 @@ class Transfer:
                 f"transfer.classes is {self.classes}, but {self.quantity} has none to choose; "
                 "leave it out, or transfer grad_cam"
             )
-        if self.p < 1:
-            raise UserError(f"p is {self.p}; a power of attention maps is at least 1, usually 2")
+        check_number("p", self.p, "[1, 16]", "a power of attention maps is at least 1, usually 2")
         if not self.pairs:
             raise UserError("transfer.pairs is empty; leave it out for the last layer of both")
-        if self.pool < 1:
-            raise UserError(f"pool is {self.pool}; it is the side of a grid, at least 1")
+        if not any(pair.weight for pair in self.pairs):
+            raise UserError("transfer.pairs all have weight 0; give one a weight above 0")
+        check_number("pool", self.pool, "[1, 1024]", "it is the side of a grid, at least 1")
 
 
 def named_pairs(

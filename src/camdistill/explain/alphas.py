@@ -1,17 +1,20 @@
 """How much each unit counts for each score: by one backward for all layers, or a head's weights."""
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from camdistill.errors import UserError
-from camdistill.explain.closed_form import Verdicts, is_mean
+from camdistill.explain.closed_form import is_mean
 from camdistill.explain.graph import Behind
 from camdistill.explain.recording import Seen
 from camdistill.explain.request import Grad, Request, columns, score_columns, wide
+from camdistill.explain.separation import keeps_images_apart
 from camdistill.networks.capture import bare
+from camdistill.perturb.probability import probabilities
 
 # Gradients in float16 below 6e-8 are 0; as S is scaled and alpha scaled back, they aren't.
 HALF_SCALE = 1024.0
@@ -21,9 +24,12 @@ CPU_MEMORY, OTHER_MEMORY = 2**25, 2**29
 # So many tensors of the largest layer's size live in a backward (measured on ResNet-18: 6.1).
 ALIVE = 7
 
+# Layers behind which some operation knows no batch of gradients; they go one after another.
+_ONE_BY_ONE: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
 
 def alphas_by_gradient(
-    ask: Request, output: object, classes: Tensor, layers: dict[str, Seen], verdicts: Verdicts
+    ask: Request, output: object, classes: Tensor, layers: dict[str, Seen]
 ) -> dict[str, Tensor] | None:
     """Channel weights [B, N, K] by layer, all layers from one backward.
 
@@ -42,10 +48,10 @@ def alphas_by_gradient(
         if not scores.requires_grad:
             return None
         behind = Behind(scores)
-        places = [_place(name, layer, behind, verdicts) for name, layer in layers.items()]
-        if ask.grad == "none" and not demand_separate(ask, scores, list(layers), places, verdicts):
+        places = {name: _place(layer, behind) for name, layer in layers.items()}
+        if ask.grad == "none" and not demand_separate(ask, scores, behind, places):
             return None
-        gradients = _gradients(ask, scores, places, behind, layers, verdicts)
+        gradients = _gradients(ask, scores, places, behind)
         if gradients is None:
             return None
         alphas = {}
@@ -55,16 +61,13 @@ def alphas_by_gradient(
     return alphas
 
 
-def _place(name: str, layer: Seen, behind: Behind, verdicts: Verdicts) -> GradientEdge:
+def _place(layer: Seen, behind: Behind) -> GradientEdge:
     """Where to ask for a layer's gradient: at its spatial mean if the scores read only that."""
     if layer.probe is None:
         return get_gradient_edge(layer.output)
-    if verdicts[name].pooled is not False:
-        pooled = behind.funnel(layer.source, layer.probe.numel())
-        if verdicts[name].pooled is None:
-            verdicts.learn(name, pooled=pooled is not None and is_mean(pooled, layer.probe))
-        if verdicts[name].pooled and pooled is not None:
-            return pooled
+    pooled = behind.funnel(layer.source, layer.probe.numel())
+    if pooled is not None and is_mean(pooled, layer.source, layer.probe, layer.cells):
+        return pooled
     return get_gradient_edge(layer.probe)
 
 
@@ -77,24 +80,27 @@ def _summed(layer: Seen, gradient: Tensor) -> Tensor:
 
 
 def demand_separate(
-    ask: Request,
-    scores: Tensor,
-    layers: Sequence[str],
-    places: Sequence[GradientEdge],
-    verdicts: Verdicts,
+    ask: Request, scores: Tensor, behind: Behind, places: dict[str, GradientEdge]
 ) -> bool:
     """Refuse layers behind which images are mixed; False if a score doesn't depend on a layer.
 
-    One gradient serves all images where none changes another's score. So the first image's score
-    must have a gradient of exactly 0 at all others; looked at once, for one more backward.
+    One gradient serves all images where none changes another's score. Where the graph doesn't show
+    that, the first image's score must have a gradient of exactly 0 at all others, for one more
+    backward.
+
+    Args:
+        ask: With the images.
+        scores: [B, N], with a graph.
+        behind: That graph.
+        places: Where gradients will be asked, by layer.
     """
-    unsure = [place for place, name in enumerate(layers) if not verdicts[name].separate]
-    if not unsure or len(ask.images) == 1:
+    count = len(ask.images)
+    if count == 1 or keeps_images_apart(behind, list(places.values()), count):
         return True
-    asked = [places[place] for place in unsure]
-    found = torch.autograd.grad(scores[0].sum(), asked, retain_graph=True, allow_unused=True)
-    for place, gradient in zip(unsure, found, strict=True):
-        name = layers[place]
+    found = torch.autograd.grad(
+        scores[0].sum(), list(places.values()), retain_graph=True, allow_unused=True
+    )
+    for name, gradient in zip(places, found, strict=True):
         if gradient is None:
             return False
         # What isn't a number would not be one alone either.
@@ -103,28 +109,22 @@ def demand_separate(
                 f"{type(bare(ask.network)).__name__} mixes the images of a batch behind layer "
                 f"'{name}': give one image at a time"
             )
-        verdicts.learn(name, separate=True)
     return True
 
 
 def _gradients(
-    ask: Request,
-    scores: Tensor,
-    places: Sequence[GradientEdge],
-    behind: Behind,
-    layers: dict[str, Seen],
-    verdicts: Verdicts,
+    ask: Request, scores: Tensor, places: dict[str, GradientEdge], behind: Behind
 ) -> list[Tensor] | None:
     """The gradients [N, ...] of every column's sum at the places."""
-    totals = scores.sum(0)
+    totals, edges = scores.sum(0), list(places.values())
     at_once = _at_once(ask, behind) if len(totals) > 1 else 1
-    if at_once > 1 and all(verdicts[name].batched for name in layers):
+    one_by_one = _ONE_BY_ONE.setdefault(bare(ask.network), set())
+    if at_once > 1 and one_by_one.isdisjoint(places):
         try:
-            return _in_chunks(totals, places, at_once, ask.grad)
+            return _in_chunks(totals, edges, at_once, ask.grad)
         except RuntimeError:
-            for name in layers:  # an operation that knows no batch of gradients
-                verdicts.learn(name, batched=False)
-    return _in_chunks(totals, places, 1, ask.grad)
+            one_by_one.update(places)  # an operation that knows no batch of gradients
+    return _in_chunks(totals, edges, 1, ask.grad)
 
 
 def _at_once(ask: Request, behind: Behind) -> int:
@@ -175,8 +175,8 @@ def closed_maps(
     if ask.score == "logit":
         alpha = weight[chosen]
     elif ask.score == "probability":
-        # d softmax_c / d y = p_c (e_c - p)
-        likely = wide(logits if ask.grad == "full" else logits.detach()).softmax(1)
+        # d softmax_c / d y = p_c (e_c - p); of a single logit d sigmoid / d y = p (1 - p)
+        likely = probabilities(wide(logits if ask.grad == "full" else logits.detach()))
         alpha = likely.gather(1, chosen)[..., None] * (weight[chosen] - (likely @ weight)[:, None])
     else:
         alpha = (_slope(ask, logits, classes) @ weight)[:, None]

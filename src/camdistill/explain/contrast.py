@@ -67,6 +67,11 @@ def contrast(
 
     def margin(values: Logits) -> PerImage:
         known = wide(values.detach())
+        if known.shape[1] == 1:
+            raise UserError(
+                "the network has a single logit, so there is no other class to contrast with; "
+                "`counterfactual` shows what speaks against it"
+            )
         first = known.argmax(1) if classes is None else _chosen(classes, known)
         if against is None:
             second = known.scatter(1, first[:, None], float("-inf")).argmax(1)

@@ -1,17 +1,14 @@
 """What one forward tells: logits, activations, and maps by closed form or by one backward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
-from camdistill.errors import UserError
 from camdistill.explain.alphas import alphas_by_gradient, closed_maps
-from camdistill.explain.closed_form import Verdicts, proven_head
-from camdistill.explain.graph import linear_path
-from camdistill.explain.recording import Seen, recorded_forward
+from camdistill.explain.closed_form import head_weight, proven_head
+from camdistill.explain.recording import Recording, is_intact, recorded_forward
 from camdistill.explain.request import Request, asked_classes, score_columns, wide
 from camdistill.networks.capture import bare
 from camdistill.types import Activations
@@ -26,100 +23,90 @@ class Explanation:
         classes: Of which class the maps are, [B] or [B, C]; -1 where a callable made the score.
         maps: Raw, signed maps by layer, [B, h, w], or [B, C, h, w] for classes [B, C].
         activations: The layers' outputs, by layer.
+        heads: By layer that has a map, the module that makes the logits from the layer's spatial
+            mean by one linear map, as this forward proved; None where there is none.
     """
 
     logits: Float[Tensor, "batch *outputs"]
     classes: Tensor
     maps: dict[str, Float[Tensor, "batch *classes height width"]]
     activations: dict[str, Activations]
+    heads: dict[str, nn.Module | None] = field(default_factory=dict)
 
 
-def explained(ask: Request, *, record: bool) -> Explanation | None:
+class AnotherWayError(Exception):
+    """The layer that was taken for the last one isn't the last in this forward."""
+
+
+def explained(ask: Request, *, record: bool, is_last: bool = False) -> Explanation | None:
     """One forward and what follows from it; None if a score doesn't depend on a layer.
 
     Without `record` the graph begins at the first layer whose map needs a gradient.
+
+    Raises:
+        AnotherWayError: With `is_last`, if the layer isn't this forward's last spatial one.
     """
-    verdicts = Verdicts(bare(ask.network), ask.images.shape[1:])
-    output, seen, heads = recorded_forward(ask, verdicts, record)
-    if ask.maps and not intact(ask, seen, verdicts):
-        return explained(ask, record=record)
+    forward = recorded_forward(ask, record, follow=is_last)
+    if is_last and not _ends_with(forward, ask):
+        raise AnotherWayError
+    if ask.maps and not is_intact(ask, forward.layers):
+        return explained(ask, record=record, is_last=is_last)
+    output = forward.output
     with torch.autocast(ask.images.device.type, enabled=False):
         classes = asked_classes(ask, output)
-        found: dict[str, Tensor] | None = {}
-        if ask.maps:
-            _judge(seen, heads, verdicts, output)
-            found = _maps(ask, output, classes, seen, verdicts)
-        if found is None:
+        heads = _proven_heads(forward) if ask.maps else {}
+        maps = _maps(ask, forward, classes, heads) if ask.maps else {}
+        if maps is None:
             return None
         logits = output if isinstance(output, Tensor) else score_columns(ask, output, classes)[:, 0]
-    activations = {name: seen[name].activations for name in ask.names}
+    activations = {name: forward.layers[name].activations for name in ask.names}
     if ask.grad == "none":
         logits = logits.detach()
-        found = {name: layer.detach() for name, layer in found.items()}
+        maps = {name: layer.detach() for name, layer in maps.items()}
         activations = {name: layer.detach() for name, layer in activations.items()}
-    return Explanation(logits, classes, found, activations)
+    return Explanation(logits, classes, maps, activations, heads)
 
 
-def intact(ask: Request, seen: dict[str, Seen], verdicts: Verdicts) -> bool:
-    """Whether no layer's output was lost to an in-place operation; learns where copies are needed.
-
-    The first forward goes on with copies and sees which of them are overwritten; later ones copy
-    only there. Code that does now what it didn't do then is found by the version, and run again.
-    """
-    intact = True
-    for name, layer in seen.items():
-        if layer.is_overwritten and layer.passed is None:
-            intact = False
-            if ask.grad != "none":
-                raise UserError(
-                    f"layer '{name}' is overwritten in place by what follows it: ask for the layer "
-                    "that overwrites it"
-                )
-        if layer.is_overwritten or verdicts[name].overwritten is None:
-            verdicts.learn(name, overwritten=layer.is_overwritten)
-    return intact
+def _ends_with(forward: Recording, ask: Request) -> bool:
+    """Whether the layer asked for is the last that gave a grid of cells; of tokens nobody knows."""
+    (layer,) = ask.names
+    last, shape = forward.finished[-1] if forward.finished else (None, ())
+    return len(shape) == 4 and last is bare(ask.network).get_submodule(layer)
 
 
-def _judge(
-    seen: dict[str, Seen],
-    heads: dict[str, tuple[nn.Module, Node]],
-    verdicts: Verdicts,
-    output: object,
-) -> None:
-    """Decides which layers have a closed form, where that isn't known or no longer so."""
-    for name, layer in seen.items():
-        if not isinstance(output, Tensor) or output.dim() != 2:
-            verdicts.learn(name, judged=True, head=None)
-        elif not output.requires_grad:
-            continue
-        elif layer.probe is not None and not verdicts[name].judged:
-            head = proven_head(output, layer.source, layer.probe, heads)
-            verdicts.learn(name, judged=True, head=head)
-        elif layer.probe is None and layer.source[0] and not linear_path(output, layer.source):
-            # There is a graph, so look again: code may do at one step what it didn't at another.
-            verdicts.learn(name, head=None)
+def _proven_heads(forward: Recording) -> dict[str, nn.Module | None]:
+    """The head of every layer that has a closed form."""
+    output = forward.output
+    heads: dict[str, nn.Module | None] = dict.fromkeys(forward.layers)
+    if not isinstance(output, Tensor) or output.dim() != 2 or not output.requires_grad:
+        return heads
+    for name, layer in forward.layers.items():
+        if layer.probe is not None:
+            heads[name] = proven_head(output, layer.source, layer.probe, layer.cells, forward.heads)
+    return heads
 
 
 def _maps(
-    ask: Request, output: object, classes: Tensor, seen: dict[str, Seen], verdicts: Verdicts
+    ask: Request, forward: Recording, classes: Tensor, heads: dict[str, nn.Module | None]
 ) -> dict[str, Tensor] | None:
     """Maps by layer; None if a score doesn't depend on a layer."""
-    weights = {name: verdicts.weight(name) for name in seen}
-    others = {name: layer for name, layer in seen.items() if weights[name] is None}
-    alphas = alphas_by_gradient(ask, output, classes, others, verdicts)
+    output = forward.output
+    others = {name: layer for name, layer in forward.layers.items() if heads[name] is None}
+    alphas = alphas_by_gradient(ask, output, classes, others)
     if alphas is None:
         return None
-    found = {}
+    maps = {}
     for name in ask.names:
-        layer, weight = seen[name], weights[name]
+        layer, head = forward.layers[name], heads[name]
         activations = wide(layer.activations).flatten(2)
         with torch.set_grad_enabled(ask.grad != "none"):
-            if weight is None:
+            if head is None:
                 rows = torch.bmm(alphas[name], activations)
             else:
                 assert isinstance(output, Tensor), "a closed form has logits"
+                weight = head_weight(head)
                 weight = wide(weight if ask.grad == "full" else weight.detach())
                 rows = closed_maps(ask, output, classes, weight, activations) / layer.count
         spatial = rows.view(*rows.shape[:2], *layer.activations.shape[2:])
-        found[name] = spatial if classes.dim() == 2 else spatial[:, 0]
-    return found
+        maps[name] = spatial if classes.dim() == 2 else spatial[:, 0]
+    return maps

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.closed_form import Verdicts, head_weight
+from camdistill.explain.closed_form import head_weight
 from camdistill.explain.gradcam import explain, last_layer
 from camdistill.networks.capture import bare, capture
 from camdistill.types import Images
@@ -34,16 +34,15 @@ class ClosedExplainer(nn.Module):
         super().__init__()
         self.network = network
         self.layer = last_layer(network, images) if layer is None else layer
-        explain(network, images, [self.layer])
+        head = explain(network, images, [self.layer]).heads[self.layer]
         inner = bare(network)
-        head = Verdicts(inner, images.shape[1:])[self.layer].head
         if head is None:
             raise UserError(
                 f"layer '{self.layer}' of {type(inner).__name__} has no closed form: its logits "
                 "must be a linear layer of its spatial mean, as in ResNets and ShallowCNN; name "
                 "such a layer, or give another network"
             )
-        self.head = head
+        self.head = next(name for name, part in inner.named_modules() if part is head)
 
     def forward(
         self, images: Images

@@ -5,9 +5,14 @@ Z = h w cells and a score S of each image:
 
     alpha_k = 1/Z sum_ij dS/dA_kij        (eq. 1)
     map_ij  = sum_k alpha_k A_kij         (eq. 2, without its ReLU: `explain.maps.relu`)
+
+A map of a logit is in logits per cell: at the last layer of a network that ends in average pooling
+and a linear layer, its sum over cells is the logit minus the bias. All pictures and numbers of the
+project have this scale.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,33 +20,35 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine import Explanation, explained
-from camdistill.explain.recording import recordable
+from camdistill.explain.engine import AnotherWayError, Explanation, explained
+from camdistill.explain.hidden_gradients import refusing_reentrant, why_no_gradient
+from camdistill.explain.recording import may_be_last, recordable, spatial_shape
 from camdistill.explain.request import (
     Classes,
     Grad,
     Request,
     Score,
     Top,
+    demand_explainable,
     demand_known,
     demand_separate_images,
 )
-from camdistill.explain.tokens import Layout, are_tokens
-from camdistill.networks.capture import bare, plain, structure, undisturbed, visiting
+from camdistill.explain.tokens import Layout
+from camdistill.networks.capture import (
+    bare,
+    exclusive,
+    parts,
+    plain,
+    uncompiled,
+    undisturbed,
+    watching,
+)
 from camdistill.types import Images
 
 __all__ = ["Explanation", "Top", "explain", "grad_cam", "last_layer"]
 
-# Modules that only pass on what the layer before them gave, smaller or thinned out.
-PASSING = (
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.AvgPool2d,
-    nn.MaxPool2d,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.Identity,
-)
+# The last layer that was found in each network, if it gives a grid; the next forward confirms it.
+_LAST_LAYERS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def grad_cam(
@@ -99,9 +106,9 @@ def explain(
         classes: None is each image's own top class; an int, or [B], is one class an image; [B, C]
             is several classes for each image and gives maps [B, C, h, w], and so does Top(C): each
             image's own C likeliest classes.
-        score: What is explained. "logit" is the class's logit, "probability" its softmax. A
-            callable takes whatever the network gave (a tuple or dict too) and returns one score an
-            image, [B]; `classes` must then be None.
+        score: What is explained. "logit" is the class's logit, "probability" its softmax, or
+            the sigmoid of a network's single logit. A callable takes whatever the network gave (a
+            tuple or dict too) and returns one score an image, [B]; `classes` must then be None.
         grad: "none": maps, logits and activations carry no graph, and there is none before the
             first layer asked for. "activations" and "full" are for training: everything carries the
             graph of this one forward, whatever mode surrounds the call. With "activations" alpha
@@ -130,29 +137,45 @@ def explain(
             f"images have the shape {list(images.shape)}: give [batch, channels, height, width]; "
             "a single image is images[None]"
         )
-    if grad == "none":
-        demand_separate_images(network, len(images))
-    if layers is None:
-        names: tuple[str, ...] = (last_layer(network, images, score=score, logits=logits),)
-    else:
-        names = (layers,) if isinstance(layers, str) else tuple(dict.fromkeys(layers))
-    with torch.inference_mode(False), torch.set_grad_enabled(grad != "none"):
+    with exclusive(network), torch.inference_mode(False), torch.set_grad_enabled(grad != "none"):
+        if grad == "none":
+            demand_separate_images(network, len(images))
+        else:
+            demand_explainable(network)
         images = recordable(images)
         if isinstance(classes, Tensor):
             classes = recordable(classes)
+        names = (layers,) if isinstance(layers, str) else tuple(dict.fromkeys(layers or ()))
         ask = Request(network, images, names, classes, score, grad, maps, layout, logits, memory)
-        found = explained(ask, record=grad != "none")
-        if found is None and grad == "none":
+        return _explanation(ask) if layers is not None else _at_last_layer(ask)
+
+
+def _explanation(ask: Request, *, is_last: bool = False) -> Explanation:
+    with refusing_reentrant():
+        found = explained(ask, record=ask.grad != "none", is_last=is_last)
+        if found is None and ask.grad == "none":
             # The network switches the graph off itself somewhere; record all of it.
             with torch.enable_grad():
-                found = explained(ask, record=True)
+                found = explained(ask, record=True, is_last=is_last)
     if found is None:
-        raise UserError(
-            f"the score of {type(bare(network)).__name__} has no gradient at every one of the "
-            f"layers {list(names)}: ask for layers that it is computed from, without detach or "
-            "no_grad in between"
-        )
+        raise UserError(why_no_gradient(ask.network, ask.images, ask.names))
     return found
+
+
+def _at_last_layer(ask: Request) -> Explanation:
+    """Explains at the layer that is last in this very forward.
+
+    The last layer of an earlier forward is tried first, which saves a look at one image; a training
+    step, which can't run again, looks every time.
+    """
+    remembered = _LAST_LAYERS.get(bare(ask.network))
+    if remembered is not None and ask.grad == "none":
+        try:
+            return _explanation(replace(ask, names=(remembered,)), is_last=True)
+        except (AnotherWayError, UserError):
+            pass  # what is wrong besides is told below
+    layer = last_layer(ask.network, ask.images, score=ask.score, logits=ask.logits)
+    return _explanation(replace(ask, names=(layer,)))
 
 
 def last_layer(
@@ -174,36 +197,26 @@ def last_layer(
         UserError: If no module gives such an output.
     """
     inner = bare(network)
-    known = _LAST_LAYERS.setdefault(inner, {})
-    key = (tuple(images.shape[1:]), structure(inner))
-    if key not in known:
-        finished: list[tuple[str, torch.Size]] = []
-        size = (images.shape[-2], images.shape[-1])
+    finished: list[tuple[nn.Module, torch.Size]] = []
+    size = (images.shape[-2], images.shape[-1])
 
-        def note(name: str, output: object) -> None:
-            if isinstance(output, Tensor) and (
-                (output.dim() == 4 and output[0, 0].numel() > 1) or are_tokens(output, size)
-            ):
-                finished.append((name, output.shape))
+    def note(module: nn.Module, output: object) -> None:
+        if (shape := spatial_shape(output, size)) is not None:
+            finished.append((module, shape))
 
-        names = [n for n, part in inner.named_modules() if n and not isinstance(part, PASSING)]
-        with undisturbed(network), visiting(network, names, note, required=False):
-            plain(network)(images[:1])
-        if not finished:
-            raise UserError(
-                f"{type(inner).__name__} has no layer with a spatial output for images of "
-                f"{images.shape[-2]}x{images.shape[-1]}: give larger images, or another network"
-            )
-        known[key], shape = finished[-1]
-        if len(shape) == 3:
-            alike = [name for name, other in finished if other == shape]
-            with undisturbed(network):
-                ask = explain(network, images[:1], alike, score=score, logits=logits)
-            read = [name for name in dict.fromkeys(alike) if ask.maps[name].count_nonzero()]
-            known[key] = read[-1] if read else known[key]
-    return known[key]
-
-
-_LAST_LAYERS: WeakKeyDictionary[nn.Module, dict[tuple[tuple[int, ...], int], str]] = (
-    WeakKeyDictionary()
-)
+    with undisturbed(network), uncompiled(network), watching(may_be_last(parts(inner)), note):
+        plain(network)(images[:1])
+    if not finished:
+        raise UserError(
+            f"{type(inner).__name__} has no layer with a spatial output for images of "
+            f"{images.shape[-2]}x{images.shape[-1]}: give larger images, or another network"
+        )
+    names: dict[nn.Module, str] = {part: name for name, part in inner.named_modules()}
+    last, shape = finished[-1]
+    if len(shape) == 4:
+        _LAST_LAYERS[inner] = names[last]
+        return names[last]
+    alike = list(dict.fromkeys(names[module] for module, other in finished if other == shape))
+    with undisturbed(network):
+        maps = explain(network, images[:1], alike, score=score, logits=logits).maps
+    return next((name for name in reversed(alike) if maps[name].count_nonzero()), names[last])

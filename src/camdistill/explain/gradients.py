@@ -15,10 +15,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from camdistill.errors import UserError
 from camdistill.explain.alphas import HALF_SCALE, demand_separate
-from camdistill.explain.closed_form import Verdicts
-from camdistill.explain.engine import intact
 from camdistill.explain.gradcam import last_layer
-from camdistill.explain.recording import Seen, recordable, recorded_forward
+from camdistill.explain.graph import Behind
+from camdistill.explain.hidden_gradients import refusing_reentrant, why_no_gradient
+from camdistill.explain.recording import Seen, is_intact, recordable, recorded_forward
 from camdistill.explain.request import (
     Classes,
     Request,
@@ -30,7 +30,7 @@ from camdistill.explain.request import (
     wide,
 )
 from camdistill.explain.tokens import Layout
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import exclusive
 from camdistill.types import Activations, Images, Maps
 
 Formula = Callable[[Activations, Activations], Maps]
@@ -72,7 +72,11 @@ class Pass:
                 way.
         """
         names = tuple(self.edges) if names is None else names
-        with torch.inference_mode(False), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            refusing_reentrant(),
+        ):
             found = torch.autograd.grad(
                 self.scores[:, column].sum(),
                 [self.edges[name] for name in names],
@@ -109,7 +113,7 @@ def gradient_maps(
     ask = request(network, images, layers, classes, score=score, layout=layout, logits=logits)
     # A network that switches the graph off itself somewhere is recorded whole.
     for record in (False, True):
-        with torch.inference_mode(False), torch.set_grad_enabled(record):
+        with exclusive(network), torch.inference_mode(False), torch.set_grad_enabled(record):
             found = _maps(_recordable(ask), formula, record)
         if found is not None:
             return found
@@ -122,7 +126,7 @@ def pixel_pass(ask: Request) -> Pass:
     Raises:
         UserError: If the scores don't depend on the pixels or a layer.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with exclusive(ask.network), torch.inference_mode(False), torch.enable_grad():
         found = forward_pass(_recordable(ask), record=True, pixels=True)
     if found is None:
         raise unreachable(ask)
@@ -143,7 +147,8 @@ def request(
     demand_known(score, classes, "none", layout)
     if not images.is_floating_point():
         raise UserError(f"images are {images.dtype}: give floats, such as pixels / 255")
-    demand_separate_images(network, len(images))
+    with exclusive(network):
+        demand_separate_images(network, len(images))
     if layers is None:
         names: tuple[str, ...] = (last_layer(network, images, score=score, logits=logits),)
     else:
@@ -161,32 +166,29 @@ def forward_pass(ask: Request, record: bool, *, pixels: bool = False) -> Pass | 
     """
     if pixels:
         ask = replace(ask, images=ask.images.detach().requires_grad_())
-    verdicts = Verdicts(bare(ask.network), ask.images.shape[1:])
-    output, seen, _ = recorded_forward(ask, verdicts, record, every=True)
-    if not intact(ask, seen, verdicts):
+    forward = recorded_forward(ask, record)
+    output, layers = forward.output, forward.layers
+    if not is_intact(ask, layers):
         return forward_pass(ask, record, pixels=pixels)
-    half = any(layer.output.dtype == torch.float16 for layer in seen.values())
+    half = any(layer.output.dtype == torch.float16 for layer in layers.values())
     scale = HALF_SCALE if half or ask.images.dtype == torch.float16 else 1.0
     with torch.autocast(ask.images.device.type, enabled=False), torch.enable_grad():
         classes = asked_classes(ask, output)
         scores = score_columns(ask, output, classes) * scale
         if not scores.requires_grad:
             return None
-        edges = {name: _edge(layer) for name, layer in seen.items()}
+        edges = {name: _edge(layer) for name, layer in layers.items()}
         if pixels:
             edges[PIXELS] = get_gradient_edge(ask.images)
-        if not demand_separate(ask, scores, list(edges), list(edges.values()), verdicts):
-            return None
-    return Pass(classes, scores, seen, edges, scale)
+        with refusing_reentrant():
+            if not demand_separate(ask, scores, Behind(scores), edges):
+                return None
+    return Pass(classes, scores, layers, edges, scale)
 
 
 def unreachable(ask: Request) -> UserError:
     """What to say where a score has no gradient."""
-    places = f"every one of the layers {list(ask.names)}" if ask.names else "the pixels"
-    return UserError(
-        f"the score of {type(bare(ask.network)).__name__} has no gradient at {places}: ask for "
-        "what it is computed from, without detach or no_grad in between"
-    )
+    return UserError(why_no_gradient(ask.network, ask.images, ask.names))
 
 
 def stacked(maps: Sequence[Tensor], classes: Tensor) -> Tensor:

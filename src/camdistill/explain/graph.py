@@ -6,12 +6,18 @@ edge of its output.
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from functools import cached_property
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
+from camdistill.explain.norms import Scaled
+from camdistill.explain.taps import Tap
+
 Edge = tuple[Node | None, int]
+_OURS: dict[type, str] = {Tap: "TapBackward", Scaled: "ScaledBackward"}
 
 # Operations that move or average numbers, or multiply them by something else's.
 LINEAR = {
@@ -37,7 +43,7 @@ LINEAR = {
     "UnsafeViewBackward",
     "UnsqueezeBackward",
     "ViewBackward",
-    "_TapBackward",
+    "TapBackward",
 }
 # What may stand between a parameter and the operation that uses it.
 RELAYOUTS = {"TBackward", "ToCopyBackward", "TransposeBackward", "ViewBackward"}
@@ -47,7 +53,7 @@ PARAMETER = "torch::autograd::AccumulateGrad"
 class Behind:
     """Everything that the scores were made of, back to where the graph begins.
 
-    Walked when it is first asked about: one class at layers that aren't pooled needs none of it.
+    Walked when it is first asked about.
 
     Args:
         scores: With a graph.
@@ -55,13 +61,15 @@ class Behind:
 
     def __init__(self, scores: Tensor) -> None:
         assert scores.grad_fn is not None, "scores have a graph"
-        self._start = scores.grad_fn
+        self.start: Edge = scores.grad_fn, scores.output_nr
 
     @cached_property
     def _walked(self) -> tuple[dict[Edge, list[Node]], set[Node]]:
         """Which operations read each edge, and all operations."""
         users: dict[Edge, list[Node]] = defaultdict(list)
-        waiting, met = [self._start], {self._start}
+        first = self.start[0]
+        assert first is not None, "scores have a graph"
+        waiting, met = [first], {first}
         while waiting:
             node = waiting.pop()
             for behind, number in node.next_functions:
@@ -72,6 +80,22 @@ class Behind:
                     met.add(behind)
                     waiting.append(behind)
         return users, met
+
+    def readers(self, sources: Collection[Edge]) -> set[Node]:
+        """Every operation through which the scores read one of the sources."""
+        users, _ = self._walked
+        outputs: dict[Node, list[Edge]] = defaultdict(list)
+        for edge in users:
+            if edge[0] is not None:
+                outputs[edge[0]].append(edge)
+        found: set[Node] = set()
+        waiting = [node for source in sources for node in users.get(source, ())]
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += [user for edge in outputs.get(node, ()) for user in users[edge]]
+        return found
 
     def largest_bytes(self) -> int:
         """Size of the largest tensor that some operation gave, parameters aside."""
@@ -86,9 +110,9 @@ class Behind:
         each of which is the only user of the one before.
         """
         edge = source
-        while len(users := self._walked[0][edge]) == 1:
+        while len(users := self._walked[0].get(edge, [])) == 1:
             node = users[0]
-            if _operation(node) not in LINEAR or _inputs(node) != [edge]:
+            if operation(node) not in LINEAR or _inputs(node) != [edge]:
                 return None
             if len(node._input_metadata) != 1:
                 return None
@@ -104,7 +128,7 @@ def linear_path(logits: Tensor, source: Edge) -> list[Node] | None:
     path: list[Node] = []
     while edge != source:
         node = edge[0]
-        if node is None or _operation(node) not in LINEAR:
+        if node is None or operation(node) not in LINEAR:
             return None
         path.append(node)
         others = _inputs(node)
@@ -114,17 +138,43 @@ def linear_path(logits: Tensor, source: Edge) -> list[Node] | None:
     return path
 
 
+def saved_axes(node: Node, name: str, count: int) -> list[int]:
+    """An operation's argument as axes from the front; autograd keeps negative ones unsigned."""
+    saved = getattr(node, f"_saved_{name}", None)
+    axes = saved if isinstance(saved, tuple) else (saved,)
+    signed = [axis - 2**64 if axis >= 2**63 else axis for axis in axes if isinstance(axis, int)]
+    return [axis % count for axis in signed]
+
+
+def is_spatial_mean(node: Node, source: Edge) -> bool:
+    """Whether an operation is the mean over the cells of a source [B, K, h, w]."""
+    return (
+        operation(node) == "MeanBackward"
+        and node.next_functions[0] == source
+        and len(getattr(node, "_saved_self_sym_sizes", ())) == 4
+        and sorted(saved_axes(node, "dim", 4)) == [2, 3]
+    )
+
+
 def _inputs(node: Node) -> list[Edge]:
     """Where an operation's inputs come from, parameters aside."""
     return [edge for edge in node.next_functions if not _is_parameter(edge[0])]
 
 
-def _operation(node: Node) -> str:
+def operation(node: Node | None) -> str:
+    """An operation's name without its variant; "" for a custom function, unless it is ours.
+
+    A user's function may be called like one of torch's.
+    """
+    if node is None:
+        return ""
+    if isinstance(node, BackwardCFunction):
+        return _OURS.get(type(node)._forward_cls, "")
     return node.name().rstrip("0123456789")
 
 
 def _is_parameter(node: Node | None) -> bool:
     """Whether nothing but a parameter (or something without gradient) is behind a node."""
-    while node is not None and _operation(node) in RELAYOUTS:
+    while node is not None and operation(node) in RELAYOUTS:
         node = node.next_functions[0][0]
     return node is None or node.name() == PARAMETER

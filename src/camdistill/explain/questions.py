@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from camdistill.errors import UserError
+from camdistill.explain.closed_form import TOLERANCE
 from camdistill.explain.footprint import footprint, room
 from camdistill.explain.gradients import request
 from camdistill.explain.recording import recordable
@@ -20,7 +22,7 @@ from camdistill.explain.request import (
     score_columns,
     wide,
 )
-from camdistill.networks.capture import plain
+from camdistill.networks.capture import bare, plain
 from camdistill.networks.teachers import Preprocessed
 from camdistill.perturb.asking import demand_settled
 from camdistill.perturb.imputers import Baseline, baseline
@@ -95,13 +97,40 @@ def questions(
     if isinstance(score, str):
         whole = torch.cat(taken) if all(isinstance(part, Tensor) for part in taken) else taken[0]
         asked = asked_classes(ask, whole)
-        return Questions(ask, asked, score_columns(ask, whole, asked), memory)
-    asked = asked_classes(ask, None)
-    scores = [
-        score_columns(replace(ask, images=rows), part, asked)
-        for rows, part in zip(torch.split(ask.images, count), taken, strict=True)
-    ]
-    return Questions(ask, asked, torch.cat(scores), memory)
+        scores = score_columns(ask, whole, asked)
+    else:
+        asked = asked_classes(ask, None)
+        rows = torch.split(ask.images, count)
+        parts = [
+            score_columns(replace(ask, images=some), part, asked)
+            for some, part in zip(rows, taken, strict=True)
+        ]
+        scores = torch.cat(parts)
+    _demand_same_alone(ask, asked, scores[:1], beside=min(count, len(images)) > 1)
+    return Questions(ask, asked, scores, memory)
+
+
+def _demand_same_alone(ask: Request, classes: Tensor, known: Tensor, *, beside: bool) -> None:
+    """Refuse a network whose score of an image depends on what else is in the batch.
+
+    Args:
+        ask: With the images.
+        classes: Of all images.
+        known: The first image's scores.
+        beside: Whether these were asked together with another image's.
+    """
+    first = ask.images[:1]
+    shown = first if beside else torch.cat([first, 0.5 * first.flip(-1) + 0.25])
+    asked = classes[:1].repeat_interleave(len(shown), 0)
+    again = scores_of(ask, shown, asked)[:1]
+    allowed = TOLERANCE.get(first.dtype, 0.0) * torch.maximum(known.abs(), again.abs()).max()
+    # What isn't a number would not be one in any batch.
+    if bool(((known - again).abs() > allowed).any()):
+        raise UserError(
+            f"{type(bare(ask.network)).__name__} mixes the images of a batch: an image's score "
+            "alone is another one, and changed images are asked about together; give a network "
+            "(or score=, logits=) that keeps them apart"
+        )
 
 
 def scores_of(ask: Request, images: Images, classes: Tensor) -> Float[Tensor, "rows asked"]:

@@ -1,50 +1,38 @@
 """One forward that can be asked for gradients at its layers, and leaves nothing behind."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from camdistill.errors import UserError
-from camdistill.explain.closed_form import Verdicts, possible_heads
+from camdistill.explain.closed_form import may_be_head
 from camdistill.explain.graph import Edge
 from camdistill.explain.norms import light_norms
 from camdistill.explain.request import Request, wide
-from camdistill.explain.tokens import cells_of
-from camdistill.networks.capture import parts, plain, tensor, visiting
+from camdistill.explain.taps import Cells, Tap
+from camdistill.explain.tokens import are_tokens, cells_of
+from camdistill.networks.capture import bare, parts, plain, tensor, visiting, watching
 
-Cells = Callable[[Tensor], Tensor] | None
+# Modules that only pass on what the layer before them gave, smaller or thinned out.
+PASSING = (
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Identity,
+)
 
-
-class _Tap(torch.autograd.Function):
-    """A layer's output, with a leaf [B, K] whose gradient is the sum over cells of dS/dA.
-
-    The leaf spares keeping dS/dA, and its sum is made in the leaf's precision, whatever the
-    network's. What goes on is a copy where something overwrites it in place, so that A stays; or
-    the same numbers, which only a custom function may hand on without being a view.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(output: Tensor, probe: Tensor, cells: Cells, copy: bool) -> Tensor:
-        return output.clone() if copy else output.detach()
-
-    @staticmethod
-    def setup_context(  # type: ignore[no-untyped-def]
-        ctx, inputs: tuple[Tensor, Tensor, Cells, bool], output: Tensor
-    ) -> None:
-        _, probe, ctx.cells, _ = inputs
-        ctx.dtype = probe.dtype
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
-        cells = gradient if ctx.cells is None else ctx.cells(gradient)
-        return gradient, cells.to(ctx.dtype).sum((-2, -1)), None, None
+# Whether a layer's output was overwritten in place, by network and layer: saves copies. A forward
+# that shows otherwise is run again.
+_OVERWRITTEN: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -81,17 +69,37 @@ class Seen:
         return version_of(copy) != version or version_of(self.output) != self.version
 
 
-def recorded_forward(
-    ask: Request, verdicts: Verdicts, record: bool, *, every: bool = False
-) -> tuple[object, dict[str, Seen], dict[str, tuple[nn.Module, Node]]]:
-    """The network's output, the layers asked for, and the possible heads that ran.
+@dataclass(frozen=True)
+class Recording:
+    """One forward.
 
-    With `every` the graph begins at the first layer even where a closed form needs none.
+    Attributes:
+        output: What the network gave, or what `logits` took out of it.
+        layers: The layers asked for, by name.
+        heads: The possible heads that ran, with the graph's node of what each gave.
+        finished: The modules that gave spatial outputs, in the order in which they finished, with
+            the shapes; empty unless they were asked for.
     """
-    seen: dict[str, Seen] = {}
-    ran: dict[str, tuple[nn.Module, Node]] = {}
-    undecided = ask.maps and not all(verdicts[name].judged for name in ask.names)
-    possible = possible_heads(verdicts.inner) if undecided else {}
+
+    output: object
+    layers: dict[str, Seen]
+    heads: dict[nn.Module, Node]
+    finished: list[tuple[nn.Module, torch.Size]]
+
+
+def recorded_forward(ask: Request, record: bool, *, follow: bool = False) -> Recording:
+    """Runs the network once, from the first layer asked for with a graph.
+
+    Args:
+        ask: With layers, unless only the output is wanted.
+        record: Whether the whole network has a graph.
+        follow: Whether to note every module that gives a spatial output.
+    """
+    inner = bare(ask.network)
+    overwritten = _OVERWRITTEN.get(inner, {})
+    layers: dict[str, Seen] = {}
+    heads: dict[nn.Module, Node] = {}
+    finished: list[tuple[nn.Module, torch.Size]] = []
     size = (ask.images.shape[-2], ask.images.shape[-1])
 
     def visit(name: str, output: object) -> Tensor | None:
@@ -100,37 +108,75 @@ def recorded_forward(
         activations = values if cells is None else cells(values)
         _demand_spatial(name, values, activations, len(ask.images))
         source: Edge = values.grad_fn, values.output_nr
-        seen[name] = Seen(values, version_of(values), activations, source, cells)
+        layers[name] = Seen(values, version_of(values), activations, source, cells)
         if not ask.maps:
             return values.clone()
-        if verdicts[name].head is not None and not every:
-            return values.clone() if verdicts[name].overwritten else None
         if not record:
             torch.set_grad_enabled(True)
         # A training step can't run again, so it doesn't trust what was seen before.
-        return _tap(seen[name], copy=record or verdicts[name].overwritten is not False)
+        return _tap(layers[name], copy=record or overwritten.get(name) is not False)
 
-    def note(name: str, output: object) -> None:
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            ran[name] = possible[name], output.grad_fn
+    modules = parts(inner)
+    possible = {module for module in modules if may_be_head(module)} if ask.maps else set()
+    spatial = set(may_be_last(modules)) if follow else set()
 
-    light = ask.maps and ask.grad == "none" and any(verdicts[n].head is None for n in ask.names)
+    def note(module: nn.Module, output: object) -> None:
+        if module in possible and isinstance(output, Tensor) and output.grad_fn is not None:
+            heads[module] = output.grad_fn
+        if module in spatial and (shape := spatial_shape(output, size)) is not None:
+            finished.append((module, shape))
+
     with (
         visiting(ask.network, ask.names, visit),
-        visiting(ask.network, possible, note, required=False),
-        light_norms(verdicts.inner) if light else nullcontext(),
+        watching(possible | spatial, note),
+        light_norms(modules) if ask.maps and ask.grad == "none" else nullcontext(),
     ):
-        output = _output(ask)
-    return output if ask.logits is None else ask.logits(output), seen, ran
+        output = _output(ask, modules)
+    taken = output if ask.logits is None else ask.logits(output)
+    return Recording(taken, layers, heads, finished)
 
 
-def _output(ask: Request) -> object:
+def may_be_last(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Which of a network's modules, itself first, may be the last layer before the head."""
+    return [module for module in modules[1:] if not isinstance(module, PASSING)]
+
+
+def spatial_shape(output: object, size: tuple[int, int]) -> torch.Size | None:
+    """The shape of an output that has more than one cell for images of a size, else None."""
+    if not isinstance(output, Tensor):
+        return None
+    shape = output.shape
+    is_grid = len(shape) == 4 and shape[2] * shape[3] > 1
+    return shape if is_grid or are_tokens(output, size) else None
+
+
+def is_intact(ask: Request, layers: dict[str, Seen]) -> bool:
+    """Whether no layer's output was lost to an in-place operation; notes where copies are needed.
+
+    The first forward goes on with copies and sees which of them are overwritten; later ones copy
+    only there. Code that does now what it didn't do then is found by the version, and run again.
+    """
+    intact = True
+    overwritten = _OVERWRITTEN.setdefault(bare(ask.network), {})
+    for name, layer in layers.items():
+        if layer.is_overwritten and layer.passed is None:
+            intact = False
+            if ask.grad != "none":
+                raise UserError(
+                    f"layer '{name}' is overwritten in place by what follows it: ask for the layer "
+                    "that overwrites it"
+                )
+        overwritten[name] = layer.is_overwritten
+    return intact
+
+
+def _output(ask: Request, modules: Sequence[nn.Module]) -> object:
     if ask.grad != "none":
         return ask.network(ask.images)
     network = plain(ask.network)
     if ask.maps and any(
         value is not None and value.is_inference()
-        for part in parts(network)
+        for part in {network, *modules}
         for value in (*part._parameters.values(), *part._buffers.values())
     ):
         # Tensors made under inference_mode can't take part in a graph; their copies can.
@@ -150,7 +196,7 @@ def _tap(layer: Seen, *, copy: bool) -> Tensor:
         requires_grad=True,
     )
     with torch.enable_grad():
-        passed: Tensor = _Tap.apply(layer.output, layer.probe, layer.cells, copy)
+        passed: Tensor = Tap.apply(layer.output, layer.probe, layer.cells, copy)
     layer.source = passed.grad_fn, 0
     if copy:
         layer.passed = passed, version_of(passed)

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from camdistill.errors import UserError
 from camdistill.explain.tokens import Kind, Layout
 from camdistill.networks.capture import bare, parts
+from camdistill.networks.network_checks import SUSPECT, check_explainable
+from camdistill.perturb.probability import probabilities
 from camdistill.types import Images
 
 Grad = Literal["none", "activations", "full"]
@@ -64,7 +66,7 @@ def score_columns(ask: Request, output: object, classes: Tensor) -> Float[Tensor
             _demand_own_outputs(ask.score, output)
         return wide(scores)[:, None]
     logits = wide(demand_logits(ask, output))
-    values = logits.softmax(1) if ask.score == "probability" else logits
+    values = probabilities(logits) if ask.score == "probability" else logits
     return values.gather(1, columns(classes))
 
 
@@ -136,9 +138,12 @@ def asked_classes(ask: Request, output: object) -> Tensor:
 
 def demand_logits(ask: Request, output: object) -> Tensor:
     """The network's output if it is logits [B, classes], else a UserError that says what to do."""
-    if isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(ask.images):
+    given = isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(ask.images)
+    if isinstance(output, Tensor) and given and output.is_floating_point():
         return output
-    gave = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    gave = f"a {type(output).__name__}"
+    if isinstance(output, Tensor):
+        gave = f"{list(output.shape)}{'' if output.is_floating_point() else f' {output.dtype}'}"
     raise UserError(
         f"{type(bare(ask.network)).__name__} gives {gave}, not logits "
         f"[{len(ask.images)}, classes]: give logits=, a function that takes them out of it, or "
@@ -165,9 +170,12 @@ def demand_known(score: Score, classes: Classes, grad: Grad, layout: Layout) -> 
 
 
 def demand_separate_images(network: nn.Module, count: int) -> None:
-    """Refuse what mixes images: one gradient serves all where none changes another's score."""
-    inner = bare(network)
-    if not any(_mixes(module, count) for module in parts(inner)):
+    """Refuse what mixes images: one gradient serves all where none changes another's score.
+
+    And what can't be explained at all.
+    """
+    inner, suspects = bare(network), demand_explainable(network)
+    if not any(_mixes(module, count) for module in suspects):
         return
     name, module = next(one for one in inner.named_modules() if _mixes(one[1], count))
     if module.training:
@@ -180,6 +188,17 @@ def demand_separate_images(network: nn.Module, count: int) -> None:
         f"'{name}' keeps no running statistics, so batch normalisation mixes the images "
         "of a batch even in eval mode: give one image at a time"
     )
+
+
+def demand_explainable(network: nn.Module) -> list[nn.Module]:
+    """Refuse what has no layers, gradients or weights; returns the parts that were looked at."""
+    inner = bare(network)
+    suspects = [module for module in parts(inner) if isinstance(module, _SUSPECT)]
+    check_explainable(inner, type(inner).__name__, suspects)
+    return suspects
+
+
+_SUSPECT = (_BatchNorm, *SUSPECT)
 
 
 def _mixes(module: nn.Module, count: int) -> bool:

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.closed_form import Verdicts
 from camdistill.explain.gradcam import explain
 from camdistill.explain.gradients import gradient_maps
 from camdistill.explain.request import Classes, Score, wide
@@ -179,9 +178,8 @@ def cam(
         UserError: If they aren't.
     """
     found = explain(network, images, layers, classes, logits=logits)
-    verdicts = Verdicts(bare(network), images.shape[1:])
-    for name in found.maps:
-        if verdicts[name].head is None:
+    for name, head in found.heads.items():
+        if head is None:
             raise UserError(
                 f"CAM has no weights for layer '{name}' of {type(bare(network)).__name__}: its "
                 "logits are not a linear map of that layer's spatial mean; grad_cam has no such "

@@ -1,8 +1,8 @@
 """Grad-CAM at every layer of two networks: how large, how often blank, how alike.
 
-The raw scale of maps differs by hundreds between a stem and the last block, mainly because alpha
-is a mean over the cells. Times the number of cells it is in logits: for a network of convolutions
-and ReLUs without biases, the sum of gradient times activation is the logit at every layer.
+Maps are in logits per cell, everywhere: at the last layer of a network that ends in average pooling
+and a linear layer, a map's sum over cells is the class's logit minus its bias. Their scale differs
+by hundreds between a stem and the last block, mainly as a stem has more cells to share a logit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ class CamSums:
 
     Attributes:
         images: How many have a finite map, by layer, the first network's first.
-        scales: Histogram of the maxima in logits, by layer.
+        scales: Histogram of the maxima in logits per cell, by layer.
         zero: Images with a blank map, by layer.
         cosine: Sums of cosines, rows of the first network and columns of the second; empty with
             one network.
@@ -62,9 +62,9 @@ class CamSums:
         sound = [[torch.isfinite(layer).flatten(1).all(1) for layer in part] for part in maps]
         places = zip(chain(*maps), chain(*sound), strict=True)
         for place, (layer, good) in enumerate(places):
-            # The number of cells is known also where no map is finite.
+            # The number of cells is said, as it can't be told where no map is finite.
             cells = layer.shape[1] * layer.shape[2]
-            peaks = wide(layer[good]).flatten(1).amax(1).clamp_min(0) * cells
+            peaks = wide(layer[good]).view(-1, cells).amax(1).clamp_min(0)
             found.images[place] = good.sum()
             found.scales[place] = HistogramCounts.of(peaks.cpu()).raw
             found.zero[place] = (peaks == 0).sum()

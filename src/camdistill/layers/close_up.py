@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from camdistill.layers.dissection import dissect
 from camdistill.layers.maximisation import maximised
 from camdistill.layers.portraits import ImagesOf, Portrait, interesting, portraits
+from camdistill.layers.random_images import RandomLevels, random_levels
 from camdistill.layers.receptive_field import receptive_fields
 from camdistill.layers.summary import LayerSummary
 from camdistill.types import Images
@@ -65,6 +66,7 @@ def close_up(
     """
     names = [layer.name for layer in layers]
     fields = receptive_fields(network, sample.images, names) if names else {}
+    levels = _random_levels(network, layers, sample.images) if how.steps else {}
     for layer in layers:
         found = None
         if sample.masks:
@@ -83,7 +85,9 @@ def close_up(
             dissection=found,
         )
         if how.steps:
-            drawn = _with_made(network, layer, drawn, sample.images, how, on_step)
+            drawn = _with_made(
+                network, layer, drawn, sample.images, levels[layer.name], how, on_step
+            )
         if on_step is not None:
             on_step()
         yield layer.name, tuple(drawn)
@@ -94,24 +98,47 @@ def _with_made(
     layer: LayerSummary,
     drawn: Sequence[Portrait],
     images: Images,
+    levels: RandomLevels,
     how: Closeness,
     on_step: Callable[[], None] | None,
 ) -> list[Portrait]:
     """Images made to excite the units: at the input of their non-linearity, where there is one."""
-    point = layer.post.point if layer.pre is None else layer.pre.point
     made = maximised(
         network,
-        f"{point.path}#{point.call}",
+        _excited(layer),
         [one.unit for one in drawn],
         before=layer.pre is not None,
         size=(images.shape[2], images.shape[3]),
         channels=images.shape[1],
         natural=[one.natural for one in drawn],
+        levels=levels,
         steps=how.steps,
         seed=how.seed,
         on_step=None if on_step is None else lambda _: on_step(),
     )
     return [
-        replace(one, made=image, reached=float(reached))
-        for one, image, reached in zip(drawn, made.images, made.reached, strict=True)
+        replace(
+            one,
+            made=made.images[row],
+            reached=float(made.reached[row]),
+            random=float(made.random[row]),
+            failed=bool(made.failed[row]),
+        )
+        for row, one in enumerate(drawn)
     ]
+
+
+def _random_levels(
+    network: nn.Module, layers: Sequence[LayerSummary], images: Images
+) -> dict[str, RandomLevels]:
+    """By the layer's name: what random images of this size do to its units."""
+    asked = {_excited(layer): layer.pre is not None for layer in layers}
+    size = (images.shape[2], images.shape[3])
+    found = random_levels(network, asked, size=size, channels=images.shape[1])
+    return {layer.name: found[_excited(layer)] for layer in layers}
+
+
+def _excited(layer: LayerSummary) -> str:
+    """The layer whose units images are made for, as `networks.capture` names it."""
+    point = layer.post.point if layer.pre is None else layer.pre.point
+    return f"{point.path}#{point.call}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain
+from camdistill.explain.hidden_gradients import refusing_reentrant
 from camdistill.explain.request import Classes, wide
 from camdistill.types import Images, Labels
 
@@ -32,19 +33,17 @@ class Contribution:
 
     @property
     def grad_cam(self) -> Float[Tensor, "batch height width"]:
-        """Grad-CAM times the number of cells, in logits: layers of all resolutions compare."""
-        cells = self.gradients[0, 0].numel()
-        return torch.einsum("bk,bkij->bij", self.alphas, self.activations) * cells
+        """Grad-CAM in logits per cell, as `explain.gradcam.grad_cam` gives it."""
+        return torch.einsum("bk,bkij->bij", self.alphas, self.activations)
 
     @property
     def layer_cam(self) -> Float[Tensor, "batch height width"]:
-        """LayerCAM (Jiang et al. 2021, eq. 2 and 3) times the number of cells, in logits too.
+        """LayerCAM (Jiang et al. 2021, eq. 2 and 3), in logits per cell too.
 
         Each cell by its own gradient: at early layers, where a unit's gradients differ from cell to
         cell, their mean says little.
         """
-        cells = self.gradients[0, 0].numel()
-        return (self.gradients.clamp_min(0) * self.activations).sum(1) * cells
+        return (self.gradients.clamp_min(0) * self.activations).sum(1)
 
     def strongest(self, image: int, count: int) -> Int[Tensor, "chosen"]:
         """Units whose alpha is largest in magnitude in one image, the largest first."""
@@ -76,7 +75,8 @@ def contributions(
         found = explain(network, asked, layers, classes, grad="activations", maps=False)
         chosen = found.logits.gather(1, found.classes.view(-1, 1)).sum()
         outputs = [found.activations[layer] for layer in layers]
-        gradients = torch.autograd.grad(chosen, outputs, allow_unused=True) if outputs else ()
+        with refusing_reentrant():
+            gradients = torch.autograd.grad(chosen, outputs, allow_unused=True) if outputs else ()
     by_layer = {}
     for layer, output, gradient in zip(layers, outputs, gradients, strict=True):
         if gradient is None:

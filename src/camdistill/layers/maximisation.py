@@ -1,10 +1,16 @@
 """Images made to excite a unit: activation maximisation, many units at a time.
 
-The image is parameterised by its spectrum, so that all frequencies grow alike, in decorrelated
-colours, and is moved a little before every step, so that what it shows is robust (Olah et al. 2017,
-https://distill.pub/2017/feature-visualization, "The Enemy of Feature Visualization"). The objective
-the unit in the middle of the layer before its ReLU: after it, a unit that is off has no gradient;
-and the mean over places of a convolution before it knows nothing but the mean colour.
+The image is parameterised by its spectrum and is moved a little before every step, so that what it
+shows is robust (Olah et al. 2017, https://distill.pub/2017/feature-visualization, "The Enemy of
+Feature Visualization"). The objective is the unit in the middle of the layer before its ReLU: after
+it, a unit that is off has no gradient; and the mean over places of a convolution before it knows
+nothing but the mean colour.
+
+A nearly grey image may leave all units off that the layer is made of, and then it has no gradient:
+such a start gets more contrast. A unit that is not excited clearly more than by random images
+(`layers.random_images`) gets a second try: from the best of many random starts, with an image that
+stays where it is, and wherever in the layer it is most excited. What is excited no more than by
+random images even then is called failed.
 """
 
 import math
@@ -13,20 +19,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Complex
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from camdistill.errors import UserError
-from camdistill.explain.request import wide
-from camdistill.networks.capture import bare, plain, tensor, visiting
+from camdistill.layers.movement import move_images
+from camdistill.layers.random_images import RandomLevels, random_levels, unit_values
+from camdistill.layers.spectra import COLOURS, draw_spectra, painted
+from camdistill.networks.capture import bare
 from camdistill.types import Images, PerImage
 
-# How colours of natural images vary together: the square root of their covariance over ImageNet,
-# in the direction of its largest column (lucid's `param.color`, rounded).
-COLOURS = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
+__all__ = ["COLOURS", "Maximised", "maximised", "painted"]
+
 START = 0.01  # standard deviation of the first spectrum
-CONTRAST = 4.0  # what the inverse transform is divided by before the sigmoid
+CONTRASTS = (1.0, 3.0, 10.0, 30.0, 100.0)  # factors of it, until there is a gradient
+CLEARLY = 1.25  # times what random images do: with less there is a second try
+SECOND_STARTS = 64  # random spectra of the second try, at contrasts of 0.1 to 1
+
+Score = Callable[[Tensor], Tensor]
+Spectra = Float[Tensor, "images channels rows half 2"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,16 @@ class Maximised:
             also where what goes into it was excited: its maximum over places.
         natural: The largest over natural images, NaN where unknown; `reached / natural` above 1
             says that the image is further than anything in the data.
+        random: The largest over places that 99.9 % of random images stay below, as `reached` is.
+        failed: Whether the image excites the unit no more than that, or leaves it silent.
     """
 
     units: tuple[int, ...]
     images: Images
     reached: PerImage
     natural: PerImage
+    random: PerImage
+    failed: Bool[Tensor, "batch"]
 
     @property
     def ratio(self) -> PerImage:
@@ -63,6 +77,7 @@ def maximised(
     size: tuple[int, int],
     channels: int = 3,
     natural: Sequence[float] | None = None,
+    levels: RandomLevels | None = None,
     steps: int = 512,
     rate: float = 0.05,
     seed: int = 0,
@@ -79,90 +94,188 @@ def maximised(
         size: Height and width of the images.
         channels: 3 (decorrelated colours) or another number (independent).
         natural: The units' largest activations at this layer over natural images.
-        steps: Of Adam.
+        levels: What random images do to all units of the layer; None asks the network.
+        steps: Of Adam, in each of at most two tries.
         rate: Its learning rate.
         seed: Of the start and of the movements; drawn on the CPU, so the same on any device.
         robust: Whether images are moved before every step, by amounts that fit their size.
-        on_step: Called with the number of steps done.
+        on_step: Called with the number of steps done in the first try.
 
     Raises:
         UserError: The layer has no such unit.
     """
     device = next((weight.device for weight in bare(network).parameters()), torch.device("cpu"))
+    asked = _Asked(network, layer, tuple(units), before, size, channels)
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(units), channels, *size)
-    frequencies = (size[0], size[1] // 2 + 1)
-    start = torch.randn(len(units), channels, *frequencies, 2, generator=generator) * START
-    spectrum = start.to(device).requires_grad_()
-    optimiser = torch.optim.Adam([spectrum], lr=rate)
-    chosen = torch.arange(len(units), device=device)
-    picks = torch.tensor(list(units), device=device)
     with torch.inference_mode(False), torch.enable_grad(), _frozen(network):
-        for step in range(steps):
-            images = painted(torch.view_as_complex(spectrum), shape)
-            moved = _moved(images, generator) if robust else images
-            outputs = _outputs(network, layer, moved, picks, before)
-            middle = outputs[..., outputs.shape[2] // 2, outputs.shape[3] // 2]
-            loss = -middle[chosen, picks].sum()
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            if on_step is not None:
-                on_step(step + 1)
-        with torch.no_grad():
-            images = painted(torch.view_as_complex(spectrum), shape)
-            # Not what the layer was given: a bounded layer's natural maximum is of another scale.
-            outputs = _outputs(network, layer, images, picks, before=False)
-            reached = outputs[chosen, picks].amax((1, 2))
+        start = draw_spectra(len(units), channels, size, generator).to(device) * START
+        start = _with_gradient(asked, start)
+        if levels is None:
+            levels = random_levels(network, {layer: before}, size=size, channels=channels)[layer]
+        picks = torch.tensor(asked.units)
+        given, output = levels.given[picks], levels.output[picks]
+        moves = generator if robust else None
+        found = _ascended(asked, start, _middle, steps, rate, moves, on_step)
+        rows = found.fails(given + (CLEARLY - 1) * given.abs()).nonzero().flatten()
+        if len(rows):
+            again = asked.of(rows)
+            best = _best_starts(again, torch.Generator().manual_seed(seed + 1), device)
+            second = _ascended(again, best, _anywhere, steps, rate, None, None)
+            found = found.better(rows, second)
+        failed = found.fails(given)
     known = torch.full((len(units),), math.nan)
     if natural is not None:
         known = torch.tensor([float(value) for value in natural])
-    return Maximised(tuple(units), images.detach().cpu(), reached.float().cpu(), known)
+    return Maximised(tuple(units), found.images, found.reached, known, output, failed)
 
 
-def painted(
-    spectrum: Complex[Tensor, "units channels rows half"], shape: tuple[int, int, int, int]
-) -> Images:
-    """Images in (0, 1) of spectra: sigmoid(M irfft2(Z s(f)) / 4), s(f) = sqrt(H W) / f.
+@dataclass(frozen=True)
+class _Asked:
+    """Units of a layer, and the images that are made for them: one a unit."""
 
-    M mixes decorrelated colours; f is at least one period an image.
-    """
-    _, channels, height, width = shape
-    rows = torch.fft.fftfreq(height, device=spectrum.device)[:, None]
-    columns = torch.fft.rfftfreq(width, device=spectrum.device)[None]
-    lowest = 1.0 / max(height, width)
-    scale = math.sqrt(height * width) / torch.hypot(rows, columns).clamp_min(lowest)
-    flat = torch.fft.irfft2(spectrum * scale, s=(height, width)) / CONTRAST
-    if channels == 3:
-        mix = (COLOURS / COLOURS.norm(dim=0).max()).to(flat)
-        flat = torch.einsum("dc,ncij->ndij", mix, flat)
-    return torch.sigmoid(flat)
+    network: nn.Module
+    layer: str
+    units: tuple[int, ...]
+    before: bool
+    size: tuple[int, int]
+    channels: int
+
+    def of(self, rows: Tensor) -> "_Asked":
+        """Some of the units."""
+        units = tuple(self.units[row] for row in rows.tolist())
+        return _Asked(self.network, self.layer, units, self.before, self.size, self.channels)
+
+    def images(self, spectra: Spectra) -> Images:
+        shape = (len(spectra), self.channels, *self.size)
+        return painted(torch.view_as_complex(spectra), shape)
+
+    def values(self, images: Images) -> tuple[Tensor, Tensor]:
+        """What excites the layer's units and what they give, [B, K, h, w]."""
+        layers = {self.layer: self.before}
+        return unit_values(self.network, layers, images, self.units)[self.layer]
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of each image its own unit, [B, h, w]."""
+        rows = torch.arange(len(self.units), device=values.device)
+        return values[rows, torch.tensor(self.units, device=values.device)]
 
 
-def _outputs(network: nn.Module, layer: str, images: Tensor, units: Tensor, before: bool) -> Tensor:
-    seen: list[Tensor] = []
+@dataclass(frozen=True)
+class _Try:
+    """Images, and the units' largest values over places there, on the CPU."""
 
-    def entering(name: str, given: object) -> None:
-        if before:
-            seen.append(tensor(name, given).clone())  # the layer may overwrite it
+    images: Images
+    given: PerImage
+    reached: PerImage
+    silent: Bool[Tensor, "batch"]
 
-    def leaving(name: str, output: object) -> Tensor | None:
-        if not before:
-            seen.append(tensor(name, output))
-            return seen[-1].clone()
-        return None
+    def fails(self, level: PerImage) -> Bool[Tensor, "batch"]:
+        """Whether random images excite a unit as much, or it gives nothing at all."""
+        return ~(self.given > level) | self.silent
 
-    with visiting(network, [layer], leaving, before=entering):
-        plain(network)(images)
-    found = wide(seen[-1])
-    if found.dim() == 2:
-        found = found[..., None, None]
-    if found.dim() != 4 or int(units.max()) >= found.shape[1] or int(units.min()) < 0:
-        raise UserError(
-            f"layer '{layer}' gives {list(seen[-1].shape)}, so it has no unit "
-            f"{int(units.max())}: choose units of a layer [B, K, h, w]"
+    def better(self, rows: Tensor, other: "_Try") -> "_Try":
+        """With the images of another try for some units where they excite these more."""
+        rows = rows.cpu()
+        here = other.given > self.given[rows]
+        taken, rows = here.nonzero().flatten(), rows[here]
+
+        def merged(mine: Tensor, theirs: Tensor) -> Tensor:
+            changed = mine.clone()
+            changed[rows] = theirs[taken]
+            return changed
+
+        return _Try(
+            merged(self.images, other.images),
+            merged(self.given, other.given),
+            merged(self.reached, other.reached),
+            merged(self.silent, other.silent),
         )
+
+
+def _ascended(
+    asked: _Asked,
+    start: Spectra,
+    score: Score,
+    steps: int,
+    rate: float,
+    moves: torch.Generator | None,
+    on_step: Callable[[int], None] | None,
+) -> _Try:
+    """What Adam makes of a start; the images are moved where there is a generator for it."""
+    spectra = start.detach().clone().requires_grad_()
+    optimiser = torch.optim.Adam([spectra], lr=rate)
+    for step in range(steps):
+        images = asked.images(spectra)
+        moved = images if moves is None else move_images(images, moves)
+        loss = -score(asked.own(asked.values(moved)[0])).sum()
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        if on_step is not None:
+            on_step(step + 1)
+    with torch.no_grad():
+        images = asked.images(spectra)
+        # Not only what the layer is given: a bounded layer's natural maximum is of another scale.
+        given, output = (asked.own(values).float().cpu() for values in asked.values(images))
+    silent = (output == 0).flatten(1).all(1)
+    return _Try(images.cpu(), given.amax((1, 2)), output.amax((1, 2)), silent)
+
+
+def _middle(values: Float[Tensor, "batch rows columns"]) -> PerImage:
+    return values[:, values.shape[1] // 2, values.shape[2] // 2]
+
+
+def _anywhere(values: Float[Tensor, "batch rows columns"]) -> PerImage:
+    """The largest over places, and a little of all others, which may have the only gradient."""
+    return values.amax((1, 2)) + 0.01 * values.mean((1, 2))
+
+
+def _has_gradient(asked: _Asked, spectra: Spectra, score: Score) -> Bool[Tensor, "images"]:
+    free = spectra.detach().requires_grad_()
+    total = score(asked.own(asked.values(asked.images(free))[0])).sum()
+    if not total.requires_grad:
+        return torch.zeros(len(spectra), dtype=torch.bool, device=spectra.device)
+    (gradient,) = torch.autograd.grad(total, free)
+    return (gradient != 0).flatten(1).any(1)
+
+
+def _with_gradient(asked: _Asked, start: Spectra) -> Spectra:
+    """The start, with as much more contrast as a unit needs to have a gradient."""
+    found = start
+    for factor in CONTRASTS:
+        blind = ~_has_gradient(asked, found, _middle)
+        if not bool(blind.any()):
+            break
+        found = torch.where(blind[:, None, None, None, None], start * factor, found)
     return found
+
+
+@torch.no_grad()
+def _best_starts(asked: _Asked, generator: torch.Generator, device: torch.device) -> Spectra:
+    """Each unit's most exciting one of many random spectra, if it can be one with a gradient."""
+    drawn = draw_spectra(SECOND_STARTS, asked.channels, asked.size, generator).to(device)
+    spectra = drawn * torch.logspace(-1, 0, len(drawn), device=device)[:, None, None, None, None]
+    picks = torch.tensor(asked.units, device=device)
+    scores = torch.cat([_scores(asked, part) for part in torch.split(spectra, len(picks))])[
+        :, picks
+    ]
+    order = scores.nan_to_num(-math.inf).argsort(dim=0, descending=True, stable=True)
+    best = spectra[order[0]]
+    waiting = torch.ones(len(picks), dtype=torch.bool, device=device)
+    for rank in order[:8]:
+        with torch.enable_grad():
+            sees = _has_gradient(asked, spectra[rank], _anywhere) & waiting
+        best = torch.where(sees[:, None, None, None, None], spectra[rank], best)
+        waiting &= ~sees
+        if not bool(waiting.any()):
+            break
+    return best
+
+
+def _scores(asked: _Asked, spectra: Spectra) -> Float[Tensor, "images units"]:
+    """Of every image, how far it excites each of the layer's units anywhere."""
+    values = asked.values(asked.images(spectra))[0]
+    return _anywhere(values.flatten(0, 1)).view(values.shape[:2])
 
 
 @contextmanager
@@ -181,35 +294,3 @@ def _frozen(network: nn.Module) -> Iterator[None]:
             module.training = mode
         for weight, wanted in asked:
             weight.requires_grad_(wanted)
-
-
-def _moved(images: Images, generator: torch.Generator) -> Images:
-    """Every image moved, scaled and turned a little, at the size it had.
-
-    The amounts are those of images of 128 pixels, in proportion: a network for 32 pixels gets
-    images whose objects keep their size.
-    """
-    count, _, height, width = images.shape
-    side = min(height, width)
-    padding = max(round(12 * min(side, 128) / 128), 1)
-    images = F.pad(images, (padding,) * 4, value=0.5)
-    for jitter in (max(round(side / 16), 1), max(round(side / 32), 1)):
-        rows, columns = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
-        images = images.roll((rows, columns), (2, 3))
-    scales = 0.9 + 0.02 * torch.randint(0, 11, (count,), generator=generator)
-    # 6 of 26 aren't turned at all, as most of what networks see is upright.
-    turns = torch.randint(-10, 16, (count,), generator=generator)
-    angles = torch.where(turns > 10, 0, turns) * (math.pi / 180)
-    cos, sin = angles.cos() / scales, angles.sin() / scales
-    zeros = torch.zeros(count)
-    ratio = images.shape[2] / images.shape[3]
-    matrix = torch.stack(
-        [
-            torch.stack([cos, -sin * ratio, zeros], 1),
-            torch.stack([sin / ratio, cos, zeros], 1),
-        ],
-        1,
-    ).to(images)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    turned = F.grid_sample(images - 0.5, grid, mode="bilinear", align_corners=False) + 0.5
-    return turned[:, :, padding : padding + height, padding : padding + width]

@@ -35,6 +35,8 @@ class Portrait:
         made: An image made to excite it; None if not asked for.
         reached: Its activation there, as `natural` is; NaN without.
         natural: Its largest over the data.
+        random: What 99.9 % of random images stay below, as `reached` is; NaN without `made`.
+        failed: Whether `made` excites it no more than that.
         concepts: What it responds to: name, intersection over union, chance; the best first.
     """
 
@@ -48,6 +50,8 @@ class Portrait:
     natural: float
     made: Float[Tensor, "channels tall wide"] | None = None
     reached: float = float("nan")
+    random: float = float("nan")
+    failed: bool = False
     concepts: tuple[tuple[str, float, float], ...] = ()
     known: bool = True
 

@@ -136,8 +136,7 @@ class Cams:
     """What Grad-CAM looks like at a layer, for the class that the first network finds likeliest.
 
     Attributes:
-        scale: Median over images of the largest value of the ReLU map, times the number of cells,
-            which makes layers comparable: logits.
+        scale: Median over images of the largest value of the ReLU map, in logits per cell.
         scale_low: First quartile of the same.
         scale_high: Third quartile of the same.
         zero_share: Share of images whose ReLU map is 0 everywhere.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from camdistill.layers.contributions import contributions
 from camdistill.layers.summary import LayerSummary
+from camdistill.perturb.probability import probabilities
 from camdistill.types import Images
 
 CHUNK = 8  # images in one backward
@@ -19,7 +20,7 @@ class LayerView:
     """One image at one layer.
 
     Attributes:
-        grad_cam: Raw, in logits.
+        grad_cam: Raw, in logits per cell.
         layer_cam: Likewise.
         units: Those chosen, or those whose alpha is largest in magnitude, largest first.
         alphas: Theirs.
@@ -110,7 +111,7 @@ def through_depth(
         for network, model in networks.items():
             logits, chosen, by_layer = contributions(model, part, layers[network], classes)
             classes = chosen if classes is None else classes
-            likely = logits.softmax(1).max(1)
+            likely = probabilities(logits).max(1)
             tops[network] = list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
             views[network] = [{} for _ in part]
             for layer, one in by_layer.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from camdistill.explain.compare import pearson
 from camdistill.explain.maps import normalise
 from camdistill.perturb.asking import logits_of
+from camdistill.perturb.probability import probabilities
 from camdistill.perturb.ranks import demand_finite
 from camdistill.types import Explain, Images, Labels, Maps, PerImage
 
@@ -95,5 +96,5 @@ def _share(maps: Maps, images: Images) -> Float[Tensor, "batch 1 height width"]:
 
 
 def _probability(network: nn.Module, images: Images, classes: Labels) -> PerImage:
-    likely = logits_of(network, images).softmax(1).gather(1, classes[:, None])[:, 0]
+    likely = probabilities(logits_of(network, images)).gather(1, classes[:, None])[:, 0]
     return likely.clamp(min=torch.finfo(likely.dtype).tiny)

@@ -64,6 +64,8 @@ METRICS: dict[str, Metric] = {
     "box_error": Metric(False, "mask", "localisation"),
 }
 FILE = ".safetensors"
+# What they are of maps that another network makes: 0, or 1, whatever that network learned.
+OF_WEIGHTS = {"randomisation": 0, "smooth_randomisation": 1}
 DEFAULT = (
     "faithfulness_correlation",
     "infidelity",

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from camdistill.explain.compare import cosine, pearson, spearman
 from camdistill.explain.maps import relu, resize
+from camdistill.perturb.probability import expand_single_logit, predict_labels
 from camdistill.types import Labels, Logits, Maps, PerImage
 
 FLAT = 1e-6  # of its largest value: a map that varies less is constant up to float32's rounding
@@ -27,20 +28,23 @@ class MapScores(NamedTuple):
 
 
 def agreement(student_logits: Logits, teacher_logits: Logits) -> PerImage:
-    """1 where student and teacher have the same top class, else 0."""
-    return (student_logits.argmax(1) == teacher_logits.argmax(1)).float()
+    """1 where student and teacher predict the same label, else 0; single logits by their sign."""
+    return (predict_labels(student_logits) == predict_labels(teacher_logits)).float()
 
 
 def divergence(student_logits: Logits, teacher_logits: Logits) -> PerImage:
     """KL(teacher || student) of the class probabilities, in nats."""
-    student = F.log_softmax(student_logits.float(), dim=1)
-    teacher = F.log_softmax(teacher_logits.float(), dim=1)
+    student = F.log_softmax(expand_single_logit(student_logits.float()), dim=1)
+    teacher = F.log_softmax(expand_single_logit(teacher_logits.float()), dim=1)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
 def correct(logits: Logits, labels: Labels) -> PerImage:
-    """1 where the top class is the label, 0 where not, NaN without a label (-1)."""
-    hit = (logits.argmax(1) == labels).float()
+    """1 where the prediction is the label, 0 where not, NaN without a label (-1).
+
+    A single logit predicts label 1 above 0, else label 0.
+    """
+    hit = (predict_labels(logits) == labels).float()
     return torch.where(labels >= 0, hit, torch.full_like(hit, torch.nan))
 
 

@@ -5,19 +5,33 @@ calls several times has one output a call: "layer1.0.relu#0" is the first call, 
 without a number the name means the last call.
 """
 
+import sys
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from camdistill.errors import UserError, nearest
+from camdistill.networks.network_checks import check_logits
+from camdistill.networks.wrapper import Wrapper
 from camdistill.types import Images
 
 Visit = Callable[[str, object], Tensor | None]
 Look = Callable[[str, object], None]
+SIZE_CURE = "give another --size, or another network"
+
+MANY_MODULES = 16
+# Calls on one network take turns; a network that is forgotten takes its lock with it.
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_MAKING_LOCKS = threading.Lock()
+# Whether compiled code runs is one switch for the whole process.
+_STANCE = threading.RLock()
 
 
 def bare(network: nn.Module) -> nn.Module:
@@ -42,6 +56,47 @@ def plain(network: nn.Module) -> nn.Module:
 def layer_names(network: nn.Module) -> tuple[str, ...]:
     """Every layer's name, in the order of definition; a shared module has one name each place."""
     return tuple(_modules(bare(network)))
+
+
+@contextmanager
+def exclusive(network: nn.Module) -> Iterator[None]:
+    """Lets one thread at a time examine a network; others wait, calls inside the block don't.
+
+    Modes, hooks and replaced functions belong to the network, so that two threads would undo each
+    other's. A thread that only runs the network may do so meanwhile: hooks of this package act in
+    the thread that set them.
+    """
+    inner = bare(network)
+    with _MAKING_LOCKS:
+        lock = _LOCKS.setdefault(inner, threading.RLock())
+    with lock:
+        yield
+
+
+@contextmanager
+def watching(
+    modules: Collection[nn.Module], note: Callable[[nn.Module, object], None]
+) -> Iterator[None]:
+    """Calls `note(module, output)` whenever one of the modules has run inside the block.
+
+    Nothing is changed, and no module needs to run. Only the calling thread's forwards are noted,
+    and none of compiled parts (see `uncompiled`).
+    """
+    owner, watched = threading.get_ident(), set(modules)
+
+    def hook(module: nn.Module, _: object, output: object) -> None:
+        if threading.get_ident() == owner and module in watched:
+            note(module, output)
+
+    with ExitStack() as stack:
+        # A part that is TorchScript takes no hook of its own.
+        own = not any(isinstance(module, torch.jit.ScriptModule) for module in watched)
+        if own and len(watched) < MANY_MODULES:
+            for module in watched:
+                stack.callback(module.register_forward_hook(hook).remove)
+        else:  # one hook for all modules there are, as each registration takes its time
+            stack.callback(register_module_forward_hook(hook).remove)
+        yield
 
 
 @contextmanager
@@ -105,8 +160,11 @@ def visiting(
     for name, (module, call) in _located(bare(network), layers).items():
         wanted[module].append((name, call))
     calls = dict.fromkeys(wanted, 0)
+    owner = threading.get_ident()
 
     def hook(module: nn.Module, _: object, output: object) -> object:
+        if threading.get_ident() != owner:
+            return output
         this, calls[module] = calls[module], calls[module] + 1
         for name, call in wanted[module]:
             if call in (None, this):
@@ -115,13 +173,15 @@ def visiting(
         return output
 
     def entering(module: nn.Module, arguments: tuple[object, ...]) -> None:
+        if threading.get_ident() != owner:
+            return
         for name, call in wanted[module]:
             if before is not None and call in (None, calls[module]):
                 before(name, arguments[0] if arguments else None)
 
     with ExitStack() as stack:
         if wanted:
-            stack.enter_context(_uncompiled(network))
+            stack.enter_context(uncompiled(network))
         for module in wanted:
             stack.callback(module.register_forward_hook(hook).remove)
             if before is not None:
@@ -154,46 +214,68 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     Modes, buffers and random states are put back, also after an exception.
     """
     inner = bare(network)
-    modes = [(module, module.training) for module in inner.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in inner.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {weight.device.index for weight in inner.parameters() if weight.is_cuda}
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.random.fork_rng(devices=[i for i in devices if i is not None]), torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+    with exclusive(inner):
+        modes = [(module, module.training) for module in inner.modules()]
+        buffers = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in inner.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        devices = {weight.device.index for weight in inner.parameters() if weight.is_cuda}
+        drawn = torch.random.fork_rng(devices=[i for i in devices if i is not None])
+        try:
+            for module, _ in modes:
+                module.training = False
+            with drawn, torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
 
 
-def demand_runs(networks: Mapping[str, nn.Module], image: Images) -> None:
+def demand_runs(networks: Mapping[str, nn.Module], image: Images, *, cure: str = SIZE_CURE) -> None:
     """Networks, by name, may have a size of their own, and many ways to say so.
 
+    Args:
+        networks: By what they are, such as "teacher".
+        image: One of the images that they will take.
+        cure: What to do where the image can't be taken.
+
     Raises:
-        UserError: One can't run on the image.
+        UserError: One can't run on the image, or gives no logits.
     """
+    pair = torch.cat([image[:1], image[:1]])
+    shape = "x".join(map(str, image.shape[1:]))
     for name, network in networks.items():
         weight = next(network.parameters(), image)
         try:
             with undisturbed(network):
-                network(image.to(weight.device))
+                output = network(pair.to(weight.device))
+        except UserError:
+            raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            # What Python says of a forward that wants more, or less, than images.
+            arguments = isinstance(error, TypeError) and "argument" in str(error)
+            do = "give a network whose forward takes images alone" if arguments else cure
             raise UserError(
-                f"the {name} can't run on an image of {'x'.join(map(str, image.shape[1:]))} "
-                f"({reason}); give another --size"
+                f"the {name} can't run on an image of {shape} ({_line_of(error)}); {do}"
             ) from error
+        except (LookupError, AttributeError, ArithmeticError, OSError) as error:
+            raise UserError(
+                f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
+                f"{_line_of(error)}); mend {type(bare(network)).__name__}"
+            ) from error
+        check_logits(f"the {name}", output, len(pair))
+
+
+def _line_of(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def parts(network: nn.Module) -> list[nn.Module]:
@@ -211,7 +293,8 @@ def parts(network: nn.Module) -> list[nn.Module]:
 def structure(network: nn.Module) -> int:
     """A fingerprint of what a network is made of and of its modes.
 
-    It changes when a module is replaced, gets a hook, or switches between train and eval.
+    It changes when a module is replaced, gets a hook, or switches between train and eval. A network
+    may take another way without any of these, so nothing but costs may rest on it.
     """
     return hash(
         tuple(
@@ -234,17 +317,22 @@ def _inside(network: nn.Module) -> nn.Module | None:
         inner = network._orig_mod
     elif isinstance(network, DataParallel | DistributedDataParallel):
         inner = network.module
-    elif hasattr(network, "normalise"):
-        inner = getattr(network, "network", None)
+    elif isinstance(network, Wrapper):
+        inner = network.network
     return inner if isinstance(inner, nn.Module) else None
 
 
 def _is_compiled(network: nn.Module) -> bool:
-    # A compiled module passes other attributes on to the original, so ask for its own.
-    return "_orig_mod" in network._modules
+    # Its class is in a module that takes seconds to import, and is there if anything is compiled.
+    if "_orig_mod" not in network._modules:
+        return False
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(network, dynamo.OptimizedModule)
 
 
-def _uncompiled(network: nn.Module) -> AbstractContextManager[object]:
+@contextmanager
+def uncompiled(network: nn.Module) -> Iterator[None]:
+    """Parts under torch.compile run as they were written: compiled code doesn't call hooks."""
     layered = [network]
     while (inner := _inside(layered[-1])) is not None:
         layered.append(inner)
@@ -252,9 +340,10 @@ def _uncompiled(network: nn.Module) -> AbstractContextManager[object]:
         _is_compiled(part) or part._compiled_call_impl is not None
         for part in [*layered, *parts(layered[-1])]
     ):
-        eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-        return eager
-    return nullcontext()
+        with _STANCE, torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 def _modules(inner: nn.Module) -> dict[str, nn.Module]:
@@ -273,6 +362,11 @@ def _located(inner: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Modu
         if module is inner:
             raise UserError(
                 f"no layer '{name}' in {type(inner).__name__}; {nearest(base, _modules(inner))}"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"layer '{name}' is a program of TorchScript, which can't be looked into: ask for "
+                "a layer outside it, or give the torch.nn.Module that it was made from"
             )
         if mark and not number.isdecimal():
             raise UserError(

@@ -1,13 +1,19 @@
 """Networks by dotted path, and what may be called when the path comes from a checkpoint."""
 
+import http.client
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from urllib.error import URLError
 
+import torch
 import torchvision
 from torch import nn
+from torchvision.models import WeightsEnum
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, nearest, shortened
+from camdistill.files import check_memory
 
 Argument = bool | int | float | str | list[int] | list[float] | list[str] | None
 Factory = Callable[..., object]
@@ -152,11 +158,18 @@ def construct(
     ]
     if missing:
         raise UserError(f"{name} needs the argument '{missing[0]}'; give it in args")
+    _check_room(name, factory, {**fixed, **args})
     try:
         network = factory(**fixed, **args)
     except UserError:
         raise
-    except (TypeError, ValueError, RuntimeError, LookupError, AssertionError) as error:
+    except (URLError, http.client.HTTPException) as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise UserError(
+            f"{name} downloads something, which fails ({_line(error)}): put its file into "
+            f"'{folder}', or name a network that starts without weights"
+        ) from error
+    except _FAILURES as error:
         given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "no arguments"
         raise UserError(f"can't build {name} with {given}: {_line(error)}") from error
     if not isinstance(network, nn.Module):
@@ -167,12 +180,55 @@ def construct(
     return network
 
 
+def without_downloads(factory: Factory, args: Mapping[str, Argument]) -> dict[str, object]:
+    """Arguments that keep a factory from fetching weights that nobody asked for.
+
+    torchvision's detection and segmentation networks fetch a backbone's weights by default.
+    """
+    declined: dict[str, object] = {}
+    for name, parameter in parameters_of(factory).items():
+        default = parameter.default
+        fetches = isinstance(default, WeightsEnum) or (
+            (name.startswith("pretrained") and default is True)
+            or (name.startswith("weights") and isinstance(default, str))
+        )
+        if fetches and name not in args:
+            declined[name] = False if default is True else None
+    return declined
+
+
+def _check_room(name: str, factory: Factory, args: Mapping[str, object]) -> None:
+    """Refuses a network that wouldn't fit into memory, by its shapes alone.
+
+    Asked of networks that are known to be made of shapes; what others do when they are called twice
+    isn't known.
+    """
+    home = getattr(factory, "__module__", "")
+    if not home.startswith(("camdistill.networks.", "torchvision.models.")):
+        return
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            network = factory(**args)
+    except (TypeError, ValueError, RuntimeError, LookupError, AssertionError):
+        return  # what is wrong is told when it is built
+    if isinstance(network, nn.Module):
+        size = sum(one.numel() * one.element_size() for one in network.parameters())
+        check_memory(size, f"the weights of {name} with {shortened(str(dict(args)))}")
+
+
 def parameters_of(factory: Factory) -> dict[str, inspect.Parameter]:
     """A factory's parameters by name, empty where Python can't tell."""
     try:
         return dict(inspect.signature(factory).parameters)
     except (TypeError, ValueError):
         return {"args": inspect.Parameter("args", inspect.Parameter.VAR_KEYWORD)}
+
+
+# What a factory may raise; files and downloads that fail among them.
+_FAILURES = (
+    *(TypeError, ValueError, RuntimeError, LookupError, AssertionError),
+    *(AttributeError, ImportError, ArithmeticError, OSError),
+)
 
 
 def _line(error: Exception) -> str:

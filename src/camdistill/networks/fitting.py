@@ -5,19 +5,26 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.networks.weights import WeightFile
+from camdistill.networks.weights import WeightFile, unwrapped
 
 
 def aligned(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state without a prefix that all its names share and the network doesn't know."""
-    known = set(network.state_dict())
+    """The state under the network's own names.
+
+    A prefix is left out that all names share and the network doesn't know. A part of the network
+    may be compiled, or be called as a wrapper is; reading the file has left such words out.
+    """
+    own = network.state_dict()
+    short = list(unwrapped(own))
+    # Two names that are one without such words stay as they are.
+    names = dict(zip(short, own, strict=True)) if len(short) == len(own) else {}
     state = dict(state)
-    while not known & set(state):
+    while not (own.keys() | names.keys()) & state.keys():
         prefixes = {name.partition(".")[0] for name in state}
         if len(prefixes) != 1 or not all("." in name for name in state):
             break
         state = {name.partition(".")[2]: value for name, value in state.items()}
-    return state
+    return {name if name in own else names.get(name, name): value for name, value in state.items()}
 
 
 def mismatch(network: nn.Module, state: Mapping[str, Tensor]) -> str:

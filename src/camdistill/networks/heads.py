@@ -5,6 +5,7 @@ from typing import cast
 from torch import nn
 
 from camdistill.errors import UserError
+from camdistill.files import check_memory
 
 Head = nn.Linear | nn.Conv2d
 
@@ -38,6 +39,7 @@ def swap_head(network: nn.Module, classes: int) -> None:
     """Put an untrained head for so many classes in the place of the old one; the rest stays."""
     name, old = head_of(network)
     place, bias = (old.weight.device, old.weight.dtype), old.bias is not None
+    check_memory(old.weight[0].numel() * classes * 4, f"the weights of {classes:,} classes")
     new: Head
     if isinstance(old, nn.Linear):
         new = nn.Linear(old.in_features, classes, bias, *place)
@@ -48,5 +50,5 @@ def swap_head(network: nn.Module, classes: int) -> None:
     network.set_submodule(name, cast(nn.Module, new))
     # torchvision's SqueezeNet and others keep the number beside the layer.
     for word in ("num_classes", "classes"):
-        if isinstance(getattr(network, word, None), int):
+        if getattr(network, word, None) == len(old.weight):
             setattr(network, word, classes)

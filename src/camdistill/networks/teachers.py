@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, check_number, nearest
 from camdistill.networks import torchvision_models
 from camdistill.networks.cifar_resnet import CIFAR_DEPTHS, CifarResNet, WideResNet
 from camdistill.networks.class_paths import (
@@ -16,15 +16,18 @@ from camdistill.networks.class_paths import (
     demand_harmless,
     parameters_of,
     resolve,
+    without_downloads,
 )
 from camdistill.networks.fitting import aligned, load_state, mismatch
 from camdistill.networks.fusion import fused
 from camdistill.networks.heads import head_of, head_size, swap_head
+from camdistill.networks.network_checks import SUSPECT, check_built, check_explainable
 from camdistill.networks.students import ShallowCNN
+from camdistill.networks.training_facts import TrainingFacts, Triple, training_facts
 from camdistill.networks.weights import WeightFile, read_weights
-from camdistill.types import Images, Logits
+from camdistill.networks.wrapper import Wrapper
+from camdistill.types import Images
 
-Triple = tuple[float, float, float]
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
@@ -48,7 +51,7 @@ class NetworkSpec:
             package.module.Network.
         weights: A file (safetensors, torch, or a checkpoint of ours), or for torchvision's
             networks DEFAULT or another name of theirs. None is untrained.
-        args: Arguments of the network's class.
+        args: Arguments of the network's class. A file of ours that trained this network says them.
         mean: Of each channel of images in [0, 1]. The weights' own are taken where they say.
         std: Likewise.
     """
@@ -60,10 +63,27 @@ class NetworkSpec:
     std: Triple = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UserError(
-                f"mean {self.mean} and std {self.std}: give three numbers each, std above 0"
-            )
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise UserError(f"mean {self.mean} and std {self.std}: give three numbers each")
+        check_moments(self.mean, self.std)
+
+
+def check_moments(mean: Sequence[float], std: Sequence[float], where: str = "") -> None:
+    """Checks a normalisation of images in [0, 1].
+
+    Args:
+        mean: Of each channel.
+        std: Likewise.
+        where: It was found, for the message.
+
+    Raises:
+        UserError: One can't be: NaN, a deviation of 0, or the mean of images in [0, 255].
+    """
+    cure = f"give numbers for images in [0, 1], which an std above 0 divides{where}"
+    for value in mean:
+        check_number("mean", value, "[-1, 2]", cure)
+    for value in std:
+        check_number("std", value, "(0, inf)", cure)
 
 
 def network_names() -> list[str]:
@@ -101,28 +121,30 @@ def preprocessed(
     replace_head: bool = False,
 ) -> "Preprocessed":
     """`build` with the normalisation that the spec or its weights ask for."""
-    network, weights = _assembled(spec, classes, allowed, replace_head)
-    return Preprocessed(network, *normalisation(spec, weights))
+    network, weights, facts = _assembled(spec, classes, allowed, replace_head)
+    return Preprocessed(network, *normalisation(spec, weights), facts=facts)
 
 
 def _assembled(
     spec: NetworkSpec, classes: int | None, allowed: Sequence[str] | None, replace_head: bool
-) -> tuple[nn.Module, WeightFile | None]:
+) -> tuple[nn.Module, WeightFile | None, TrainingFacts]:
     if classes is not None and classes < 1:
         raise UserError(f"{classes} classes: a network needs at least 1")
     if spec.weights is None:
         network = _constructed(spec, classes, allowed)
+        check_built(network, spec.name)
         if classes is not None and head_size(network) != classes:
             swap_head(network, classes)
-        return network, None
+        return network, None, TrainingFacts()
     if torchvision_models.names_weights(spec.name, spec.weights):
         path = torchvision_models.downloaded(spec.name, spec.weights)
         weights = read_weights(path)
         network = torchvision_models.pretrained(spec.name, spec.weights, spec.args)
+        facts = torchvision_models.facts(spec.name, spec.weights)
     else:
         weights = read_weights(spec.weights)
-        network = _constructed(spec, None, allowed)
-        _load(spec, network, weights)
+        facts = training_facts(weights)
+        network = _trained(spec, weights, facts, allowed)
     if classes is not None and (found := head_size(network)) != classes:
         if not replace_head:
             raise UserError(
@@ -131,7 +153,21 @@ def _assembled(
                 "a new head"
             )
         swap_head(network, classes)
-    return network, weights
+    return network, weights, facts
+
+
+def _trained(
+    spec: NetworkSpec, weights: WeightFile, facts: TrainingFacts, allowed: Sequence[str] | None
+) -> nn.Module:
+    """The network with the weights of a file, built as the file says if it is of this network."""
+    told = spec
+    if facts.name == spec.name and not spec.args:
+        demand_harmless(spec.name, facts.args)
+        told = replace(spec, args=dict(facts.args))
+    network = _constructed(told, facts.classes if facts.name == spec.name else None, allowed)
+    check_built(network, spec.name)
+    _load(spec, network, weights, facts.name)
+    return network
 
 
 def _constructed(
@@ -150,7 +186,8 @@ def _constructed(
     if allowed is not None:
         demand_harmless(spec.name, spec.args)
     by_path = resolve(spec.name, allowed)
-    return construct(spec.name, by_path, _with_classes(by_path, spec, classes), {})
+    args = _with_classes(by_path, spec, classes)
+    return construct(spec.name, by_path, args, without_downloads(by_path, spec.args))
 
 
 def _with_classes(
@@ -163,7 +200,7 @@ def _with_classes(
     return {**spec.args, word: classes}
 
 
-def _load(spec: NetworkSpec, network: nn.Module, weights: WeightFile) -> None:
+def _load(spec: NetworkSpec, network: nn.Module, weights: WeightFile, name_there: str) -> None:
     state = aligned(network, weights.state)
     name, head = head_of(network)
     rows = state.get(f"{name}.weight" if name else "weight")
@@ -173,6 +210,8 @@ def _load(spec: NetworkSpec, network: nn.Module, weights: WeightFile) -> None:
     if problem := mismatch(network, state):
         alike = [other for other in _BUILT_IN if other != spec.name and _fits(other, weights)]
         cure = f"it fits '{alike[0]}'" if alike else "name the network it was trained as"
+        if name_there and name_there != spec.name:
+            cure = f"it was trained as '{name_there}'"
         raise UserError(f"'{weights.path}' doesn't fit {spec.name}: it {problem}; {cure}")
     load_state(network, weights)
 
@@ -192,36 +231,30 @@ def normalisation(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple
     """Mean and standard deviation that a network wants.
 
     The spec's, where they aren't the default; else those that its weights were trained with, where
-    torchvision or the file's metadata (`mean` and `std` as JSON) say them; else the default.
+    torchvision or the file (its experiment, or `mean` and `std` as JSON) says; else the default.
     """
     own = (spec.mean, spec.std)
     if own != (IMAGENET_MEAN, IMAGENET_STD):
         return own
+    facts = TrainingFacts()
     if spec.weights is not None and torchvision_models.names_weights(spec.name, spec.weights):
-        return torchvision_models.normalisation(spec.name, spec.weights)
-    if weights is not None and {"mean", "std"} <= set(weights.metadata):
-        try:
-            mean, std = (json.loads(weights.metadata[key]) for key in ("mean", "std"))
-            return (float(mean[0]), float(mean[1]), float(mean[2])), (
-                float(std[0]),
-                float(std[1]),
-                float(std[2]),
-            )
-        except (ValueError, TypeError, LookupError) as error:
-            raise UserError(
-                f"the metadata of '{weights.path}' has a mean or std that is not three numbers; "
-                "write the file again"
-            ) from error
-    return own
+        facts = torchvision_models.facts(spec.name, spec.weights)
+    elif weights is not None:
+        facts = training_facts(weights)
+        if facts.mean is not None and facts.std is not None:
+            where = f"; '{weights.path}' has these in its metadata: write it again"
+            check_moments(facts.mean, facts.std, where)
+    return own if facts.mean is None or facts.std is None else (facts.mean, facts.std)
 
 
-class Preprocessed(nn.Module):
+class Preprocessed(Wrapper):
     """A network that takes images in [0, 1]: it normalises them itself.
 
     Attributes:
         network: The bare network; layer names are the names inside it.
         mean: Of each channel; not part of the state dict.
         std: Likewise.
+        facts: What the network's weights say of their training.
     """
 
     mean: Tensor
@@ -232,19 +265,37 @@ class Preprocessed(nn.Module):
         network: nn.Module,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        *,
+        facts: TrainingFacts = TrainingFacts(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
+        check_moments(mean, std)
         self.network = network
+        self.facts = facts
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def normalise(self, images: Images) -> Images:
-        """Images as the network was trained to take them."""
-        return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+        """Images as the network was trained to take them; float32 ones get its weights' type."""
+        normalised = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+        weight = next(self.network.parameters(), self.mean)
+        if images.dtype == torch.float32 and weight.is_floating_point():
+            return normalised.to(weight.dtype)
+        return normalised
 
-    def forward(self, images: Images) -> Logits:
-        """Logits of images in [0, 1]."""
-        return self.network(self.normalise(images))  # type: ignore[no-any-return]
+    def forward(self, images: Images) -> object:
+        """What the network gives for images in [0, 1]: logits, where it classifies."""
+        return self.network(self.normalise(images))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Preprocessed":
+        """What `to`, `cuda`, `bfloat16` and the like are made of; mean and std stay exact."""
+        exact = {name: self._buffers[name] for name in ("mean", "std")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def metadata(self) -> dict[str, str]:
         """The normalisation as `save_safetensors` keeps it and `normalisation` reads it."""
@@ -263,11 +314,14 @@ class Teacher(Preprocessed):
         spec: What it was built from; None if it came from `Teacher.of`.
         classes: Number of logits.
         sha256: Of the weights' file, in hexadecimal; None without a file.
+        holds_precision: Whether it only moves between devices, whatever its holder is turned into.
     """
 
+    holds_precision = False
+
     def __init__(self, spec: NetworkSpec, *, allowed: Sequence[str] | None = None) -> None:
-        network, weights = _assembled(spec, None, allowed, False)
-        super().__init__(network, *normalisation(spec, weights))
+        network, weights, facts = _assembled(spec, None, allowed, False)
+        super().__init__(network, *normalisation(spec, weights), facts=facts)
         self.spec: NetworkSpec | None = spec
         self.sha256: str | None = weights.sha256 if weights else None
         self._freeze()
@@ -287,6 +341,8 @@ class Teacher(Preprocessed):
         return teacher
 
     def _freeze(self) -> None:
+        suspects = [part for part in self.network.modules() if isinstance(part, SUSPECT)]
+        check_explainable(self.network, type(self.network).__name__, suspects)
         network = self.network.eval().requires_grad_(False)
         self.classes = head_size(network)
         del self.network
@@ -301,8 +357,9 @@ class Teacher(Preprocessed):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
         """What `to`, `cuda`, `bfloat16` and the like are made of; the holder's calls ours."""
+        fn = _in_its_precision(fn) if self.holds_precision else fn
         self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         return self
 
     def fused(self, size: tuple[int, int] = (32, 32), keep: Collection[str] = ()) -> "Teacher":
@@ -319,5 +376,15 @@ class Teacher(Preprocessed):
         modules = {layer.partition("#")[0] for layer in keep}
         network = fused(self.network, size, modules, self.mean.shape[1])
         copy = type(self).of(network, self.mean.flatten().tolist(), self.std.flatten().tolist())
-        copy.spec, copy.sha256 = self.spec, self.sha256
+        copy.spec, copy.sha256, copy.facts = self.spec, self.sha256, self.facts
         return copy.to(self.mean.device)
+
+
+def _in_its_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same move without a change of precision, which would round."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move

@@ -14,6 +14,7 @@ from torchvision.models import WeightsEnum
 
 from camdistill.errors import UserError, nearest
 from camdistill.networks.class_paths import Argument, construct, parameters_of
+from camdistill.networks.training_facts import TrainingFacts
 
 
 @cache
@@ -97,13 +98,19 @@ def untrained(name: str, args: Mapping[str, Argument], classes: int | None) -> n
     return construct(name, torchvision.models.get_model_builder(name), args, fixed)
 
 
-def normalisation(
-    name: str, weights: str
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation of the images that named weights were trained on."""
-    transforms = _member(name, weights).transforms()
+def facts(name: str, weights: str) -> TrainingFacts:
+    """What torchvision says of named weights: images, normalisation and names of classes."""
+    member = _member(name, weights)
+    transforms = member.transforms()
     mean, std = (tuple(float(number) for number in t) for t in (transforms.mean, transforms.std))
-    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    side = int(transforms.crop_size[0])
+    names = tuple(str(name) for name in member.meta.get("categories", ()))
+    return TrainingFacts(
+        class_names=names,
+        size=(side, side),
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+    )
 
 
 @cache

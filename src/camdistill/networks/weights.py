@@ -9,6 +9,7 @@ import json
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 
-from camdistill.errors import UserError, nearest
-from camdistill.files import write_atomically
+from camdistill.errors import UserError, mistake_of_system, nearest
+from camdistill.files import expand_home, write_atomically
 
 # Where training programs put the weights inside their checkpoints, the usual ones first.
 WRAPPERS = (
@@ -38,12 +39,14 @@ WRAPPERS = (
     "params_ema",
 )
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".th", ".bin")
+SMALL = 64 << 20  # bytes: the code in a TorchScript file is compressed
 # What our own checkpoints call the network that they trained.
 PARTS = ("student", "network")
 # What a damaged file makes torch's reader raise, whichever byte is hit.
 _DAMAGE = (
     *(RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError),
     *(AttributeError, AssertionError, OverflowError, ImportError, struct.error),
+    MemoryError,
 )
 
 
@@ -84,26 +87,28 @@ def read_weights(path: str | Path, *, part: str | None = None) -> WeightFile:
     Raises:
         UserError: If the file isn't there, is damaged, holds code or no weights.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path)
     try:
         _demand_file(path)
         with path.open("rb") as file:
             head = file.read(512)
         sha256 = sha256_of(path)
     except OSError as error:
-        raise UserError(f"can't read '{path}': {error.strerror}; check its permissions") from error
+        raise mistake_of_system(error) or UserError(
+            f"can't read '{path}': {error.strerror}; check its permissions"
+        ) from error
     _demand_weights(path, head)
     metadata: dict[str, str] = {}
     whole = False
     if head[8:9] == b"{":
         state, metadata = _read_safetensors(path)
-        state = _part(path, _unwrapped(state), part, False)
+        state = _part(path, unwrapped(state), part, False)
     else:
         content = _read_torch(path)
         whole = isinstance(content, Mapping) and "pytorch-lightning_version" in content
-        state = _part(path, _unwrapped(_tensors(path, content)), part, whole)
+        state = _part(path, unwrapped(_tensors(path, content)), part, whole)
         metadata = _experiment(content) if whole else {}
-    return WeightFile(_unwrapped(state), metadata, sha256, path, whole)
+    return WeightFile(unwrapped(state), metadata, sha256, path, whole)
 
 
 def _demand_file(path: Path) -> None:
@@ -162,6 +167,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_torch(path: Path) -> object:
+    _demand_stored(path)
     try:
         with warnings.catch_warnings():
             # Of unusual pickle protocols; what can't be read is an error anyway.
@@ -176,6 +182,25 @@ def _read_torch(path: Path) -> object:
                 "weights: torch.save(torch.jit.load(file).state_dict(), ...)"
             ) from error
         raise _damaged(path, error) from error
+
+
+def _demand_stored(path: Path) -> None:
+    """Refuses an archive that unfolds: torch stores weights as they are, each byte once.
+
+    A few megabytes that stand for many gigabytes, by compression or by overlapping entries, would
+    fill the memory before anything could be checked.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # an old kind of file, or a damaged one: torch says it
+    size = path.stat().st_size
+    if whole > 2 * size + SMALL:
+        raise UserError(
+            f"'{path}' has {size:,} bytes and unfolds to {whole:,}, which torch's "
+            "own files never do; it isn't opened: save it with torch.save, or download it again"
+        )
 
 
 def _not_opened(path: Path, reason: str) -> UserError:
@@ -233,12 +258,16 @@ def _experiment(content: object) -> dict[str, str]:
     return {"camdistill": text} if isinstance(text, str) else {}
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without what torch.compile and the parallel wrappers put before the names."""
-    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    state = {_uncompiled(name): value for name, value in state.items()}
     while state and all(name.startswith("module.") for name in state):
         state = {name[len("module.") :]: value for name, value in state.items()}
-    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    return {_uncompiled(name): value for name, value in state.items()}
+
+
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def save_safetensors(
@@ -257,7 +286,7 @@ def save_safetensors(
     Raises:
         UserError: If the file can't be written (no space, no permission); an old one is intact.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path)
     content = _serialised(state, metadata or {})
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()

@@ -11,6 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from camdistill.errors import UserError
 from camdistill.perturb.imputers import Filler
+from camdistill.perturb.probability import probabilities
 from camdistill.types import Images, Labels, Logits
 
 Changes = Bool[Tensor, "#batch changes height width"]
@@ -70,7 +71,7 @@ def changed_scores(
     """
     demand_settled(network)
     count, changes = len(images), removed.shape[1]
-    logits, probabilities = [], []
+    logits, likely = [], []
     pairs = torch.arange(count * changes, device=images.device)
     with torch.no_grad():
         for part in torch.split(pairs, _at_once(images)):
@@ -84,10 +85,8 @@ def changed_scores(
             answer = _asked(network, asked)
             column = classes[image, None]
             logits.append(answer.gather(1, column))
-            probabilities.append(answer.softmax(1).gather(1, column))
-    return Scores(
-        torch.cat(logits).view(count, changes), torch.cat(probabilities).view(count, changes)
-    )
+            likely.append(probabilities(answer).gather(1, column))
+    return Scores(torch.cat(logits).view(count, changes), torch.cat(likely).view(count, changes))
 
 
 def _asked(network: nn.Module, images: Images) -> Logits:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from camdistill.perturb.asking import Shown, changed_scores, logits_of
+from camdistill.perturb.probability import probabilities
 from camdistill.types import Images, Labels, Maps, PerImage
 
 _MASK_BYTES = 2**26  # of the masks that are held at once
@@ -106,7 +107,7 @@ def bank(
     own = logits_of(network, images)
     watched = own.argmax(1) if classes is None else classes
     logits = own.gather(1, watched[:, None])
-    probabilities = own.softmax(1).gather(1, watched[:, None])
+    likely = probabilities(own).gather(1, watched[:, None])
 
     def probe(cells: Bool[Tensor, "#batch changes rows columns"]) -> Probe:
         found = []
@@ -118,7 +119,7 @@ def bank(
         return Probe(
             cells,
             logits - torch.cat([one.logits for one in found]),
-            probabilities - torch.cat([one.probabilities for one in found]),
+            likely - torch.cat([one.probabilities for one in found]),
         )
 
     subsets = {
@@ -129,7 +130,7 @@ def bank(
         side: probe(_occluders(plan.cells, side).to(images.device)) for side in plan.occluders
     }
     size = (images.shape[2], images.shape[3])
-    return Bank(size, watched, logits[:, 0], probabilities[:, 0], subsets, occluders)
+    return Bank(size, watched, logits[:, 0], likely[:, 0], subsets, occluders)
 
 
 def _block(cells: Bool[Tensor, "_ changes rows columns"], images: Images) -> int:

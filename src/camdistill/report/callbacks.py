@@ -26,6 +26,7 @@ from camdistill.report.tensorboard import (
     settings_page,
     tensorboards,
 )
+from camdistill.report.training_log import epoch_line, last_numbers
 from camdistill.types import Batch
 
 
@@ -239,7 +240,7 @@ class Throughput(Callback):
 
 
 class Progress(TQDMProgressBar):
-    """A bar with the numbers that matter; one line for each validation stays on the screen.
+    """A bar with the numbers that matter; a line of each validation and epoch stays on the screen.
 
     Where there is no terminal (a log file, a pipe) only these lines are written.
 
@@ -250,22 +251,13 @@ class Progress(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate=refresh_rate if sys.stdout.isatty() else 0)
         self._started = time.monotonic()
+        self._written = -1  # the last epoch that has a line
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """The last loss, accuracy, agreement and Pearson correlation."""
-        known = trainer.callback_metrics
-        accuracy = next(
-            (tag for tag in (tags.ACCURACY_STUDENT, tags.ACCURACY_VAL) if tag in known), ""
-        )
-        places = {
-            "loss": tags.LOSS_TRAIN,
-            "accuracy": accuracy,
-            "agreement": tags.AGREEMENT,
-            "pearson": tags.PEARSON,
-        }
-        return {name: f"{known[tag]:.3f}" for name, tag in places.items() if tag in known}
+        return dict(last_numbers(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock of the lines."""
@@ -282,10 +274,17 @@ class Progress(TQDMProgressBar):
         super().on_validation_end(trainer, pl_module)
         if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        found = self.get_metrics(trainer, pl_module).items()
-        numbers = "  ".join(f"{name} {value}" for name, value in found)
-        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
-        line = f"{_epoch(trainer)}  {numbers}  {minutes}:{seconds:02d}"
+        self._write_line(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the line of an epoch that was not validated."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._written != trainer.current_epoch and trainer.is_global_zero:
+            self._write_line(trainer)
+
+    def _write_line(self, trainer: Trainer) -> None:
+        self._written = trainer.current_epoch
+        line = epoch_line(trainer, time.monotonic() - self._started)
         if self.is_enabled:
             self.print(line)  # above the bar
         else:

@@ -24,6 +24,7 @@ from camdistill.report.written import SWEEP, Written
 
 BATCH = 64  # images in a forward, and in a group of the unbiased CKA
 EVERY = 60.0  # seconds of work that a killed process loses, at most
+MEASURED_AS = 2  # goes up when the same images would give other numbers
 _OF_WHAT = "of"  # the tensor that holds the fingerprint
 
 Seen = Callable[[int, int], None]
@@ -114,7 +115,8 @@ def fingerprint(networks: Mapping[str, nn.Module], subject: Subject) -> str:
     That is the networks' structure and values, the images and their labels and order, and the
     versions of what computes.
     """
-    digest = hashlib.sha256(json.dumps([versions(), subject.device, subject.channels]).encode())
+    what = [MEASURED_AS, versions(), subject.device, subject.channels]
+    digest = hashlib.sha256(json.dumps(what).encode())
     for name, network in networks.items():
         digest.update(f"{name} {bare(network)}".encode())
         # A frozen teacher's network is not among its registered modules.

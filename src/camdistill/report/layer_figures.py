@@ -82,7 +82,7 @@ _CHARTED = {
     "lifetime_sparsity": ("lifetime sparsity", "1: a unit is active in one image alone"),
     "effective_rank": ("effective rank", "share of what was possible"),
     "saturation": ("saturation", "share of directions with 99 % of the variance"),
-    "cam_scale": ("Grad-CAM, largest value", "logits, median over images"),
+    "cam_scale": ("Grad-CAM, largest value", "logits per cell, median over images"),
     "best_cka": ("CKA with the other network", "its most similar layer"),
     "matched": ("units followed", "mean correlation with the best teacher's unit"),
     "probe": ("linear probe", "accuracy of a readout of spatial means"),

@@ -78,6 +78,8 @@ def _unit_row(one: Portrait) -> dict[str, object]:
         "images": [patch.image for patch in one.patches],
         "values": [patch.value for patch in one.patches],
         "reached": one.reached,
+        "random": one.random,
+        "failed": one.failed,
         "natural": one.natural,
         "concepts": [list(concept) for concept in one.concepts],
     }

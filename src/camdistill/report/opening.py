@@ -177,6 +177,7 @@ class Opening:
             if not wanted[name]:
                 continue
             drawn: dict[str, tuple[Portrait, ...]] = {}
+            failed: list[str] = []
             bank = self._known.filters.get(name)
             example = self.subject.fetch(self.subject.order[:1])
             points = {layer.post.point: layer.name for layer in wanted[name]}
@@ -189,8 +190,14 @@ class Opening:
                     name, layer, found, self._known.findings, bank if layer in own else None
                 )
                 drawn[layer] = found
+                failed += [f"{layer}:{one.unit}" for one in found if one.failed]
                 portraits = {**self._known.portraits, name: drawn}
                 self.found = replace(self._known, portraits=portraits)
+            if failed:
+                self._note(
+                    f"images made to excite units of the {name} failed for {', '.join(failed)}: "
+                    "random images excite these as much"
+                )
 
     def _wanted(self, layers: Sequence[LayerSummary]) -> list[LayerSummary]:
         """Layers whose units are looked at closely; of what no image tells there is nothing."""

@@ -37,6 +37,7 @@ from torch.utils.tensorboard.summary import custom_scalars
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from camdistill import tags
+from camdistill.files import expand_home
 
 Picture = UInt8[np.ndarray, "height width 3"]
 MAX_STEP = 2**62
@@ -83,7 +84,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         filename_suffix: str = "",
     ) -> None:
         super().__init__(
-            os.path.expandvars(Path(save_dir).expanduser()),
+            os.path.expandvars(expand_home(save_dir)),
             name=name,
             version=version,
             default_hp_metric=False,

@@ -61,6 +61,7 @@ def card_of(portrait: Portrait, notes: Sequence[str] = ()) -> UnitCard:
     sees = whole if portrait.seen is None else "{}x{} pixels".format(*portrait.seen)
     active = float((values > 0).mean())
     words = f"active at {100 * active:.1f} % of places; largest {portrait.natural:.3g}"
+    lines = [f"sees {sees}; {words}"]
     patches = [
         patch_tile(
             patch.pixels.numpy(),
@@ -78,17 +79,27 @@ def card_of(portrait: Portrait, notes: Sequence[str] = ()) -> UnitCard:
         )
         beside.append((f"mean of the {len(portrait.patches)}", mean))
     if portrait.made is not None:
-        ratio = portrait.reached / portrait.natural if portrait.natural > 0 else float("nan")
-        note = f"reached {portrait.reached:.3g}"
-        note += f" ({ratio:.1f}x)" if ratio == ratio else ""
+        lines.append(_made_words(portrait))
+        note = "failed" if portrait.failed else f"reached {portrait.reached:.3g}"
         beside.append(
             ("made to excite it", patch_tile(portrait.made.numpy(), size=SIDE, note=note))
         )
     return UnitCard(
         title=f"{portrait.network} {portrait.layer}, unit {portrait.unit}",
-        lines=[f"sees {sees}; {words}", *notes],
+        lines=[*lines, *notes],
         patches=patches,
         beside=beside,
         histogram=value_histogram(portrait.values),
         concepts=portrait.concepts,
+    )
+
+
+def _made_words(portrait: Portrait) -> str:
+    """What an image reached that was made to excite a unit, beside its control."""
+    ratio = portrait.reached / portrait.natural if portrait.natural > 0 else float("nan")
+    times = f" ({ratio:.1f}x the largest)" if ratio == ratio else ""
+    failed = "failed: " if portrait.failed else ""
+    return (
+        f"made image: {failed}reached {portrait.reached:.3g}{times}; "
+        f"99.9 % of random images stay below {portrait.random:.3g}"
     )

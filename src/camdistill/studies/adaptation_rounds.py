@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_each_once, check_number
 from camdistill.explain.learnable import SETTINGS, LearnableCAM, load_explainer
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import read_weights
@@ -59,11 +59,15 @@ class Adaptation:
             raise UserError(
                 f"adaptation.rounds {self.rounds} and patience {self.patience}; give 1 or more"
             )
-        if self.beta <= 0 or self.lr <= 0 or (self.eta is not None and self.eta <= 0):
-            raise UserError(
-                f"adaptation.beta {self.beta}, lr {self.lr} and eta {self.eta} lie above 0: "
-                "without them nothing can be learnt"
-            )
+        for name, value in (("beta", self.beta), ("lr", self.lr), ("eta", self.eta)):
+            if value is not None:
+                check_number(
+                    f"adaptation.{name}",
+                    value,
+                    "(0, inf)",
+                    "give one above 0, or nothing is learnt",
+                )
+        check_each_once("adaptation.layers", self.layers)
         if not self.judges or min([self.seed, *self.judges]) < 0:
             raise UserError("adaptation.judges: give one or more seeds, 0 or more")
         if len(set(self.judges)) < len(self.judges):

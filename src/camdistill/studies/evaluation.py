@@ -19,6 +19,7 @@ from camdistill.errors import UserError
 from camdistill.explain.maps import resize
 from camdistill.measure import controls
 from camdistill.measure.boxes import inside_boxes
+from camdistill.measure.metrics import OF_WEIGHTS
 from camdistill.measure.panel import Scene, measure, scene
 from camdistill.measure.scores import constant, levelled
 from camdistill.studies.unfinished import Arrays, clear, finished, kept, room
@@ -37,6 +38,8 @@ class Explainer:
         kind: What it is: a method at a layer, another network, a callable, stored maps.
         digest: Of the maps, network or source that it is made of: another one is another
             evaluation.
+        apart: Whether its maps are another network's: no change of the explained network's weights
+            changes them, so what such a change does to them isn't measured.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Explainer:
     stored: Float[np.ndarray, "images rows columns"] | None = None
     kind: str = ""
     digest: str = ""
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,8 +215,12 @@ def _measured_batch(
         rerendered=rerendered,
     )
     found: Arrays = {}
+    apart = {one.name for one in evaluation.explainers if one.apart}
     for name, maps, explain, seconds in _entries(evaluation, asked, mean, distractors, start):
-        measured = measure(asked, maps, evaluation.metrics, explain)
+        asks = [
+            metric for metric in evaluation.metrics if not (name in apart and metric in OF_WEIGHTS)
+        ]
+        measured = measure(asked, maps, asks, explain)
         nothing = torch.full((len(images),), torch.nan)
         columns = [measured.values.get(metric, nothing).cpu() for metric in evaluation.metrics]
         sound = torch.isfinite(maps).flatten(1).all(1)

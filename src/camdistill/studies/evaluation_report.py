@@ -127,4 +127,5 @@ def _best_and_worst(evaluation: Evaluation, values: Values) -> Picture | None:
         caption = [name[-20:], f"{scores[place]:.3f}"]
         rows.append(Row(images[within].cpu().numpy(), maps[within].cpu().numpy(), None, caption))
     title = f"best and worst by {metric}"
-    return map_panel(rows, title=title, abreast=2, first=explainer.name) if rows else None
+    # Of an explainer of any kind, whose unit isn't known.
+    return map_panel(rows, title=title, abreast=2, first=explainer.name, unit="") if rows else None

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 
 from camdistill.measure.intervals import Interval
-from camdistill.measure.metrics import Use, metric_of
+from camdistill.measure.metrics import OF_WEIGHTS, Use, metric_of
 from camdistill.report.results import Cell, text_table
 from camdistill.studies.meta_evaluation import Verdict, beaten, rows, verdicts
 from camdistill.studies.pool import Pool, Table, differences, means
@@ -104,7 +104,7 @@ def _warnings(pool: Pool, beats: Mapping[str, Sequence[str]]) -> str:
 
 def _gaps(pool: Pool, name: str) -> list[str]:
     """What of an explainer could not be measured."""
-    lines = []
+    lines = _by_construction(pool, name)
     whole = pool.images * pool.maps(name)
     if count := pool.counted("failed", name):
         lines.append(f"{name}: {count} of {whole} maps failed (NaN or infinity)")
@@ -118,6 +118,18 @@ def _gaps(pool: Pool, name: str) -> list[str]:
         if 0 < common < pool.images:
             lines.append(f"{name}: {metric} is over {common} of {pool.images} images")
     return lines
+
+
+def _by_construction(pool: Pool, name: str) -> list[str]:
+    """What isn't measured of an explainer whose maps another network makes."""
+    if np.isnan(pool.seconds(name)) or pool.counted("failed", name) == pool.images:
+        return []
+    return [
+        f"{name}: no {metric}, which would be {OF_WEIGHTS[metric]} by construction: its maps are "
+        "another network's, and redrawing the weights of the explained one changes nothing"
+        for metric in pool.metrics
+        if metric in OF_WEIGHTS and np.isnan(pool.scores(name, metric)).all()
+    ]
 
 
 def _costs(pool: Pool) -> str:

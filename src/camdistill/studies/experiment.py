@@ -2,6 +2,7 @@
 
 import io
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,25 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from camdistill.distill.checkpoints import restore, save
 from camdistill.distill.module import DistilledExplainer
-from camdistill.errors import UserError
-from camdistill.files import write_atomically
+from camdistill.errors import UserError, check_number
+from camdistill.files import expand_home, read_arrays, write_atomically
 from camdistill.measure.fidelity import FidelityTable
 from camdistill.networks.weights import read_weights
 from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunText, Throughput
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger
+from camdistill.report.training_log import LastValidation, TrainingLog
 from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles, WholeFitLoop
+from camdistill.studies.option_checks import check_groups, check_seeds, check_words
 from camdistill.studies.parsing import Parser, demand_configs, translated
 from camdistill.studies.run_folders import CONFIG, RunFolder, choose, same_config
+from camdistill.studies.trainer_options import (
+    check_callbacks,
+    check_options,
+    check_precision,
+    check_seed,
+    plain_callbacks,
+)
 
 RUNS = Path("runs")
 TABLE = "test_images.npz"
@@ -111,14 +121,23 @@ class Experiment(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without Lightning's warning about arguments given from Python."""
+        check_words(args)
+        check_seeds(args)
         demand_configs(args)
         with translated():
             self.config = parser.parse_args(args)
         # Lightning would read the file's hyperparameters and let them choose the model's class.
         config = self.config.get(self.config.get("subcommand") or "", {})
+        for part in ("model", "data"):
+            check_groups(config or self.config, part)
         self._wanted: str | None = config.get("ckpt_path")
         if self._wanted:
             config["ckpt_path"] = None
+
+    def _set_seed(self) -> None:
+        """Seeds everything, with a seed that numpy takes too."""
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
 
     def instantiate_classes(self) -> None:
         """Lets the mistakes that networks and data find through."""
@@ -128,8 +147,12 @@ class Experiment(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the run's folder, and the checkpoint that `last` stands for."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        trainer = config["trainer"]
+        check_options(vars(trainer))
+        if trainer.get("callbacks"):
+            trainer["callbacks"] = plain_callbacks(trainer.callbacks)
         name = config["run"] = config.run or _config_name(config)
-        runs = Path(name) if "/" in name else RUNS / name
+        runs = expand_home(name) if "/" in name else RUNS / name
         wanted = self._wanted
         self._small: str | None = None
         if "verbose" in config:
@@ -183,11 +206,14 @@ class Experiment(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with our logger and callbacks, unless the config brings its own logger."""
         config: Namespace = self._get(self.config_init, "trainer", default={})
+        if (clip := config.get("gradient_clip_val")) is not None:
+            name, cure = "--trainer.gradient_clip_val", "give 0 (no clipping) or more"
+            check_number(name, clip, "[0, inf)", cure)
         assert self._run is not None, "chosen"
         # First, because others read the config and write events.
         ours: list[Callback] = []
         if not config.get("fast_dev_run"):
-            ours.append(_SaveConfig(self._run, self._text))
+            ours += [_SaveConfig(self._run, self._text), LastValidation(), TrainingLog(self.folder)]
         if config.get("logger") in (None, True):
             # Lightning logs a test at step 0, where a run's lines would break off.
             alone = self.subcommand if self.subcommand != "fit" else None
@@ -203,10 +229,13 @@ class Experiment(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             ours.append(Progress())
         kwargs["default_root_dir"] = config.get("default_root_dir") or str(self.folder)
-        kwargs["callbacks"] = [*(config.get("callbacks") or []), *ours]
+        given = config.get("callbacks") or []
+        check_callbacks(given, self.model)
+        kwargs["callbacks"] = [*given, *ours]
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
         trainer = super().instantiate_trainer(**kwargs)
+        check_precision(trainer)
         trainer.fit_loop = WholeFitLoop.of(trainer)
         return trainer
 
@@ -216,14 +245,16 @@ class Experiment(LightningCLI):
         self._run.lock()
         try:
             last = self.folder / LAST
-            self.trainer.fit(
-                self.model, self.datamodule, ckpt_path=str(last) if last.is_file() else None
-            )
+            with translated():
+                self.trainer.fit(
+                    self.model, self.datamodule, ckpt_path=str(last) if last.is_file() else None
+                )
             # Only the first process claimed it.
             self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
             self._run.keep()
             self.save_network()
-            self.trainer.test(self.model, self.datamodule, verbose=False)
+            with translated():
+                self.trainer.test(self.model, self.datamodule, verbose=False)
             results = self.write_results()
             self.trainer.strategy.barrier()  # what the first process wrote, all can read
         finally:
@@ -269,6 +300,12 @@ def read_table(folder: Path) -> FidelityTable:
     path = folder / TABLE
     if not path.is_file():
         raise UserError(f"{folder} was not tested: it has no {TABLE}; run `camdistill test` on it")
-    with np.load(path, allow_pickle=False) as file:
-        columns = {name: file[name] for name in file.files if name not in ("ids", "layers")}
-        return FidelityTable(file["ids"], columns, tuple(str(name) for name in file["layers"]))
+    try:
+        file = read_arrays(path)
+        columns = {name: file[name] for name in file if name not in ("ids", "layers")}
+        layers = tuple(str(name) for name in file["layers"])
+        return FidelityTable(file["ids"], columns, layers)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); run `camdistill test` on that run again"
+        ) from None

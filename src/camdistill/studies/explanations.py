@@ -21,6 +21,7 @@ from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import last_layer
 from camdistill.explain.learnable import load_explainer
 from camdistill.explain.methods import AT_PIXELS, METHODS, Explainer, explainer
+from camdistill.files import expand_home, read_arrays
 from camdistill.networks.class_paths import SAFE_PACKAGES
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import sha256_of
@@ -232,7 +233,7 @@ def _filled(boxes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uin
 
 
 def _of_file(name: str) -> Source:
-    stored, ids = _stored(Path(name))
+    stored, ids = _stored(expand_home(name))
     place = {int(number): row for row, number in enumerate(ids)}
     mirrored = "mirrored" if "mirrored" in stored else "maps"
 
@@ -262,13 +263,14 @@ def _stored(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
         hint = nearest(path.name, beside) if beside else "check the path"
         raise UserError(f"no file {path}; {hint}")
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, BadZipFile) as error:
+        arrays = read_arrays(path)
+    except UserError:
+        raise
+    except (ValueError, OSError, EOFError, KeyError, BadZipFile) as error:
         raise UserError(f"can't read {path}: {error}; write it with numpy.savez") from None
     if "maps" not in arrays:
         raise UserError(f"{path} holds {sorted(arrays)}, not 'maps'; savez(file, maps=array)")
-    found = {
+    found: dict[str, np.ndarray] = {
         key: np.asarray(arrays[key], np.float32) for key in ("maps", "mirrored") if key in arrays
     }
     for key, array in found.items():

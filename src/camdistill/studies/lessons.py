@@ -16,7 +16,7 @@ from camdistill.data.views import Augment, View, draw_view, view_images
 from camdistill.distill.losses import MapDistance
 from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.training import as_images
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.types import Images, Labels, Pixels
 
 
@@ -49,10 +49,9 @@ class Recipe:
                 f"recipe.steps {self.steps} and batch_size {self.batch_size}; give at least 1 step "
                 "and 2 images (batch normalisation needs two)"
             )
-        if self.temperature <= 0:
-            raise UserError(
-                f"recipe.temperature is {self.temperature}; give one above 0, such as 4"
-            )
+        check_number(
+            "recipe.temperature", self.temperature, "(0, inf)", "give one above 0, such as 4"
+        )
 
 
 class Pool(NamedTuple):

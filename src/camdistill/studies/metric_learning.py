@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from camdistill.distill.training import as_images, seeded
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_number
 from camdistill.measure.learned import Context, LearnedMetric, context
 from camdistill.networks.teachers import Teacher
 from camdistill.studies.classroom import NONE, Arm, arms_of
@@ -55,8 +55,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.images, self.members, self.units) < 1 or self.lr <= 0:
-            raise UserError("fit: steps, images, members and units are 1 or more, lr above 0")
+        for name in ("steps", "images", "members", "units"):
+            check_number(f"fit.{name}", getattr(self, name), "[1, inf)", "give 1 or more")
+        check_number("fit.lr", self.lr, "(0, inf)", "give a learning rate above 0")
+        check_number("fit.weight_decay", self.weight_decay, "[0, inf)", "give 0 or more")
+        check_number("fit.seed", self.seed, "[0, inf)", "give 0 or more")
 
 
 @dataclass(frozen=True, eq=False)

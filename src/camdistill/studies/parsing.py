@@ -5,13 +5,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
-from lightning_fabric.utilities.exceptions import MisconfigurationException
+from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, mistake_of_system, nearest
+from camdistill.studies.config_yaml import load_config
+from camdistill.studies.hints import places
+from camdistill.studies.option_checks import check_no_empty_text, restore_nulls
+from camdistill.studies.trainer_errors import LIBRARY_ERRORS, mistake_of_options
 
 # What a config's `model` and `data` may name; any other class path works too.
 CLASSES = {
@@ -63,6 +67,13 @@ class Parser(LightningArgumentParser):
         """Raises the `UserError` that jsonargparse's many-line message stands for."""
         raise told(message, self, ex) from ex
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
+        """Parses; inside a group null stays null."""
+        words = None if args is None else [restore_nulls(word) for word in args]
+        return super().parse_args(words, *rest, **options)
+
 
 def told(message: str, parser: ArgumentParser, error: BaseException | None) -> UserError:
     """What a parser's message says to a user.
@@ -86,8 +97,10 @@ def told(message: str, parser: ArgumentParser, error: BaseException | None) -> U
 
 
 def mistake_in(error: BaseException | None) -> UserError | None:
-    """The first `UserError` among an exception and its causes."""
+    """The first `UserError` among an exception and its causes, or what the system refused."""
     while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and (mistake := mistake_of_system(error)):
+            return mistake
         error = error.__cause__
     return error
 
@@ -99,26 +112,11 @@ def translated() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        found = mistake_in(error) or _lightnings(error)
+    except LIBRARY_ERRORS as error:
+        found = mistake_in(error) or mistake_of_options(error)
         if found is None:
             raise
         raise found from error
-
-
-def _lightnings(error: Exception) -> UserError | None:
-    """A mistake that Lightning or torch found; None where the error is a programmer's."""
-    said = _short(" ".join(str(error).split()))
-    if isinstance(error, MisconfigurationException):
-        return UserError(said)
-    if found := re.match(r"You selected an invalid (\w+) .*?='?([^'`]*)'?`\. .*?: (.*?)\.$", said):
-        return UserError(f"--trainer.{found[1]} is '{found[2]}'; give one of {found[3]}")
-    if said.startswith("Error(s) in loading state_dict"):
-        return UserError(
-            "the checkpoint's weights don't fit the network of the config "
-            f"({said.partition(': ')[2][:150]}...); give the config that it was trained with: -c"
-        )
-    return None
 
 
 def demand_configs(arguments: Sequence[str]) -> None:
@@ -149,11 +147,13 @@ def read_config(path: Path) -> dict[str, object]:
         UserError: There is no such file, or it doesn't hold options.
     """
     if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a pipe, a socket or a device; give a .yaml file")
         if path.is_dir():
             raise UserError(f"{path} is a folder, not a config; {_configs_like(path / 'x')}")
         raise UserError(f"no config file {path}; {_configs_like(path)}")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = load_config(path)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text, so no config; give a .yaml file") from None
     except OSError as error:
@@ -161,11 +161,13 @@ def read_config(path: Path) -> dict[str, object]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "it can't be read"
+        what = getattr(error, "problem", None) or _short(str(error), 100) or "it can't be read"
         raise UserError(
             f"{path}{where} is not YAML: {what}; check brackets, colons and indentation there"
         ) from None
-    if not isinstance(found, dict):
+    if isinstance(found, dict):
+        check_no_empty_text(found)
+    else:
         kind = "is empty" if found is None else f"holds a {type(found).__name__}"
         raise UserError(f"{path} {kind}; a config has options by name, such as model: and data:")
     return found
@@ -184,11 +186,21 @@ def _unknown(found: re.Match[str], options: list[str]) -> UserError:
     named = found.groupdict()
     name = f"{named['group']}.{named['name']}" if named.get("group") else named["name"]
     if not name:
-        return UserError(f"'{named['word']}' belongs to no option; options begin with --")
+        word = named["word"]
+        if word.lower().endswith((".yaml", ".yml")):
+            return UserError(f"'{word}' belongs to no option; a config stands after -c: -c {word}")
+        if "run" in options and Path(word).is_dir():
+            return UserError(
+                f"'{word}' belongs to no option; a run stands after --run: --run {word}"
+            )
+        return UserError(f"'{word}' belongs to no option; options begin with --")
     if name[0].isdecimal():
         return UserError(
             f"'{named['word']}' reads as an option; give a number below 0 as --NAME=-1"
         )
+    if elsewhere := places(name, options, CLASSES):
+        marks = " or ".join(["--{}"] * len(elsewhere))
+        return OptionError(f"no option '{{}}' here; give {marks}", name, *elsewhere)
     group, _, last = name.rpartition(".")
     beside = {
         option.rpartition(".")[2]: option
@@ -225,6 +237,9 @@ def _wrong_kind(found: re.Match[str], options: list[str]) -> UserError:
     kinds = [kind for kind in kinds if kind]
     value = re.search(r"(?:Got value|Given value): (.*)$", found["rest"])
     given = value[1] if value else "that"
+    if nested := re.match(r"NestedArg\(key='(.*?)', val='(.*?)'\)", given):
+        said = f"{{}} has no option '{nested[1]}' of its own; give --{{}} {nested[2]}"
+        return OptionError(said, found["name"], found["name"])
     alike = get_close_matches(given, re.findall(r"'([^']*)'", " ".join(kinds)), n=1, cutoff=0.5)
     wanted = f"it takes {' or '.join(kinds) or 'another type'}"
     said = f"is {_short(given, 60)!r}; {_short(wanted, 200)}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from camdistill.data.modules import ImageData
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, check_folder_name, nearest
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.studies.classroom import NONE, Arm
 from camdistill.studies.controls import CONTROLS, Control
@@ -104,6 +104,8 @@ class Study:
                     raise UserError(f"{name} has {value!r}, which is not among the study's; {hint}")
         if any(not 0 < share < 1 for share in self.shares):
             raise UserError(f"shares is {list(self.shares)}; they lie between 0 and 1")
+        for name in self.students:
+            check_folder_name("the family of students", name)
         if trained := [name for name, spec in self.students.items() if spec.weights]:
             raise UserError(f"students.{trained[0]} has weights; students start untrained")
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from camdistill import tags
+from camdistill.files import folder_name
 from camdistill.measure.intervals import Interval
 from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import Picture
@@ -127,7 +128,7 @@ def log_scalars(found: Found, folder: Path) -> Path:
             values = {tags.on_test(tags.AGREEMENT): row.agreement.mean}
             if row.gain is not None:
                 values[tags.GAIN] = row.gain.mean
-            run = "".join(c if c.isalnum() or c in "._-@" else "_" for c in f"{family}.{name}")
+            run = folder_name(f"{family}.{name}")
             by_arm.setdefault(run, {})[n] = values
     for run, values_by_n in by_arm.items():
         logger = TensorBoardLogger(folder, name=RUNS, version=run)

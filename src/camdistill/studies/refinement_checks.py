@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from camdistill.data.views import identity_view
+from camdistill.distill.demands import check_images
 from camdistill.distill.own_maps import explained
 from camdistill.distill.refiner import masks_of
 from camdistill.distill.refining import Refinement, Seen
@@ -13,9 +14,11 @@ from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.methods import at_image
 from camdistill.measure.learned import load_metric
+from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed, Teacher, preprocessed
 from camdistill.networks.weights import sha256_of
+from camdistill.perturb.probability import label_count
 from camdistill.studies.refinement_plan import CE, Plan
 from camdistill.studies.refinement_work import Workshop
 from camdistill.types import Images, Labels, Maps
@@ -42,8 +45,10 @@ def demand_possible(workshop: Workshop) -> None:
     networks = workshop.starting()
     _demand_different(plan)
     for network in networks:
+        demand_runs({"start network": network}, images, cure="give another --data.size")
+        check_images(network.facts, sets.test.size, sets.whole.classes, "start network")
         own = head_size(network.network)
-        if classes and own != classes and plan.recipe.keep != "start":
+        if classes and label_count(own) != classes and plan.recipe.keep != "start":
             raise UserError(
                 f"the images have {classes} classes, a start network {own}; give the data that it "
                 "was trained with, or --recipe.keep start, which needs no label"

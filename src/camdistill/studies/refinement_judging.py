@@ -33,6 +33,7 @@ from camdistill.networks.teachers import Preprocessed, Teacher
 from camdistill.perturb.asking import logits_of
 from camdistill.perturb.bank import Bank, Plan, bank
 from camdistill.perturb.imputers import baseline
+from camdistill.perturb.probability import label_count, predict_labels
 from camdistill.perturb.ranks import ranks
 from camdistill.studies.refinement_plan import Judging
 from camdistill.types import Explain, Images, Labels, Maps, Masks, PerImage
@@ -100,10 +101,10 @@ class Judge:
         batch = self.images.batch(rows)
         images = as_images(batch.pixels).to(self.device)
         scene = _scene(self, network, images, self._masks(rows), str(rows[0]))
-        before = logits_of(start, images).argmax(1)
-        found = {"agreement": (scene.classes == before).float()}
-        if len(self.images.classes) == head_size(network.network):
-            found["accuracy"] = (scene.classes == batch.labels.to(self.device)).float()
+        before = predict_labels(logits_of(start, images))
+        found = {"agreement": (scene.labels == before).float()}
+        if len(self.images.classes) == label_count(head_size(network.network)):
+            found["accuracy"] = (scene.labels == batch.labels.to(self.device)).float()
         explainers = {MAP: self.explain, **{name: _named(name) for name in self.judging.held_out}}
         for explainer, explain in explainers.items():
             whose = {OWN: network} if network is start else {OWN: network, BEFORE: start}
@@ -194,6 +195,7 @@ class _Scene:
     network: nn.Module
     images: Images
     classes: Labels
+    labels: Labels  # what is predicted: of a single logit it isn't its class
     masks: Masks | None
     shown: Images
     bank: Bank
@@ -208,7 +210,8 @@ def _scene(
     judge: Judge, network: nn.Module, images: Images, masks: Masks | None, where: str
 ) -> _Scene:
     seed = f"{judge.seed} {where}"
-    classes = logits_of(network, images).argmax(1)
+    logits = logits_of(network, images)
+    classes = logits.argmax(1)
     asked = bank(
         network,
         images,
@@ -219,7 +222,8 @@ def _scene(
     )
     shown = baseline(images, judge.objective.shown)
     known = None if judge.objective.file is None else context(network, images, classes)
-    return _Scene(network, images, classes, masks, shown, asked, known, seed)
+    labels = predict_labels(logits)
+    return _Scene(network, images, classes, labels, masks, shown, asked, known, seed)
 
 
 def _generator(text: str) -> torch.Generator:

@@ -11,7 +11,7 @@ from camdistill.distill.optimisation import Optimisation
 from camdistill.distill.refiner import RECIPE
 from camdistill.distill.refining import ARMS, Arm, Objective
 from camdistill.distill.training import plain
-from camdistill.errors import UserError
+from camdistill.errors import UserError, check_each_once, check_folder_name, check_number
 from camdistill.explain.methods import AT_PIXELS, explainer
 from camdistill.measure.removal import ROAD_LEVELS
 from camdistill.networks.teachers import NetworkSpec
@@ -102,11 +102,10 @@ class StudentRecipe:
     def __post_init__(self) -> None:
         if self.network.weights is not None:
             raise UserError("students.network has weights; students start untrained")
-        if self.epochs < 1 or self.beta <= 0:
-            raise UserError(
-                f"students.epochs {self.epochs} and beta {self.beta}; give at least 1 epoch and a "
-                "weight above 0"
-            )
+        check_number("students.epochs", self.epochs, "[1, inf)", "give at least 1 epoch")
+        check_number("students.beta", self.beta, "(0, inf)", "give a weight above 0")
+        if self.images is not None and self.images < 2:
+            raise UserError(f"students.images is {self.images}; give 2 or more, or null for all")
 
 
 @dataclass(frozen=True)
@@ -133,6 +132,7 @@ class Judging:
             )
         if not self.road or not all(0 < share < 1 for share in self.road):
             raise UserError(f"judging.road is {list(self.road)}; give shares between 0 and 1")
+        check_each_once("judging.road", self.road)
         for name in self.held_out:
             method, _, layer = name.partition("@")
             explainer(method)
@@ -196,12 +196,15 @@ class Plan:
             raise UserError("seeds is empty; give one for each start network")
         if min([self.seed, *self.seeds]) < 0:
             raise UserError(f"a seed is {min([self.seed, *self.seeds])}; seeds are 0 or more")
+        for name in self.also:
+            check_folder_name("the objective", name)
         if taken := sorted(set(self.also) & {*ARMS, START, self.objective.kind}):
             raise UserError(
                 f"also has '{taken[0]}', which is another arm's name; call it otherwise"
             )
         self._demand_one_explainer()
-        _ = self.starts  # which have to be told apart
+        for name in self.starts:  # which have to be told apart
+            check_folder_name("the start network", name)
 
     def _demand_one_explainer(self) -> None:
         """Refuse objectives of other maps, and the refined explainer as one that was not."""

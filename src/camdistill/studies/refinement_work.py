@@ -143,6 +143,9 @@ class Workshop:
             data.setup("fit")
             data.setup("test")
             train, test = _known(data.train_set), _known(data.test_set)
+            for recipe in (plan.start, plan.recipe, plan.students):
+                if recipe is not None:
+                    recipe.augment.check_size(train.size)
             refining = copy.copy(data)
             refining.train_set = limited(train, plan.recipe.images, plan.seed)
             order = np.random.default_rng([plan.seed, *b"refine"]).permutation(len(test))

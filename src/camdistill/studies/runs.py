@@ -10,17 +10,28 @@ from typing import Any
 import numpy as np
 from pytorch_lightning.utilities import rank_zero_only
 
+from camdistill.data.modules import ImageData
 from camdistill.distill.module import DistilledExplainer
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, check_folder_name, check_number, nearest
 from camdistill.measure.fidelity import SAME_MAP, FidelityTable, intervals
 from camdistill.measure.intervals import FloatArray, Interval, paired_interval, seed_interval
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import sha256_of
 from camdistill.report.results import Cell, read_results, write_results
 from camdistill.studies.experiment import Experiment, read_table
+from camdistill.studies.parsing import read_config
 
 MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill", "runner_up")
 RESULTS = "results.json"
+# Names that a study's results have for other rows, and its folder for other files
+ROWS = ("student", "mean_map", "same_map", RESULTS, "table.txt", "table.png")
+# Options of a run that the study itself gives
+OURS = {
+    "seed_everything": "its seeds: --seeds",
+    "run": "its folder: --out",
+    "config": "its config: --base",
+    "ckpt_path": "from where it goes on",
+}
 
 
 @dataclass(frozen=True)
@@ -50,10 +61,20 @@ class Study:
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds are {list(self.seeds)}; give at least one, each once")
+        check_number("a seed", min(self.seeds), "[0, inf)", "seeds are 0 or more")
+        main, *_ = self.arms
+        for arm, options in self.arms.items():
+            _check_arm(arm, options, main=arm == main)
+        _check_options("overrides", [word.lstrip("-").partition("=")[0] for word in self.overrides])
         if not self.config.is_file():
             raise UserError(
                 f"no config {self.config}; "
                 + nearest(str(self.config), map(str, self.config.parent.glob("*.yaml")))
+            )
+        if "arms" in read_config(self.config):
+            raise UserError(
+                f"{self.config} is a config of a study, which has arms: give it after -c; base is "
+                "the config of a training, such as configs/shapes.yaml"
             )
 
     @property
@@ -67,6 +88,27 @@ class Study:
         run = f"{self.folder}/{arm}/seed_{seed}"
         common = ["--config", str(self.config), *self.overrides]
         return [*common, *chosen, f"--seed_everything={seed}", f"--run={run}"]
+
+
+def _check_arm(arm: str, options: Mapping[str, object], *, main: bool) -> None:
+    """Refuses an arm that would lie elsewhere, or be taken for something else."""
+    check_folder_name("arm", arm)
+    if arm in ROWS and not (main and arm == "student"):  # the main arm is the student's row
+        raise UserError(f"arm '{arm}' has the name of what a study writes itself; give another")
+    if arm in OURS or arm.partition(".")[0] in ("model", "data", "trainer"):
+        raise UserError(
+            f"arm '{arm}' has the name of an option; name the arm too: {{NAME: {{{arm}: VALUE}}}}"
+        )
+    _check_options(f"arm '{arm}'", list(options))
+
+
+def _check_options(what: str, options: Sequence[str]) -> None:
+    """Refuses options that the study gives itself: its own would replace them."""
+    for option in options:
+        if option in OURS:
+            raise UserError(
+                f"{what} sets {option}, but the study chooses {OURS[option]}; leave it out"
+            )
 
 
 def run_study(
@@ -95,6 +137,8 @@ def run_study(
                 f"{study.config} trains a {type(experiment.model).__name__}; a study compares "
                 "students: give a config of a DistilledExplainer, or train it with `camdistill fit`"
             )
+        if isinstance(experiment.datamodule, ImageData):
+            experiment.datamodule.check_test_set()
         results = experiment.fit_and_test()
         runs[arm][str(seed)] = {
             "arguments": study.arguments(arm, seed),
@@ -173,14 +217,26 @@ def result_rows(results: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
     rows = {name: results[name] for name in ("student", "network") if name in results}
     rows |= results.get("controls", {})
     found = results.get("intervals", {})
-    return {
-        name: {
-            measure: found.get(f"{'' if name in results else 'controls.'}{name}.{measure}", value)
-            for measure in MEASURES
-            if (value := row.get(measure)) is not None
+    return say_definitions(
+        {
+            name: {
+                measure: found.get(
+                    f"{'' if name in results else 'controls.'}{name}.{measure}", value
+                )
+                for measure in MEASURES
+                if (value := row.get(measure)) is not None
+            }
+            for name, row in rows.items()
         }
-        for name, row in rows.items()
-    }
+    )
+
+
+def say_definitions(rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, Cell]]:
+    """The same table, saying that the mean map's skill is the zero of skill, not measured."""
+    found = {name: dict(row) for name, row in rows.items()}
+    if "skill" in found.get("mean_map", {}):
+        found["mean_map"]["skill"] = "0 by definition"
+    return found
 
 
 def _column(table: FidelityTable, key: str) -> FloatArray | None:

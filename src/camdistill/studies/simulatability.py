@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from camdistill.distill.cache_files import locked
+from camdistill.distill.demands import check_images
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
-from camdistill.networks.capture import capture
+from camdistill.networks.capture import capture, demand_runs
 from camdistill.networks.teachers import Teacher
 from camdistill.studies import teacher_work
 from camdistill.studies.classroom import NONE, Arm, Classroom, Family, Run, arms_of
@@ -57,8 +58,10 @@ def prepared(study: Study, device: str, on_progress: Progress | None = None) -> 
     sources = {name: source(name, study.data, study.trust) for name in study.methods}
     sets = _sets(study)
     teacher = Teacher(study.teacher).to(device)
+    check_images(teacher.facts, sets.pool.size, sets.pool.classes, "teacher")
     # what is wrong with the question is told before the teacher is asked for minutes
     images = as_images(sets.pool.batch([0, 1]).pixels)
+    demand_runs({"teacher": teacher}, images, cure="give another --data.size, or another teacher")
     with torch.no_grad(), capture(teacher, [one.layer for one in sources.values() if one.layer]):
         teacher(images.to(device))
     families = {
@@ -128,6 +131,7 @@ def _sets(study: Study) -> Sets:
             raise UserError(
                 f"{name} is {wanted}, but there are {len(train)} training images; take fewer"
             )
+    study.recipe.augment.check_size(train.size)
     order = np.random.default_rng([study.seed, *b"rank"]).permutation(len(train))
     return Sets(train.subset(order.astype(np.int64)), val, test)
 

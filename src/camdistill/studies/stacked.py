@@ -21,9 +21,10 @@ from camdistill.distill.training import as_images, seeded
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain, last_layer
 from camdistill.explain.maps import relu
-from camdistill.networks.capture import capture
+from camdistill.networks.capture import capture, demand_runs
 from camdistill.networks.heads import head_of
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
+from camdistill.perturb.probability import predict_labels
 from camdistill.studies.lessons import Lesson, Pool, Recipe, batch_at
 from camdistill.types import Images, Pixels
 
@@ -146,6 +147,8 @@ def pooled_layer(family: NetworkSpec, classes: int, images: Images) -> tuple[str
             pooling and one linear layer.
     """
     network = seeded(0, lambda: preprocessed(family, classes=classes)).eval()
+    cure = "give another --data.size, or other students"
+    demand_runs({f"student '{family.name}'": network}, images, cure=cure)
     layer = last_layer(network, images)
     wanted = explain(network, images, [layer])
     own = None
@@ -280,7 +283,8 @@ def judged(students: Students, pixels: Pixels, logits: Float[Tensor, "batch clas
     for start in range(0, len(pixels), LOOKS):
         part, wanted = pixels[start : start + LOOKS], logits[start : start + LOOKS]
         own, _ = students.answers(as_images(part).to(dtype), shared=True)
-        agrees.append(own.argmax(2) == wanted.argmax(1))
+        labels = torch.stack([predict_labels(one) for one in own])
+        agrees.append(labels == predict_labels(wanted))
         rows = wanted.to(own).expand_as(own)
         kl = soft_targets_kl(own.flatten(0, 1), rows.flatten(0, 1), 1.0)
         divergences.append(kl.view(own.shape[:2]))

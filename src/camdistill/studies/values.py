@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from camdistill.errors import UserError
-from camdistill.files import write_atomically
+from camdistill.files import read_arrays, write_atomically
 from camdistill.measure.metrics import metric_of
 
 CURVES = ("insertion_blur", "deletion_grey")  # whose curves are kept, where they are measured
@@ -123,8 +123,7 @@ def read_values(folder: Path) -> tuple[Values, dict[str, object]]:
     """
     path = folder / FILE
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-            arrays = dict(found)
+        arrays = read_arrays(path)
         entries, metrics = arrays["entries"].tolist(), arrays["metrics"].tolist()
         table = [[arrays[f"{entry}/{metric}"] for metric in metrics] for entry in entries]
         values = Values(
@@ -149,6 +148,8 @@ def read_values(folder: Path) -> tuple[Values, dict[str, object]]:
         ) from None
     except NotADirectoryError:
         raise UserError(f"'{folder}' is a file: name the folder that it lies in") from None
+    except UserError:  # a ValueError too
+        raise
     except UNREADABLE:
         raise UserError(
             f"'{path}' is not what `camdistill evaluate` writes, or was written before evaluations "

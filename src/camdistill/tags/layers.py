@@ -36,8 +36,7 @@ _PROFILES = {
     "probe": "Accuracy of a linear readout of the layer's spatial means on held-out images, a"
     " fifth of all (1,000 at most), fitted on the others.",
     "probe_untrained": "The same of the network with random weights: what the architecture gives.",
-    "cam_scale": "Grad-CAM's largest value times the number of cells, in logits: median over"
-    " images.",
+    "cam_scale": "Grad-CAM's largest value, in logits per cell: median over images.",
     "cam_blank": "Share of images whose Grad-CAM is 0 everywhere at this layer.",
 }
 PROFILES = tuple(card(f"{PROFILE}/{name}", text + _DEPTH) for name, text in _PROFILES.items())
@@ -120,9 +119,9 @@ NORMS_CHART = card(
 THROUGH_DEPTH = card(
     f"{MAPS}/through_depth",
     "Maps of one image at all layers (of more than 60 at 60, evenly spread, and the picture says"
-    " so), all of the class in the title; the bar is the map's maximum in logits. Grad-CAM weighs a"
-    " unit by its mean gradient, which says little at early layers; LayerCAM weighs each cell by"
-    " its own. Step: number of the image.",
+    " so), all of the class in the title; the bar is the map's maximum in logits per cell."
+    " Grad-CAM weighs a unit by its mean gradient, which says little at early layers; LayerCAM"
+    " weighs each cell by its own. Step: number of the image.",
 )
 
 FORMING = card(
@@ -147,9 +146,10 @@ log10 = card_of_layer(
 unit_cards = card_of_layer(
     f"{UNITS}/cards_",
     "Cards of some units: the pieces of images that excite each most, cut to what it sees, their"
-    " mean, an image made to excite it (what it reached before the ReLU, and as a multiple of the"
-    " largest value in the data: above 1 it is further than anything there), of a first layer its"
-    " filter, the histogram of its activations, what it responds to.",
+    " mean, an image made to excite it (what it reached after the ReLU, as a multiple of the"
+    " largest value in the data: above 1 it is further than anything there; failed if random"
+    " images excite the unit as much), of a first layer its filter, the histogram of its"
+    " activations, what it responds to.",
 )
 unit_pairs = card_of_layer(
     f"{UNITS}/pairs_",

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from camdistill.report.figures.depth_maps import LayerMap, depth_panel
 from camdistill.report.figures.maps import Row, map_panel, overlay
+from camdistill.report.figures.pictures import Sheet
 
 VIRIDIS, RED_BLUE = mpl.colormaps["viridis"], mpl.colormaps["RdBu_r"]
 MAGENTA = (255, 0, 255)
@@ -177,3 +179,19 @@ def test_nothing_to_draw_is_a_programmers_mistake() -> None:
         map_panel([])
     with pytest.raises(ValueError, match="1 or 3 channels, not 4"):
         map_panel([Row(black(channels=4), np.eye(2, dtype=np.float32))])
+
+
+def test_maximum_stands_with_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written below a map; an explainer of any kind has no unit that is known."""
+    written: list[str] = []
+    monkeypatch.setattr(Sheet, "write", lambda *given, **_: written.append(given[3]))
+    peak = np.array([[0.0, 1.9], [0.0, 0.0]], np.float32)
+    map_panel([Row(black(), peak, peak)])
+    assert written.count("max 1.9 logits/cell") == 2
+    written.clear()
+    map_panel([Row(black(), peak)], unit="")
+    assert written.count("max 1.9") == 1
+    written.clear()
+    depth_panel(black(), {"Grad-CAM": {"teacher": [LayerMap("a", peak)]}})
+    assert "bar below a map: its maximum in logits per cell, one scale a method" in written
+    assert "1.9   2x2" in written

@@ -21,6 +21,7 @@ from camdistill.report.figures.pictures import (
 )
 
 ACROSS = 10  # maps in a line
+UNIT = "bar below a map: its maximum in logits per cell, one scale a method"
 
 
 class LayerMap(NamedTuple):
@@ -28,8 +29,7 @@ class LayerMap(NamedTuple):
 
     Attributes:
         layer: Its name.
-        values: In logit units: the raw map times its number of cells, so that layers of all
-            resolutions can be compared.
+        values: The raw map, in logits per cell.
     """
 
     layer: str
@@ -77,10 +77,12 @@ def depth_panel(
     top = MARGIN + LINE + 2 + LINE * len(lines) + GAP
     left = MARGIN + wide + 2 * GAP
     heads = LINE * sum(bool(name) for name, _, _ in rows)
-    words = max([7 * len(title), *(6 * len(line) for line in lines), 0]) + 2 * MARGIN
+    words = (
+        max([7 * len(title), *(6 * len(line) for line in lines), left + 5 * len(UNIT)]) + 2 * MARGIN
+    )
     sheet = Sheet(
         max(left + across * step + MARGIN, words),
-        top + len(rows) * pitch + heads + 2 * LINE + MARGIN,
+        top + len(rows) * pitch + heads + 3 * LINE + MARGIN,
     )
     sheet.write(MARGIN, MARGIN, title, bold=True, points=9.5)
     for number, line in enumerate(lines):
@@ -97,10 +99,7 @@ def depth_panel(
         y += pitch
     share = ("0", "map / its own maximum", "1")
     sheet.bar(left, y + 2, min(3 * step, across * step - GAP), SEQUENTIAL, share)
-    sheet.write(
-        left + 3 * step + 2 * GAP, y, "bar below a map: its maximum in logits, one scale a method",
-        colour="0.35", points=7.5,
-    )  # fmt: skip
+    sheet.write(left, y + 2 * LINE + 2, UNIT, colour="0.35", points=7.5)
     return sheet.picture()
 
 

@@ -57,6 +57,7 @@ def map_panel(
     scale: Literal["own", "shared"] = "own",
     abreast: int = 1,
     first: str = "teacher",
+    unit: str = "logits/cell",
 ) -> Picture:
     """Image | teacher's map | student's map | difference, one row after the other.
 
@@ -70,12 +71,13 @@ def map_panel(
             shares of the larger of the two maxima, as an L2 distance sees them.
         abreast: Rows set side by side in one line of the panel.
         first: What the network of the first map is called.
+        unit: Of the maps, written beside their maxima; "" where maps have units of their own.
     """
     if not rows:
         raise ValueError("a panel needs at least one row")
     compared = any(row.student is not None for row in rows)
     heads = ["image", first, "student", "student - teacher"][: 4 if compared else 2]
-    tiles = [_tiles(row, size, scale, compared) for row in rows]
+    tiles = [_tiles(row, size, scale, compared, unit) for row in rows]
     height = max(tile.pixels.shape[0] for line in tiles for tile in line)
     width = max(tile.pixels.shape[1] for line in tiles for tile in line)
     deepest = max(len(row.caption) for row in rows)
@@ -122,7 +124,7 @@ def overlay(
     return as_bytes(mixed)
 
 
-def _tiles(row: Row, size: int, scale: str, compared: bool) -> list[_Tile]:
+def _tiles(row: Row, size: int, scale: str, compared: bool, unit: str) -> list[_Tile]:
     tall, wide = _tile_size(row.image.shape[1:], size)
     plain = as_bytes(enlarged(row.image, tall, wide))
     peaks = [peak_of(grid) for grid in (row.teacher, row.student) if grid is not None]
@@ -130,10 +132,10 @@ def _tiles(row: Row, size: int, scale: str, compared: bool) -> list[_Tile]:
     if scale == "shared":
         peak = dict.fromkeys(peak, max(peaks))
     teacher = share_of(row.teacher, peak["teacher"])
-    tiles = [_Tile(plain), _Tile(overlay(row.image, teacher, tall, wide), _note(row.teacher))]
+    tiles = [_Tile(plain), _Tile(overlay(row.image, teacher, tall, wide), _note(row.teacher, unit))]
     if row.student is not None:
         student = share_of(row.student, peak["student"])
-        tiles.append(_Tile(overlay(row.image, student, tall, wide), _note(row.student)))
+        tiles.append(_Tile(overlay(row.image, student, tall, wide), _note(row.student, unit)))
         tiles.append(_Tile(_difference(student, teacher, tall, wide)))
     elif compared:
         tiles += [_Tile(np.full((tall, wide, 3), 235, np.uint8), "none")] * 2
@@ -162,14 +164,15 @@ def share_of(values: Grid, peak: float) -> Shares:
     return share
 
 
-def _note(values: Grid) -> str:
-    """The map's maximum, or what is the matter with it."""
+def _note(values: Grid, unit: str) -> str:
+    """The map's maximum with its unit, or what is the matter with it."""
     broken = int((~np.isfinite(values)).sum())
     if broken:
         return f"NaN: {broken} of {values.size}"
     if values.max() <= 0:
         return "blank"
-    return f"{'constant' if values.min() == values.max() else 'max'} {values.max():.3g}"
+    said = "constant" if values.min() == values.max() else "max"
+    return f"{said} {values.max():.3g} {unit}".rstrip()
 
 
 def _tile_size(shape: tuple[int, ...], size: int) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def method_panel(
             left + max(across * step, NARROWEST) + MARGIN,
             round(1.3 * LETTER * len(title)) + 2 * MARGIN,
         ),
-        top + sum(LINE + count * pitch + GAP for count in lines.values()) + 2 * LINE + MARGIN,
+        top + sum(LINE + count * pitch + GAP for count in lines.values()) + 3 * LINE + MARGIN,
     )
     sheet.write(MARGIN, MARGIN, title, bold=True, points=9.5)
     first = top + 3 * LINE - 4
@@ -92,6 +92,8 @@ def method_panel(
         y += LINE + lines[name] * pitch + GAP
     length = max(min(across * step - GAP, 3 * wide), NARROWEST)
     sheet.bar(left, y, length, SEQUENTIAL, ("0", "map / its own maximum", "1"))
+    unit = "max: in the method's own unit; Grad-CAM's is logits per cell"
+    sheet.write(MARGIN, y + 2 * LINE, unit, colour="0.35", points=6.5)
     return sheet.picture()
 
 

@@ -1,0 +1,69 @@
+"""What hides a gradient: reentrant checkpoints (torch.utils.checkpoint), or the code itself."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from camdistill.errors import UserError
+from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
+from camdistill.types import Images
+
+
+@contextmanager
+def refusing_reentrant() -> Iterator[None]:
+    """Turns autograd's own refusal of reentrant checkpoints into a line.
+
+    Raises:
+        UserError: The graph inside the block goes through one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise UserError(_refusal("the network", "what is asked for")) from error
+
+
+def why_no_gradient(network: nn.Module, images: Images, names: Sequence[str]) -> str:
+    """What to say where a score has no gradient at one of the layers, or at the pixels.
+
+    Args:
+        network: Bare or wrapped.
+        images: That it was asked about.
+        names: The layers; none stands for the pixels.
+    """
+    inner = type(bare(network)).__name__
+    places = f"every one of the layers {list(names)}" if names else "the pixels"
+    if _in_reentrant(network, images, names or layer_names(network)):
+        return _refusal(inner, places)
+    return (
+        f"the score of {inner} has no gradient at {places}: ask for what it is computed from, "
+        "without detach or no_grad in between"
+    )
+
+
+def _refusal(network: str, where: str) -> str:
+    return (
+        f"{network} uses reentrant checkpoints (torch.utils.checkpoint), which hide gradients at "
+        f"{where}: call checkpoint with use_reentrant=False, or not at all"
+    )
+
+
+def _in_reentrant(network: nn.Module, images: Images, names: Sequence[str]) -> bool:
+    """Whether a layer runs inside a reentrant checkpoint, seen from the calls that led there."""
+    found = False
+
+    def look(_: str, __: object) -> None:
+        nonlocal found
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and not found:
+            found = frame.f_code is CheckpointFunction.forward.__code__
+            frame = frame.f_back
+
+    with undisturbed(network), visiting(network, names, look, required=False):
+        plain(network)(images[:1])
+    return found

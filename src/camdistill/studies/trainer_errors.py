@@ -1,0 +1,147 @@
+"""Errors that Lightning raises about its own options, told in one line with a cure."""
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from camdistill.errors import UserError, nearest
+
+# What Lightning, torch and jsonargparse raise about flags, callbacks, loggers and strategies.
+LIBRARY_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MisconfigurationException,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+LONGEST = 300  # characters of a message that we don't translate
+_LIGHTNING = {"pytorch_lightning", "lightning_fabric", "lightning_utilities", "jsonargparse"}
+_PARTS = tuple(f"pytorch_lightning.{room}." for room in ("callbacks", "loggers", "strategies"))
+_BELOW = {"torch", "torchmetrics", "numpy", "tensorboard", *sys.stdlib_module_names}
+
+
+def mistake_of_options(error: Exception) -> UserError | None:
+    """What a user can do about an error of Lightning's; None where someone's code is wrong.
+
+    Args:
+        error: One of `LIBRARY_ERRORS`.
+    """
+    first = _first_cause(error)
+    message = _one_line(str(first))
+    if message.startswith("Error(s) in loading state_dict"):
+        return UserError(
+            "the checkpoint's weights don't fit the network of the config "
+            f"({message.partition(': ')[2][:150]}...); give the config that it was trained with: -c"
+        )
+    if not isinstance(first, MisconfigurationException) and not is_lightnings(first):
+        return None
+    for text in (message, _one_line(str(error))):
+        for pattern, tell in _MESSAGES:
+            if found := re.search(pattern, text):
+                return UserError(tell(found))
+    what = message.partition(" Got value: Namespace")[0].rstrip(". ") or type(first).__name__
+    if len(what) > LONGEST:
+        what = f"{what[: LONGEST - 3]}..."
+    return UserError(f"{_part(first)}{what}; change that option of the trainer, or leave it out")
+
+
+def is_lightnings(error: BaseException) -> bool:
+    """Whether Lightning itself, or what it calls, raised an error.
+
+    The innermost frame decides that is not of a library below Lightning. A step of the training, a
+    user's callback and what autograd runs are no business of Lightning's; nor is a wrong call of
+    `self.log`, which lies in `pytorch_lightning.core`.
+    """
+    inner = ""  # Lightning's outermost frame below the one that is looked at
+    for module in reversed(list(_modules(error))):
+        top = module.partition(".")[0]
+        if module.startswith(("torch.autograd", "torch._tensor")):
+            return False
+        if top in _LIGHTNING:
+            inner = module
+        elif top == "camdistill":
+            return bool(inner) and not inner.startswith("pytorch_lightning.core")
+        elif top not in _BELOW:
+            return False
+    return bool(inner)
+
+
+def _modules(error: BaseException) -> Iterator[str]:
+    """The module of each frame of an error's traceback, outermost first."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        yield str(frame.f_globals.get("__name__", ""))
+
+
+def _part(error: BaseException) -> str:
+    """The callback, logger or strategy of Lightning's in which an error was raised."""
+    name = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith(_PARTS) and "self" in frame.f_locals:
+            name = type(frame.f_locals["self"]).__name__
+    return f"{name}: " if name else ""
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error that others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _monitor(found: re.Match[str]) -> str:
+    """A callback that watches a number which nobody logs."""
+    names = re.findall(r"[`']([^`']+)[`']", found["names"])
+    return (
+        f"a callback monitors '{found['name']}', which is not logged; "
+        f"{nearest(found['name'], names, count=len(names))}"
+    )
+
+
+def _not_installed(found: re.Match[str]) -> str:
+    package = re.split(r"[<>=!~.\[ ]", found["name"])[0]
+    return (
+        f"the package '{package}', which that option needs, is not installed; "
+        f"pip install {package}, or leave the option out"
+    )
+
+
+def _interval(found: re.Match[str]) -> str:
+    return (
+        f"--trainer.val_check_interval is {found[1]}, but an epoch has {found[2]} batches; give "
+        f"{found[2]} or less, or --trainer.check_val_every_n_epoch null to count over epochs"
+    )
+
+
+_MESSAGES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (
+        r"conditioned on metric `(?P<name>[^`]*)` which is not available\..*: (?P<names>.*)",
+        _monitor,
+    ),
+    (r"\(monitor='(?P<name>[^']*)'\)`? could not find the monitored key(?P<names>.*)", _monitor),
+    (
+        r"Timer\(duration='(.*)'\)` is not a valid duration",
+        lambda found: (
+            f"the longest time (max_time) is '{found[1]}'; give DD:HH:MM:SS, such as "
+            "00:02:00:00 for two hours"
+        ),
+    ),
+    (r"by running `pip install -U (?P<name>[\w-]+)`", _not_installed),
+    (r"Requirement '(?P<name>[^']+)' not met", _not_installed),
+    (r"No module named '(?P<name>[^']+)'", _not_installed),
+    (r"`val_check_interval` \((\d+)\) must be less .* training batches \((\d+)\)", _interval),
+    (
+        r"You selected an invalid (\w+) .*?='?([^'`]*)'?`\. .*?: (.*?)\.$",
+        lambda found: f"--trainer.{found[1]} is '{found[2]}'; give one of {found[3]}",
+    ),
+)

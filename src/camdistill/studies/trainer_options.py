@@ -1,0 +1,166 @@
+"""Options of Lightning's trainer that are checked before anything is built or written."""
+
+from collections.abc import Callable, Mapping
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from jsonargparse import Namespace
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.callbacks import LearningRateFinder, ModelPruning
+from pytorch_lightning.strategies import StrategyRegistry
+
+from camdistill.distill.training import Training
+from camdistill.errors import UserError, nearest
+
+LARGEST_SEED = 2**32 - 1  # numpy's
+
+
+class Range(NamedTuple):
+    """Which numbers an option takes.
+
+    Attributes:
+        holds: Whether a number is one of them.
+        words: What to give, in words.
+    """
+
+    holds: Callable[[int | float], bool]
+    words: str
+
+
+def _from(least: int) -> Range:
+    return Range(lambda value: value >= least, f"{least} or more")
+
+
+def _share(value: int | float) -> bool:
+    return 0 <= value <= 1 or (value > 1 and isinstance(value, int))
+
+
+_ENDLESS = Range(lambda value: value >= -1, "0 or more, or -1 for no end")
+_BATCHES = Range(_share, "a share from 0.0 to 1.0, or a whole number of batches")
+RANGES = {
+    "accumulate_grad_batches": _from(1),
+    "check_val_every_n_epoch": _from(1),
+    "fast_dev_run": _from(0),
+    "limit_predict_batches": _BATCHES,
+    "limit_test_batches": _BATCHES,
+    "limit_train_batches": _BATCHES,
+    "limit_val_batches": _BATCHES,
+    "log_every_n_steps": _from(0),
+    "max_epochs": _ENDLESS,
+    "max_steps": _ENDLESS,
+    "min_epochs": _from(0),
+    "min_steps": _from(0),
+    "num_nodes": _from(1),
+    "num_sanity_val_steps": Range(lambda value: value >= -1, "0 or more batches, or -1 for all"),
+    "overfit_batches": _BATCHES,
+    "reload_dataloaders_every_n_epochs": _from(0),
+    "val_check_interval": Range(
+        lambda value: value > 0 and _share(value),
+        "a share of an epoch above 0.0 up to 1.0, or a whole number of batches",
+    ),
+}
+CHOICES = {
+    "gradient_clip_algorithm": ("norm", "value"),
+    "profiler": ("simple", "advanced", "pytorch", "xla"),
+}
+
+
+UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
+
+
+def check_seed(seed: object) -> None:
+    """Checks `seed_everything`.
+
+    Raises:
+        UserError: It is no seed of numpy's.
+    """
+    if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed_everything is {seed}; give a whole number from 0 to {LARGEST_SEED}")
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Checks what Lightning accepts and stumbles over later, or takes for something else.
+
+    Args:
+        options: Of the trainer, by name.
+
+    Raises:
+        UserError: One is out of its range, or none of its choices.
+    """
+    for name, allowed in RANGES.items():
+        value = options.get(name)
+        if isinstance(value, int | float) and not allowed.holds(value):
+            raise UserError(f"--trainer.{name} is {value}; give {allowed.words}")
+    strategies = ("auto", *StrategyRegistry.available_strategies())
+    for name, choices in {**CHOICES, "strategy": strategies}.items():
+        value = options.get(name)
+        if isinstance(value, str) and value.lower() not in choices:
+            raise UserError(f"--trainer.{name} is '{value}'; {nearest(value, choices)}")
+    for name in ("max_time", "val_check_interval"):
+        value = options.get(name)
+        odd = sorted(set(value) - set(UNITS)) if isinstance(value, dict) else []
+        if odd:
+            raise UserError(f"--trainer.{name} names '{odd[0]}'; {nearest(odd[0], UNITS)}")
+    root = options.get("default_root_dir")
+    if root and Path(str(root)).is_file():
+        raise UserError(f"--trainer.default_root_dir is '{root}', which is a file; name a folder")
+    if options.get("model_registry") and find_spec("litmodels") is None:
+        raise UserError(
+            "--trainer.model_registry needs the package 'litmodels', which is not installed; "
+            "pip install litmodels, or leave it out"
+        )
+    if options.get("barebones"):
+        raise UserError(
+            "--trainer.barebones true leaves out checkpoints, logs and validation, which a run "
+            "here is made of; leave it out, or call Lightning's Trainer from Python"
+        )
+
+
+def plain_callbacks(callbacks: Namespace | list[Namespace]) -> list[Namespace]:
+    """A config's callbacks as a list, which YAML can hold: members of an enumeration as text."""
+    whole = callbacks if isinstance(callbacks, list) else [callbacks]
+    for callback in whole:
+        arguments = callback.get("init_args") or {}
+        for name, value in list(arguments.items()):
+            if isinstance(value, Enum):
+                arguments[name] = value.value
+    return whole
+
+
+def check_callbacks(callbacks: list[Callback], model: LightningModule) -> None:
+    """Checks that a config's callbacks can work with a module of ours.
+
+    Raises:
+        UserError: One changes what our networks don't have in that form.
+    """
+    if not isinstance(model, Training):
+        return
+    for callback in callbacks:
+        if isinstance(callback, LearningRateFinder):
+            raise UserError(
+                "the callback LearningRateFinder sets an attribute `lr`; the learning rate here "
+                "is --model.optimisation.lr with a schedule over the whole training; leave the "
+                "callback out and try a few values"
+            )
+        if isinstance(callback, ModelPruning):
+            raise UserError(
+                "the callback ModelPruning replaces the weights by masked ones, which no "
+                "checkpoint of ours can hold; leave it out, and give a smaller student: "
+                "--model.student.args"
+            )
+
+
+def check_precision(trainer: Trainer) -> None:
+    """Checks that the device can train in the precision.
+
+    Raises:
+        UserError: It is float16 throughout, on a CPU.
+    """
+    if trainer.precision == "16-true" and isinstance(trainer.accelerator, CPUAccelerator):
+        raise UserError(
+            "--trainer.precision 16-true is not for CPUs: float16 overflows there without a GPU's "
+            "kernels; give bf16-mixed, bf16-true or 32-true"
+        )

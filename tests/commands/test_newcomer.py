@@ -1,0 +1,196 @@
+"""What somebody sees who starts for the first time, and what a wrong guess is answered with."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from camdistill import tags
+from camdistill.cli import main
+from camdistill.commands.loops import _arrays
+from camdistill.distill.comparison import Comparison
+from camdistill.report.tensorboard import scalars
+
+RUN = Path("runs/tiny/version_1")
+CLASSIFIER = "camdistill.distill.classifier.Classifier"
+
+
+def line(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a mistaken command gives."""
+    capsys.readouterr()
+    assert main(command.split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def classifier(folder: Path) -> None:
+    """A config of a classifier of the same images."""
+    config = yaml.safe_load((folder / "tiny.yaml").read_text())
+    network = config["model"]["init_args"]["student"]
+    config["model"] = {"class_path": CLASSIFIER, "init_args": {"network": network}}
+    (folder / "classifier.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_fit_says_what_it_trains_and_ends_with_numbers_and_a_command(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "-c", "tiny.yaml", "--trainer.max_epochs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f"Run: {RUN}\n" in said
+    assert "36 images to train, 36 images to validate, 6 classes, 2 epochs, on cpu" in said
+    assert f"camdistill report --run {RUN}" in said
+    row = next(one for one in said.splitlines() if one.startswith("last validation"))
+    curve = scalars(RUN)
+    measures = (tags.ACCURACY_STUDENT, tags.AGREEMENT, tags.PEARSON, tags.SKILL)
+    assert row.split()[2:] == [f"{curve[tag][-1][1]:.3f}" for tag in measures]
+
+
+def test_every_epoch_has_its_line_in_a_file_also_after_resuming(folder: Path) -> None:
+    options = ["fit", "-c", "tiny.yaml", "--trainer.check_val_every_n_epoch", "2"]
+    assert main([*options, "--trainer.max_epochs", "2"]) == 0
+    assert main([*options, "--trainer.max_epochs", "3", "--ckpt_path", "last"]) == 0
+    lines = (RUN / "training.log").read_text().splitlines()
+    epochs = [found[1] for one in lines if (found := re.search(r"epoch (\d/\d) ", one))]
+    assert epochs == ["1/2", "2/2", "3/3"]
+    assert "36 images to train" in lines[0]
+    assert "goes on after epoch 2" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("options", "validated"),
+    [
+        ("--trainer.max_epochs 4 --trainer.check_val_every_n_epoch 5", [23]),
+        ("--trainer.max_epochs 4 --trainer.check_val_every_n_epoch 3", [17, 23]),
+        ("--trainer.max_steps 8 --trainer.check_val_every_n_epoch 5", [7]),
+        ("--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 1", [5, 11]),
+    ],
+)
+def test_the_end_of_a_training_is_always_validated(
+    options: str, validated: list[int], folder: Path
+) -> None:
+    whole = "--trainer.max_epochs null" if "max_epochs" not in options else ""
+    assert main(["fit", "-c", "tiny.yaml", *whole.split(), *options.split()]) == 0
+    assert [step for step, _ in scalars(RUN)[tags.AGREEMENT]] == validated
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("fit -c tiny.yaml --root images", r"no option 'root' here; give --data\.root"),
+        ("fit -c tiny.yaml --lr 1", r"give --model\.optimisation\.lr"),
+        ("fit -c tiny.yaml --epochs 3", r"give --trainer\.max_epochs"),
+        ("fit -c tiny.yaml --model.padding 3", r"give --model\.augment\.padding"),
+        ("report --logdir runs", r"no option 'logdir' here; give --run"),
+        ("report runs", r"a run stands after --run: --run runs"),
+        ("fit tiny.yaml", r"a config stands after -c: -c tiny\.yaml"),
+        ("study study.yaml", r"a config stands after -c: -c study\.yaml"),
+        ("study -c tiny.yaml", r"tiny\.yaml is a config of `camdistill fit`"),
+        ("fit -c study.yaml", r"study\.yaml is a config of `camdistill study`"),
+        ("study --base study.yaml --arms {}", r"study has no arms|give it after -c"),
+        ("evaluate --root images", r"no option 'root' here; give --data$"),
+        ("explain --data.root images", r"data has no option 'root' of its own; give --data images"),
+    ],
+)
+def test_a_wrong_guess_is_answered_with_what_to_type(
+    command: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = {"base": "tiny.yaml", "arms": {"a": {}}, "seeds": [0]}
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    assert re.search(says, line(command, capsys))
+
+
+def test_a_study_of_a_study_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "study.yaml").write_text("base: tiny.yaml\narms: {a: {}}\n")
+    said = line('study --base study.yaml --arms {"a":{}}', capsys)
+    assert "study.yaml is a config of a study" in said
+
+
+def predicted(command: str, run: str) -> dict[str, np.ndarray]:
+    assert main(command.split()) == 0
+    with np.load(Path(run, "predictions.npz"), allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_predictions_are_those_of_the_test(folder: Path) -> None:
+    run = "runs/tiny/version_0"
+    found = predicted("predict -c tiny.yaml --ckpt_path last", run)
+    labels = np.array([int(Path(name).parent.name[1:]) for name in found["names"]])
+    assert main(["test", "-c", "tiny.yaml", "--ckpt_path", "last"]) == 0
+    student = json.loads(Path(run, "results.json").read_text())["student"]
+    answers, teachers = found["student_logits"].argmax(1), found["teacher_logits"].argmax(1)
+    assert (answers == labels).mean() == pytest.approx(student["accuracy"])
+    assert (answers == teachers).mean() == pytest.approx(student["agreement"])
+    maps = [np.maximum(found[f"{who}_maps_by_layer/stage2"], 0) for who in ("student", "teacher")]
+    own, its = (one.reshape(36, -1).astype(np.float64) for one in maps)
+    pearson = [np.corrcoef(a, b)[0, 1] if a.std() and b.std() else 0 for a, b in zip(own, its)]  # noqa: B905
+    assert np.mean(pearson) == pytest.approx(student["pearson"], abs=1e-5)
+    assert {found[name].dtype for name in found if "logits" in name} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--model.cached true",
+        "--model.beta 0",
+        "--data.labelled false --model.ce 0",
+        "--return_predictions false",
+        "--trainer.limit_predict_batches 2",
+        "--trainer.precision 64-true",
+    ],
+)
+def test_predict_works_in_every_setting(options: str, folder: Path) -> None:
+    shutil.rmtree("runs")
+    given = [word for word in options.split() if "predict" not in word]
+    fit = options if len(given) == len(options.split()) and "return" not in options else ""
+    assert main(["fit", "-c", "tiny.yaml", *fit.split()]) == 0
+    command = f"predict -c tiny.yaml --ckpt_path last {options}"
+    found = predicted(command, "runs/tiny/version_0")
+    count = 12 if "limit" in options else 36
+    assert found["student_logits"].shape == (count, 6)
+    assert len(found["names"]) == count
+
+
+def test_a_classifier_predicts_logits_alone(folder: Path) -> None:
+    classifier(folder)
+    assert main(["fit", "-c", "classifier.yaml"]) == 0
+    command = "predict -c classifier.yaml --ckpt_path last"
+    found = predicted(command, "runs/classifier/version_0")
+    assert set(found) == {"logits", "names"}
+    assert found["logits"].shape == (36, 6)
+
+
+def test_predicted_values_of_any_form_have_a_name() -> None:
+    two = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    whole = Comparison(two[:, None], two[:, None], torch.tensor([0, 1]), {}, {"a": two[:, None]})  # type: ignore[arg-type]
+    assert set(_arrays(whole)) == {
+        "teacher_logits",
+        "student_logits",
+        "classes",
+        "student_maps_by_layer/a",
+    }
+    assert _arrays(whole)["classes"].dtype == np.int64
+    nested = _arrays({"a": (two, [None, {"b": torch.tensor(3)}]), "c": 1.5})
+    assert {name: value.tolist() for name, value in nested.items()} == {
+        "a/0": [1.0, 2.0],
+        "a/1/1/b": [3],
+        "c": [1.5],
+    }
+    assert _arrays(None) == {}
+    assert _arrays(two)["logits"].dtype == np.float32
+
+
+def test_a_missing_test_folder_is_told_with_the_folder_in_its_place(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.move("images/test", "elsewhere")
+    said = line("explain --teacher shallow_cnn --images images/test", capsys)
+    assert "no file or folder 'images/test'; in 'images' there are: 'train', 'val'" in said
+    fits = ["fit", "-c", "tiny.yaml", "--data.val_fraction", "12"]
+    assert main(fits) == 0
+    assert "24 images to train, 12 images to validate" in capsys.readouterr().out
