@@ -2,19 +2,25 @@
 
     python benchmarks/cam_engines.py [--networks resnet18 resnet50 resnet56] [--batch 8]
         [--engines captum torchcam pytorch-grad-cam] [--rounds 15] [--threads 2]
-        [--clock wall] [--device cpu]
+        [--clock wall] [--device cpu] [--against OTHER/src]
 
 Separate maps of every layer and class, all images of a batch having the same classes. Before
 anything is measured, the peers' maps are asserted to be ours. All engines take turns in each round,
 so that a noisy machine disturbs them alike; ratios are within a round. Memory is the most that
 tensors took at any moment above weights and input (on a GPU, that its allocator gave out).
+
+`--against` names the `src` folder of another checkout, whose engine takes its turn as "other": a
+multiple below 1 says that it is faster than this one.
 """
 
 import argparse
 import copy
+import importlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytorch_grad_cam
@@ -93,12 +99,35 @@ ENGINES: dict[str, Engine] = {
 }
 
 
+def other_version(source: Path) -> Engine:
+    """The engine of another checkout, imported beside this one."""
+    ours = {name: module for name, module in sys.modules.items() if name.startswith("camdistill")}
+    for name in ours:
+        del sys.modules[name]
+    sys.path.insert(0, str(source.resolve()))
+    try:
+        other = importlib.import_module("camdistill")
+        assert Path(other.__file__).is_relative_to(source.resolve()), (
+            f"{source} holds no camdistill"
+        )
+        explain = other.grad_cam
+    finally:
+        sys.path.pop(0)
+        for name in [name for name in sys.modules if name.startswith("camdistill")]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+    return lambda network, images, layers, classes: explain(
+        network, images, layers, torch.tensor(classes).expand(len(images), -1)
+    )
+
+
 def assert_same(maps_by_engine: dict[str, MapsByLayer], size: int) -> None:
     """Every engine's maps are ours, by what each does to them."""
     for name, maps in maps_by_engine["camdistill"].items():
         rectified = maps.relu()
         pictures = to_unit(F.interpolate(to_unit(rectified), (size, size), mode="bilinear"))
         for engine, expected in (
+            ("other", maps),
             ("captum", maps),
             ("torchcam", rectified),
             ("pytorch-grad-cam", pictures),
@@ -191,11 +220,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument(
-        "--engines", nargs="+", choices=list(ENGINES)[1:], default=list(ENGINES)[1:]
+        "--engines", nargs="*", choices=list(ENGINES)[1:], default=list(ENGINES)[1:]
     )
+    parser.add_argument("--against", type=Path, help="the src folder of another checkout")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.against is not None:
+        ENGINES["other"] = other_version(given.against)
+        given.engines = [*given.engines, "other"]
     where = torch.cuda.get_device_name() if given.device == "cuda" else f"{given.threads} threads"
     print(
         f"batch {given.batch}, {where}, torch {torch.__version__}, {given.rounds} rounds in turn, "

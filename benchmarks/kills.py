@@ -7,7 +7,7 @@ the config, a rename, a line of the ledger), and goes on after each. What it lea
 what an unbroken one leaves, bit for bit, but for times. A refusal in one line is fine where it
 leaves everything as it was; the run then starts afresh.
 
-Commands run in forks of this process, which has imported all: 300 kills take half an hour to an hour
+Commands run in forks of this process, which has imported all: 300 kills take up to an hour
 on two shared cores. Run in three parts at once there: 313 kills of 199 runs, all equal, 38 times
 going on was refused in one line because there was no checkpoint yet.
 """

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mistakes import Mistake, change_config, mistaken_line
 from PIL import Image
 
 from camdistill.cli import main
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import read_weights, save_safetensors
+from mistakes import Mistake, change_config, mistaken_line
 
 FIT = "fit -c tiny.yaml"
 STUDENT = "runs/tiny/version_0/student.safetensors"
@@ -145,6 +145,7 @@ MISTAKES = {
         f"{FIT} --model.teacher.weights ~nouser/x", r"no user 'nouser'"
     ),
     "user that is not there, results": Mistake(f"{EXPLAIN} --out ~nouser/x", r"no user 'nouser'"),
+    "user that is not there, alone": Mistake(f"{EXPLAIN} --out ~nouser", r"no user 'nouser'"),
     "option that is not UTF-8": Mistake(
         ["fit", "-c", "tiny.yaml", "--run", LATIN], r"'caf\\xe9' is not UTF-8.*rename it"
     ),
@@ -229,7 +230,7 @@ MISTAKES = {
     ),
     **{
         f"size of 100,000 pixels: {line.split()[0]}": Mistake(
-            line, r"size is 100000; give a side in pixels, from 1 to 8,192"
+            line, r"size is 100000; give .* in pixels, 1 or more, at most 8,192"
         )
         for line in (
             f"{EXPLAIN} --size 100000",

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from mistakes import Mistake, check_mistake, config, cut, mistaken_line, write
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from camdistill.cli import main
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import read_weights, save_safetensors
+from mistakes import Mistake, check_mistake, config, cut, mistaken_line, write
 
 CIFAR = "{class_path: camdistill.data.modules.CIFARData, init_args: {root: nothing}}"
 STUDENT = "runs/tiny/version_0/student.safetensors"

@@ -46,6 +46,8 @@ def expand_home(path: str | Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError:
+        if len(path.parts) == 1 and path.suffix:
+            return path  # the name of a file, ~backup.png, which isn't there
         whose = f"there is no user '{path.parts[0][1:]}'" if len(path.parts[0]) > 1 else "no HOME"
         raise UserError(
             f"'{shortened(str(path), 120)}' begins with {path.parts[0]}, but {whose} with a home "

@@ -140,8 +140,14 @@ def test_a_tilde_that_no_shell_replaced_is_the_home_folder(
     assert found == (home / "oo", [home / "a.png", Path("~b.png")])
 
 
-def test_the_next_commands_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_next_commands_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run = Path("my runs/it's/version_0")
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "checkpoints/last.ckpt"):
+        (run / name).touch()
     fake = SimpleNamespace(
         trainer=SimpleNamespace(is_global_zero=True, global_step=1, callback_metrics={}),
         folder=run,

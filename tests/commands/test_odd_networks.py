@@ -8,7 +8,6 @@ import odd_networks
 import pytest
 import torch
 import yaml
-from mistakes import told
 
 from camdistill import grad_cam
 from camdistill.cli import main
@@ -16,6 +15,7 @@ from camdistill.errors import UserError
 from camdistill.explain.attribution import gradient
 from camdistill.explain.variants import hires_cam
 from camdistill.networks.teachers import NetworkSpec, Teacher
+from mistakes import mistaken_line
 
 ODD = {
     "GivesDict": r"gives one dict of 'features' \[2, 6, 16, 16\], 'logits' \[2, 6\] for 2 images",
@@ -64,7 +64,7 @@ def test_odd_network_is_told_in_one_line(
 ) -> None:
     """All but four of these were tracebacks."""
     for command in COMMANDS:
-        line = told(f"{command} --size 16 --teacher odd_networks.{name}", folder, capsys)
+        line = mistaken_line(f"{command} --size 16 --teacher odd_networks.{name}", folder, capsys)
         assert re.search(ODD[name], line), line
 
 
@@ -82,7 +82,7 @@ def test_odd_network_is_told_before_it_trains_or_teaches(
         config["model"]["init_args"] = {}
     config["model"]["init_args"][role] = {"name": f"odd_networks.{name}"}
     (folder / "odd.yaml").write_text(yaml.safe_dump(config))
-    line = told("fit -c odd.yaml", folder, capsys)
+    line = mistaken_line("fit -c odd.yaml", folder, capsys)
     assert re.search(ODD[name], line), line
 
 
@@ -93,7 +93,7 @@ def test_the_class_that_the_line_asks_for_is_explained(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = "explain --data images --count 2 --size 16"
-    line = told(f"{command} --teacher odd_networks.{name}", folder, capsys)
+    line = mistaken_line(f"{command} --teacher odd_networks.{name}", folder, capsys)
     (folder / "mended.py").write_text(
         f"import odd_networks, torch\n"
         f"class {name}(torch.nn.Module):\n"

@@ -304,7 +304,7 @@ def test_thin_images_are_scaled_where_they_are_kept(
 
 def test_sides_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
     Image.fromarray(colours()).save(tmp_path / "x.png")
-    with pytest.raises(UserError, match="size is 100000; give a side in pixels, from 1 to 8,192"):
+    with pytest.raises(UserError, match=r"size is 100000; give .*, at most 8,192"):
         decode(tmp_path / "x.png", 100_000)
 
 

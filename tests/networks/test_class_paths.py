@@ -77,7 +77,7 @@ def test_class_and_function_by_path_make_networks() -> None:
         ("own_networks.inner.Tiny", {}, "there is no module 'own_networks.inner'"),
         ("own_networks.Tinny", {}, "no 'Tinny' in module 'own_networks'; nearest: 'Tiny'"),
         ("own_networks.Plain", {}, "a class but not a torch.nn.Module"),
-        ("own_networks.number", {}, "is a int, not a network"),
+        ("own_networks.number", {}, "is of type int and can.t be called"),
         ("own_networks.nothing", {}, "made a int, not a torch.nn.Module"),
         ("own_networks.Tiny", {}, "needs the argument 'width'"),
         ("own_networks.Tiny", {"width": 2, "dept": 3}, "no argument 'dept'.*nearest: 'depth'"),
@@ -85,8 +85,8 @@ def test_class_and_function_by_path_make_networks() -> None:
         ("own_networks.Tiny", {"width": "a"}, "can't build own_networks.Tiny with width='a'"),
         ("broken_syntax.Tiny", {}, "can't import 'broken_syntax.Tiny': invalid syntax"),
         ("needs_other.Tiny", {}, "it needs 'surely_not_installed', not installed"),
-        (".Tiny", {}, "can't import '.Tiny'"),
-        ("own_networks.", {}, "no '' in module"),
+        (".Tiny", {}, "'.Tiny' is no class path; give package"),
+        ("own_networks.", {}, "'own_networks.' is no class path"),
     ],
 )
 def test_wrong_path_is_one_line_with_a_cure(name: str, args: dict[str, object], said: str) -> None:

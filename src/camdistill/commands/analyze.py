@@ -171,7 +171,7 @@ def _listed(networks: Mapping[str, nn.Module], size: int, channels: int) -> dict
     found: dict[str, object] = {}
     for name, network in networks.items():
         example = torch.zeros(1, channels, size, size)
-        demand_runs({name: network}, example)
+        demand_runs({name: network}, example, numbers=False)
         chosen = {layer.key for layer in find_layers(network, example)}
         rows: dict[str, dict[str, Cell]] = {}
         for layer in all_layers(network, example):

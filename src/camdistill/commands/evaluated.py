@@ -25,7 +25,7 @@ from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.networks.weights import read_weights, weights_digest
 from camdistill.studies.evaluation import Explainer, Subject
-from camdistill.studies.explanations import code_sha256
+from camdistill.studies.explanations import call_function, code_sha256
 from camdistill.studies.pool import demand_pairs
 from camdistill.studies.values import CONTROLS, LADDER, UNREADABLE
 from camdistill.types import Explain, Images, Labels
@@ -204,11 +204,11 @@ def _adapted(path: Path) -> Explain:
 
 
 def _callable(path: str) -> Explainer:
-    function = resolve(path)
+    function = resolve(path, what="a function of (network, images, classes)")
     digest = code_sha256(function) or ""
 
     def explain(network: nn.Module, images: Images, classes: Labels) -> RawMaps:
-        maps = function(network, images, classes)
+        maps = call_function(path, function, network, images, classes)
         if not isinstance(maps, Tensor):
             raise UserError(
                 f"explainer '{path}' gave a {type(maps).__name__}: it must return a tensor, one "

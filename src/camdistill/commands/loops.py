@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pytorch_lightning import Trainer
 from torch import Tensor
 
 from camdistill.commands.help import loop_help
@@ -18,6 +17,7 @@ from camdistill.report.results import text_table
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.checkpoint_files import LAST
 from camdistill.studies.experiment import Experiment
+from camdistill.studies.option_checks import check_words
 from camdistill.studies.parsing import config_files, read_config, translated
 from camdistill.studies.runs import result_rows
 
@@ -44,7 +44,7 @@ class _Told(Experiment):
         told = "Trained" if self.trainer.global_step else "Nothing was trained (0 steps)"
         whole_too = f" and {last} (whole, to go on from)" if last.is_file() else ""
         print(f"\n{told}: {path} (small, for use){whole_too}")
-        if measured := _measured(self.trainer):
+        if measured := _measured(self.trainer.callback_metrics):
             print(f"\n{text_table({'last validation': measured})}\n")
         tested = last if last.is_file() else path
         config, whole, small = (
@@ -97,11 +97,9 @@ class _Told(Experiment):
         print(f"\nResults: {self.folder / 'results.json'}")
 
 
-def _measured(trainer: Trainer) -> dict[str, float]:
+def _measured(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     """The measures of the last validation, by name, in the order of the test's table."""
-    found = {
-        tag.rpartition("/")[2]: float(value) for tag, value in trainer.callback_metrics.items()
-    }
+    found = {tag.rpartition("/")[2]: float(value) for tag, value in metrics.items()}
     return {name: found[tag] for tag, name in _VALIDATED.items() if tag in found}
 
 
@@ -133,6 +131,7 @@ def run(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(loop_help(arguments))
         return
+    check_words(arguments)
     if {"base", "arms"} & {key for path in config_files(arguments) for key in read_config(path)}:
         demand_config_of(arguments[0], OF_LOOPS, arguments)
     with translated():

@@ -20,7 +20,9 @@ from camdistill.studies.option_checks import check_lists_once, check_words, rest
 from camdistill.studies.parsing import config_files, demand_configs, read_config, told, translated
 
 _WHOLE = re.compile(r"-?\d+")
-REPEATED = ("overrides", "trust")  # lists in which a value may stand twice, to no harm
+_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?")
+# Lists in which a value may stand twice, to no harm or with a line of its own
+REPEATED = ("overrides", "trust", "runs")
 # First words of the options of fit, validate, test and predict
 OF_LOOPS = ("model", "data", "trainer", "run", "seed_everything", "ckpt_path", "verbose")
 LOOKS = ("list_layers",)  # switches with which a command writes nothing
@@ -143,7 +145,7 @@ def with_lists(arguments: Sequence[str], lists: Mapping[str, type]) -> list[str]
             done.append(word)
             continue
         values = [first] if equals else []
-        while words and (not words[0].startswith("-") or _WHOLE.fullmatch(words[0])):
+        while words and (not words[0].startswith("-") or _NUMBER.fullmatch(words[0])):
             values.append(words.pop(0))
         if not values:
             raise UserError(f"{option} stands without its value; give one or more, or leave it out")

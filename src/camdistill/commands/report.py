@@ -1,5 +1,6 @@
 """`report`: TensorBoard on a run, and the link to its front page."""
 
+import socket
 import threading
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def report(
         raise UserError(
             f"no TensorBoard events in '{run}'; give a folder that fit, study or analyze wrote"
         )
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"host is '{host}', which isn't known ({said}); give localhost, or 0.0.0.0 for all"
+        ) from None
     options = ["--logdir", str(run), "--host", host, "--samples_per_plugin", "images=100,text=100"]
     server = program.TensorBoard()
     server.configure(argv=["", *options, *(["--port", str(port)] if port is not None else [])])

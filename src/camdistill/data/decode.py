@@ -91,9 +91,8 @@ def check_side(name: str, side: int) -> None:
     Raises:
         UserError: It is less than 1 pixel, or so large that an image would fill the memory.
     """
-    check_number(
-        name, side, f"[1, {LARGEST_SIDE}]", f"give a side in pixels, from 1 to {LARGEST_SIDE:,}"
-    )
+    cure = f"give the images' side in pixels, 1 or more, at most {LARGEST_SIDE:,}"
+    check_number(name, side, f"[1, {LARGEST_SIDE}]", cure)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -239,13 +239,20 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
                         buffer.copy_(before)
 
 
-def demand_runs(networks: Mapping[str, nn.Module], image: Images, *, cure: str = SIZE_CURE) -> None:
+def demand_runs(
+    networks: Mapping[str, nn.Module],
+    image: Images,
+    *,
+    cure: str = SIZE_CURE,
+    numbers: bool = True,
+) -> None:
     """Networks, by name, may have a size of their own, and many ways to say so.
 
     Args:
         networks: By what they are, such as "teacher".
         image: One of the images that they will take.
         cure: What to do where the image can't be taken.
+        numbers: Whether NaN among the logits is refused; an analysis shows where it comes from.
 
     Raises:
         UserError: One can't run on the image, or gives no logits.
@@ -271,7 +278,7 @@ def demand_runs(networks: Mapping[str, nn.Module], image: Images, *, cure: str =
                 f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
                 f"{_line_of(error)}); mend {type(bare(network)).__name__}"
             ) from error
-        check_logits(f"the {name}", output, len(pair))
+        check_logits(f"the {name}", output, len(pair), numbers=numbers)
 
 
 def _line_of(error: Exception) -> str:

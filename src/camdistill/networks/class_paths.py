@@ -21,8 +21,19 @@ Factory = Callable[..., object]
 # From these, a checkpoint may name only networks; from what the user trusts, any factory.
 SAFE_PACKAGES = ("camdistill", "torch", "torchvision", "timm")
 
+# What a user's code may raise; files and downloads that fail among them.
+FAILURES = (
+    *(TypeError, ValueError, RuntimeError, LookupError, AssertionError),
+    *(AttributeError, ImportError, ArithmeticError, OSError),
+)
 
-def resolve(path: str, allowed: Sequence[str] | None = None) -> Factory:
+
+def resolve(
+    path: str,
+    allowed: Sequence[str] | None = None,
+    *,
+    what: str = "a torch.nn.Module class or a function that returns one",
+) -> Factory:
     """What a dotted path names: a network's class or a function that makes one.
 
     Args:
@@ -30,6 +41,7 @@ def resolve(path: str, allowed: Sequence[str] | None = None) -> Factory:
         allowed: Top-level packages that the path may begin with; None for any. With a list the
             path counts as a stranger's: it is checked before anything is imported, and inside
             `SAFE_PACKAGES` it may only name a network's class or a registered model.
+        what: The path should name, for errors.
 
     Raises:
         UserError: If the path isn't allowed, can't be imported or names no network.
@@ -40,6 +52,8 @@ def resolve(path: str, allowed: Sequence[str] | None = None) -> Factory:
             f"class path '{path}' lies outside {', '.join(allowed)}: importing it would run its "
             f"code; add `--trust {package}` if you trust it"
         )
+    if not module_name or not name:
+        raise UserError(f"'{path}' is no class path; give package.module.Network")
     private = any(part.startswith("_") or not part for part in path.split("."))
     if private and allowed is not None and package in SAFE_PACKAGES:
         raise UserError(f"class path '{path}' is private to {package}: name a public network")
@@ -48,8 +62,7 @@ def resolve(path: str, allowed: Sequence[str] | None = None) -> Factory:
         raise UserError(f"'{path}' is a class but not a torch.nn.Module: name a network's class")
     if not callable(factory):
         raise UserError(
-            f"'{path}' is a {type(factory).__name__}, not a network: name a torch.nn.Module class "
-            "or a function that returns one"
+            f"'{path}' is of type {type(factory).__name__} and can't be called: name {what}"
         )
     if allowed is not None:
         _demand_network(path, factory, allowed)
@@ -69,7 +82,7 @@ def _attribute(path: str, module_name: str, name: str) -> object:
             else ("check the name, install it, or put its folder on PYTHONPATH")
         )
         raise UserError(f"can't import '{path}': {cause}; {cure}") from error
-    except (ImportError, SyntaxError, ValueError, TypeError) as error:
+    except (*FAILURES, SyntaxError, NameError) as error:
         raise UserError(f"can't import '{path}': {_line(error)}; mend that module") from error
     if not hasattr(module, name):
         public = [option for option in dir(module) if not option.startswith("_")]
@@ -157,7 +170,10 @@ def construct(
         if parameters[option].default is inspect.Parameter.empty and option not in args
     ]
     if missing:
-        raise UserError(f"{name} needs the argument '{missing[0]}'; give it in args")
+        raise UserError(
+            f"{name} needs the argument '{missing[0]}'; give it in a config's args, or name a "
+            "function of yours that gives it"
+        )
     _check_room(name, factory, {**fixed, **args})
     try:
         network = factory(**fixed, **args)
@@ -169,7 +185,7 @@ def construct(
             f"{name} downloads something, which fails ({_line(error)}): put its file into "
             f"'{folder}', or name a network that starts without weights"
         ) from error
-    except _FAILURES as error:
+    except FAILURES as error:
         given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "no arguments"
         raise UserError(f"can't build {name} with {given}: {_line(error)}") from error
     if not isinstance(network, nn.Module):
@@ -204,7 +220,8 @@ def _check_room(name: str, factory: Factory, args: Mapping[str, object]) -> None
     isn't known.
     """
     home = getattr(factory, "__module__", "")
-    if not home.startswith(("camdistill.networks.", "torchvision.models.")):
+    loads = any(args.get(word) for word in ("weights", "weights_backbone", "pretrained"))
+    if loads or not home.startswith(("camdistill.networks.", "torchvision.models.")):
         return
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -222,13 +239,6 @@ def parameters_of(factory: Factory) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(factory).parameters)
     except (TypeError, ValueError):
         return {"args": inspect.Parameter("args", inspect.Parameter.VAR_KEYWORD)}
-
-
-# What a factory may raise; files and downloads that fail among them.
-_FAILURES = (
-    *(TypeError, ValueError, RuntimeError, LookupError, AssertionError),
-    *(AttributeError, ImportError, ArithmeticError, OSError),
-)
 
 
 def _line(error: Exception) -> str:

@@ -72,13 +72,14 @@ def check_built(network: nn.Module, name: str) -> None:
             )
 
 
-def check_logits(who: str, output: object, count: int) -> None:
+def check_logits(who: str, output: object, count: int, *, numbers: bool = True) -> None:
     """Refuses an output that isn't one row of logits an image.
 
     Args:
         who: The network, as a subject: "the teacher".
         output: What it gave.
         count: Number of images that it was given.
+        numbers: Whether NaN is refused.
 
     Raises:
         UserError: With what it gave, and where in it logits may be.
@@ -95,7 +96,7 @@ def check_logits(who: str, output: object, count: int) -> None:
             f"{who} gives {_described(output)} for {count} images, not logits [images, classes]: "
             f"{cure}"
         )
-    if isinstance(output, Tensor) and bool(output.isnan().any()):
+    if numbers and isinstance(output, Tensor) and bool(output.isnan().any()):
         raise UserError(f"{who} gives logits that are not numbers (nan); give other weights")
 
 

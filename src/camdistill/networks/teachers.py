@@ -241,10 +241,11 @@ def normalisation(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple
         facts = torchvision_models.facts(spec.name, spec.weights)
     elif weights is not None:
         facts = training_facts(weights)
-        if facts.mean is not None and facts.std is not None:
-            where = f"; '{weights.path}' has these in its metadata: write it again"
-            check_moments(facts.mean, facts.std, where)
-    return own if facts.mean is None or facts.std is None else (facts.mean, facts.std)
+    if facts.mean is None or facts.std is None:
+        return own
+    where = f"; '{spec.weights}' has these in its metadata: write it again"
+    check_moments(facts.mean, facts.std, where)
+    return facts.mean, facts.std
 
 
 class Preprocessed(Wrapper):

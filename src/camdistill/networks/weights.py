@@ -192,9 +192,15 @@ def _demand_stored(path: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
             whole = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return  # an old kind of file, or a damaged one: torch says it
+    if not any(name.endswith(("data.pkl", "constants.pkl")) for name in names):
+        raise UserError(
+            f"'{path}' is an archive of {', '.join(map(repr, names[:3])) or 'nothing'}, not "
+            "weights; give a file written by `torch.save(network.state_dict(), ...)` or safetensors"
+        )
     size = path.stat().st_size
     if whole > 2 * size + SMALL:
         raise UserError(

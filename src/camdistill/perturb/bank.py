@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from camdistill.errors import UserError
 from camdistill.perturb.asking import Shown, changed_scores, logits_of
 from camdistill.perturb.probability import probabilities
 from camdistill.types import Images, Labels, Maps, PerImage
@@ -156,7 +157,10 @@ def _occluders(cells: int, side: int) -> Bool[Tensor, "1 positions cells cells"]
 def _cell_of(pixels: int, cells: int) -> Tensor:
     """Of each pixel along a side; cells differ by a pixel where they don't divide the side."""
     if pixels < cells:
-        raise ValueError(f"{pixels} pixels can't be cut into {cells} cells: plan fewer")
+        raise UserError(
+            f"images of {pixels} pixels can't be cut into {cells} cells a side, as this measure "
+            "does: give larger images"
+        )
     return torch.arange(pixels) * cells // pixels
 
 

@@ -80,7 +80,7 @@ class Opening:
             explained=min(EXPLAINED / count, 1.0),
         )
         example = self.subject.fetch(order[:BATCH])
-        demand_runs(self.networks, example[:1])
+        demand_runs(self.networks, example[:1], numbers=False)
         looking = LayerSweep(self.networks, example, layers=self.layers or None, options=options)
         self._demand_units(looking.plan.layers)
         kept = KeptSweep(self.report.written, fingerprint(self.networks, self.subject))

@@ -67,6 +67,8 @@ class Adaptation:
                     "(0, inf)",
                     "give one above 0, or nothing is learnt",
                 )
+        if self.n is not None:
+            check_number("adaptation.n", self.n, "[8, inf)", "students need 8 images or more")
         check_each_once("adaptation.layers", self.layers)
         if not self.judges or min([self.seed, *self.judges]) < 0:
             raise UserError("adaptation.judges: give one or more seeds, 0 or more")

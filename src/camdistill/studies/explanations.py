@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from camdistill.data.datasets import ImageSet, PixelArray
 from camdistill.data.modules import ImageData, ShapesData
@@ -22,7 +22,7 @@ from camdistill.explain.gradcam import last_layer
 from camdistill.explain.learnable import load_explainer
 from camdistill.explain.methods import AT_PIXELS, METHODS, Explainer, explainer
 from camdistill.files import expand_home, read_arrays
-from camdistill.networks.class_paths import SAFE_PACKAGES
+from camdistill.networks.class_paths import FAILURES, SAFE_PACKAGES
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import sha256_of
 from camdistill.types import Explain, Images, Labels
@@ -114,9 +114,33 @@ def _of_method(name: str, method: Explainer, layer: str | None) -> Source:
     return Source(name, _key(name, method, layer), maps, True, layer)
 
 
+def call_function(
+    path: str,
+    function: Callable[..., object],
+    network: nn.Module,
+    images: Images,
+    classes: Labels,
+) -> object:
+    """What a user's function gives.
+
+    Raises:
+        UserError: If it fails; the line says what it was called with.
+    """
+    try:
+        return function(network, images, classes)
+    except UserError:
+        raise
+    except FAILURES as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"function '{path}' fails ({type(error).__name__}: {said}): it is called with "
+            "(network, images, classes) and must return one map an image"
+        ) from error
+
+
 def _of_function(name: str, function: Explain) -> Source:
     def maps(teacher: Teacher, asked: Asked) -> Maps:
-        found = function(teacher, asked.images, asked.classes)
+        found = call_function(name, function, teacher, asked.images, asked.classes)
         return _checked(name, found, len(asked.images))
 
     return Source(name, _key(name, function, None), maps, True)
@@ -170,7 +194,7 @@ def _imported(path: str, trust: Collection[str]) -> Explain:
         )
     try:
         found: Explain = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except (*FAILURES, SyntaxError, NameError) as error:
         raise UserError(
             f"can't import '{path}': {error}; check the name, or put its folder on PYTHONPATH"
         ) from error

@@ -88,7 +88,8 @@ def told(message: str, parser: ArgumentParser, error: BaseException | None) -> U
         group = re.match(r"Parser key ['\"]([\w.]+)['\"]", message)
         return inner.inside(group[1]) if group and isinstance(inner, OptionError) else inner
     parser = getattr(error, "subcommand_parser", None) or parser
-    options = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    names = [action.dest for action in parser._actions]
+    options = [name for name in names if not name.endswith(("help", "config"))]
     text = " ".join(message.split())
     for pattern, tell in _TOLD:
         if found := re.search(pattern, text):
@@ -269,6 +270,45 @@ def _unknown_class(found: re.Match[str], options: list[str]) -> UserError:
     )
 
 
+def _named_values(found: re.Match[str], options: list[str]) -> UserError:
+    """One value where a group of them is meant: teacher: resnet20."""
+    named = found.groupdict()
+    given = _short(named.get("value") or "that", 60).strip("'\"")
+    return OptionError(
+        f"{{}} is {given!r}; it takes named values, such as {{{{name: {given}}}}}", found["name"]
+    )
+
+
+def _class_or_values(found: re.Match[str], options: list[str]) -> UserError:
+    """A word where a class path or a group is meant."""
+    return (_unknown_class if found["name"] in CLASSES else _named_values)(found, options)
+
+
+def _wrong_class(found: re.Match[str], options: list[str]) -> UserError:
+    """A class of another kind."""
+    known = ", ".join(repr(option) for option in CLASSES.get(found["name"], ()))
+    return OptionError(
+        f"{{}} names '{found['value']}', which is no {found['kind']}; name one, such as {known}",
+        found["name"],
+    )
+
+
+def _wrong_length(found: re.Match[str], options: list[str]) -> UserError:
+    return OptionError(
+        f"{{}} is {_short(found['value'], 60)}; it takes a list of {found['count']}", found["name"]
+    )
+
+
+def _inside_a_value(found: re.Match[str], options: list[str]) -> UserError:
+    return OptionError("no option '{}': {} is one value", found["inner"], found["name"])
+
+
+def _unknown_entry(found: re.Match[str], options: list[str]) -> UserError:
+    return UserError(
+        f"an entry with '{found['name']}' has another name in it that is not known; check its names"
+    )
+
+
 def _no_value(found: re.Match[str], options: list[str]) -> UserError:
     return UserError(f"{found['name']} stands without its value; give one after it")
 
@@ -281,13 +321,29 @@ _EXPECTED = r"Expected an? (typing\.Literal\[[^\]]*\]|<class '[^']*'>|[\w.\[\]]+
 _KEY = r"Parser key ['\"](?P<name>[\w.]+)['\"]: "
 Telling = Callable[[re.Match[str], list[str]], UserError]
 _TOLD: tuple[tuple[str, Telling], ...] = (
-    (r"[Uu]nrecognized arguments?: (?P<word>(?:--?(?P<name>[\w.]+))?\S*)", _unknown),
+    (r"[Uu]nrecognized arguments?: (?P<word>(?:--?(?P<name>[\w.]+(?:-[\w.]+)*))?\S*)", _unknown),
     (r"Subcommand '\w+' does not accept option '(?P<name>[\w.]+)'", _unknown),
     (r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'", _unknown),
     (r"Option '(?P<name>[\w.]+)' is not accepted", _unknown),
     (r"the following arguments are required: (?P<names>.*)", _missing),
     (_KEY + r".*Problem with given class_path '(?P<path>[^']*)'", _unknown_class),
-    (_KEY + r".*Expected a dot import path string: (?P<path>\S+)", _unknown_class),
+    (
+        _KEY + r".*Expected a dot import path string: (?P<path>(?P<value>\S+))",
+        _class_or_values,
+    ),
+    (
+        _KEY + r".*Expected a path but (?P<value>\S+) either .*"
+        r"does not correspond to a subclass of (?P<kind>\w+)",
+        _wrong_class,
+    ),
+    (_KEY + r"Not a valid subclass of \w+\. Got value: (?P<value>\S+)", _named_values),
+    (
+        _KEY + r"Expected a tuple with (?P<count>\d+) elements\. Got value: (?P<value>.*)",
+        _wrong_length,
+    ),
+    (_KEY + r"Not of type Path: .* not NestedArg.*key='(?P<inner>[\w.]+)'", _inside_a_value),
     (_KEY + r"(?P<rest>.*Expected .*)", _wrong_kind),
+    (_KEY + r"Unable to load config '(?P<value>[^']*)' - Parser key .* load config", _named_values),
+    (r"^[\"']+(?P<name>\w+)[\"']+$", _unknown_entry),
     (r"argument (?:-\w/)?(?P<name>--\S+): expected", _no_value),
 )

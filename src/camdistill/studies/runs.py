@@ -24,7 +24,7 @@ from camdistill.studies.parsing import read_config
 MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill", "runner_up")
 RESULTS = "results.json"
 # Names that a study's results have for other rows, and its folder for other files
-ROWS = ("student", "mean_map", "same_map", RESULTS, "table.txt", "table.png")
+ROWS = ("mean_map", "same_map", RESULTS, "table.txt", "table.png")
 # Options of a run that the study itself gives
 OURS = {
     "seed_everything": "its seeds: --seeds",
