@@ -7,8 +7,9 @@ the config, a rename, a line of the ledger), and goes on after each. What it lea
 what an unbroken one leaves, bit for bit, but for times. A refusal in one line is fine where it
 leaves everything as it was; the run then starts afresh.
 
-Commands run in forks of this process, which has imported all: 300 kills take half an hour on two
-cores.
+Commands run in forks of this process, which has imported all: 300 kills take up to an hour
+on two shared cores. Run in three parts at once there: 313 kills of 199 runs, all equal, 38 times
+going on was refused in one line because there was no checkpoint yet.
 """
 
 import argparse
@@ -321,7 +322,7 @@ def left(place: Path, cache: Path | None) -> dict[str, object]:
     for root in roots:
         for file in sorted(root.rglob("*")):
             name = str(file.relative_to(root))
-            if not file.is_file() or file.name in ("written.txt", "hparams.yaml"):
+            if not file.is_file() or file.name in ("written.txt", "hparams.yaml", "training.log"):
                 continue
             if "tfevents" in name:
                 folder = file.parent
