@@ -114,7 +114,7 @@ def test_rank_and_evaluate_take_an_explainer_by_file(folder: Path) -> None:
     ("options", "says"),
     [
         ("--adaptation.rounds 0", "rounds 0 and patience 2; give 1 or more"),
-        ("--adaptation.lr 0", "lie above 0"),
+        ("--adaptation.lr 0", "give one above 0"),
         ("--adaptation.judges []", "give one or more seeds"),
         ("--adaptation.judges [50,50]", "give each once"),
         ("--adaptation.judges [3001]", "seed 3001 is in adaptation.judges and of a round"),

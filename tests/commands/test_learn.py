@@ -96,7 +96,7 @@ def test_evaluate_takes_a_metric_by_file(folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("--fit.steps 0", "1 or more, lr above 0"),
+        ("--fit.steps 0", "fit.steps is 0; give 1 or more"),
         ("--images 1", "2 images"),
         ("--fit.stpes 3", "nearest: 'fit.steps'"),
         ("--studies {}", "there are 0 studies"),

@@ -136,7 +136,10 @@ def prepare(folder: Path) -> None:
             "--objective.file metric.safetensors",
             r"6 classes, a start network 7",
         ),
-        ("-c tiny.yaml --students.network.name shallow_cnn --students.beta 0", r"beta 0.0; give"),
+        (
+            "-c tiny.yaml --students.network.name shallow_cnn --students.beta 0",
+            r"beta is 0.0; give",
+        ),
         ("-c tiny.yaml --arms '[objective, objective]'", r"give each once"),
         ("-c tiny.yaml --arms '[reversed]'", r"arms.*reversed"),
         ("-c tiny.yaml --seeds '[]'", r"seeds is empty"),

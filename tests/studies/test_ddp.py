@@ -102,6 +102,7 @@ def test_two_processes_equal_one_that_sees_the_same_half_batches(
         "config.yaml",
         "hparams.yaml",
         "student.safetensors",
+        "training.log",
     }
     assert not list((tmp_path / "runs").glob("*"))
 

@@ -198,7 +198,7 @@ def test_only_a_sure_win_over_every_metric_is_one() -> None:
 
 
 def test_mistakes_are_one_line() -> None:
-    with pytest.raises(UserError, match="1 or more, lr above 0"):
+    with pytest.raises(UserError, match="steps is 0; give 1 or more"):
         Recipe(steps=0)
 
 
