@@ -109,6 +109,14 @@ class Mixing(Switched):
         return self.heads[0](pooled - pooled.mean(0) if self.way else pooled)
 
 
+class Running(Switched):
+    """Reads the images before it in the batch when told so."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = self.trunk(images).mean((2, 3))
+        return self.heads[0](pooled.cumsum(0) if self.way else pooled)
+
+
 class Hidden(Switched):
     """A head with a hidden layer, which reads the mean alone or the maximum too."""
 
@@ -195,7 +203,7 @@ class Residual(CifarResNet):
 
 
 KINDS = [Tasks, Adapter, EarlyExit, InPlace, Mixing, Hidden, Rectified, Weighted, Outputs]
-KINDS += [Tokens, Thinned, Residual]
+KINDS += [Tokens, Thinned, Residual, Running]
 
 
 def pick(output: Any) -> Tensor:
@@ -230,12 +238,16 @@ def contrast(output: Any) -> Tensor:
     return pick(output)[:, 0] - pick(output)[:, 1]
 
 
+def running(output: Any) -> Tensor:
+    return pick(output)[:, 0].cumsum(0)
+
+
 def share(output: Any) -> Tensor:
     return pick(output)[:, 0] / pick(output)[:, 0].sum()
 
 
 LOGITS = [None, pick, pick_other, quarter, two_columns, first_columns, both_signs, centered]
-SCORES = ["logit", "logit", "probability", contrast, share]
+SCORES = ["logit", "logit", "probability", contrast, share, running]
 CLASS_CHOICES = [None, 0, 1, Top(2), torch.tensor([[0, 1], [1, 0], [1, 1]])]
 METHODS: list[Callable[..., Any]] = [grad_cam, grad_cam, grad_cam, variants.hires_cam]
 METHODS += [variants.grad_cam_plus_plus, variants.layer_cam]
@@ -357,6 +369,33 @@ def test_a_switched_network_equals_plain_autograd(kind: type[Switched], grad: An
                 close(found[name].detach(), true[name], 1e-10)
 
 
+class Nearly(Switched):
+    """A linear map near the identity between the mean and the head, or a pooling near the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = nn.Linear(6, 6)
+        self.pool = nn.Conv2d(6, 6, 6, groups=6, bias=False)
+        with torch.no_grad():
+            self.near.weight.copy_(torch.eye(6) + 5e-4 * torch.randn(6, 6))
+            self.pool.weight.copy_((1 + 2e-3 * torch.randn(6, 1, 6, 6)) / 36)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.trunk(images)
+        if self.way:
+            return self.heads[0](self.near(self.pool(hidden).flatten(1)).relu())
+        return self.heads[0](self.near(hidden.mean((2, 3))))
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_what_is_nearly_closed_or_nearly_the_mean_is_neither(way: int) -> None:
+    network = seeded(Nearly).eval()
+    network.switch(way)
+    images, classes = IMAGES.float(), torch.tensor([0, 1, 2])
+    true = reference(copy.deepcopy(network).double(), IMAGES, ["b"], classes)["b"]
+    close(grad_cam(network, images, ["b"], classes)["b"].double(), true, 1e-5)
+
+
 @pytest.mark.parametrize("logits", [quarter, two_columns, first_columns, both_signs, pick_other])
 def test_each_callable_has_its_own_maps(logits: Callable[[Tensor], Tensor]) -> None:
     network = seeded(Switched).to(torch.float64).eval()
@@ -369,11 +408,14 @@ def test_each_callable_has_its_own_maps(logits: Callable[[Tensor], Tensor]) -> N
                 close(found[name], true[name], 1e-10)
 
 
+@pytest.mark.parametrize("kind", [Mixing, Running])
 @pytest.mark.parametrize("layer", ["a", "b"])
-def test_what_mixes_images_is_refused_after_any_earlier_call(layer: str) -> None:
-    network = seeded(Mixing).to(torch.float64).eval()
+def test_what_mixes_images_is_refused_after_any_earlier_call(
+    layer: str, kind: type[Switched]
+) -> None:
+    network = seeded(kind).to(torch.float64).eval()
     grad_cam(network, IMAGES, [layer], 1)
-    for score in (lambda output: output[:, 0] / output[:, 0].sum(), share):
+    for score in (running, share):
         with pytest.raises(UserError, match="mixes the images of a batch"):
             grad_cam(network, IMAGES, [layer], score=score)
     with pytest.raises(UserError, match="mixes the images of a batch"):
@@ -385,15 +427,18 @@ def test_what_mixes_images_is_refused_after_any_earlier_call(layer: str) -> None
         variants.layer_cam(network, IMAGES, [layer], 1)
 
 
+@pytest.mark.parametrize("kind", [Mixing, Running])
 @pytest.mark.parametrize("method", [ablation_cam, score_cam, occlusion])
-def test_methods_that_change_images_refuse_what_mixes_them(method: Callable[..., Any]) -> None:
-    network = seeded(Mixing).to(torch.float64).eval()
+def test_methods_that_change_images_refuse_what_mixes_them(
+    method: Callable[..., Any], kind: type[Switched]
+) -> None:
+    network = seeded(kind).to(torch.float64).eval()
     layers = [] if method is occlusion else [["b"]]
     method(network, IMAGES, *layers, classes=1)
     for logits, way in ((centered, 0), (None, 1)):
         network.switch(way)
         for count in (3, 1):
-            with pytest.raises(UserError, match="Mixing mixes the images of a batch"):
+            with pytest.raises(UserError, match="mixes the images of a batch"):
                 method(network, IMAGES[:count], *layers, classes=1, logits=logits)
 
 

@@ -354,8 +354,8 @@ def test_ablation_cams_trunk_runs_once(generator: torch.Generator) -> None:
         network(images)
     with FlopCounterMode(display=False) as all_units:
         ablation_cam(network, images, ["layer4"], 1)
-    # Classes, one image alone, activations, one that counts the calls, trunks; 512 linear heads.
-    assert all_units.get_total_flops() < 4.1 * one.get_total_flops()
+    # Classes, each image alone, activations, one that counts calls, trunks; 512 linear heads.
+    assert all_units.get_total_flops() < 4.6 * one.get_total_flops()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from camdistill.explain.closed_form import is_mean
 from camdistill.explain.graph import Behind
 from camdistill.explain.recording import Seen
 from camdistill.explain.request import Grad, Request, columns, score_columns, wide
-from camdistill.explain.separation import keeps_images_apart
+from camdistill.explain.separation import keeps_images_apart, mixed
 from camdistill.networks.capture import bare
 from camdistill.perturb.probability import probabilities
 
@@ -85,8 +85,7 @@ def demand_separate(
     """Refuse layers behind which images are mixed; False if a score doesn't depend on a layer.
 
     One gradient serves all images where none changes another's score. Where the graph doesn't show
-    that, the first image's score must have a gradient of exactly 0 at all others, for one more
-    backward.
+    that, it is measured, for two more backwards.
 
     Args:
         ask: With the images.
@@ -94,17 +93,13 @@ def demand_separate(
         behind: That graph.
         places: Where gradients will be asked, by layer.
     """
-    count = len(ask.images)
-    if count == 1 or keeps_images_apart(behind, list(places.values()), count):
+    count, edges = len(ask.images), list(places.values())
+    if count == 1 or keeps_images_apart(behind, edges, count):
         return True
-    found = torch.autograd.grad(
-        scores[0].sum(), list(places.values()), retain_graph=True, allow_unused=True
-    )
-    for name, gradient in zip(places, found, strict=True):
-        if gradient is None:
+    for name, is_mixed in zip(places, mixed(scores, edges), strict=True):
+        if is_mixed is None:
             return False
-        # What isn't a number would not be one alone either.
-        if bool(gradient[1:].nan_to_num().count_nonzero()):
+        if is_mixed:
             raise UserError(
                 f"{type(bare(ask.network)).__name__} mixes the images of a batch behind layer "
                 f"'{name}': give one image at a time"

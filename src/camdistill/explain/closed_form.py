@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from camdistill.explain.graph import Edge, is_spatial_mean, linear_path
+from camdistill.explain.graph import WEIGHTED, Edge, is_spatial_mean, linear_path, operation
 from camdistill.explain.taps import Cells
 
-# Relative; of the products that confirm the constant, in the precision they are made in. The
-# structure says which weights, so this tells apart factors, not decimals (TF32 has 3 of them).
+# Relative, between two ways to compute one thing, in the precision they are made in: forwards of
+# different batches (TF32 has 3 decimals), and products that confirm a constant.
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float32: 5e-3, torch.float64: 1e-8}
+PROOF = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-8}
 
 
 def may_be_head(module: nn.Module) -> bool:
@@ -63,7 +64,8 @@ def proven_head(
         heads: The modules that ran, with the graph's node of what each gave.
     """
     path = linear_path(logits, source)
-    if path is None:
+    # With weights besides the head's, the product could be nearly W and yet another matrix.
+    if path is None or sum(operation(step) in WEIGHTED for step in path) != 1:
         return None
     fitting = [
         head
@@ -80,7 +82,7 @@ def proven_head(
     place = get_gradient_edge(probe) if mean is None else GradientEdge(mean, 0)
     (gradient,) = torch.autograd.grad([logits], [place], [directions], retain_graph=True)
     expected = directions.to(probe.dtype) @ weight.to(probe.dtype)
-    coarsest = max((logits.dtype, weight.dtype), key=lambda dtype: TOLERANCE.get(dtype, 1.0))
+    coarsest = max((logits.dtype, weight.dtype), key=lambda dtype: PROOF.get(dtype, 1.0))
     return fitting[0] if _agree(gradient.flatten(1), expected, coarsest) else None
 
 
@@ -108,5 +110,5 @@ def _directions(like: Tensor) -> Tensor:
 
 
 def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    allowed = TOLERANCE.get(dtype, 0.0) * expected.abs().max()
+    allowed = PROOF.get(dtype, 0.0) * expected.abs().max()
     return bool((found - expected).abs().max() <= allowed)

@@ -45,6 +45,8 @@ LINEAR = {
     "ViewBackward",
     "TapBackward",
 }
+# Those of them whose factors are weights: a product of two may be nearly anything.
+WEIGHTED = {"AddmmBackward", "ConvolutionBackward", "LinearBackward", "MmBackward"}
 # What may stand between a parameter and the operation that uses it.
 RELAYOUTS = {"TBackward", "ToCopyBackward", "TransposeBackward", "ViewBackward"}
 PARAMETER = "torch::autograd::AccumulateGrad"
@@ -107,12 +109,12 @@ class Behind:
         """Where a layer has been pooled, if the scores read nothing else of it.
 
         That is an edge of so many elements, reached from the layer by a chain of linear operations
-        each of which is the only user of the one before.
+        without weights, each of which is the only user of the one before.
         """
         edge = source
         while len(users := self._walked[0].get(edge, [])) == 1:
             node = users[0]
-            if operation(node) not in LINEAR or _inputs(node) != [edge]:
+            if operation(node) not in LINEAR - WEIGHTED or _inputs(node) != [edge]:
                 return None
             if len(node._input_metadata) != 1:
                 return None

@@ -106,7 +106,7 @@ def questions(
             for some, part in zip(rows, taken, strict=True)
         ]
         scores = torch.cat(parts)
-    _demand_same_alone(ask, asked, scores[:1], beside=min(count, len(images)) > 1)
+    _demand_same_alone(ask, asked, scores, beside=min(count, len(images)) > 1)
     return Questions(ask, asked, scores, memory)
 
 
@@ -116,21 +116,29 @@ def _demand_same_alone(ask: Request, classes: Tensor, known: Tensor, *, beside: 
     Args:
         ask: With the images.
         classes: Of all images.
-        known: The first image's scores.
-        beside: Whether these were asked together with another image's.
+        known: Their scores.
+        beside: Whether several images were asked about together. Then the first and the last are
+            asked about alone, else the first one between two others.
     """
-    first = ask.images[:1]
-    shown = first if beside else torch.cat([first, 0.5 * first.flip(-1) + 0.25])
-    asked = classes[:1].repeat_interleave(len(shown), 0)
-    again = scores_of(ask, shown, asked)[:1]
-    allowed = TOLERANCE.get(first.dtype, 0.0) * torch.maximum(known.abs(), again.abs()).max()
-    # What isn't a number would not be one in any batch.
-    if bool(((known - again).abs() > allowed).any()):
-        raise UserError(
-            f"{type(bare(ask.network)).__name__} mixes the images of a batch: an image's score "
-            "alone is another one, and changed images are asked about together; give a network "
-            "(or score=, logits=) that keeps them apart"
-        )
+    images = ask.images
+    if beside:
+        places = [0, len(images) - 1]
+        again = [scores_of(ask, images[[one]], classes[[one]]) for one in places]
+    else:
+        places = [0]
+        other = 0.5 * images[:1].flip(-1) + 0.25
+        three, asked = torch.cat([other, images[:1], other]), classes[:1].repeat_interleave(3, 0)
+        again = [scores_of(ask, three, asked)[1:2]]
+    for place, scores in zip(places, again, strict=True):
+        largest = torch.maximum(known[place].abs(), scores[0].abs()).max()
+        apart = (known[place] - scores[0]).abs()
+        # What isn't a number would not be one in any batch.
+        if bool((apart > TOLERANCE.get(images.dtype, 0.0) * largest).any()):
+            raise UserError(
+                f"{type(bare(ask.network)).__name__} mixes the images of a batch: an image's score "
+                "alone is another one, and changed images are asked about together; give a "
+                "network (or score=, logits=) that keeps them apart"
+            )
 
 
 def scores_of(ask: Request, images: Images, classes: Tensor) -> Float[Tensor, "rows asked"]:

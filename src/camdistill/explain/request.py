@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from camdistill.errors import UserError
+from camdistill.explain.separation import mixed
 from camdistill.explain.tokens import Kind, Layout
 from camdistill.networks.capture import bare, parts
 from camdistill.networks.network_checks import SUSPECT, check_explainable
@@ -71,7 +72,7 @@ def score_columns(ask: Request, output: object, classes: Tensor) -> Float[Tensor
 
 
 def _demand_own_outputs(score: Callable[..., Tensor], output: object) -> None:
-    """Refuse a score that mixes images: the first one's depends on no other image's output."""
+    """Refuse a score that mixes images: each one's depends on its own output alone."""
     leaves, form = tree_flatten(output)
     free = [
         leaf.detach().requires_grad_()
@@ -79,17 +80,15 @@ def _demand_own_outputs(score: Callable[..., Tensor], output: object) -> None:
         else leaf
         for leaf in leaves
     ]
-    asked = [leaf for leaf in free if isinstance(leaf, Tensor) and leaf.requires_grad]
     with torch.enable_grad():
-        first = score(tree_unflatten(free, form))[0]
-    if not asked or not first.requires_grad:
-        return
-    for gradient in torch.autograd.grad(first, asked, allow_unused=True):
-        if gradient is not None and bool(gradient[1:].nan_to_num().count_nonzero()):
-            raise UserError(
-                "the score callable mixes the images of a batch: let each image's score depend on "
-                "its own output alone, or give one image at a time"
-            )
+        scores = score(tree_unflatten(free, form))
+    asked = [leaf for leaf in free if isinstance(leaf, Tensor) and leaf.requires_grad]
+    asked = [leaf for leaf in asked if leaf.dim() > 0 and len(leaf) == len(scores)]
+    if asked and scores.requires_grad and any(mixed(scores, asked)):
+        raise UserError(
+            "the score callable mixes the images of a batch: let each image's score depend on "
+            "its own output alone, or give one image at a time"
+        )
 
 
 def columns(classes: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Whether images of a batch stay apart between a layer and the scores, read from autograd's graph.
+"""Whether images of a batch stay apart between a layer and the scores: read, or measured.
 
 One backward of the scores' sum serves all images if no image's score depends on another image's
 activations. That is a property of the operations. Each knows here which of its inputs' elements
-can touch which of its output's; for one that isn't known nothing is claimed (the caller measures).
+can touch which of its output's; for one that isn't known nothing is claimed, and `mixed` measures.
 
 A tensor's layout says where the images are: its elements, in row-major order, are `outer` groups
 of B blocks, a block an image. A batch [B, K, h, w] has `outer` 1, tokens [T, B, K] have T. Views
@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from camdistill.explain.graph import Behind, Edge, operation, saved_axes
@@ -52,6 +54,8 @@ class _Step(NamedTuple):
         return saved_axes(self.node, name, count)
 
 
+# Relative; a GPU may sum in another order. Mixed images of less would change no digit that counts.
+_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 _Rule = Callable[[_Step], int | None]
 """The layout of an operation's input, or None if images may mix there."""
 
@@ -97,6 +101,50 @@ def keeps_images_apart(behind: Behind, sources: Sequence[GradientEdge], count: i
                 return False
             waiting.append((source, layout))
     return True
+
+
+def mixed(scores: Tensor, sources: Sequence[Tensor] | Sequence[GradientEdge]) -> list[bool | None]:
+    """Measures at which sources a score depends on other images' rows, by two backwards.
+
+    Where images stay apart, the gradient of a weighted sum of the scores is the gradient of the
+    plain sum, each image's times its own weight. The weights are powers of two, so that this holds
+    to the last digit on a CPU.
+
+    Args:
+        scores: Of each image, [B] or [B, N], with a graph, which is kept.
+        sources: Where to look, each [B, ...].
+
+    Returns:
+        None where the scores don't depend on a source.
+    """
+    with torch.enable_grad():
+        rows = scores.flatten(1).sum(1) if scores.dim() > 1 else scores
+        weights = _weights(len(rows)).to(rows)
+        totals = rows.sum(), (weights * rows).sum()
+    plain, weighted = (
+        torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True)
+        for total in totals
+    )
+    return [
+        None if one is None or other is None else _differ(one, other, weights)
+        for one, other in zip(plain, weighted, strict=True)
+    ]
+
+
+def _differ(plain: Tensor, weighted: Tensor, weights: Tensor) -> bool:
+    expected = plain.flatten(1) * weights.to(plain)[:, None]
+    # What isn't a number would not be one alone either.
+    apart = (weighted.flatten(1) - expected).abs().nan_to_num()
+    allowed = _ROUNDING[plain.dtype] * expected.abs().nan_to_num().amax(1, keepdim=True)
+    return bool((apart > allowed).any())
+
+
+def _weights(count: int) -> Tensor:
+    """1 to 1/8 for each image, always the same, the first two unlike."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(0, 4, (count,), generator=generator)
+    exponents[:2] = torch.arange(2)[:count]
+    return 2.0**-exponents
 
 
 def _images_axis(shape: tuple[int, ...], outer: int, count: int) -> tuple[int, int] | None:
@@ -235,7 +283,7 @@ _NAMES: dict[_Rule, str] = {
     "Mish Mul NativeDropout Neg Pow Reciprocal Relu Repeat Rsqrt Rsub Sigmoid Silu Sin Softplus "
     "Sqrt Sub Tanh Threshold Where",
     _first(_elementwise): "PreluKernel Scaled",
-    _first(_by_rows): "AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D Col2Im Convolution Im2Col "
+    _first(_by_rows): "AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D Convolution "
     "MaxPool2DWithIndices MkldnnAdaptiveAvgPool2D NativeGroupNorm PixelShuffle PixelUnshuffle "
     "ReflectionPad2D ReplicationPad2D UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest2D",
     _by_rows: "Baddbmm Bmm GridSampler2D",

@@ -71,8 +71,8 @@ def test_forwards_are_counted(lab: Callable[..., Lab], monkeypatch: pytest.Monke
     row = faithfulness_rows.cheap(room)
     forwards = {m.name: m.value for m in row.ours if m.of == "forwards an image"}
     assert forwards["grad_cam, teacher"] == 1
-    # squares of 4, 2 apart, the image, and the first of 4 images alone
-    assert forwards["occlusion, teacher"] == 15 * 15 + 1 + 1 / 4
+    # squares of 4, 2 apart, the image, and two of the 4 images alone
+    assert forwards["occlusion, teacher"] == 15 * 15 + 1 + 2 / 4
     (ratio,) = (m.value for m in row.ours if m.of.startswith("operations") and m.name == "teacher")
     assert ratio == pytest.approx(226, rel=0.05)
 
