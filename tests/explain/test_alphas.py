@@ -9,7 +9,6 @@ import torchvision
 from cam_oracles import (
     close,
     head_of,
-    is_overwritten,
     out_of_place,
     pooled_layers,
     reference,
@@ -174,7 +173,7 @@ def test_a_pooled_head_keeps_no_gradient_as_large_as_the_layer() -> None:
     grad_cam(network, images, ["0"], TABLE[:2])
     with LiveBytes() as live:
         grad_cam(network, images, ["0"], TABLE[:2])
-    assert layer <= live.most < 2 * layer  # the activations and the maps
+    assert 2 * layer <= live.most < 3 * layer  # the activations, their copy, and the maps
 
 
 @pytest.mark.parametrize(
@@ -240,18 +239,6 @@ def test_what_mixes_images_before_the_layer_does_no_harm(small: Tensor) -> None:
         grad_cam(network, small, ["1"], 1)["1"],
         reference(network, small, ["1"], torch.ones(3).long())["1"],
     )
-
-
-def test_a_layer_is_copied_only_where_it_is_overwritten(small: Tensor) -> None:
-    network = seeded(lambda: torchvision.models.resnet18(num_classes=4)).double().eval()
-    images = F.interpolate(small, size=(32, 32))
-    true = reference(out_of_place(network), images, ["bn1", "layer1"], TABLE[:, 0])
-    for _ in range(3):
-        found = grad_cam(network, images, ["bn1", "layer1"], TABLE[:, 0])
-        for name in ("bn1", "layer1"):
-            close(found[name], true[name])
-    assert is_overwritten(network, "bn1")
-    assert not is_overwritten(network, "layer1")
 
 
 class Moody(nn.Module):

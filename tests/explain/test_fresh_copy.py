@@ -396,6 +396,153 @@ def test_what_is_nearly_closed_or_nearly_the_mean_is_neither(way: int) -> None:
     close(grad_cam(network, images, ["b"], classes)["b"].double(), true, 1e-5)
 
 
+class Behind(Switched):
+    """Changes a layer's output where no version counts it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.a(images)
+        if self.way:
+            hidden.detach().numpy().clip(-0.2, 0.2, out=hidden.detach().numpy())
+        else:
+            hidden.data.clamp_(-0.2, 0.2)
+        return self.heads[0](self.b(hidden.tanh()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_what_is_changed_behind_autograds_back_is_explained_as_it_was(way: int) -> None:
+    network = seeded(Behind).to(torch.float64).eval()
+    network.switch(way)
+    expected = grad_cam(copy.deepcopy(network), IMAGES, ["a"], 1)["a"]
+    for _ in range(3):
+        close(grad_cam(network, IMAGES, ["a"], 1)["a"], expected, 1e-12)
+
+
+def test_a_score_may_read_more_than_the_logits() -> None:
+    network = seeded(Switched).to(torch.float64).eval()
+    kept: dict[str, Tensor] = {}
+    network.b.register_forward_hook(lambda _, __, output: kept.update(b=output))
+
+    def score(output: Tensor) -> Tensor:
+        return output[:, 0] + kept["b"].square().mean((1, 2, 3))
+
+    found = grad_cam(network, IMAGES, ["a"], score=score)["a"]
+    activations = network.a(IMAGES).detach().requires_grad_()
+    hidden = network.b(activations.relu())
+    logits = network.heads[0](hidden.mean((2, 3)))
+    total = logits[:, 0].sum() + hidden.square().mean((1, 2, 3)).sum()
+    (gradient,) = torch.autograd.grad(total, activations)
+    close(found, (gradient.mean((2, 3), keepdim=True) * activations).sum(1).detach(), 1e-10)
+
+
+class Shaped(Switched):
+    """Pools to a shape of its own, by images and units or not."""
+
+    ways = ("rows", "flat", "leading")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.trunk(images)
+        count = len(hidden)
+        if self.way == "flat":
+            pooled = hidden.reshape(count * 6, -1).mean(1).view(count, 6)
+        elif self.way == "leading":
+            pooled = hidden.reshape(1, count, 6, -1).mean(-1, keepdim=True)[0, ..., 0]
+        else:
+            pooled = hidden.reshape(count, 6, -1).mean(-1)
+        return self.heads[0](self.hidden(pooled).relu())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("way", [0, 1, 2])
+def test_a_mean_of_any_shape_is_explained(way: int, count: int) -> None:
+    network = seeded(Shaped).to(torch.float64).eval()
+    network.switch(way)
+    classes = torch.tensor([[0, 1]]).expand(count, 2)
+    found = grad_cam(network, IMAGES[:count], ["b"], classes)["b"]
+    for column in range(2):
+        true = reference(network, IMAGES[:count], ["b"], classes[:, column])["b"]
+        close(found[:, column], true, 1e-10)
+
+
+class Sideways(nn.Module):
+    """Takes units for images, of which there are as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 3, 3)
+        self.fc = nn.Linear(36, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.a(images).tanh().transpose(0, 1).flatten(2).mean(1))
+
+
+def test_units_taken_for_images_are_refused() -> None:
+    network = seeded(Sideways).to(torch.float64).eval()
+    with pytest.raises(UserError, match="mixes the images of a batch behind layer 'a'"):
+        grad_cam(network, IMAGES, ["a"], 1)
+
+
+class Conditional(Switched):
+    """Batch normalization whose weights are made of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.make = nn.BatchNorm2d(6), nn.Linear(6, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.a(images)
+        weight = 1 + self.make(hidden.mean((0, 2, 3)))
+        normed = torch.func.functional_call(self.norm, {"weight": weight}, (hidden,))
+        return self.heads[0](self.b(normed.relu()).relu().mean((2, 3)))
+
+
+def test_weights_of_a_normalization_that_are_made_on_the_way_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("camdistill.explain.norms.LEAST", 1)
+    network = seeded(Conditional).to(torch.float64).eval()
+    true = reference(network, IMAGES[:1], ["a"], torch.tensor([1]))["a"]
+    close(grad_cam(network, IMAGES[:1], ["a"], 1)["a"], true, 1e-10)
+
+
+def test_a_copy_made_while_maps_are_made_is_a_network_of_its_own() -> None:
+    network = seeded(Thinned).to(torch.float64).eval()
+    copies: list[nn.Module] = []
+    handle = network.a.register_forward_hook(lambda *_: copies.append(copy.deepcopy(network)))
+    grad_cam(network, IMAGES, ["a"], 1)
+    handle.remove()
+    other = copies[0]
+    other.a._forward_hooks.clear()
+    before = other(IMAGES)
+    with torch.no_grad():
+        other.norm.running_mean += 1
+    assert not torch.allclose(other(IMAGES), before)
+
+
+def test_threads_on_networks_that_share_modules_leave_their_modes() -> None:
+    shared = seeded(Thinned).to(torch.float64)
+    networks = [nn.Sequential(shared).train() for _ in range(4)]
+    before = [part.training for part in shared.modules()]
+
+    def ask(number: int) -> None:
+        explain(networks[number % 4], IMAGES, None, 1, grad="activations")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, range(80)))
+    assert [part.training for part in shared.modules()] == before
+    assert not any("forward" in vars(part) for part in shared.modules())
+
+
+@pytest.mark.parametrize("method", [grad_cam, *METHODS[3:], variants.eigen_cam])
+def test_a_batch_of_no_images_is_refused(method: Callable[..., Any]) -> None:
+    network = seeded(Switched).to(torch.float64).eval()
+    with pytest.raises(UserError, match="give at least one image"):
+        method(network, IMAGES[:0])
+
+
 @pytest.mark.parametrize("logits", [quarter, two_columns, first_columns, both_signs, pick_other])
 def test_each_callable_has_its_own_maps(logits: Callable[[Tensor], Tensor]) -> None:
     network = seeded(Switched).to(torch.float64).eval()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from camdistill.explain import alphas, recording
+from camdistill.explain import alphas
 from camdistill.explain.gradcam import explain
 from camdistill.explain.graph import Behind
 from camdistill.explain.recording import Seen
@@ -113,11 +113,6 @@ def pooled_layers(network: nn.Module, images: Tensor, layers: list[str], **asked
         for name, values in found.items()
         if any(values.data_ptr() == one.data_ptr() for one in pooled)
     ]
-
-
-def is_overwritten(network: nn.Module, layer: str) -> bool:
-    """Whether the last forward saw the layer overwritten in place."""
-    return recording._OVERWRITTEN[network][layer]
 
 
 def close(ours: Tensor, true: Tensor, bound: float = 1e-12) -> None:

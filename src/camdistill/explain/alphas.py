@@ -66,9 +66,19 @@ def _place(layer: Seen, behind: Behind) -> GradientEdge:
     if layer.probe is None:
         return get_gradient_edge(layer.output)
     pooled = behind.funnel(layer.source, layer.probe.numel())
-    if pooled is not None and is_mean(pooled, layer.source, layer.probe, layer.cells):
+    if (
+        pooled is not None
+        and _is_by_image(pooled, layer)
+        and is_mean(pooled, layer.source, layer.probe, layer.cells)
+    ):
         return pooled
     return get_gradient_edge(layer.probe)
+
+
+def _is_by_image(pooled: GradientEdge, layer: Seen) -> bool:
+    """Whether a place has the units of each image, [B, K] or [B, K, 1, 1]."""
+    shape = pooled.node._input_metadata[pooled.output_nr].shape
+    return tuple(shape[:2]) == tuple(layer.activations.shape[:2])
 
 
 def _summed(layer: Seen, gradient: Tensor) -> Tensor:
@@ -162,31 +172,18 @@ def _single(gradient: Tensor | None) -> Tensor | None:
 def closed_maps(
     ask: Request, logits: Tensor, classes: Tensor, weight: Tensor, activations: Tensor
 ) -> Tensor:
-    """Z times the maps [B, N, h w], by the chain rule through logits = weight mean(A) + bias."""
+    """Z times the maps [B, N, h w], by the chain rule through logits = weight mean(A) + bias.
+
+    Of a logit or a probability; a callable score may read more than the logits.
+    """
     chosen = columns(classes)
     if ask.score == "logit" and 2 * chosen.shape[1] > len(weight):
         every = torch.einsum("ck,bkp->bcp", weight, activations)
         return every.gather(1, chosen[..., None].expand(-1, -1, every.shape[2]))
     if ask.score == "logit":
         alpha = weight[chosen]
-    elif ask.score == "probability":
+    else:
         # d softmax_c / d y = p_c (e_c - p); of a single logit d sigmoid / d y = p (1 - p)
         likely = probabilities(wide(logits if ask.grad == "full" else logits.detach()))
         alpha = likely.gather(1, chosen)[..., None] * (weight[chosen] - (likely @ weight)[:, None])
-    else:
-        alpha = (_slope(ask, logits, classes) @ weight)[:, None]
     return torch.bmm(alpha, activations)
-
-
-def _slope(ask: Request, logits: Tensor, classes: Tensor) -> Tensor:
-    """The callable score's gradient by the logits, [B, C]."""
-    full = ask.grad == "full"
-    slope = None
-    with torch.enable_grad():
-        free = logits if full and logits.requires_grad else logits.detach().requires_grad_()
-        scores = score_columns(ask, free, classes)
-        if scores.requires_grad:
-            (slope,) = torch.autograd.grad(scores.sum(), free, create_graph=full, allow_unused=True)
-    if slope is None:
-        raise UserError("the score callable's result doesn't depend on the network's output")
-    return wide(slope)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from camdistill.explain.alphas import alphas_by_gradient, closed_maps
 from camdistill.explain.closed_form import head_weight, proven_head
-from camdistill.explain.recording import Recording, is_intact, recorded_forward
+from camdistill.explain.recording import Recording, demand_intact, recorded_forward
 from camdistill.explain.request import Request, asked_classes, score_columns, wide
 from camdistill.networks.capture import bare
 from camdistill.types import Activations
@@ -49,8 +49,7 @@ def explained(ask: Request, *, record: bool, is_last: bool = False) -> Explanati
     forward = recorded_forward(ask, record, follow=is_last)
     if is_last and not _ends_with(forward, ask):
         raise AnotherWayError
-    if ask.maps and not is_intact(ask, forward.layers):
-        return explained(ask, record=record, is_last=is_last)
+    demand_intact(forward.layers)
     output = forward.output
     with torch.autocast(ask.images.device.type, enabled=False):
         classes = asked_classes(ask, output)
@@ -91,6 +90,8 @@ def _maps(
 ) -> dict[str, Tensor] | None:
     """Maps by layer; None if a score doesn't depend on a layer."""
     output = forward.output
+    if not isinstance(ask.score, str):  # it may read more than the logits
+        heads = dict.fromkeys(heads)
     others = {name: layer for name, layer in forward.layers.items() if heads[name] is None}
     alphas = alphas_by_gradient(ask, output, classes, others)
     if alphas is None:

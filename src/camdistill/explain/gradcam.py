@@ -29,6 +29,7 @@ from camdistill.explain.request import (
     Request,
     Score,
     Top,
+    check_images,
     demand_explainable,
     demand_known,
     demand_separate_images,
@@ -130,14 +131,8 @@ def explain(
         UserError: If a layer, a class or the network can't be explained as asked.
     """
     demand_known(score, classes, grad, layout)
-    if not images.is_floating_point():
-        raise UserError(f"images are {images.dtype}: give floats, such as pixels / 255")
-    if images.dim() != 4:
-        raise UserError(
-            f"images have the shape {list(images.shape)}: give [batch, channels, height, width]; "
-            "a single image is images[None]"
-        )
-    with exclusive(network), torch.inference_mode(False), torch.set_grad_enabled(grad != "none"):
+    check_images(images)
+    with exclusive(), torch.inference_mode(False), torch.set_grad_enabled(grad != "none"):
         if grad == "none":
             demand_separate_images(network, len(images))
         else:

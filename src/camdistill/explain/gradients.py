@@ -18,12 +18,13 @@ from camdistill.explain.alphas import HALF_SCALE, demand_separate
 from camdistill.explain.gradcam import last_layer
 from camdistill.explain.graph import Behind
 from camdistill.explain.hidden_gradients import refusing_reentrant, why_no_gradient
-from camdistill.explain.recording import Seen, is_intact, recordable, recorded_forward
+from camdistill.explain.recording import Seen, demand_intact, recordable, recorded_forward
 from camdistill.explain.request import (
     Classes,
     Request,
     Score,
     asked_classes,
+    check_images,
     demand_known,
     demand_separate_images,
     score_columns,
@@ -113,7 +114,7 @@ def gradient_maps(
     ask = request(network, images, layers, classes, score=score, layout=layout, logits=logits)
     # A network that switches the graph off itself somewhere is recorded whole.
     for record in (False, True):
-        with exclusive(network), torch.inference_mode(False), torch.set_grad_enabled(record):
+        with exclusive(), torch.inference_mode(False), torch.set_grad_enabled(record):
             found = _maps(_recordable(ask), formula, record)
         if found is not None:
             return found
@@ -126,7 +127,7 @@ def pixel_pass(ask: Request) -> Pass:
     Raises:
         UserError: If the scores don't depend on the pixels or a layer.
     """
-    with exclusive(ask.network), torch.inference_mode(False), torch.enable_grad():
+    with exclusive(), torch.inference_mode(False), torch.enable_grad():
         found = forward_pass(_recordable(ask), record=True, pixels=True)
     if found is None:
         raise unreachable(ask)
@@ -145,9 +146,8 @@ def request(
 ) -> Request:
     """What is asked, after refusing what can't be answered."""
     demand_known(score, classes, "none", layout)
-    if not images.is_floating_point():
-        raise UserError(f"images are {images.dtype}: give floats, such as pixels / 255")
-    with exclusive(network):
+    check_images(images)
+    with exclusive():
         demand_separate_images(network, len(images))
     if layers is None:
         names: tuple[str, ...] = (last_layer(network, images, score=score, logits=logits),)
@@ -168,8 +168,7 @@ def forward_pass(ask: Request, record: bool, *, pixels: bool = False) -> Pass | 
         ask = replace(ask, images=ask.images.detach().requires_grad_())
     forward = recorded_forward(ask, record)
     output, layers = forward.output, forward.layers
-    if not is_intact(ask, layers):
-        return forward_pass(ask, record, pixels=pixels)
+    demand_intact(layers)
     half = any(layer.output.dtype == torch.float16 for layer in layers.values())
     scale = HALF_SCALE if half or ask.images.dtype == torch.float16 else 1.0
     with torch.autocast(ask.images.device.type, enabled=False), torch.enable_grad():

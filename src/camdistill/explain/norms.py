@@ -6,8 +6,9 @@ for a map that is half (ResNet-50, batch 2 of 224 px, all stages: 96.8 MB with, 
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 # Elements; below, keeping is cheaper than one more function of Python.
 LEAST = 2**16
+# Whether this thread is inside `light_norms`.
+_THREAD = threading.local()
 
 
 class Scaled(torch.autograd.Function):
@@ -48,15 +51,19 @@ def light_norms(modules: Iterable[nn.Module]) -> Iterator[None]:
     Gradients of activations stay what they are; those of the normalisations' weights are lost.
     """
     changed = []
+    depth = getattr(_THREAD, "depth", 0)
     try:
+        _THREAD.depth = depth + 1
         for part in modules:
             if type(part) is nn.BatchNorm2d and _is_fixed(part):
-                vars(part)["forward"] = _light(part)
+                # A bound method: a copy of the network made meanwhile has one of its own.
+                vars(part)["forward"] = MethodType(_light_forward, part)
                 changed.append(part)
         yield
     finally:
+        _THREAD.depth = depth
         for part in changed:
-            del vars(part)["forward"]
+            vars(part).pop("forward", None)
 
 
 def _is_fixed(norm: nn.BatchNorm2d) -> bool:
@@ -64,23 +71,19 @@ def _is_fixed(norm: nn.BatchNorm2d) -> bool:
     return not norm.training and norm.running_var is not None and "forward" not in norm.__dict__
 
 
-def _light(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
-    owner = threading.get_ident()
-
-    def forward(values: Tensor) -> Tensor:
-        # A forward may switch modes on its way, and another thread may be training.
-        if threading.get_ident() != owner or norm.training or norm.running_var is None:
-            return nn.BatchNorm2d.forward(norm, values)
-        if not torch.is_grad_enabled() or values.numel() < LEAST:
-            return _plain(norm, values)
-        with torch.no_grad():
-            at_least = torch.promote_types(norm.running_var.dtype, torch.float32)
-            scale = torch.rsqrt(norm.running_var.to(at_least) + norm.eps)
-            scale = (scale if norm.weight is None else scale * norm.weight).view(-1, 1, 1)
-        result: Tensor = Scaled.apply(values, scale, norm)
-        return result
-
-    return forward
+def _light_forward(norm: nn.BatchNorm2d, values: Tensor) -> Tensor:
+    # Another thread may be training, and a forward may switch modes or make weights on its way.
+    made = any(one is not None and one.grad_fn is not None for one in (norm.weight, norm.bias))
+    if made or norm.training or norm.running_var is None or not getattr(_THREAD, "depth", 0):
+        return nn.BatchNorm2d.forward(norm, values)
+    if not torch.is_grad_enabled() or values.numel() < LEAST:
+        return _plain(norm, values)
+    with torch.no_grad():
+        at_least = torch.promote_types(norm.running_var.dtype, torch.float32)
+        scale = torch.rsqrt(norm.running_var.to(at_least) + norm.eps)
+        scale = (scale if norm.weight is None else scale * norm.weight).view(-1, 1, 1)
+    result: Tensor = Scaled.apply(values, scale, norm)
+    return result
 
 
 def _plain(norm: nn.BatchNorm2d, values: Tensor) -> Tensor:

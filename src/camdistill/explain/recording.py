@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +29,6 @@ PASSING = (
     nn.Identity,
 )
 
-# Whether a layer's output was overwritten in place, by network and layer: saves copies. A forward
-# that shows otherwise is run again.
-_OVERWRITTEN: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
-
 
 @dataclass
 class Seen:
@@ -46,7 +41,6 @@ class Seen:
         source: Where it entered the graph.
         cells: How the output became the activations.
         probe: What to ask for the gradient's sum over cells.
-        passed: The copy that the network went on with, and its version; None if there was none.
     """
 
     output: Tensor
@@ -55,18 +49,11 @@ class Seen:
     source: Edge
     cells: Cells
     probe: Tensor | None = None
-    passed: tuple[Tensor, int] | None = None
 
     @property
     def count(self) -> int:
         """Z, the number of cells."""
         return self.activations.shape[2] * self.activations.shape[3]
-
-    @property
-    def is_overwritten(self) -> bool:
-        """Whether something in place followed, on the output or on its copy."""
-        copy, version = self.passed or (self.output, self.version)
-        return version_of(copy) != version or version_of(self.output) != self.version
 
 
 @dataclass(frozen=True)
@@ -96,7 +83,6 @@ def recorded_forward(ask: Request, record: bool, *, follow: bool = False) -> Rec
         follow: Whether to note every module that gives a spatial output.
     """
     inner = bare(ask.network)
-    overwritten = _OVERWRITTEN.get(inner, {})
     layers: dict[str, Seen] = {}
     heads: dict[nn.Module, Node] = {}
     finished: list[tuple[nn.Module, torch.Size]] = []
@@ -113,8 +99,7 @@ def recorded_forward(ask: Request, record: bool, *, follow: bool = False) -> Rec
             return values.clone()
         if not record:
             torch.set_grad_enabled(True)
-        # A training step can't run again, so it doesn't trust what was seen before.
-        return _tap(layers[name], copy=record or overwritten.get(name) is not False)
+        return _tap(layers[name])
 
     modules = parts(inner)
     possible = {module for module in modules if may_be_head(module)} if ask.maps else set()
@@ -150,24 +135,14 @@ def spatial_shape(output: object, size: tuple[int, int]) -> torch.Size | None:
     return shape if is_grid or are_tokens(output, size) else None
 
 
-def is_intact(ask: Request, layers: dict[str, Seen]) -> bool:
-    """Whether no layer's output was lost to an in-place operation; notes where copies are needed.
-
-    The first forward goes on with copies and sees which of them are overwritten; later ones copy
-    only there. Code that does now what it didn't do then is found by the version, and run again.
-    """
-    intact = True
-    overwritten = _OVERWRITTEN.setdefault(bare(ask.network), {})
+def demand_intact(layers: dict[str, Seen]) -> None:
+    """Refuse outputs that were changed although the network went on with copies of them."""
     for name, layer in layers.items():
-        if layer.is_overwritten and layer.passed is None:
-            intact = False
-            if ask.grad != "none":
-                raise UserError(
-                    f"layer '{name}' is overwritten in place by what follows it: ask for the layer "
-                    "that overwrites it"
-                )
-        overwritten[name] = layer.is_overwritten
-    return intact
+        if version_of(layer.output) != layer.version:
+            raise UserError(
+                f"layer '{name}' keeps its output and changes it in place later: ask for the layer "
+                "that overwrites it"
+            )
 
 
 def _output(ask: Request, modules: Sequence[nn.Module]) -> object:
@@ -186,8 +161,8 @@ def _output(ask: Request, modules: Sequence[nn.Module]) -> object:
     return network(ask.images)
 
 
-def _tap(layer: Seen, *, copy: bool) -> Tensor:
-    """What goes on in place of a layer's output, and can be asked for its gradient."""
+def _tap(layer: Seen) -> Tensor:
+    """What goes on in place of a layer's output: a copy that can be asked for its gradient."""
     activations = layer.activations
     layer.probe = torch.zeros(
         activations.shape[:2],
@@ -196,10 +171,8 @@ def _tap(layer: Seen, *, copy: bool) -> Tensor:
         requires_grad=True,
     )
     with torch.enable_grad():
-        passed: Tensor = Tap.apply(layer.output, layer.probe, layer.cells, copy)
+        passed: Tensor = Tap.apply(layer.output, layer.probe, layer.cells)
     layer.source = passed.grad_fn, 0
-    if copy:
-        layer.passed = passed, version_of(passed)
     return passed
 
 

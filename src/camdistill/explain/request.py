@@ -168,6 +168,19 @@ def demand_known(score: Score, classes: Classes, grad: Grad, layout: Layout) -> 
         )
 
 
+def check_images(images: Tensor) -> None:
+    """Refuse what is no batch of images, before anything runs."""
+    if not images.is_floating_point():
+        raise UserError(f"images are {images.dtype}: give floats, such as pixels / 255")
+    if images.dim() != 4:
+        raise UserError(
+            f"images have the shape {list(images.shape)}: give [batch, channels, height, width]; "
+            "a single image is images[None]"
+        )
+    if not len(images):
+        raise UserError(f"images have the shape {list(images.shape)}: give at least one image")
+
+
 def demand_separate_images(network: nn.Module, count: int) -> None:
     """Refuse what mixes images: one gradient serves all where none changes another's score.
 

@@ -12,27 +12,27 @@ class Tap(torch.autograd.Function):
     """A layer's output, with a leaf [B, K] whose gradient is the sum over cells of dS/dA.
 
     The leaf spares keeping dS/dA, and its sum is made in the leaf's precision, whatever the
-    network's. What goes on is a copy where something overwrites it in place, so that A stays; or
-    the same numbers, which only a custom function may hand on without being a view.
+    network's. What goes on is a copy, so that A stays where something overwrites it, by whatever
+    way: versions don't count what goes through `.data` or numpy.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(output: Tensor, probe: Tensor, cells: Cells, copy: bool) -> Tensor:
+    def forward(output: Tensor, probe: Tensor, cells: Cells) -> Tensor:
         """What the network goes on with."""
-        return output.clone() if copy else output.detach()
+        return output.clone()
 
     @staticmethod
     def setup_context(  # type: ignore[no-untyped-def]
-        ctx, inputs: tuple[Tensor, Tensor, Cells, bool], output: Tensor
+        ctx, inputs: tuple[Tensor, Tensor, Cells], output: Tensor
     ) -> None:
         """Keeps how the output becomes cells, and the leaf's precision."""
-        _, probe, ctx.cells, _ = inputs
+        _, probe, ctx.cells = inputs
         ctx.dtype = probe.dtype
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         """The gradients of the output and of the leaf."""
         cells = gradient if ctx.cells is None else ctx.cells(gradient)
-        return gradient, cells.to(ctx.dtype).sum((-2, -1)), None, None
+        return gradient, cells.to(ctx.dtype).sum((-2, -1)), None

@@ -10,7 +10,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,8 @@ Look = Callable[[str, object], None]
 SIZE_CURE = "give another --size, or another network"
 
 MANY_MODULES = 16
-# Calls on one network take turns; a network that is forgotten takes its lock with it.
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_MAKING_LOCKS = threading.Lock()
+# Threads take turns in examining networks.
+_EXAMINING = threading.RLock()
 # Whether compiled code runs is one switch for the whole process.
 _STANCE = threading.RLock()
 
@@ -59,17 +57,14 @@ def layer_names(network: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def exclusive(network: nn.Module) -> Iterator[None]:
-    """Lets one thread at a time examine a network; others wait, calls inside the block don't.
+def exclusive() -> Iterator[None]:
+    """Lets one thread at a time examine networks; others wait, calls inside the block don't.
 
-    Modes, hooks and replaced functions belong to the network, so that two threads would undo each
-    other's. A thread that only runs the network may do so meanwhile: hooks of this package act in
-    the thread that set them.
+    Modes, hooks and replaced functions belong to modules, which networks may share, so that two
+    threads would undo each other's. A thread that only runs a network may do so meanwhile: hooks of
+    this package act in the thread that set them.
     """
-    inner = bare(network)
-    with _MAKING_LOCKS:
-        lock = _LOCKS.setdefault(inner, threading.RLock())
-    with lock:
+    with _EXAMINING:
         yield
 
 
@@ -214,7 +209,7 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     Modes, buffers and random states are put back, also after an exception.
     """
     inner = bare(network)
-    with exclusive(inner):
+    with exclusive():
         modes = [(module, module.training) for module in inner.modules()]
         buffers = [
             (module, name, buffer, buffer.detach().clone())
@@ -271,7 +266,7 @@ def demand_runs(
         inside = () if numbers else parts(bare(network))[1:]
         try:
             with undisturbed(network), watching(inside, note):
-                output = network(pair.to(weight.device))
+                outputs = [network(some.to(weight.device)) for some in (pair[:1], pair)]
         except UserError:
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -286,7 +281,8 @@ def demand_runs(
                 f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
                 f"{_line_of(error)}); mend {type(bare(network)).__name__}"
             ) from error
-        check_logits(f"the {name}", output, len(pair), numbers=not broken)
+        for count, output in enumerate(outputs, 1):
+            check_logits(f"the {name}", output, count, numbers=not broken)
 
 
 def _line_of(error: Exception) -> str:
@@ -332,7 +328,7 @@ def _inside(network: nn.Module) -> nn.Module | None:
         inner = network._orig_mod
     elif isinstance(network, DataParallel | DistributedDataParallel):
         inner = network.module
-    elif isinstance(network, Wrapper):
+    elif isinstance(network, Wrapper) and network._modules.keys() <= {"network"}:
         inner = network.network
     return inner if isinstance(inner, nn.Module) else None
 

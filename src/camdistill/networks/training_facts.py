@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from camdistill.errors import UserError
@@ -56,17 +56,22 @@ def training_facts(weights: WeightFile) -> TrainingFacts:
     if text is None:
         return TrainingFacts(mean=mean, std=std)
     try:
-        return _of_experiment(json.loads(text))
+        facts = _of_experiment(json.loads(text))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(
             f"the experiment in '{weights.path}' can't be read ({type(error).__name__}: {error}); "
             "copy the file again"
         ) from error
+    if facts.mean is None or facts.std is None:
+        return replace(facts, mean=mean, std=std)
+    return facts
 
 
 def _of_experiment(settings: Mapping[str, Any]) -> TrainingFacts:
     network: Mapping[str, Any] = next((settings[part] for part in PARTS if part in settings), {})
     mean, std = _triples(settings)
+    if mean is None or std is None:
+        mean, std = _triples(network)
     size, classes = settings.get("size") or (0, 0), settings.get("classes")
     height, width = (int(side) for side in size)
     carving = settings.get("carving") or {}
