@@ -119,7 +119,8 @@ def mixed(scores: Tensor, sources: Sequence[Tensor] | Sequence[GradientEdge]) ->
     """
     with torch.enable_grad():
         rows = scores.flatten(1).sum(1) if scores.dim() > 1 else scores
-    plain = torch.autograd.grad(rows.sum(), sources, retain_graph=True, allow_unused=True)
+        total = rows.sum()
+    plain = torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True)
     half = any(one is not None and one.dtype == torch.float16 for one in plain)
     # 1, 1/2, 1/4, ...: of 16 images no two have one weight; float16 has no room for so many.
     weights = 2.0 ** -(torch.arange(len(rows), device=rows.device) % (4 if half else 16))
