@@ -19,6 +19,15 @@ from camdistill.studies.run_identity import FREE, PLACES, Config, describe, diff
 
 CONFIG = "config.yaml"
 INHERITED = "CAMDISTILL_RUN_FOLDER"
+# What launchers tell a process about its place; some tell only its node's, or that on its node.
+_RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "SLURM_PROCID",
+    "JSM_NAMESPACE_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+)
 _BUSY = "wait for it, or start a run of its own: without --ckpt_path, or with another --run"
 
 
@@ -259,5 +268,6 @@ def _without_config(folder: Path) -> str:
 
 def _is_first_process() -> bool:
     """Whether this is the process of rank 0, as far as its launcher says."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ranks its nodes as they come
+        return os.environ.get("RANK", "0") == "0"
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
