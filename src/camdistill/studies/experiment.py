@@ -55,7 +55,7 @@ class Experiment(LightningCLI):
     """`fit`, `validate`, `test` and `predict` of a config, in a folder that resuming finds again.
 
     A fresh `fit` gets the next `runs/<name>/version_<k>`; `--ckpt_path last` stands for the newest
-    version of the same model, data and seed, and everything goes on in that folder.
+    version of the same model, data, seed and numerics, and everything goes on in that folder.
 
     Args:
         args: The command line.

@@ -1,7 +1,8 @@
 """Folders of runs: claimed when they are chosen, and found again by what a run is.
 
-A run is its model, its data and its seed. `--ckpt_path last` stands for the newest run of that name
-with these; the trainer's options (epochs, devices, loggers) and where files lie may change.
+A run is its model, its data, its seed and how its trainer computes (precision, clipping, batches).
+`--ckpt_path last` stands for the newest run of that name with these; epochs, steps, devices,
+loggers, callbacks and where files lie may change.
 """
 
 import contextlib
@@ -15,7 +16,14 @@ import yaml
 from camdistill.errors import UserError, mistake_of_system
 from camdistill.files import make_folders, release_lock, remove_empty, take_lock
 from camdistill.studies.checkpoint_files import LAST
-from camdistill.studies.run_identity import FREE, PLACES, Config, describe, differences
+from camdistill.studies.run_identity import (
+    FREE,
+    PLACES,
+    TRAINER,
+    Config,
+    describe,
+    differences,
+)
 
 CONFIG = "config.yaml"
 INHERITED = "CAMDISTILL_RUN_FOLDER"
@@ -183,7 +191,7 @@ def find_run(runs: Path, config: Config, *, fit: bool) -> Found:
                 raise UserError(_without_config(folder))
             continue
         unfinished = fit and not any(folder.glob("*.safetensors"))
-        differing = differences(stored, config, FREE)
+        differing = differences(stored, config, FREE if fit else FREE | TRAINER)
         if not differing and (checkpoint or unfinished):
             return Found(folder, checkpoint)
         if checkpoint:
@@ -245,7 +253,8 @@ def check_same_run(folder: Path, config: Config) -> None:
 def is_same_run(folder: Path, config: Config) -> bool:
     """Whether what a config's test measures belongs into a folder."""
     stored = _stored(folder)
-    free = FREE | {"data.batch_size", "model.teacher.weights"}  # they change no result
+    # they change no result of a test, or are chosen for it
+    free = FREE | TRAINER | {"data.batch_size", "model.teacher.weights"}
     return stored is None or not differences(stored, config, free)
 
 
