@@ -1,4 +1,5 @@
 import contextlib
+import fcntl
 import os
 import zipfile
 from pathlib import Path
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 
 from camdistill.errors import UserError
-from camdistill.files import expand_home, folder_name, printable, read_arrays, write_atomically
+from camdistill.files import (
+    expand_home,
+    folder_name,
+    lock_folder,
+    printable,
+    read_arrays,
+    take_lock,
+    write_atomically,
+)
 
 
 def test_folder_that_is_a_file_is_a_users_mistake(tmp_path: Path) -> None:
@@ -100,3 +109,38 @@ def test_a_file_that_begins_with_a_tilde_is_itself(
 def test_a_name_as_long_as_can_be_is_written(tmp_path: Path) -> None:
     write_atomically(tmp_path / ("x" * 255), b"content")
     assert (tmp_path / ("x" * 255)).read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_lock_of_a_folder_that_was_removed_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_anew: bool
+) -> None:
+    folder, flock = tmp_path / "out", fcntl.flock
+    folder.mkdir()
+
+    def removed_before(lock: int, operation: int) -> None:
+        """The process that had the lock removes its folder and ends."""
+        folder.rmdir()
+        if made_anew:
+            (tmp_path / "takes the old number").mkdir()
+            folder.mkdir()
+        flock(lock, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with pytest.raises(UserError, match="another process works in"):
+        take_lock(folder, "wait")
+
+
+def test_a_folder_is_never_removed_after_its_lock_was_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+
+    def taken(lock: int | None) -> None:
+        """As soon as the lock is free, another process makes the folder and works in it."""
+        folder.mkdir()
+
+    monkeypatch.setattr("camdistill.files.release_lock", taken)
+    with lock_folder(folder):
+        pass
+    assert folder.is_dir()

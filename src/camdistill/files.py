@@ -187,15 +187,12 @@ def lock_folder(folder: Path, cure: str = "wait for it, or name another --out") 
         UserError: Another process works there, or the folder can't be made.
     """
     made = make_folders(folder)
+    lock = take_lock(folder, cure)
     try:
-        lock = take_lock(folder, cure)
-        try:
-            yield
-        finally:
-            remove_empty(made)
-            release_lock(lock)
+        yield
     finally:
-        remove_empty(made)
+        remove_empty(made)  # while it is locked: afterward it may be another process's
+        release_lock(lock)
 
 
 def make_folders(folder: Path) -> list[Path]:
@@ -251,8 +248,19 @@ def take_lock(folder: Path, cure: str) -> int | None:
         if isinstance(error, BlockingIOError):
             raise UserError(busy) from None
         return None  # a file system that can't lock folders
+    if not _lies_at(lock, folder):  # removed by the one that had the lock until a moment ago
+        os.close(lock)
+        raise UserError(busy)
     _LOCKS.add(lock)
     return lock
+
+
+def _lies_at(descriptor: int, path: Path) -> bool:
+    """Whether what was opened is still what lies there."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def release_lock(lock: int | None) -> None:

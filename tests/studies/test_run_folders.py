@@ -14,9 +14,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pytorch_lightning import Trainer
 
 from camdistill import tags
 from camdistill.cli import main
+from camdistill.data.modules import ShapesData
 from camdistill.errors import UserError
 from camdistill.files import lock_folder
 from camdistill.networks.students import ShallowCNN
@@ -269,6 +271,68 @@ def test_a_refused_study_and_a_refused_test_leave_no_folder(
     assert main(given) == 2
     Path("student.safetensors").unlink()
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_study_whose_test_set_is_refused_leaves_no_folder_and_no_lock(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config()
+
+    def refuse(self: ShapesData) -> None:
+        raise UserError("no test images")
+
+    monkeypatch.setattr(ShapesData, "check_test_set", refuse)
+    released, release = [], Experiment.release
+
+    def counted(self: Experiment, *, keep: bool = False) -> None:
+        released.append(self.folder)
+        release(self, keep=keep)
+
+    monkeypatch.setattr(Experiment, "release", counted)
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(UserError, match="no test images"):
+        run_study(Study(path, {"x": {}}, [0], Path("out")))
+    assert released == [Path("out/x/seed_0/version_0")]
+    assert sorted(Path().rglob("*")) == before
+
+
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK", "GROUP_RANK")
+
+
+@pytest.mark.parametrize(
+    ("told", "first"),
+    [
+        ({}, True),
+        ({"NODE_RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"NODE_RANK": "1"}, False),
+        ({"GROUP_RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "SLURM_PROCID": "4"}, False),
+        # torchrun ranks the nodes itself, whatever the cluster calls them
+        ({"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "SLURM_PROCID": "1"}, True),
+        ({"TORCHELASTIC_RUN_ID": "a", "RANK": "8", "SLURM_PROCID": "0"}, False),
+    ],
+)
+def test_only_the_first_process_of_all_nodes_claims_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, str], first: bool
+) -> None:
+    for name in (*RANKS, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    found = claim(tmp_path / "runs")
+    assert found.path == tmp_path / "runs" / "version_0"
+    assert found.path.is_dir() == first
+
+
+def test_a_folder_that_another_than_rank_0_claimed_goes(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(config(cached=False))
+    monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
+    assert main(["fit", "-c", path]) == 0
+    assert folders() == []
 
 
 def test_two_processes_never_train_in_one_folder(

@@ -46,8 +46,8 @@ class _SaveConfig(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replaces the config of a run that goes on, whole or not at all."""
-        self._folder.keep()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero:  # another's folder, if it claimed one, is never used
+            self._folder.keep()
             write_atomically(self._folder.path / CONFIG, self._text.encode())
 
 
@@ -55,7 +55,7 @@ class Experiment(LightningCLI):
     """`fit`, `validate`, `test` and `predict` of a config, in a folder that resuming finds again.
 
     A fresh `fit` gets the next `runs/<name>/version_<k>`; `--ckpt_path last` stands for the newest
-    version of the same model, data and seed, and everything goes on in that folder.
+    version of the same model, data, seed and numerics, and everything goes on in that folder.
 
     Args:
         args: The command line.
@@ -181,7 +181,7 @@ class Experiment(LightningCLI):
             keep: Whether it was needed.
         """
         if self._run is not None:
-            if keep:
+            if keep and self.trainer.is_global_zero:
                 self._run.keep()
             self._run.release()
 
@@ -251,7 +251,8 @@ class Experiment(LightningCLI):
                 )
             # Only the first process claimed it.
             self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
-            self._run.keep()
+            if self.trainer.is_global_zero:
+                self._run.keep()
             self.save_network()
             with translated():
                 self.trainer.test(self.model, self.datamodule, verbose=False)

@@ -1,7 +1,8 @@
 """Folders of runs: claimed when they are chosen, and found again by what a run is.
 
-A run is its model, its data and its seed. `--ckpt_path last` stands for the newest run of that name
-with these; the trainer's options (epochs, devices, loggers) and where files lie may change.
+A run is its model, its data, its seed and how its trainer computes (precision, clipping, batches).
+`--ckpt_path last` stands for the newest run of that name with these; epochs, steps, devices,
+loggers, callbacks and where files lie may change.
 """
 
 import contextlib
@@ -15,10 +16,26 @@ import yaml
 from camdistill.errors import UserError, mistake_of_system
 from camdistill.files import make_folders, release_lock, remove_empty, take_lock
 from camdistill.studies.checkpoint_files import LAST
-from camdistill.studies.run_identity import FREE, PLACES, Config, describe, differences
+from camdistill.studies.run_identity import (
+    FREE,
+    PLACES,
+    TRAINER,
+    Config,
+    describe,
+    differences,
+)
 
 CONFIG = "config.yaml"
 INHERITED = "CAMDISTILL_RUN_FOLDER"
+# What launchers tell a process about its place; some tell only its node's, or that on its node.
+_RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "SLURM_PROCID",
+    "JSM_NAMESPACE_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+)
 _BUSY = "wait for it, or start a run of its own: without --ckpt_path, or with another --run"
 
 
@@ -174,7 +191,7 @@ def find_run(runs: Path, config: Config, *, fit: bool) -> Found:
                 raise UserError(_without_config(folder))
             continue
         unfinished = fit and not any(folder.glob("*.safetensors"))
-        differing = differences(stored, config, FREE)
+        differing = differences(stored, config, FREE if fit else FREE | TRAINER)
         if not differing and (checkpoint or unfinished):
             return Found(folder, checkpoint)
         if checkpoint:
@@ -236,7 +253,8 @@ def check_same_run(folder: Path, config: Config) -> None:
 def is_same_run(folder: Path, config: Config) -> bool:
     """Whether what a config's test measures belongs into a folder."""
     stored = _stored(folder)
-    free = FREE | {"data.batch_size", "model.teacher.weights"}  # they change no result
+    # they change no result of a test, or are chosen for it
+    free = FREE | TRAINER | {"data.batch_size", "model.teacher.weights"}
     return stored is None or not differences(stored, config, free)
 
 
@@ -259,5 +277,6 @@ def _without_config(folder: Path) -> str:
 
 def _is_first_process() -> bool:
     """Whether this is the process of rank 0, as far as its launcher says."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ranks its nodes as they come
+        return os.environ.get("RANK", "0") == "0"
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)

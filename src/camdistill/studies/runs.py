@@ -131,14 +131,11 @@ def run_study(
         if on_run is not None:
             on_run(arm, seed, number, len(jobs))
         experiment = Experiment(study.arguments(arm, seed), run=False, go_on=True)
-        if not isinstance(experiment.model, DistilledExplainer):
+        try:
+            _check_experiment(study, experiment)
+        except BaseException:
             experiment.release()
-            raise UserError(
-                f"{study.config} trains a {type(experiment.model).__name__}; a study compares "
-                "students: give a config of a DistilledExplainer, or train it with `camdistill fit`"
-            )
-        if isinstance(experiment.datamodule, ImageData):
-            experiment.datamodule.check_test_set()
+            raise
         results = experiment.fit_and_test()
         runs[arm][str(seed)] = {
             "arguments": study.arguments(arm, seed),
@@ -151,6 +148,17 @@ def run_study(
     results = {**summarise(study, runs), "runs": runs, "seeds": list(study.seeds)}
     _write(path, results)
     return results
+
+
+def _check_experiment(study: Study, experiment: Experiment) -> None:
+    """Refuses what is no student's training, or what could not be tested after it."""
+    if not isinstance(experiment.model, DistilledExplainer):
+        raise UserError(
+            f"{study.config} trains a {type(experiment.model).__name__}; a study compares "
+            "students: give a config of a DistilledExplainer, or train it with `camdistill fit`"
+        )
+    if isinstance(experiment.datamodule, ImageData):
+        experiment.datamodule.check_test_set()
 
 
 def summarise(
