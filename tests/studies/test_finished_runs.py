@@ -137,3 +137,28 @@ def test_a_training_that_stopped_early_stays_stopped_but_may_be_made_longer(
     assert measured(path, "runs/early") == once
     assert main([*given, "--ckpt_path", "last", "--trainer.max_epochs", "7"]) == 0
     assert torch.load(last, weights_only=True)["epoch"] + 1 > epochs
+
+
+MEASURED = ("results.json", "test_images.npz", "predictions.npz")
+
+
+def test_another_student_in_the_folder_removes_what_was_measured_of_the_earlier_one(
+    offline_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CAMDISTILL_RUN_FOLDER", "")
+    run = Path("runs/tiny/version_0")
+    last = ["-c", "tiny.yaml", "--ckpt_path", "last"]
+    for command in ("test", "predict", "validate"):
+        assert main([command, *last]) == 0
+    assert all((run / name).is_file() for name in MEASURED)
+    student = (run / "student.safetensors").read_bytes()
+    assert main(["fit", *last]) == 0  # it is finished: the same student
+    assert (run / "student.safetensors").read_bytes() == student
+    assert all((run / name).is_file() for name in MEASURED)
+    assert (run / "test").is_dir()
+    assert "Removed" not in capsys.readouterr().out
+    assert main(["fit", *last, "--trainer.max_epochs", "3"]) == 0
+    assert (run / "student.safetensors").read_bytes() != student
+    assert not any((run / name).exists() for name in (*MEASURED, "test", "validate"))
+    said = next(one for one in capsys.readouterr().out.splitlines() if "Removed" in one)
+    assert all(name in said for name in (*MEASURED, str(run)))

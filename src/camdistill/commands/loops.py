@@ -3,6 +3,7 @@
 import io
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,14 @@ class _Told(Experiment):
         if events:
             print(f"  its curves:  camdistill report --run {shlex.quote(str(self.folder))}")
         print(f"  {how_to_look(self.folder.parent)}")
+
+    def save_network(self) -> Path:
+        """Writes what was trained, and says what was removed because it was of an earlier one."""
+        path = super().save_network()
+        if self.removed:
+            gone = ", ".join(self.removed)
+            print(f"\nRemoved from {self.folder}, as it was of the earlier {path.stem}: {gone}")
+        return path
 
     def after_validate(self) -> None:
         """Prints what was measured."""

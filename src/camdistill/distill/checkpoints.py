@@ -29,7 +29,13 @@ from camdistill.networks.teachers import (
     normalisation,
 )
 from camdistill.networks.training_facts import Triple, training_facts
-from camdistill.networks.weights import WeightFile, read_weights, save_safetensors
+from camdistill.networks.weights import (
+    WeightFile,
+    read_weights,
+    save_safetensors,
+    sha256_of,
+    sha256_when_saved,
+)
 from camdistill.types import Images, Logits
 
 SETTINGS = "camdistill"
@@ -99,8 +105,19 @@ def save(module: DistilledExplainer | Classifier | Refiner, path: Path) -> str:
     Returns:
         The file's sha256.
     """
-    metadata = {**module.fitted.metadata(), SETTINGS: json.dumps(module.experiment())}
-    return save_safetensors(path, module.fitted.network.state_dict(), metadata)
+    return save_safetensors(path, module.fitted.network.state_dict(), _metadata(module))
+
+
+def is_saved(module: DistilledExplainer | Classifier | Refiner, path: Path) -> bool:
+    """Whether a file is, byte for byte, what `save` would write."""
+    if not path.is_file():
+        return False
+    state = module.fitted.network.state_dict()
+    return sha256_of(path) == sha256_when_saved(state, _metadata(module))
+
+
+def _metadata(module: DistilledExplainer | Classifier | Refiner) -> dict[str, str]:
+    return {**module.fitted.metadata(), SETTINGS: json.dumps(module.experiment())}
 
 
 def load(

@@ -298,6 +298,11 @@ def save_safetensors(
     return hashlib.sha256(content).hexdigest()
 
 
+def sha256_when_saved(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The sha256 of the file that `save_safetensors` would write."""
+    return hashlib.sha256(_serialised(state, metadata)).hexdigest()
+
+
 def _serialised(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     # Clones, because safetensors refuses tensors that share memory.
     tensors = {

@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
-from camdistill.distill.checkpoints import restore, save
+from camdistill.distill.checkpoints import is_saved, restore, save
 from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError, check_number
 from camdistill.files import expand_home, read_arrays, write_atomically
@@ -23,6 +23,7 @@ from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger
 from camdistill.report.training_log import LastValidation, TrainingLog
 from camdistill.studies.checkpoint_files import LAST, LastCheckpoint, WholeFiles, WholeFitLoop
+from camdistill.studies.earlier_results import RESULTS, TABLE, remove_earlier_results
 from camdistill.studies.option_checks import check_groups, check_seeds, check_words
 from camdistill.studies.parsing import Parser, demand_configs, translated
 from camdistill.studies.run_folders import CONFIG, RunFolder, choose, same_config
@@ -35,7 +36,6 @@ from camdistill.studies.trainer_options import (
 )
 
 RUNS = Path("runs")
-TABLE = "test_images.npz"
 
 
 class _SaveConfig(Callback):
@@ -65,6 +65,7 @@ class Experiment(LightningCLI):
 
     Attributes:
         folder: The run's folder.
+        removed: Names of what `save_network` removed, as it was of an earlier student.
     """
 
     def __init__(self, args: list[str], *, run: bool = True, go_on: bool = False) -> None:
@@ -72,6 +73,7 @@ class Experiment(LightningCLI):
         self._started = time.monotonic()
         self._run: RunFolder | None = None
         self._again = False
+        self.removed: list[str] = []
         try:
             self._begin(args, run)
         except BaseException:
@@ -263,10 +265,15 @@ class Experiment(LightningCLI):
         return results
 
     def save_network(self) -> Path:
-        """Writes what was trained as a small safetensors file, once; returns its path."""
+        """Writes what was trained as a small safetensors file, once; returns its path.
+
+        What was measured of another one that it replaces is removed first.
+        """
         kind = "student" if isinstance(self.model, DistilledExplainer) else "network"
         path = self.folder / f"{kind}.safetensors"
         if self.trainer.is_global_zero:
+            if not is_saved(self.model, path):
+                self.removed = remove_earlier_results(self.folder)
             save(self.model, path)
         return path
 
@@ -279,7 +286,7 @@ class Experiment(LightningCLI):
             table = getattr(self.model, "table", None)
             if table is not None:
                 save_table(self.folder / TABLE, table)
-            write_results(self.folder / "results.json", found)
+            write_results(self.folder / RESULTS, found)
         return found
 
 
