@@ -266,7 +266,7 @@ def demand_runs(
         inside = () if numbers else parts(bare(network))[1:]
         try:
             with undisturbed(network), watching(inside, note):
-                outputs = [network(some.to(weight.device)) for some in (pair[:1], pair)]
+                outputs = [network(some.to(weight.device)) for some in (pair, pair[:1])]
         except UserError:
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -281,7 +281,7 @@ def demand_runs(
                 f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
                 f"{_line_of(error)}); mend {type(bare(network)).__name__}"
             ) from error
-        for count, output in enumerate(outputs, 1):
+        for output, count in zip(outputs, (2, 1), strict=True):
             check_logits(f"the {name}", output, count, numbers=not broken)
 
 

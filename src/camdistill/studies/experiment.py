@@ -183,7 +183,8 @@ class Experiment(LightningCLI):
             keep: Whether it was needed.
         """
         if self._run is not None:
-            if keep and self.trainer.is_global_zero:
+            trainer = getattr(self, "trainer", None)
+            if keep and trainer is not None and trainer.is_global_zero:
                 self._run.keep()
             self._run.release()
 
