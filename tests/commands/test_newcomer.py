@@ -194,3 +194,87 @@ def test_a_missing_test_folder_is_told_with_the_folder_in_its_place(
     fits = ["fit", "-c", "tiny.yaml", "--data.val_fraction", "12"]
     assert main(fits) == 0
     assert "24 images to train, 12 images to validate" in capsys.readouterr().out
+
+
+def kept_files(run: Path) -> dict[str, bytes]:
+    """What a test and a prediction left."""
+    return {one: (run / one).read_bytes() for one in FILES if (run / one).is_file()}
+
+
+FILES = ("results.json", "test_images.npz", "predictions.npz", "student.safetensors")
+
+
+def test_a_part_of_a_test_or_a_prediction_never_replaces_the_whole_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("runs/tiny/version_0")
+    last = "-c tiny.yaml --ckpt_path last"
+    for command in ("test", "predict"):
+        assert main([command, *last.split()]) == 0
+    whole = kept_files(run)
+    assert set(whole) == set(FILES)
+    for option in ("fast_dev_run 1", "limit_test_batches 1", "limit_predict_batches 0.5"):
+        for command in ("test", "predict"):
+            if option[6:8] in ("te", "pr") and not option.startswith(f"limit_{command}"):
+                continue
+            capsys.readouterr()
+            assert main(f"{command} {last} --trainer.{option}".split()) == 0
+            assert "not written" in capsys.readouterr().out
+            assert kept_files(run) == whole
+    assert main(f"test {last} --trainer.limit_test_batches 6".split()) == 0  # all of them
+    assert "not written" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+def test_a_loop_of_no_batches_is_refused(
+    loop: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"--trainer.limit_{loop.removesuffix('idate')}_batches"
+    said = line(f"{loop} -c tiny.yaml --ckpt_path last {name} 0", capsys)
+    assert f"{name} is 0, so there is nothing to {loop}; give 1 or more" in said
+
+
+def test_a_trial_run_leaves_nothing_and_says_that_it_was_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.is_file() and path.read_bytes() for path in Path("runs").rglob("*")}
+    trial = "--trainer.fast_dev_run 2 --trainer.max_epochs 5"
+    assert main(f"fit -c tiny.yaml {trial}".split()) == 0
+    said = capsys.readouterr().out
+    assert "trial run (fast_dev_run) of 2 batches; nothing of it is kept" in said
+    assert "Trained" not in said
+    after = {path: path.is_file() and path.read_bytes() for path in Path("runs").rglob("*")}
+    assert {path.name for path in after if path not in before} == set()
+    assert all(after[path] == kept for path, kept in before.items())
+
+
+def test_going_on_without_checkpoints_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = "--trainer.max_epochs 9 --trainer.enable_checkpointing false"
+    said = line(f"fit -c tiny.yaml --ckpt_path last {more}", capsys)
+    assert "would leave a last.ckpt that is older than the student" in said
+    said = line("fit -c tiny.yaml --ckpt_path last --trainer.fast_dev_run true", capsys)
+    assert "a trial that starts afresh and keeps nothing" in said
+
+
+@pytest.mark.parametrize("where", ["arms", "base", "overrides"])
+@pytest.mark.parametrize(
+    "option", [("fast_dev_run", True), ("max_epochs", 0), ("limit_test_batches", 0)]
+)
+def test_a_study_of_runs_that_train_or_test_nothing_is_refused_before_anything_is_written(
+    option: tuple[str, object], where: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, value = option
+    base = yaml.safe_load((folder / "tiny.yaml").read_text())
+    if where == "base":
+        base["trainer"][name] = value
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    last_arm = {f"trainer.{name}": value} if where == "arms" else {"model.beta": 0}
+    study = {"base": "base.yaml", "arms": {"a": {}, "b": last_arm}, "seeds": [0], "out": "s"}
+    if where == "overrides":
+        study["overrides"] = [f"--trainer.{name}={value}"]
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    said = line("study -c study.yaml", capsys)
+    assert f"trainer.{name}" in said
+    assert not list(Path().glob("s/**/*.safetensors"))

@@ -2,7 +2,8 @@
 
 import io
 import shlex
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from camdistill.commands.help import loop_help
 from camdistill.commands.parsing import OF_LOOPS, demand_config_of
 from camdistill.distill.module import DistilledExplainer
 from camdistill.errors import UserError
-from camdistill.files import write_atomically
+from camdistill.files import read_arrays, write_atomically
 from camdistill.report.results import text_table
 from camdistill.report.tensorboard import how_to_look
 from camdistill.studies.checkpoint_files import LAST
+from camdistill.studies.earlier_results import PREDICTIONS
 from camdistill.studies.experiment import Experiment
 from camdistill.studies.option_checks import check_words
 from camdistill.studies.parsing import config_files, read_config, translated
@@ -39,6 +41,9 @@ class _Told(Experiment):
     def after_fit(self) -> None:
         """Keeps the small checkpoint and names the next steps."""
         if not self.trainer.is_global_zero:
+            return
+        if batches := _batches_of_trial(self.trainer):
+            print(f"\nThis was a trial run (fast_dev_run) of {batches}; nothing of it is kept")
             return
         path = self.save_network()
         last = self.folder / LAST
@@ -92,7 +97,13 @@ class _Told(Experiment):
             arrays["names"] = np.array(test_set.names[:count], dtype=np.str_)
         content = io.BytesIO()
         np.savez_compressed(content, allow_pickle=False, **arrays)
-        path = self.folder / "predictions.npz"
+        path = self.folder / PREDICTIONS
+        part = _partly(self.trainer.num_predict_batches, self.trainer.predict_dataloaders)
+        trial = _batches_of_trial(self.trainer)
+        if trial or (part and count < (kept := _kept_predictions(path))):
+            why = "it was a trial run" if trial else f"{path} is of {kept} images and stays"
+            print(f"\nPredictions of {count} images ({part or 'all'}) are not written: {why}")
+            return
         write_atomically(path, content.getvalue())
         print(f"\n{', '.join(arrays)} of {count} images: {path}")
 
@@ -100,10 +111,41 @@ class _Told(Experiment):
         """Writes and prints what was measured."""
         if not self.trainer.is_global_zero:
             return
-        results = self.write_results()
+        part = _partly(self.trainer.num_test_batches, self.trainer.test_dataloaders)
+        results = self.model.results() if part else self.write_results()
         table = text_table(result_rows(results), corner=f"{results['n']} test images")
         print(f"\n{table}")
+        if part:
+            print(f"\nResults are not written: these are of {part} alone")
+            return
         print(f"\nResults: {self.folder / 'results.json'}")
+
+
+def _batches_of_trial(trainer: object) -> str:
+    """How many batches a trial run has; none where a run is no trial."""
+    count = int(getattr(trainer, "fast_dev_run", 0))
+    return f"{count} batch{'es' if count > 1 else ''}" if count else ""
+
+
+def _partly(counts: Sequence[int | float], loaders: object) -> str:
+    """Which part of its batches a loop took, as words; none where it took all.
+
+    Args:
+        counts: Of batches that it took, by loader.
+        loaders: Lightning's: one, or several.
+    """
+    several = loaders if isinstance(loaders, list | tuple) else [loaders]
+    whole = sum(len(one) for one in several if isinstance(one, Sized))
+    taken = int(sum(counts))
+    return f"{taken} of {whole} batches" if taken < whole else ""
+
+
+def _kept_predictions(path: Path) -> int:
+    """Of how many images a file of predictions is; 0 where there is none that can be read."""
+    try:
+        return max((len(one) for one in read_arrays(path).values()), default=0)
+    except (UserError, OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
+        return 0
 
 
 def _measured(metrics: Mapping[str, Tensor]) -> dict[str, float]:

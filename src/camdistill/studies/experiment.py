@@ -29,6 +29,7 @@ from camdistill.studies.parsing import Parser, demand_configs, translated
 from camdistill.studies.run_folders import CONFIG, RunFolder, choose, same_config
 from camdistill.studies.trainer_options import (
     check_callbacks,
+    check_loop,
     check_options,
     check_precision,
     check_seed,
@@ -72,7 +73,7 @@ class Experiment(LightningCLI):
         self._go_on = go_on
         self._started = time.monotonic()
         self._run: RunFolder | None = None
-        self._again = False
+        self._again = self._trial = False
         self.removed: list[str] = []
         try:
             self._begin(args, run)
@@ -80,7 +81,7 @@ class Experiment(LightningCLI):
             self.release()
             raise
         if run:
-            self.release(keep=True)
+            self.release(keep=not self._trial)
 
     def _begin(self, args: list[str], run: bool) -> None:
         super().__init__(
@@ -151,6 +152,8 @@ class Experiment(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         trainer = config["trainer"]
         check_options(vars(trainer))
+        self._trial = bool(trainer.get("fast_dev_run"))
+        check_loop(self.subcommand, vars(trainer), goes_on=bool(self._wanted))
         if trainer.get("callbacks"):
             trainer["callbacks"] = plain_callbacks(trainer.callbacks)
         name = config["run"] = config.run or _config_name(config)
@@ -227,7 +230,7 @@ class Experiment(LightningCLI):
                 hparam_metrics=getattr(self.model, "cards", ()),
             )
             ours += [ResumedEvents(again=self._again), MapGrids(), RunText(), Throughput()]
-        if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
+        if config.get("enable_checkpointing") is not False:
             ours.append(LastCheckpoint(self.folder))
         if config.get("enable_progress_bar") is not False:
             ours.append(Progress())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from pytorch_lightning.utilities import rank_zero_only
 
 from camdistill.data.modules import ImageData
@@ -20,6 +21,7 @@ from camdistill.networks.weights import sha256_of
 from camdistill.report.results import Cell, read_results, write_results
 from camdistill.studies.experiment import Experiment, read_table
 from camdistill.studies.parsing import read_config
+from camdistill.studies.trainer_options import OF_A_TRAINING, check_run_of_study
 
 MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill", "runner_up")
 RESULTS = "results.json"
@@ -65,7 +67,9 @@ class Study:
         main, *_ = self.arms
         for arm, options in self.arms.items():
             _check_arm(arm, options, main=arm == main)
-        _check_options("overrides", [word.lstrip("-").partition("=")[0] for word in self.overrides])
+        given = dict(word.lstrip("-").partition("=")[::2] for word in self.overrides)
+        _check_options("overrides", list(given))
+        check_run_of_study(_of_trainer(given), "overrides")
         if not self.config.is_file():
             raise UserError(
                 f"no config {self.config}; "
@@ -100,6 +104,16 @@ def _check_arm(arm: str, options: Mapping[str, object], *, main: bool) -> None:
             f"arm '{arm}' has the name of an option; name the arm too: {{NAME: {{{arm}: VALUE}}}}"
         )
     _check_options(f"arm '{arm}'", list(options))
+    check_run_of_study(_of_trainer(options), f"arm '{arm}'")
+
+
+def _of_trainer(options: Mapping[str, object]) -> dict[str, object]:
+    """The trainer's options by name, text as the values that it stands for."""
+    return {
+        name.removeprefix("trainer."): yaml.safe_load(value) if isinstance(value, str) else value
+        for name, value in options.items()
+        if name in {f"trainer.{one}" for one in OF_A_TRAINING}
+    }
 
 
 def _check_options(what: str, options: Sequence[str]) -> None:

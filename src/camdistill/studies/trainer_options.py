@@ -66,8 +66,16 @@ CHOICES = {
     "gradient_clip_algorithm": ("norm", "value"),
     "profiler": ("simple", "advanced", "pytorch", "xla"),
 }
-
-
+# How many batches a loop takes; a training of 0 is for looking at a student as it starts.
+_LIMITS: dict[str | None, str] = {
+    "validate": "limit_val_batches",
+    "test": "limit_test_batches",
+    "predict": "limit_predict_batches",
+}
+OF_A_TRAINING = (
+    *("fast_dev_run", "max_epochs", "max_steps"),
+    *("limit_train_batches", "limit_test_batches"),
+)
 UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
 
 
@@ -117,6 +125,56 @@ def check_options(options: Mapping[str, object]) -> None:
             "--trainer.barebones true leaves out checkpoints, logs and validation, which a run "
             "here is made of; leave it out, or call Lightning's Trainer from Python"
         )
+
+
+def check_loop(loop: str | None, options: Mapping[str, object], *, goes_on: bool) -> None:
+    """Checks that a loop has something to do, and that what it does can be kept.
+
+    Args:
+        loop: `fit`, `validate`, `test` or `predict`; None is a study's run, which trains and tests.
+        options: Of the trainer, by name.
+        goes_on: Whether a checkpoint was given.
+
+    Raises:
+        UserError: It has nothing to do, or would leave files that don't belong together.
+    """
+    if loop == "fit" and goes_on and options.get("enable_checkpointing") is False:
+        raise UserError(
+            "--trainer.enable_checkpointing false with --ckpt_path would leave a last.ckpt that is "
+            "older than the student; leave one of the two out"
+        )
+    if loop == "fit" and goes_on and options.get("fast_dev_run"):
+        raise UserError(
+            "--trainer.fast_dev_run is a trial that starts afresh and keeps nothing; leave out "
+            "--ckpt_path"
+        )
+    if loop is None:
+        check_run_of_study(options)
+    if (name := _LIMITS.get(loop)) and options.get(name) == 0 and not options.get("fast_dev_run"):
+        raise UserError(f"--trainer.{name} is 0, so there is nothing to {loop}; give 1 or more")
+
+
+def check_run_of_study(options: Mapping[str, object], whose: str = "a study's run") -> None:
+    """Checks that a run of a study trains a student and tests it.
+
+    Args:
+        options: Of the trainer, by name.
+        whose: Who has these options.
+
+    Raises:
+        UserError: It doesn't.
+    """
+    if options.get("fast_dev_run"):
+        raise UserError(
+            f"{whose} has trainer.fast_dev_run, a trial that keeps nothing, and a study compares "
+            "what was kept; try it with `camdistill fit`, or give a study trainer.max_epochs 1"
+        )
+    for name in OF_A_TRAINING[1:]:
+        if options.get(name) == 0:
+            verb = "tested" if "test" in name else "trained"
+            raise UserError(
+                f"{whose} has trainer.{name} 0, so that nothing would be {verb}; give 1 or more"
+            )
 
 
 def plain_callbacks(callbacks: Namespace | list[Namespace]) -> list[Namespace]:
