@@ -58,6 +58,14 @@ def test_arrays_that_have_no_room_are_not_read(
         read_arrays(path)
 
 
+def test_arrays_are_read_where_the_system_tells_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = arrays(tmp_path / "x.npz", maps=(2, 3))
+    monkeypatch.delattr(os, "sysconf")
+    assert read_arrays(path)["maps"].shape == (2, 3)
+
+
 @pytest.mark.parametrize("part", range(0, 100, 7))
 def test_damaged_arrays_are_no_surprise(tmp_path: Path, part: int) -> None:
     path = arrays(tmp_path / "x.npz", maps=(64, 64))

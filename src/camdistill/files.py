@@ -69,11 +69,14 @@ def check_regular(path: Path) -> None:
 def check_memory(size: int, what: str) -> None:
     """Checks that so many bytes have room in a quarter of the machine's memory.
 
-    As float32, pixels take four times as much.
+    As float32, pixels take four times as much. Where the system doesn't say how much memory there
+    is (Windows), nothing is refused.
 
     Raises:
         UserError: They have not.
     """
+    if not hasattr(os, "sysconf"):
+        return
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > whole / 4:
         raise UserError(
