@@ -12,7 +12,7 @@ from camdistill.files import expand_home, folder_name, printable, read_arrays, w
 
 def test_folder_that_is_a_file_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="name another folder"):
+    with pytest.raises(UserError, match="a file stands where a folder is meant"):
         write_atomically(tmp_path / "file" / "results.json", b"")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from camdistill.errors import LONGEST_NAME, UserError, mistake_of_system, shortened
+from camdistill.errors import LONGEST_NAME, UserError, mistake_of_system, shortened, writing_mistake
 
 
 def printable(name: str) -> str:
@@ -166,10 +166,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = "free some space and start again" if full else "name another folder"
-        raise UserError(f"can't write {shortened(str(path), 160)}: {reason}; {cure}") from None
+        raise writing_mistake(error, "write", path, "name another folder") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -217,10 +214,7 @@ def make_folders(folder: Path) -> list[Path]:
             continue
         except OSError as error:
             remove_empty(made)
-            reason = error.strerror or str(error)
-            raise mistake_of_system(error) or UserError(
-                f"can't make the folder {path}: {reason}; name another"
-            ) from None
+            raise writing_mistake(error, "make the folder", path, "name another") from None
         made.insert(0, path)
     return made
 
