@@ -151,7 +151,8 @@ MISTAKES = {
     ),
     "file for a run": Mistake(f"{FIT} --run tiny.yaml/x", r"a file stands where a folder is meant"),
     "file for a cache": Mistake(
-        f"{FIT} --data.cache_dir tiny.yaml", r"a file stands in its way.*name another folder"
+        f"{FIT} --data.cache_dir tiny.yaml",
+        r"a file stands where a folder is meant.*name another folder",
     ),
     "file for masks": Mistake(
         FIT, r"masks' is a file; masks lie in a folder", text("images/masks", "")

@@ -21,7 +21,7 @@ from camdistill.files import (
 
 def test_folder_that_is_a_file_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="name another folder"):
+    with pytest.raises(UserError, match="a file stands where a folder is meant"):
         write_atomically(tmp_path / "file" / "results.json", b"")
 
 
@@ -65,6 +65,14 @@ def test_arrays_that_have_no_room_are_not_read(
     monkeypatch.setattr(np, "load", lambda *args, **options: pytest.fail("read"))
     with pytest.raises(UserError, match=r"take 0\.0 GB, and this machine has"):
         read_arrays(path)
+
+
+def test_arrays_are_read_where_the_system_tells_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = arrays(tmp_path / "x.npz", maps=(2, 3))
+    monkeypatch.delattr(os, "sysconf")
+    assert read_arrays(path)["maps"].shape == (2, 3)
 
 
 @pytest.mark.parametrize("part", range(0, 100, 7))

@@ -6,11 +6,14 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import CellType, FunctionType
 
 import pytest
 import pytorch_lightning
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader, Dataset
 
 from camdistill.cli import main
 from camdistill.distill.module import DistilledExplainer
@@ -223,6 +226,36 @@ def test_a_loss_without_a_graph_keeps_its_traceback(
     with pytest.raises(RuntimeError, match="does not require grad") as caught:
         main([*FIT.split(), "--run", "detached"])
     assert not is_lightnings(caught.value)
+
+
+class Unreadable(Dataset[torch.Tensor]):
+    """A user's data set with a mistake in it."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        raise ValueError("no such image")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_a_users_data_set_is_no_trainer_option(workers: int, tmp_path: Path) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        max_epochs=1,
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    ours = {"__name__": "camdistill.studies.experiment"}  # where commands call the trainer
+    fit = FunctionType(
+        (lambda *given: trainer.fit(*given)).__code__, ours, closure=(CellType(trainer),)
+    )
+    with pytest.raises(ValueError, match="no such image") as caught:
+        fit(BoringModel(), DataLoader(Unreadable(), num_workers=workers))
+    assert mistake_of_options(caught.value) is None
 
 
 @pytest.mark.parametrize("callbacks", ["=Timer", "+=Timer", "+=LearningRateMonitor"])

@@ -103,7 +103,7 @@ def mistake_of_system(error: OSError) -> UserError | None:
     return None
 
 
-_SPACE = "free some and start the command again"
+_SPACE = "free some space and start the command again"
 _PERMISSION = "change its permissions, or name another"
 _PATH = "name another path"
 _DISK = "check that disk, or name a folder on another"
@@ -126,6 +126,22 @@ CURES = {
     errno.ENOTCONN: _DISK,
     errno.ETIMEDOUT: _DISK,
 }
+
+
+def writing_mistake(error: OSError, what: str, path: os.PathLike[str], cure: str) -> UserError:
+    """Why something can't be written, with the cure of its kind.
+
+    Args:
+        error: As Python raises it.
+        what: "write", "make the folder": what was tried.
+        path: What was to be written.
+        cure: What to do where the kind of error has no cure of its own.
+    """
+    reason = error.strerror or str(error)
+    if (mistake := mistake_of_system(error)) and error.filename:
+        return mistake
+    own = CURES.get(error.errno or 0, cure)
+    return UserError(f"can't {what} {shortened(str(path), 160)}: {reason}; {own}")
 
 
 def disk_mistake(error: OSError) -> UserError | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from camdistill.errors import LONGEST_NAME, UserError, mistake_of_system, shortened
+from camdistill.errors import LONGEST_NAME, UserError, mistake_of_system, shortened, writing_mistake
 
 
 def printable(name: str) -> str:
@@ -69,11 +69,14 @@ def check_regular(path: Path) -> None:
 def check_memory(size: int, what: str) -> None:
     """Checks that so many bytes have room in a quarter of the machine's memory.
 
-    As float32, pixels take four times as much.
+    As float32, pixels take four times as much. Where the system doesn't say how much memory there
+    is (Windows), nothing is refused.
 
     Raises:
         UserError: They have not.
     """
+    if not hasattr(os, "sysconf"):
+        return
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > whole / 4:
         raise UserError(
@@ -163,10 +166,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = "free some space and start again" if full else "name another folder"
-        raise UserError(f"can't write {shortened(str(path), 160)}: {reason}; {cure}") from None
+        raise writing_mistake(error, "write", path, "name another folder") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -211,10 +211,7 @@ def make_folders(folder: Path) -> list[Path]:
             continue
         except OSError as error:
             remove_empty(made)
-            reason = error.strerror or str(error)
-            raise mistake_of_system(error) or UserError(
-                f"can't make the folder {path}: {reason}; name another"
-            ) from None
+            raise writing_mistake(error, "make the folder", path, "name another") from None
         made.insert(0, path)
     return made
 

@@ -1,5 +1,6 @@
 """The cache of decoded images: right, whole or rebuilt, and nothing left of a failed write."""
 
+import errno
 import logging
 import os
 import resource
@@ -16,7 +17,7 @@ from PIL import Image
 from camdistill.data import cache
 from camdistill.data.cache import decoded
 from camdistill.data.folders import Files, scan
-from camdistill.errors import UserError
+from camdistill.errors import CURES, UserError
 
 COUNT = 150
 
@@ -192,7 +193,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(folder: Path, tmp_path: Pat
     )
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "free some room" in done.stderr
+    assert CURES[errno.EFBIG] in done.stderr
     assert not list((tmp_path / "cache").iterdir())
 
 

@@ -186,6 +186,28 @@ def test_it_tests_accuracy_and_agreement_with_its_start(spec: NetworkSpec) -> No
     assert results["network"]["agreement"] == 1.0  # type: ignore[index]
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_it_tests_in_float32_what_makes_tensors_of_its_own(
+    precision: str, spec: NetworkSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, made = Refiner(spec), set()
+    forward = ShallowCNN.forward
+
+    def looked(self: ShallowCNN, images: Tensor) -> Tensor:
+        made.add(torch.ones(1).dtype)
+        return forward(self, images)
+
+    monkeypatch.setattr(ShallowCNN, "forward", looked)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        precision=precision,  # type: ignore[arg-type]
+    )
+    trainer.test(module, datamodule=shapes(), verbose=False)
+    assert made == {torch.float32}
+
+
 # Maps
 
 

@@ -7,7 +7,6 @@ another list of files, and it is built again.
 """
 
 import concurrent.futures
-import errno
 import hashlib
 import json
 import logging
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from camdistill.data import decode
 from camdistill.data.folders import Files
-from camdistill.errors import UserError, shortened
+from camdistill.errors import UserError, writing_mistake
 from camdistill.files import expand_home
 
 _log = logging.getLogger(__name__)
@@ -209,11 +208,10 @@ def _build(
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
-        reason = "a file stands in its way" if blocked else error.strerror or error
-        raise UserError(
-            f"can't write the image cache {shortened(str(path), 160)} ({reason}); free some room, "
-            "or name another folder with CAMDISTILL_CACHE or cache_dir"
+        elsewhere = "name another folder with CAMDISTILL_CACHE or cache_dir"
+        mistake = writing_mistake(error, "write the image cache", path, elsewhere)
+        raise (
+            mistake if elsewhere in str(mistake) else UserError(f"{mistake}; or {elsewhere}")
         ) from None
     finally:
         if temporary is not None:

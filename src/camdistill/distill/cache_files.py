@@ -20,7 +20,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
-from camdistill.errors import UserError
+from camdistill.errors import UserError, writing_mistake
 
 Key = dict[str, object]
 
@@ -173,14 +173,15 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def told(
-    folder: Path, cure: str = "free some space, or name another folder with CAMDISTILL_CACHE"
+    folder: Path, elsewhere: str = "name another folder with CAMDISTILL_CACHE"
 ) -> Iterator[None]:
     """A full disk, or a folder that can't be written, as a user's mistake with its cure."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"can't write the teacher cache {folder} ({error.strerror or error}); {cure}"
+        mistake = writing_mistake(error, "write the teacher cache", folder, elsewhere)
+        raise (
+            mistake if elsewhere in str(mistake) else UserError(f"{mistake}; or {elsewhere}")
         ) from error
 
 

@@ -25,7 +25,7 @@ from camdistill.distill.refining import (
     Refinement,
     Seen,
 )
-from camdistill.distill.training import Training, as_images, plain
+from camdistill.distill.training import Training, as_images, in_float32, plain
 from camdistill.errors import UserError
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.intervals import Interval
@@ -191,7 +191,7 @@ class Refiner(Training):
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32."""
         images = as_images(batch.pixels)
-        with torch.autocast(self.device.type, enabled=False):
+        with in_float32(self.device):
             self._evaluate(batch, images, predict_labels(in_parts(self.start, images)))
 
     def _evaluate(self, batch: Batch, images: Images, before: Labels) -> None:

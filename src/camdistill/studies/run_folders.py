@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import yaml
 
-from camdistill.errors import UserError, mistake_of_system
+from camdistill.errors import UserError, writing_mistake
 from camdistill.files import make_folders, release_lock, remove_empty, take_lock
 from camdistill.studies.checkpoint_files import LAST
 from camdistill.studies.run_identity import (
@@ -103,10 +103,7 @@ def claim(runs: Path) -> RunFolder:
             continue
         except OSError as error:
             remove_empty(above)
-            reason = error.strerror or str(error)
-            raise mistake_of_system(error) or UserError(
-                f"can't make the folder {path}: {reason}; give another --run"
-            ) from None
+            raise writing_mistake(error, "make the folder", path, "give another --run") from None
         os.environ[INHERITED] = str(path)
         return RunFolder(path, [path, *above])
 

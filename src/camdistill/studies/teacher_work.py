@@ -245,7 +245,7 @@ def _logits(teacher: Teacher, pixels: Pixels) -> Logits:
 
 def _piece(root: Path, kind: str, key: Key, write: Callable[[Draft], None]) -> Piece:
     folder = _folder(root, kind, key)
-    with told(folder, "free some space, or name another --out"):
+    with told(folder, "name another --out"):
         root.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             try:

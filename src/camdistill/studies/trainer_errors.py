@@ -23,6 +23,14 @@ LIBRARY_ERRORS = (
 LONGEST = 300  # characters of a message that we don't translate
 _LIGHTNING = {"pytorch_lightning", "lightning_fabric", "lightning_utilities", "jsonargparse"}
 _PARTS = tuple(f"pytorch_lightning.{room}." for room in ("callbacks", "loggers", "strategies"))
+# What they raise comes from elsewhere: a user's data set in a worker process, another machine.
+_CARRIERS = (
+    "torch.autograd",
+    "torch._tensor",
+    "torch._utils",
+    "torch.utils.data",
+    "torch.distributed",
+)
 _BELOW = {"torch", "torchmetrics", "numpy", "tensorboard", *sys.stdlib_module_names}
 
 
@@ -55,13 +63,13 @@ def is_lightnings(error: BaseException) -> bool:
     """Whether Lightning itself, or what it calls, raised an error.
 
     The innermost frame decides that is not of a library below Lightning. A step of the training, a
-    user's callback and what autograd runs are no business of Lightning's; nor is a wrong call of
-    `self.log`, which lies in `pytorch_lightning.core`.
+    user's callback, what autograd runs and what a DataLoader's workers raise are no business of
+    Lightning's; nor is a wrong call of `self.log`, which lies in `pytorch_lightning.core`.
     """
     inner = ""  # Lightning's outermost frame below the one that is looked at
     for module in reversed(list(_modules(error))):
         top = module.partition(".")[0]
-        if module.startswith(("torch.autograd", "torch._tensor")):
+        if module.startswith(_CARRIERS):
             return False
         if top in _LIGHTNING:
             inner = module
