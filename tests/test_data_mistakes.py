@@ -367,6 +367,93 @@ MISTAKES = {
         f"{EXPLAIN} images/test/c0/0.png", r"--images has '.*/images/test/c0/0\.png' twice"
     ),
     "port beyond the last": Mistake("report --run runs --port 70000", r"port is 70000; .*65535"),
+    # values of another kind
+    **{
+        f"null for {option}": Mistake(
+            f"{FIT} --{option} null", rf"^camdistill: {re.escape(option)} is null; leave it out"
+        )
+        for option in (
+            *("data.batch_size", "data.split_seed", "data.val_fraction", "data.test_fraction"),
+            *("data.on_broken", "model.beta", "model.temperature", "model.cached"),
+            *("model.optimisation.lr", "model.transfer.classes", "model.student.name"),
+        )
+    },
+    "null for a number in the config": Mistake(
+        FIT,
+        r"model\.beta is null; leave it out",
+        change_config(lambda content: content["model"]["init_args"].update(beta=None)),
+    ),
+    "null for a number in an arm": Mistake(
+        f"{STUDY} '{{a: {{model.beta: null}}}}'", r"model\.beta is null; leave it out"
+    ),
+    **{
+        f"arm that is no text: {arm}": Mistake(
+            f"{STUDY} '{{{arm}: {{}}}}'", rf"arm {said} is no text in YAML; give it in quotes"
+        )
+        for arm, said in (
+            *(("5", "5"), ("true", "True"), ("null", "None")),
+            *(("2024-01-02", "2024-01-02"), ("1.5", r"1\.5")),
+        )
+    },
+    **{
+        f"arm {arm}": Mistake(
+            [*STUDY.split(), f"{{{json.dumps(arm)}: {{}}}}"], r"arm .* can't name a folder; give"
+        )
+        for arm in ("a\nb", " a", "results.json ", "version_0", "-x", "null", "a:b", "a\tb", "x.")
+    },
+    **{
+        f"run {name}": Mistake(
+            ["fit", "-c", "tiny.yaml", f"--run={name}"],
+            r"--run is .*; give a name for a folder under runs/, or a path that ends in one",
+        )
+        for name in ("..", ".", "/", "a/../..", "./.", "runs/", "../", "~", "~/", "a\nb", "x/..")
+    },
+    "shift beyond the image without a crop": Mistake(
+        f"{FIT} --model.augment.padding 16", r"augment\.padding is 16 for images of 16x16 pixels"
+    ),
+    **{
+        f"other kind: {option}": Mistake(
+            f"{FIT} --{option}", rf"^camdistill: [\w.]+ is '{said}'; it takes [a-z ]+$"
+        )
+        for option, said in (
+            *(("trainer.max_epochs 1e3", "1e3"), ("trainer.max_epochs true", "true")),
+            *(("trainer.limit_train_batches true", "true"), ("data.limit true", "true")),
+            *(("trainer.max_steps 1.5", "1.5"), ("trainer.log_every_n_steps x", "x")),
+        )
+    },
+    "link to itself": Mistake(
+        f"explain --checkpoint {STUDENT} --images loop",
+        r"'loop' is a link that leads back to itself",
+        lambda folder: (folder / "loop").symlink_to("loop"),
+    ),
+    "link to nothing": Mistake(
+        f"explain --checkpoint {STUDENT} --images link",
+        r"'link' is a link to 'gone', which is not there",
+        lambda folder: (folder / "link").symlink_to("gone"),
+    ),
+    # callbacks and profilers
+    "profiler's folder that can't be made": Mistake(
+        f"{FIT} --trainer.profiler PyTorchProfiler --trainer.profiler.dirpath=/proc/x",
+        r"--trainer\.profiler\.dirpath is '/proc/x', .*; name another folder",
+    ),
+    "profiler's folder that is a file": Mistake(
+        f"{FIT} --trainer.profiler SimpleProfiler --trainer.profiler.dirpath=tiny.yaml",
+        r"--trainer\.profiler\.dirpath is 'tiny\.yaml', .*; name another folder",
+    ),
+    **{
+        f"checkpoint's name {name}": Mistake(
+            f"{FIT} --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.filename='{name}'",
+            r"ModelCheckpoint: filename is .*; give names and formats such as \{epoch:02d\}",
+        )
+        for name in ("{epoch:q}", "{val_loss:d}", "{epoch", "{epoch!x}")
+    },
+    "averaged weights as a callback": Mistake(
+        f"{FIT} --trainer.callbacks+=StochasticWeightAveraging --trainer.callbacks.swa_lrs=0.1",
+        r"StochasticWeightAveraging .*--model\.ema",
+    ),
+    "batch size as a callback": Mistake(
+        f"{FIT} --trainer.callbacks+=BatchSizeFinder", r"BatchSizeFinder .*--data\.batch_size"
+    ),
 }
 
 

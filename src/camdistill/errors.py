@@ -4,6 +4,7 @@ import difflib
 import errno
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable
 
@@ -62,11 +63,13 @@ def check_folder_name(what: str, name: str) -> None:
     """Checks that a folder can have a name, and that it lies where it is made.
 
     Raises:
-        UserError: The name is empty, hidden, a path, or too long.
+        UserError: The name is empty, hidden, a path, a version's, null's, or too long.
     """
-    if not name.strip() or name.startswith((".", "~")) or any(one in name for one in "/\\\0"):
+    odd = any(not one.isalnum() and one not in "-_@." for one in name)
+    if odd or not name or name[0] in "-." or name[-1] == "." or _OTHERS_NAMES.fullmatch(name):
         raise UserError(
-            f"{what} {name!r} can't name a folder; give letters, digits and - _ @, no path"
+            f"{what} {shortened(name)!r} can't name a folder; give letters, digits and - _ @, no "
+            "path, no version_0 and no null"
         )
     if (count := len(name.encode("utf-8", "surrogateescape"))) > LONGEST_NAME:
         raise UserError(
@@ -74,6 +77,7 @@ def check_folder_name(what: str, name: str) -> None:
         )
 
 
+_OTHERS_NAMES = re.compile(r"version_\d+|null")  # of a run's versions, and of nothing
 LONGEST_NAME = 200  # bytes of a name that is made into a file's: 255 less what stands around it
 
 

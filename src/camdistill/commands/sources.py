@@ -1,6 +1,7 @@
 """Images for a command: files, folders or a data set."""
 
 import dataclasses
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -148,6 +149,8 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if path.exists() and not path.is_dir():
         raise UserError(f"'{path}' is a pipe, a socket or a device; give files or folders")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"'{path}' is a link {_broken(path)}; give the files themselves")
     if not path.is_dir():
         parent = path.parent
         beside = sorted(one.name for one in parent.iterdir()) if parent.is_dir() else []
@@ -156,6 +159,16 @@ def _files(path: Path) -> list[Path]:
     found = scan(path)
     demand_images(path, found)
     return [found.path(position) for position in range(len(found))]
+
+
+def _broken(link: Path) -> str:
+    """Why a link leads to nothing."""
+    try:
+        link.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "that leads back to itself"
+    return f"to '{link.readlink()}', which is not there"
 
 
 def _test_set(data: str, size: int, carving: Carving) -> tuple[ImageSet, Shapes | None]:

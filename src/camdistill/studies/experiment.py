@@ -14,8 +14,8 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from camdistill.distill.checkpoints import is_saved, restore, save
 from camdistill.distill.module import DistilledExplainer
-from camdistill.errors import UserError, check_number
-from camdistill.files import expand_home, read_arrays, write_atomically
+from camdistill.errors import UserError, check_number, shortened
+from camdistill.files import expand_home, printable, read_arrays, write_atomically
 from camdistill.measure.fidelity import FidelityTable
 from camdistill.networks.weights import read_weights
 from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunText, Throughput
@@ -33,6 +33,7 @@ from camdistill.studies.trainer_options import (
     check_options,
     check_precision,
     check_seed,
+    make_profiler_folder,
     plain_callbacks,
 )
 
@@ -157,7 +158,7 @@ class Experiment(LightningCLI):
         if trainer.get("callbacks"):
             trainer["callbacks"] = plain_callbacks(trainer.callbacks)
         name = config["run"] = config.run or _config_name(config)
-        runs = expand_home(name) if "/" in name else RUNS / name
+        runs = _runs_folder(name)
         wanted = self._wanted
         self._small: str | None = None
         if "verbose" in config:
@@ -242,6 +243,7 @@ class Experiment(LightningCLI):
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
         trainer = super().instantiate_trainer(**kwargs)
         check_precision(trainer)
+        make_profiler_folder(trainer)
         trainer.fit_loop = WholeFitLoop.of(trainer)
         return trainer
 
@@ -297,6 +299,28 @@ class Experiment(LightningCLI):
 def _config_name(config: Namespace) -> str:
     files = config.get("config") or []
     return Path(str(files[0])).stem if files else "run"
+
+
+def _runs_folder(name: str) -> Path:
+    """Where the versions of a run lie: in a folder that has a name of its own.
+
+    Raises:
+        UserError: It would be `runs` itself, the working folder, or one above these.
+    """
+    path = expand_home(name) if "/" in name else RUNS / name
+    last = Path(name).name
+    alone = name.startswith("~") and len(Path(name).parts) == 1  # a home folder
+    versions = (RUNS.resolve(), *RUNS.resolve().parents)
+    if last in ("", "..") or alone or not printable(name).isprintable():
+        reason = "names no folder of its own"
+    elif path.resolve() in versions:
+        reason = "is the folder that runs/ is, or lies in"
+    else:
+        return path
+    raise UserError(
+        f"--run is {shortened(name)!r}, which {reason}; give a name for a folder under runs/, or "
+        "a path that ends in one"
+    )
 
 
 def save_table(path: Path, table: FidelityTable) -> None:

@@ -6,8 +6,10 @@ import importlib
 import inspect
 import json
 import re
+import types
+import typing
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import Namespace
@@ -125,7 +127,8 @@ def restore_nulls(argument: str) -> str:
 
 
 def check_groups(config: Namespace, part: str) -> None:
-    """Checks that groups of options of a model or data are not null, which they can't be.
+    """Checks that options of a model or data, and those in its groups, are null only where they
+    can be.
 
     Raises:
         UserError: One is.
@@ -134,18 +137,49 @@ def check_groups(config: Namespace, part: str) -> None:
     module, _, factory = str(getattr(chosen, "class_path", "")).rpartition(".")
     if not module:
         return
-    for name in _groups(getattr(importlib.import_module(module), factory, None)):
-        if name in (chosen.get("init_args") or {}) and chosen.init_args[name] is None:
-            raise UserError(
-                f"{part}.{name} is null; leave it out for its defaults, or give its options one by "
-                f"one: --{part}.{name}.OPTION"
-            )
+    found = getattr(importlib.import_module(module), factory, None)
+    if inspect.isclass(found):
+        _check_nulls(found, chosen.get("init_args") or {}, part)
 
 
-def _groups(factory: Any) -> Iterator[str]:
-    """The parameters of a class that are dataclasses."""
-    if not inspect.isclass(factory):
-        return
-    for name, parameter in inspect.signature(factory).parameters.items():
-        if dataclasses.is_dataclass(parameter.annotation):
-            yield name
+def _check_nulls(factory: type, given: Mapping[str, object] | Namespace, group: str) -> None:
+    """Refuses null where a class's or dataclass's annotation doesn't have it."""
+    for name, kind in _kinds(factory).items():
+        if name not in given:
+            continue
+        value, whole = given[name], f"{group}.{name}"
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            if value is None:
+                raise UserError(
+                    f"{whole} is null; leave it out for its defaults, or give its options one by "
+                    f"one: --{whole}.OPTION"
+                )
+            if isinstance(value, Mapping | Namespace):
+                _check_nulls(kind, value, whole)
+        elif value is None and not _takes_null(kind):
+            raise UserError(f"{whole} is null; leave it out for its default, or give a value")
+
+
+def _kinds(factory: type) -> dict[str, Any]:
+    """The annotations of a class's parameters, and of those that it hands on to its parents."""
+    found: dict[str, Any] = {}
+    for one in factory.__mro__:
+        parameters = inspect.signature(one).parameters if one is not object else {}
+        for name, parameter in parameters.items():
+            found.setdefault(name, parameter.annotation)
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            break
+    return found
+
+
+def _takes_null(kind: Any) -> bool:
+    """Whether an annotation has None; one that is none, or a text, may."""
+    if kind in (None, type(None), Any, object, inspect.Parameter.empty) or isinstance(kind, str):
+        return True
+    if typing.get_origin(kind) is typing.Annotated:
+        return _takes_null(typing.get_args(kind)[0])
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_takes_null(one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return None in typing.get_args(kind)
+    return isinstance(kind, typing.TypeVar)

@@ -1,19 +1,27 @@
 """Options of Lightning's trainer that are checked before anything is built or written."""
 
+import re
 from collections.abc import Callable, Mapping
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from jsonargparse import Namespace
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.accelerators import CPUAccelerator
-from pytorch_lightning.callbacks import LearningRateFinder, ModelPruning
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from pytorch_lightning.strategies import StrategyRegistry
 
 from camdistill.distill.training import Training
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, nearest, shortened
 
 LARGEST_SEED = 2**32 - 1  # numpy's
 
@@ -194,6 +202,9 @@ def check_callbacks(callbacks: list[Callback], model: LightningModule) -> None:
     Raises:
         UserError: One changes what our networks don't have in that form.
     """
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            _check_file_name(callback)
     if not isinstance(model, Training):
         return
     for callback in callbacks:
@@ -209,6 +220,49 @@ def check_callbacks(callbacks: list[Callback], model: LightningModule) -> None:
                 "checkpoint of ours can hold; leave it out, and give a smaller student: "
                 "--model.student.args"
             )
+        if isinstance(callback, StochasticWeightAveraging):
+            raise UserError(
+                "the callback StochasticWeightAveraging changes the schedule and keeps weights "
+                "that no run can go on from; leave it out, and average with --model.ema 0.999"
+            )
+        if isinstance(callback, BatchSizeFinder):
+            raise UserError(
+                "the callback BatchSizeFinder trains with other batches than the config says, "
+                "which no run can go on from; leave it out, and give --data.batch_size"
+            )
+
+
+def _check_file_name(callback: ModelCheckpoint) -> None:
+    """Refuses a pattern that no numbers of a training fit, before it has trained."""
+    pattern = callback.filename or ""
+    names = re.findall(r"\{([^{}:!]*)", pattern)
+    counted = {"epoch": torch.tensor(1), "step": torch.tensor(1)}
+    measured = {name: torch.tensor(0.5) for name in names if name not in counted}
+    try:
+        callback.format_checkpoint_name(counted | measured)
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"ModelCheckpoint: filename is '{shortened(pattern)}' ({error}); give names and "
+            "formats such as {epoch:02d} or {val_loss:.3f}"
+        ) from error
+
+
+def make_profiler_folder(trainer: Trainer) -> None:
+    """Makes the folder of a profiler, which else would fail in the midst of a training.
+
+    Raises:
+        UserError: It can't be made.
+    """
+    folder = getattr(getattr(trainer, "profiler", None), "dirpath", None)
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--trainer.profiler.dirpath is '{folder}', which can't be made "
+            f"({error.strerror}); name another folder"
+        ) from error
 
 
 def check_precision(trainer: Trainer) -> None:
