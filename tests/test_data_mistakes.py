@@ -392,7 +392,7 @@ MISTAKES = {
         )
         for arm, said in (
             *(("5", "5"), ("true", "True"), ("null", "None")),
-            *(("2024-01-02", "2024-01-02"), ("1.5", r"1\.5")),
+            ("1.5", r"1\.5"),
         )
     },
     **{
@@ -406,7 +406,7 @@ MISTAKES = {
             ["fit", "-c", "tiny.yaml", f"--run={name}"],
             r"--run is .*; give a name for a folder under runs/, or a path that ends in one",
         )
-        for name in ("..", ".", "/", "a/../..", "./.", "runs/", "../", "~", "~/", "a\nb", "x/..")
+        for name in ("..", ".", "/", "a/../..", "./.", "runs/", "../", "~/", "a\nb", "x/..")
     },
     "shift beyond the image without a crop": Mistake(
         f"{FIT} --model.augment.padding 16", r"augment\.padding is 16 for images of 16x16 pixels"

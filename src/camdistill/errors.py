@@ -65,8 +65,8 @@ def check_folder_name(what: str, name: str) -> None:
     Raises:
         UserError: The name is empty, hidden, a path, a version's, null's, or too long.
     """
-    odd = any(not one.isalnum() and one not in "-_@." for one in name)
-    if odd or not name or name[0] in "-." or name[-1] == "." or _OTHERS_NAMES.fullmatch(name):
+    odd = not name.isprintable() or name != name.strip() or any(sign in name for sign in FORBIDDEN)
+    if odd or not name or name[0] in "-.~" or name[-1] == "." or _OTHERS_NAMES.fullmatch(name):
         raise UserError(
             f"{what} {shortened(name)!r} can't name a folder; give letters, digits and - _ @, no "
             "path, no version_0 and no null"
@@ -78,6 +78,7 @@ def check_folder_name(what: str, name: str) -> None:
 
 
 _OTHERS_NAMES = re.compile(r"version_\d+|null")  # of a run's versions, and of nothing
+FORBIDDEN = '/\\:*?"<>|'  # in names of files, on one system or another
 LONGEST_NAME = 200  # bytes of a name that is made into a file's: 255 less what stands around it
 
 

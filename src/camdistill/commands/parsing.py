@@ -77,10 +77,17 @@ def check_value(option: str, value: object) -> None:
     """Checks what would be taken for something else, or twice, without a word.
 
     Raises:
-        UserError: A path is null, or something stands twice in a list.
+        UserError: A path is null, a name is no text, or something stands twice in a list.
     """
     if value == Path("null"):
         raise UserError(f"--{option} is null; give a path, or leave it out")
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):  # YAML reads 5, true and null as no text
+                raise UserError(
+                    f"{option.removesuffix('s')} {name} is no text in YAML; give it in quotes, and "
+                    f"as a name: '{option.removesuffix('s')}_1'"
+                )
     if isinstance(value, list) and option not in REPEATED:
         check_each_once(f"--{option}", [str(one) for one in value])
 

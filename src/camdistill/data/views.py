@@ -49,11 +49,9 @@ class Augment:
         """Checks that views of images of a height and width show something of them.
 
         Raises:
-            UserError: They may be shifted by more than half of their shorter side. Without the
-                crop `pad`, a padding that was chosen is held to it too.
+            UserError: They may be shifted by more than half of their shorter side.
         """
-        chosen = self.crop == "pad" or self.padding != Augment.padding
-        if chosen and 2 * self.padding > min(size):
+        if self.crop == "pad" and 2 * self.padding > min(size):
             raise UserError(
                 f"augment.padding is {self.padding} for images of {size[0]}x{size[1]} pixels, and "
                 f"would leave little but black; give {min(size) // 2} or less"

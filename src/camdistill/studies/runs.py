@@ -96,7 +96,7 @@ class Study:
 
 def _check_arm(arm: str, options: Mapping[str, object], *, main: bool) -> None:
     """Refuses an arm that would lie elsewhere, or be taken for something else."""
-    if not isinstance(arm, str):  # YAML reads 5, true, null and 2024-01-02 as something else
+    if not isinstance(arm, str):  # YAML reads 5, true and null as something else
         raise UserError(f"arm {arm} is no text in YAML; give it in quotes, and as a name: 'arm_1'")
     check_folder_name("arm", arm)
     if arm in ROWS and not (main and arm == "student"):  # the main arm is the student's row

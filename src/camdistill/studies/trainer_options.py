@@ -186,13 +186,15 @@ def check_run_of_study(options: Mapping[str, object], whose: str = "a study's ru
 
 
 def plain_callbacks(callbacks: Namespace | list[Namespace]) -> list[Namespace]:
-    """A config's callbacks as a list, which YAML can hold: members of an enumeration as text."""
+    """A config's callbacks as a list that YAML can hold: enumerations and devices as text."""
     whole = callbacks if isinstance(callbacks, list) else [callbacks]
     for callback in whole:
         arguments = callback.get("init_args") or {}
         for name, value in list(arguments.items()):
             if isinstance(value, Enum):
                 arguments[name] = value.value
+            elif isinstance(value, torch.device):
+                arguments[name] = str(value)
     return whole
 
 
@@ -239,6 +241,8 @@ def _check_file_name(callback: ModelCheckpoint) -> None:
     counted = {"epoch": torch.tensor(1), "step": torch.tensor(1)}
     measured = {name: torch.tensor(0.5) for name in names if name not in counted}
     try:
+        if "!" in "".join(re.findall(r"\{[^{}]*", pattern)):
+            raise ValueError("a conversion such as !r")
         callback.format_checkpoint_name(counted | measured)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(
