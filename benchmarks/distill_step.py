@@ -20,8 +20,8 @@ from counted import counted
 from camdistill.data.datasets import ImageSet, shapes_set
 from camdistill.data.shapes import Shapes
 from camdistill.data.views import Augment
-from camdistill.distill.cache import TeacherCache
-from camdistill.distill.module import DistilledExplainer
+from camdistill.distill.distilled_explainer import DistilledExplainer
+from camdistill.distill.teacher_cache import TeacherCache
 from camdistill.distill.transfer import LayerPair, Transfer
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.types import Batch

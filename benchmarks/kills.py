@@ -42,12 +42,12 @@ from safetensors.torch import load_file
 
 import camdistill.commands as commands
 from camdistill.cli import COMMANDS, main
+from camdistill.experiments.training.checkpoint_io import WholeFiles
+from camdistill.experiments.training.lightning_cli import Experiment
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
 from camdistill.report.tensorboard import scalars
-from camdistill.studies.checkpoint_files import WholeFiles
-from camdistill.studies.experiment import Experiment
-from camdistill.studies.ledger import Ledger
+from camdistill.store.run_log import Ledger
 
 NETWORK = {"name": "shallow_cnn", "args": {"channels": [4, 6], "strides": [1, 2]}}
 SHAPES = {
@@ -70,7 +70,7 @@ def student(**more: object) -> dict[str, object]:
     """A distillation's config of a few steps."""
     teacher = {**NETWORK, "weights": "teacher.safetensors"}
     options = {"teacher": teacher, "student": NETWORK, "cached": False, **more}
-    path = "camdistill.distill.module.DistilledExplainer"
+    path = "camdistill.distill.distilled_explainer.DistilledExplainer"
     return {
         "model": {"class_path": path, "init_args": options},
         "data": SHAPES,

@@ -22,8 +22,8 @@ from torch import nn
 from camdistill import load
 from camdistill.data.datasets import shapes_set
 from camdistill.data.shapes import Shapes
-from camdistill.layers.plan import Options
-from camdistill.layers.sweep import LayerSweep
+from camdistill.layers.sweep.layer_sweep import LayerSweep
+from camdistill.layers.sweep.sweep_plan import Options
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 

@@ -21,9 +21,9 @@ from camdistill import load
 from camdistill.data.datasets import ImageSet, folder, shapes_set
 from camdistill.data.shapes import Shapes
 from camdistill.layers.findings import findings
-from camdistill.layers.plan import Options
-from camdistill.layers.state import load_state, save_state
-from camdistill.layers.sweep import LayerSweep
+from camdistill.layers.sweep.layer_sweep import LayerSweep
+from camdistill.layers.sweep.sweep_plan import Options
+from camdistill.layers.sweep.sweep_state import load_state, save_state
 
 Given = argparse.Namespace
 

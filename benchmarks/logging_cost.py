@@ -22,7 +22,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from camdistill.data.modules import FolderData, ImageData, ShapesData
 from camdistill.data.views import Augment
-from camdistill.distill.module import DistilledExplainer
+from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.callbacks import MapGrids, RunText, Throughput
 from camdistill.report.layer_callbacks import LayersForm

@@ -19,14 +19,14 @@ import torch
 from counted import counted
 
 from camdistill.data.modules import ShapesData
+from camdistill.experiments.ranking.ranking_arms import Arm, Classroom, Run
+from camdistill.experiments.ranking.ranking_config import Study
+from camdistill.experiments.ranking.ranking_records import Record
+from camdistill.experiments.ranking.ranking_run import prepared
+from camdistill.experiments.ranking.student_task import Recipe
+from camdistill.experiments.shared.worker_pool import Crew
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.results import available_cores, machine
-from camdistill.studies.classroom import Arm, Classroom, Run
-from camdistill.studies.ledger import Record
-from camdistill.studies.lessons import Recipe
-from camdistill.studies.plan import Study
-from camdistill.studies.simulatability import prepared
-from camdistill.studies.workers import Crew
 
 ROOT = Path(__file__).parents[1]
 STUDENT = NetworkSpec("shallow_cnn", args={"channels": [16, 32, 64], "strides": [2, 2, 1]})

@@ -19,15 +19,15 @@ from counted import counted
 
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import identity_view
+from camdistill.distill.differentiable_maps import explained, settled
 from camdistill.distill.losses import cross_entropy
-from camdistill.distill.own_maps import explained, settled
-from camdistill.distill.refining import Arm, Objective, Refinement, Seen
+from camdistill.distill.refinement_targets import Arm, Objective, Refinement, Seen
 from camdistill.distill.training import as_images, seeded
+from camdistill.experiments.refinement.refinement_config import Judging
+from camdistill.experiments.refinement.refinement_measurement import Judge
 from camdistill.networks.students import ShallowCNN, parameter_count
 from camdistill.networks.teachers import Preprocessed
 from camdistill.report.results import machine
-from camdistill.studies.refinement_judging import Judge
-from camdistill.studies.refinement_plan import Judging
 
 KINDS = ("insertion_deletion", "faithfulness", "consistency", "energy")
 ROWS: dict[str, tuple[Objective, Arm]] = {

@@ -45,7 +45,7 @@ def _caches_of_the_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 CONFIG = """
 model:
-  class_path: camdistill.distill.module.DistilledExplainer
+  class_path: camdistill.distill.distilled_explainer.DistilledExplainer
   init_args:
     teacher:
       {name: shallow_cnn, weights: teacher.safetensors, args: {channels: [4, 6], strides: [1, 2]}}

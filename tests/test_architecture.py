@@ -1,24 +1,47 @@
 """The house as drawn in the README: rows, rooms, and who may do what."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "camdistill"
+# Rooms from the ground up: a module imports from rows above its own, and inside its own room.
 ROWS = [
     {"types", "errors", "tags"},
-    {"files"},
+    {"store"},
     {"data", "networks", "perturb"},
     {"explain"},
-    {"layers", "measure"},
+    {"measure", "layers"},
     {"distill"},
     {"report"},
-    {"studies"},
+    {"experiments"},
+    {"claims"},
     {"commands"},
     {"cli"},
     {"__main__", "__init__"},
 ]
+# The same inside a room; modules that lie in no inner room come last.
+INNER_ROWS = {
+    "explain": [{"engine"}],
+    "layers": [{"sweep"}, {"units"}],
+    "experiments": [
+        {"shared"},
+        {"training", "evaluation", "ranking"},
+        {"refinement", "adaptation", "learned_metric"},
+    ],
+}
+# Of the row above, these inner rooms know no others.
+MAY_IMPORT = {
+    "training": {"shared"},
+    "evaluation": {"shared"},
+    "ranking": {"shared"},
+    "refinement": {"shared", "ranking"},
+    "adaptation": {"shared", "ranking", "evaluation"},
+    "learned_metric": {"shared", "ranking", "evaluation"},
+}
+LARGEST_FOLDER = 25  # modules
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 MODULES = sorted(SOURCE.rglob("*.py"))
 
@@ -50,6 +73,51 @@ def test_module_imports_only_from_rows_above(module: Path) -> None:
             continue
         assert parts[1] in ROW_OF, f"{module}: imports {name} through the package's front door"
         assert ROW_OF[parts[1]] < ROW_OF[room], f"{module}: {room} may not import {name}"
+
+
+def _inner_room(room: str, name: str) -> str:
+    """The inner room in which a dotted name below a room lies; empty for none."""
+    first = name.split(".")[0]
+    return first if any(first in rooms for rooms in INNER_ROWS[room]) else ""
+
+
+@pytest.mark.parametrize("room", INNER_ROWS)
+def test_inner_rooms_are_rows_too(room: str) -> None:
+    rows = {inner: row for row, rooms in enumerate(INNER_ROWS[room]) for inner in rooms}
+    for module in (SOURCE / room).rglob("*.py"):
+        inside = ".".join(module.relative_to(SOURCE / room).with_suffix("").parts)
+        inner = _inner_room(room, inside)
+        for name in imported(module):
+            if not name.startswith(f"camdistill.{room}."):
+                continue
+            other = _inner_room(room, name.removeprefix(f"camdistill.{room}."))
+            if other == inner:
+                continue
+            assert not inner or (other and rows[other] < rows[inner]), f"{module} imports {name}"
+            assert other in MAY_IMPORT.get(inner, {other}), f"{module} imports {name}"
+
+
+def test_only_commands_imports_claims() -> None:
+    users = {room_of(path) for path in MODULES if "camdistill.claims" in path.read_text()}
+    assert users <= {"claims", "commands"}
+
+
+def test_readme_draws_the_same_house() -> None:
+    readme = (SOURCE.parents[1] / "README.md").read_text()
+    drawing = re.search(r"```\n(types errors tags .*?)```", readme, re.DOTALL)
+    assert drawing is not None
+    drawn = [line for line in drawing[1].splitlines() if not line.startswith(" ")]
+    names = [re.split(r"  +", line)[0].split() for line in drawn]
+    order = [room for group in names for room in group]
+    assert set(order) == set(ROW_OF) - {"__main__", "__init__"}
+    assert [ROW_OF[room] for room in order] == sorted(ROW_OF[room] for room in order)
+    inner = set(re.findall(r"^  (\w+)", drawing[1], re.MULTILINE))
+    assert inner == {name for rows in INNER_ROWS.values() for rooms in rows for name in rooms}
+
+
+def test_no_folder_is_a_hall() -> None:
+    for folder in {path.parent for path in MODULES}:
+        assert len(list(folder.glob("*.py"))) <= LARGEST_FOLDER, folder
 
 
 def _modules_with(*needles: str) -> set[str]:

@@ -178,7 +178,7 @@ def test_the_documented_line_runs_to_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if command == "learn":
-        monkeypatch.setattr("camdistill.studies.metric_rivals.RESAMPLES", 50)
+        monkeypatch.setattr("camdistill.experiments.learned_metric.metric_baselines.RESAMPLES", 50)
     studies = command in ("rank", "refine", "adapt", "learn")
     line = line_of(rf"^camdistill {command} .*{'--out' if command in ('adapt', 'learn') else ''}")
     line = line.replace("--rows 1 7 13 16", "--rows 1")  # the others take minutes

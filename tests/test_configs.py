@@ -6,17 +6,17 @@ import pytest
 import yaml
 
 from camdistill.commands.adapt import adapt
+from camdistill.commands.command_parser import call
 from camdistill.commands.learn import learn
-from camdistill.commands.parsing import call
 from camdistill.commands.rank import rank
 from camdistill.commands.refine import refine
 from camdistill.commands.study import study
-from camdistill.studies.adaptation_rounds import Adaptation
-from camdistill.studies.experiment import Experiment
-from camdistill.studies.explanations import source
-from camdistill.studies.plan import Study as Plan
-from camdistill.studies.refinement_plan import Plan as Refinement
-from camdistill.studies.runs import Study
+from camdistill.experiments.adaptation.adaptation_rounds import Adaptation
+from camdistill.experiments.ranking.map_sources import source
+from camdistill.experiments.ranking.ranking_config import Study as Plan
+from camdistill.experiments.refinement.refinement_config import Plan as Refinement
+from camdistill.experiments.training.arms_and_seeds import Study
+from camdistill.experiments.training.lightning_cli import Experiment
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

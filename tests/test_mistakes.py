@@ -336,7 +336,7 @@ MISTAKES = {
         config(
             "bad.yaml",
             lambda content: content["model"].update(
-                class_path="camdistill.distill.module.DistilledExplaner"
+                class_path="camdistill.distill.distilled_explainer.DistilledExplaner"
             ),
         ),
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from camdistill.distill.checkpoints import save
-from camdistill.distill.module import DistilledExplainer
+from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.networks.teachers import NetworkSpec
 
 ROOT = Path(__file__).parents[1]

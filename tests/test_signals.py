@@ -35,20 +35,32 @@ GO_ON = "the same command with `--ckpt_path last` goes on from the last whole ep
 AGAIN = "start the same command again"
 STUDENT = "--checkpoint {run}/student.safetensors --images images/test"
 PLACES = [
-    ("fit -c tiny.yaml", "camdistill.distill.module.DistilledExplainer.training_step", GO_ON),
-    ("fit -c tiny.yaml", "camdistill.distill.module.DistilledExplainer.validation_step", GO_ON),
+    (
+        "fit -c tiny.yaml",
+        "camdistill.distill.distilled_explainer.DistilledExplainer.training_step",
+        GO_ON,
+    ),
+    (
+        "fit -c tiny.yaml",
+        "camdistill.distill.distilled_explainer.DistilledExplainer.validation_step",
+        GO_ON,
+    ),
     ("fit -c tiny.yaml", "camdistill.data.modules.FolderData.prepare_data", GO_ON),
     (
         "test -c tiny.yaml --ckpt_path {run}/checkpoints/last.ckpt",
-        "camdistill.distill.module.DistilledExplainer.test_step",
+        "camdistill.distill.distilled_explainer.DistilledExplainer.test_step",
         AGAIN,
     ),
-    (f"evaluate {STUDENT}", "camdistill.studies.evaluation._measured_batch", AGAIN),
-    (f"analyze {STUDENT}", "camdistill.layers.sweep.LayerSweep.update", AGAIN),
-    (f"explain {STUDENT}", "camdistill.commands.parsing.demand_room", AGAIN),
+    (
+        f"evaluate {STUDENT}",
+        "camdistill.experiments.evaluation.evaluation_run._measured_batch",
+        AGAIN,
+    ),
+    (f"analyze {STUDENT}", "camdistill.layers.sweep.layer_sweep.LayerSweep.update", AGAIN),
+    (f"explain {STUDENT}", "camdistill.commands.command_parser.demand_room", AGAIN),
     (
         'study --base tiny.yaml --arms {{"a":{{}}}} --seeds 0',
-        "camdistill.distill.module.DistilledExplainer.training_step",
+        "camdistill.distill.distilled_explainer.DistilledExplainer.training_step",
         AGAIN,
     ),
 ]
@@ -88,7 +100,7 @@ def test_sigterm_of_slurm_ends_a_fit_too(
     known = {"JOB_ID": "7", "JOB_NAME": "fit", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
     for name, value in (known | {"NODEID": "0", "NODELIST": "localhost"}).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    step = "camdistill.distill.module.DistilledExplainer.training_step"
+    step = "camdistill.distill.distilled_explainer.DistilledExplainer.training_step"
     monkeypatch.setattr(step, sends(signal.SIGTERM))
     assert main(["fit", "-c", "tiny.yaml", "--trainer.devices", "1"]) == 143
     assert GO_ON in capsys.readouterr().err

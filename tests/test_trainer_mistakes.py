@@ -16,10 +16,10 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, Dataset
 
 from camdistill.cli import main
-from camdistill.distill.module import DistilledExplainer
+from camdistill.distill.distilled_explainer import DistilledExplainer
+from camdistill.experiments.training.lightning_cli import Experiment
+from camdistill.experiments.training.trainer_errors import is_lightnings, mistake_of_options
 from camdistill.networks.teachers import NetworkSpec
-from camdistill.studies.experiment import Experiment
-from camdistill.studies.trainer_errors import is_lightnings, mistake_of_options
 
 FIT = "fit -c tiny.yaml"
 CALLBACK = f"{FIT} --trainer.callbacks+="
@@ -249,7 +249,9 @@ def test_a_mistake_in_a_users_data_set_is_no_trainer_option(workers: int, tmp_pa
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    ours = {"__name__": "camdistill.studies.experiment"}  # where commands call the trainer
+    ours = {
+        "__name__": "camdistill.experiments.training.lightning_cli"
+    }  # where commands call the trainer
     fit = FunctionType(
         (lambda *given: trainer.fit(*given)).__code__, ours, closure=(CellType(trainer),)
     )

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from camdistill import load
+from camdistill.commands.image_sources import source_from
 from camdistill.commands.networks import networks_from
-from camdistill.commands.sources import source_from
 from camdistill.distill.comparison import compare, score
 from camdistill.distill.training import as_images
 from camdistill.measure.fidelity import FidelityMeter, intervals

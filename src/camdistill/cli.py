@@ -125,7 +125,7 @@ def _run(given: list[str]) -> None:
         command = getattr(importlib.import_module(f"camdistill.commands.{given[0]}"), given[0])
         _quieten()
         with _quiet_event_writers():
-            importlib.import_module("camdistill.commands.parsing").call(command, given)
+            importlib.import_module("camdistill.commands.command_parser").call(command, given)
     else:
         raise UserError(
             f"no command '{given[0]}'; {nearest(given[0], [*LOOPS, *COMMANDS])}. "

@@ -9,10 +9,10 @@ import yaml
 from tiny_study import HERE, TINY, save_teacher, study
 
 from camdistill.cli import main
+from camdistill.experiments.adaptation.adaptation_run import stable
 from camdistill.explain.learnable import LearnableCAM, load_explainer
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
-from camdistill.studies.adaptation import stable
 
 CONFIG = study(
     students={
@@ -29,7 +29,7 @@ CONFIG = study(
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_teacher(tmp_path / "teacher.safetensors")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-    monkeypatch.setattr("camdistill.studies.leakage.STEPS", 3)
+    monkeypatch.setattr("camdistill.experiments.ranking.leakage.STEPS", 3)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -60,8 +60,8 @@ def test_it_adapts_judges_on_fresh_students_and_goes_on(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was done before")
 
-    monkeypatch.setattr("camdistill.studies.adaptation_rounds.adapt_once", never)
-    monkeypatch.setattr("camdistill.studies.adaptation_rounds.teach", never)
+    monkeypatch.setattr("camdistill.experiments.adaptation.adaptation_rounds.adapt_once", never)
+    monkeypatch.setattr("camdistill.experiments.adaptation.adaptation_rounds.teach", never)
     assert main(["adapt", "-c", "tiny.yaml", "--out", "out"]) == 0
     assert (folder / "out/runs.jsonl").read_text() == runs
     again = json.loads((folder / "out/results.json").read_text())
@@ -145,7 +145,7 @@ def test_wrong_methods_are_told_before_anything_is_learnt(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was learnt for nothing")
 
-    monkeypatch.setattr("camdistill.studies.adaptation.learnt", never)
+    monkeypatch.setattr("camdistill.experiments.adaptation.adaptation_run.learnt", never)
     for name, says in (("grad_cm", "no method 'grad_cm'"), ("grad_cam@stage9", "no layer")):
         assert main(["adapt", "-c", "tiny.yaml", "--out", "out", "--methods", name]) == 2
         assert says in capsys.readouterr().err

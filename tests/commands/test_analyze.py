@@ -14,11 +14,11 @@ from torch import nn
 from camdistill import tags
 from camdistill.cli import main
 from camdistill.errors import UserError
-from camdistill.layers.sweep import LayerSweep
+from camdistill.layers.sweep.layer_sweep import LayerSweep
 from camdistill.networks.capture import bare
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
-from camdistill.report.opening import Opening
+from camdistill.report.analysis_run import Opening
 from camdistill.report.tensorboard import scalars
 
 QUICK = ["--count", "24", "--steps", "2", "--cards", "1", "--pictures", "1"]
@@ -154,7 +154,7 @@ def test_stopped_early_leaves_a_report_of_what_was_done(
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("camdistill.report.opening.through_depth", stopped)
+    monkeypatch.setattr("camdistill.report.analysis_run.through_depth", stopped)
     given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(tmp_path / "out")]
     assert main(["analyze", *given, *QUICK, "--layers", "layer3"]) == 130
     assert "Partial report: stopped during the maps through depth" in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_mistake_after_the_sweep_loses_nothing_that_was_computed(
     def mistaken(*_: object, **__: object) -> None:
         raise UserError("the logits don't depend on it")
 
-    monkeypatch.setattr("camdistill.report.opening.close_up", mistaken)
+    monkeypatch.setattr("camdistill.report.analysis_run.close_up", mistaken)
     given = ["--teacher", "resnet20", "--data", "shapes", "--layers", "layer3"]
     out = tmp_path / "out"
     assert main(["analyze", *given, *QUICK, "--out", str(out)]) == 2
@@ -185,7 +185,7 @@ def test_mistake_after_the_sweep_loses_nothing_that_was_computed(
 @pytest.mark.parametrize(
     ("where", "code", "told"),
     [
-        ("camdistill.layers.sweep.told", 130, "start the same command again"),
+        ("camdistill.layers.sweep.layer_sweep.told", 130, "start the same command again"),
         ("camdistill.report.layer_report.charts", 130, "stopped during the charts of the sweep"),
     ],
 )

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from camdistill.claims.networks import backbones
 from camdistill.cli import main
 from camdistill.report.tensorboard import written
-from camdistill.studies.claims import backbones
 
 ROOT = Path(__file__).parents[2]
 LEAST = ["claims", "--count", "16", "--seed", "5"]

@@ -12,12 +12,12 @@ from PIL import Image
 from camdistill import grad_cam, load
 from camdistill.cli import main
 from camdistill.commands.evaluate import evaluate
-from camdistill.commands.sources import source_from
+from camdistill.commands.image_sources import source_from
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
+from camdistill.experiments.evaluation.evaluation_values import read_values
+from camdistill.experiments.evaluation.pooling import read_pool
 from camdistill.report.results import read_results
-from camdistill.studies.pool import read_pool
-from camdistill.studies.values import read_values
 
 STUDENT = "runs/tiny/version_0/student.safetensors"
 LAYERS = ["", "@stage2", "@stage1"]

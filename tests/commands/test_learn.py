@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, name in enumerate(("teacher", "other")):
         save_teacher(tmp_path / f"{name}.safetensors", seed)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-    monkeypatch.setattr("camdistill.studies.metric_rivals.RESAMPLES", 50)
+    monkeypatch.setattr("camdistill.experiments.learned_metric.metric_baselines.RESAMPLES", 50)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -62,7 +62,7 @@ def test_it_learns_tests_and_tells(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was measured before")
 
-    monkeypatch.setattr("camdistill.studies.metric_rivals.measure", never)
+    monkeypatch.setattr("camdistill.experiments.learned_metric.metric_baselines.measure", never)
     before = (folder / "out/metric.safetensors").read_bytes()
     assert main(["learn", "-c", "tiny.yaml", "--out", "out"]) == 0
     assert (folder / "out/metric.safetensors").read_bytes() == before

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from camdistill.cli import main
+from camdistill.commands.command_parser import call, with_lists
 from camdistill.commands.loops import _Told
-from camdistill.commands.parsing import call, with_lists
 
 RUN = Path("runs/tiny/version_0")
 LAST = RUN / "checkpoints/last.ckpt"

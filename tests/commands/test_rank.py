@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "taught_maps.py").write_text(
         "def brightness(network, images, classes):\n    return images.mean(1)\n"
     )
-    monkeypatch.setattr("camdistill.studies.leakage.STEPS", 3)
+    monkeypatch.setattr("camdistill.experiments.ranking.leakage.STEPS", 3)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment
-from camdistill.distill.module import DistilledExplainer
-from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.distilled_explainer import DistilledExplainer
+from camdistill.distill.optimization import Optimisation
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.networks.weights import save_safetensors

@@ -16,7 +16,7 @@ from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment, draw_view, view_images
 from camdistill.distill.checkpoints import load, save
 from camdistill.distill.classifier import Classifier
-from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.optimization import Optimisation
 from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.tensorboard import TensorBoardLogger, scalars

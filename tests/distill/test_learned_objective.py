@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from camdistill.data.views import identity_view
-from camdistill.distill.own_maps import explained
-from camdistill.distill.refining import Arm, Objective, Refinement, Seen
+from camdistill.distill.differentiable_maps import explained
+from camdistill.distill.refinement_targets import Arm, Objective, Refinement, Seen
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample

@@ -23,7 +23,7 @@ from camdistill.distill.objectives import (
 )
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
-from camdistill.measure.localisation import energy_pointing_game
+from camdistill.measure.localization import energy_pointing_game
 from camdistill.networks.students import ShallowCNN
 from camdistill.perturb.bank import Plan, bank
 from camdistill.perturb.imputers import baseline

@@ -11,11 +11,11 @@ from torch import Tensor
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment, draw_view, identity_view
 from camdistill.distill.checkpoints import load, restore, save
+from camdistill.distill.differentiable_maps import constant_answers, explained, settled
 from camdistill.distill.objectives import energy_outside, insertion_deletion
-from camdistill.distill.optimisation import Optimisation
-from camdistill.distill.own_maps import constant_answers, explained, settled
+from camdistill.distill.optimization import Optimisation
+from camdistill.distill.refinement_targets import Objective, Refinement, Seen
 from camdistill.distill.refiner import Refiner
-from camdistill.distill.refining import Objective, Refinement, Seen
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam

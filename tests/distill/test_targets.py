@@ -12,9 +12,9 @@ from torch import nn
 from camdistill.data.datasets import shapes_set
 from camdistill.data.modules import ShapesData
 from camdistill.data.shapes import Shapes
-from camdistill.distill.cache import TeacherCache
-from camdistill.distill.module import DistilledExplainer
+from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.distill.targets import shared_cache
+from camdistill.distill.teacher_cache import TeacherCache
 from camdistill.distill.transfer import LayerPair, Transfer
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain

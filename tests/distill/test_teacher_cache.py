@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from camdistill.data.datasets import ImageSet
-from camdistill.distill import cache as cache_module
-from camdistill.distill.answers import Quantity
-from camdistill.distill.cache import TeacherCache
-from camdistill.distill.cache_files import locked, pack, unpack
+from camdistill.distill import teacher_cache as cache_module
+from camdistill.distill.teacher_cache import TeacherCache
+from camdistill.distill.teacher_maps_plan import Quantity
 from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec, Teacher
+from camdistill.store.array_files import locked, pack, unpack
 
 LAYERS = ("body.0", "body.3")
 EVERYTHING: tuple[Quantity, ...] = ("grad_cam", "attention", "class_maps")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from camdistill.data.modules import ShapesData
 from camdistill.distill.classifier import Classifier
-from camdistill.distill.module import DistilledExplainer
-from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.distilled_explainer import DistilledExplainer
+from camdistill.distill.optimization import Optimisation
 from camdistill.distill.training import as_images, plain, seeded
 from camdistill.distill.transfer import LayerPair, Transfer
 from camdistill.errors import UserError

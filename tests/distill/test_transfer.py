@@ -9,10 +9,10 @@ from torch import Tensor
 
 from camdistill.data.datasets import ImageSet
 from camdistill.data.views import Augment, View, draw_view, identity_view, view_images, view_maps
-from camdistill.distill.answers import Quantity
-from camdistill.distill.cache import TeacherCache
 from camdistill.distill.losses import attention_distance, class_map_distance, map_distance
 from camdistill.distill.targets import cached_targets, live_targets
+from camdistill.distill.teacher_cache import TeacherCache
+from camdistill.distill.teacher_maps_plan import Quantity
 from camdistill.distill.transfer import (
     LayerPair,
     Transfer,

@@ -502,7 +502,7 @@ class Conditional(Switched):
 def test_weights_of_a_normalization_that_are_made_on_the_way_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("camdistill.explain.norms.LEAST", 1)
+    monkeypatch.setattr("camdistill.explain.engine.norms.LEAST", 1)
     network = seeded(Conditional).to(torch.float64).eval()
     true = reference(network, IMAGES[:1], ["a"], torch.tensor([1]))["a"]
     close(grad_cam(network, IMAGES[:1], ["a"], 1)["a"], true, 1e-10)
@@ -636,7 +636,7 @@ def test_threads_that_share_a_network_get_their_own_maps(kind: type[nn.Module]) 
 
 def test_another_thread_may_train_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """While maps are made, a plain forward of another thread keeps its output and its gradients."""
-    monkeypatch.setattr("camdistill.explain.norms.LEAST", 1)
+    monkeypatch.setattr("camdistill.explain.engine.norms.LEAST", 1)
     network = seeded(Thinned).to(torch.float64).eval()
     network(IMAGES).sum().backward()
     true = network.norm.weight.grad.clone()

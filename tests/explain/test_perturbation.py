@@ -284,7 +284,7 @@ def test_ablation_cam_holds_beside_skips(layer: str, generator: torch.Generator)
 
 def ablation_weights(network: nn.Module, images: Tensor, layer: str) -> Tensor:
     from camdistill.explain.ablation import _without_units
-    from camdistill.explain.questions import questions
+    from camdistill.explain.masked_forward import questions
 
     with torch.no_grad():
         asked = questions(network, images, 2, score="logit", logits=None, memory=2**28)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from camdistill.explain import alphas
+from camdistill.explain.engine.forward import alphas
+from camdistill.explain.engine.graph import Behind
+from camdistill.explain.engine.recording import Seen
 from camdistill.explain.gradcam import explain
-from camdistill.explain.graph import Behind
-from camdistill.explain.recording import Seen
 from camdistill.networks.capture import bare
 from camdistill.networks.students import ShallowCNN
 

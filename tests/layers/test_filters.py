@@ -5,8 +5,8 @@ from torch import nn
 
 from camdistill.errors import UserError
 from camdistill.layers.filters import first_filters, summarised, weight_summaries
-from camdistill.layers.histograms import edges
-from camdistill.layers.summary import Point
+from camdistill.layers.sweep.statistics.histograms import edges
+from camdistill.layers.sweep.sweep_summary import Point
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
 

@@ -21,8 +21,8 @@ from torch import nn
 from camdistill.data.datasets import shapes_set
 from camdistill.data.shapes import Shapes
 from camdistill.layers.findings import Finding, findings
-from camdistill.layers.summary import Sweep
-from camdistill.layers.sweep import LayerSweep
+from camdistill.layers.sweep.layer_sweep import LayerSweep
+from camdistill.layers.sweep.sweep_summary import Sweep
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 

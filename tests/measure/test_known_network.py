@@ -12,7 +12,7 @@ from camdistill.measure.faithfulness import (
     infidelity,
     sensitivity_n,
 )
-from camdistill.measure.localisation import (
+from camdistill.measure.localization import (
     average_precision,
     energy_pointing_game,
     iou,

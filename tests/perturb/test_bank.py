@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.perturb.asking import changed_scores, logits_of
 from camdistill.perturb.bank import Plan, bank
+from camdistill.perturb.batched_forward import changed_scores, logits_of
 from camdistill.perturb.imputers import baseline
 
 
@@ -63,7 +63,7 @@ def test_a_callable_stands_for_a_data_sets_own_rendering(images: Tensor) -> None
 def test_forwards_are_bounded_whatever_the_number_of_changes(
     images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("camdistill.perturb.asking._PIXELS_ON_CPU", 800)
+    monkeypatch.setattr("camdistill.perturb.batched_forward._PIXELS_ON_CPU", 800)
     network = Counting(10)
     removed = torch.zeros(1, 9, 10, 10, dtype=torch.bool)
     changed_scores(network, images, torch.zeros(3).long(), removed, images)

@@ -15,8 +15,8 @@ from camdistill.explain.perturbation import occlusion, rise, score_cam
 from camdistill.measure.masking import masked
 from camdistill.measure.removal import deletion, insertion
 from camdistill.measure.scores import agreement, correct, divergence
-from camdistill.perturb.asking import changed_scores
 from camdistill.perturb.bank import Plan, bank
+from camdistill.perturb.batched_forward import changed_scores
 from camdistill.perturb.imputers import baseline
 from camdistill.perturb.probability import log_probabilities, predict_labels, probabilities
 from camdistill.perturb.ranks import ranks

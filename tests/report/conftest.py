@@ -17,13 +17,13 @@ import torch
 from camdistill.data.concepts import shape_concepts
 from camdistill.data.datasets import shapes_set
 from camdistill.data.shapes import Shapes
-from camdistill.layers.close_up import Closeness
+from camdistill.layers.units.unit_inspection import Closeness
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed, Teacher
+from camdistill.report.analysis_data import Subject
+from camdistill.report.analysis_run import Opening
 from camdistill.report.layer_report import LayerReport
-from camdistill.report.opening import Opening
-from camdistill.report.subject import Subject
 
 IMAGES = 40
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from camdistill import tags
+from camdistill.report.analysis_run import Opening
 from camdistill.report.layer_report import front_page
-from camdistill.report.opening import Opening
 from camdistill.report.tensorboard import TensorBoardLogger
 
 CHROMIUM = next(

@@ -16,13 +16,13 @@ from torch import nn
 
 from camdistill import tags
 from camdistill.errors import UserError
-from camdistill.layers.histograms import octaves
 from camdistill.layers.profiles import profiles
+from camdistill.layers.sweep.statistics.histograms import octaves
 from camdistill.networks.students import ShallowCNN
+from camdistill.report.analysis_run import Opening
+from camdistill.report.file_manifest import Written
 from camdistill.report.layer_report import LayerReport, front_page, standardised, steps
-from camdistill.report.opening import Opening
 from camdistill.report.tensorboard import TensorBoardLogger, scalars
-from camdistill.report.written import Written
 
 
 def _events(folder: Path) -> EventAccumulator:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from camdistill.layers.portraits import Portrait
+from camdistill.layers.units.unit_cards import Portrait
 from camdistill.report.unit_figures import card_of
 
 PORTRAIT = Portrait(

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.running import (
+from camdistill.commands.progress import (
     at_once,
     chosen_device,
     processes,
@@ -14,18 +14,22 @@ from camdistill.commands.running import (
     weights_sha256,
 )
 from camdistill.data.modules import ImageData
-from camdistill.files import write_atomically
+from camdistill.experiments.adaptation.adaptation_report import (
+    adaptation_results,
+    adaptation_text,
+    chart,
+)
+from camdistill.experiments.adaptation.adaptation_rounds import Adaptation
+from camdistill.experiments.adaptation.adaptation_run import ADAPTED, adapt_study
+from camdistill.experiments.ranking.ranking_config import Study, Tuning
+from camdistill.experiments.ranking.ranking_run import LEDGER
+from camdistill.experiments.ranking.student_controls import Control
+from camdistill.experiments.ranking.student_task import Recipe
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.networks.weights import sha256_of
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import write_results
-from camdistill.studies.adaptation import ADAPTED, adapt_study
-from camdistill.studies.adaptation_report import adaptation_results, adaptation_text, chart
-from camdistill.studies.adaptation_rounds import Adaptation
-from camdistill.studies.controls import Control
-from camdistill.studies.lessons import Recipe
-from camdistill.studies.plan import Study, Tuning
-from camdistill.studies.simulatability import LEDGER
+from camdistill.store.atomic_files import write_atomically
 
 
 def adapt(

@@ -12,20 +12,20 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import nn
 
+from camdistill.commands.image_sources import Source, source_from
 from camdistill.commands.networks import Shown, networks_from, side_of
-from camdistill.commands.running import chosen_device
-from camdistill.commands.sources import Source, source_from
+from camdistill.commands.progress import chosen_device
 from camdistill.data.concepts import shape_concepts
 from camdistill.errors import UserError
-from camdistill.layers.close_up import Closeness
-from camdistill.layers.points import all_layers, find_layers
+from camdistill.layers.sweep.layer_selection import all_layers, find_layers
+from camdistill.layers.units.unit_inspection import Closeness
 from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
+from camdistill.report.analysis_data import Subject
+from camdistill.report.analysis_run import Opening, Step
+from camdistill.report.file_manifest import SWEEP
 from camdistill.report.layer_report import LayerReport
-from camdistill.report.opening import Opening, Step
 from camdistill.report.results import Cell, text_table
-from camdistill.report.subject import Subject
-from camdistill.report.written import SWEEP
 
 NUMBERS = "pictures/, results.json, numbers.npz of every unit, and what other looks start from"
 STAGES = {"sweep": "every layer, all images", "maps": "maps through depth", "units": "units"}

@@ -7,17 +7,17 @@ from typing import Literal
 import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from camdistill.commands.running import chosen_device
+from camdistill.claims.claim import Lab
+from camdistill.claims.claims_index import PHOTOGRAPHS, chosen
+from camdistill.claims.claims_report import block, verdict, write_pictures
+from camdistill.claims.claims_run import Outcome, outcomes, run_claims
+from camdistill.commands.progress import chosen_device
 from camdistill.data.shapes import Shapes
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.report.tensorboard import how_to_look
-from camdistill.studies.claims.everything import PHOTOGRAPHS, chosen
-from camdistill.studies.claims.rows import Lab
-from camdistill.studies.claims.running import Outcome, outcomes, run_claims
-from camdistill.studies.claims.telling import block, verdict, write_pictures
 
 LEAST = 16  # images: fewer and an interval says nothing
 

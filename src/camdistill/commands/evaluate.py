@@ -8,14 +8,19 @@ from typing import Literal
 
 import numpy as np
 
-from camdistill.commands.evaluated import explainers_of, networks_of
+from camdistill.commands.explainer_specs import explainers_of, networks_of
+from camdistill.commands.image_sources import source_from
 from camdistill.commands.networks import networks_from, side_of
-from camdistill.commands.running import chosen_device, progress_bar
-from camdistill.commands.sources import source_from
+from camdistill.commands.progress import chosen_device, progress_bar
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images, as_taken
 from camdistill.errors import UserError
-from camdistill.files import write_atomically
+from camdistill.experiments.evaluation.evaluation_report import write_pictures
+from camdistill.experiments.evaluation.evaluation_run import Evaluation, Explainer, Subject
+from camdistill.experiments.evaluation.evaluation_run import evaluate as run
+from camdistill.experiments.evaluation.evaluation_tables import told
+from camdistill.experiments.evaluation.meta_evaluation import REFERENCES
+from camdistill.experiments.evaluation.pooling import Pool, makers
 from camdistill.measure.metrics import (
     DEFAULT,
     DEFAULT_WITH_MASKS,
@@ -29,12 +34,7 @@ from camdistill.networks.heads import head_size
 from camdistill.networks.weights import sha256_of, weights_digest
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
-from camdistill.studies.evaluation import Evaluation, Explainer, Subject
-from camdistill.studies.evaluation import evaluate as run
-from camdistill.studies.evaluation_report import write_pictures
-from camdistill.studies.evaluation_tables import told
-from camdistill.studies.meta_evaluation import REFERENCES
-from camdistill.studies.pool import Pool, makers
+from camdistill.store.atomic_files import write_atomically
 
 MEASURED_AS = 3  # goes up when the same settings would give other values
 

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from camdistill.commands.image_sources import ShownImages, images_from
 from camdistill.commands.methods import maps_by_method, method_scores, write_methods
 from camdistill.commands.networks import Shown, networks_from, side_of
-from camdistill.commands.sources import ShownImages, images_from
 from camdistill.distill.training import as_taken
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import Explanation, last_layer
 from camdistill.explain.gradcam import explain as explain_network
-from camdistill.files import write_atomically
 from camdistill.measure.scores import map_scores
 from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
@@ -25,6 +24,7 @@ from camdistill.perturb.probability import probabilities
 from camdistill.report.figures.maps import Row, map_panel
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import Cell, text_table, write_results
+from camdistill.store.atomic_files import write_atomically
 from camdistill.types import Images
 
 Grid = Float[np.ndarray, "height width"]

@@ -16,8 +16,8 @@ from camdistill.commands.networks import side_of, trained_size
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
 from camdistill.explain.exporting import ClosedExplainer
-from camdistill.files import write_atomically
 from camdistill.report.results import Cell, text_table, write_results
+from camdistill.store.atomic_files import write_atomically
 from camdistill.types import Images
 
 Format = Literal["onnx", "torch", "both"]

@@ -12,7 +12,7 @@ from docstring_parser import parse as parse_docstring
 
 from camdistill.commands.options import Parameter, default_of, inside, parameters_of, word_of
 from camdistill.errors import UserError, nearest
-from camdistill.studies.parsing import CLASSES, read_config
+from camdistill.experiments.training.config_errors import CLASSES, read_config
 
 WIDTH = 100
 COLUMN = 34  # where the explanations begin

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.running import (
+from camdistill.commands.progress import (
     at_once,
     chosen_device,
     processes,
@@ -15,10 +15,15 @@ from camdistill.commands.running import (
     unused_teller,
 )
 from camdistill.errors import UserError, check_folder_name
-from camdistill.files import write_atomically
-from camdistill.networks.teachers import Teacher
-from camdistill.report.results import write_results
-from camdistill.studies.metric_learning import (
+from camdistill.experiments.learned_metric.metric_baselines import by_hand
+from camdistill.experiments.learned_metric.metric_report import (
+    Answer,
+    answer_text,
+    answers,
+    beats,
+    results,
+)
+from camdistill.experiments.learned_metric.metric_training import (
     Lessons,
     Recipe,
     demand_kinds,
@@ -29,10 +34,11 @@ from camdistill.studies.metric_learning import (
     unseen_methods,
     unseen_networks,
 )
-from camdistill.studies.metric_report import Answer, answer_text, answers, beats, results
-from camdistill.studies.metric_rivals import by_hand
-from camdistill.studies.plan import Study
-from camdistill.studies.simulatability import LEDGER, ranked
+from camdistill.experiments.ranking.ranking_config import Study
+from camdistill.experiments.ranking.ranking_run import LEDGER, ranked
+from camdistill.networks.teachers import Teacher
+from camdistill.report.results import write_results
+from camdistill.store.atomic_files import write_atomically
 
 METRIC = "metric.safetensors"
 Tell = Callable[[str, int, int], None]

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from camdistill.commands.command_parser import OF_LOOPS, demand_config_of
 from camdistill.commands.help import loop_help
-from camdistill.commands.parsing import OF_LOOPS, demand_config_of
-from camdistill.distill.module import DistilledExplainer
+from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.errors import UserError
-from camdistill.files import read_arrays, write_atomically
+from camdistill.experiments.training.arms_and_seeds import result_rows
+from camdistill.experiments.training.checkpoint_io import LAST
+from camdistill.experiments.training.config_errors import config_files, read_config, translated
+from camdistill.experiments.training.earlier_results import PREDICTIONS
+from camdistill.experiments.training.lightning_cli import Experiment
+from camdistill.experiments.training.option_checks import check_words
 from camdistill.report.results import text_table
 from camdistill.report.tensorboard import how_to_look
-from camdistill.studies.checkpoint_files import LAST
-from camdistill.studies.earlier_results import PREDICTIONS
-from camdistill.studies.experiment import Experiment
-from camdistill.studies.option_checks import check_words
-from camdistill.studies.parsing import config_files, read_config, translated
-from camdistill.studies.runs import result_rows
+from camdistill.store.atomic_files import read_arrays, write_atomically
 
 # What a validation measures: the last words of its tags, as the test's table calls them.
 _VALIDATED = {

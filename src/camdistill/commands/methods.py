@@ -13,12 +13,12 @@ from torch import Tensor
 from camdistill.commands.networks import Shown
 from camdistill.errors import UserError
 from camdistill.explain.methods import AT_PIXELS, INPUT, METHODS, explainer
-from camdistill.files import write_atomically
 from camdistill.measure.scores import map_scores
 from camdistill.networks.teachers import Preprocessed
 from camdistill.report.figures.depth_maps import LayerMap, depth_panel
 from camdistill.report.figures.methods import MethodMap, method_panel
 from camdistill.report.figures.pictures import Picture
+from camdistill.store.atomic_files import write_atomically
 from camdistill.types import Images
 
 Grid = Float[np.ndarray, "height width"]

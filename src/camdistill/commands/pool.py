@@ -4,14 +4,14 @@ import time
 from pathlib import Path
 
 from camdistill.errors import UserError
-from camdistill.files import write_atomically
+from camdistill.experiments.evaluation.evaluation_report import charts, write_cards
+from camdistill.experiments.evaluation.evaluation_tables import told
+from camdistill.experiments.evaluation.evaluation_values import FILE
+from camdistill.experiments.evaluation.pooling import read_pool
 from camdistill.networks.weights import sha256_of
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
-from camdistill.studies.evaluation_report import charts, write_cards
-from camdistill.studies.evaluation_tables import told
-from camdistill.studies.pool import read_pool
-from camdistill.studies.values import FILE
+from camdistill.store.atomic_files import write_atomically
 
 
 def pool(

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.running import (
+from camdistill.commands.progress import (
     at_once,
     chosen_device,
     processes,
@@ -14,16 +14,9 @@ from camdistill.commands.running import (
     weights_sha256,
 )
 from camdistill.data.modules import ImageData
-from camdistill.files import write_atomically
-from camdistill.networks.teachers import NetworkSpec
-from camdistill.report.figures.pictures import save_png
-from camdistill.report.results import write_results
-from camdistill.report.tensorboard import how_to_look
-from camdistill.studies.controls import CONTROLS, Control
-from camdistill.studies.lessons import Recipe
-from camdistill.studies.plan import Study, Tuning
-from camdistill.studies.ranking import blanks, leaks
-from camdistill.studies.ranking_report import (
+from camdistill.experiments.ranking.ranking_analysis import blanks, leaks
+from camdistill.experiments.ranking.ranking_config import Study, Tuning
+from camdistill.experiments.ranking.ranking_report import (
     chart,
     gate_text,
     log_scalars,
@@ -31,7 +24,14 @@ from camdistill.studies.ranking_report import (
     ranking_text,
     results,
 )
-from camdistill.studies.simulatability import LEDGER, Found, ranked
+from camdistill.experiments.ranking.ranking_run import LEDGER, Found, ranked
+from camdistill.experiments.ranking.student_controls import CONTROLS, Control
+from camdistill.experiments.ranking.student_task import Recipe
+from camdistill.networks.teachers import NetworkSpec
+from camdistill.report.figures.pictures import save_png
+from camdistill.report.results import write_results
+from camdistill.report.tensorboard import how_to_look
+from camdistill.store.atomic_files import write_atomically
 
 SHARES = [0.25, 0.5, 0.75]
 

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from camdistill.commands.running import (
+from camdistill.commands.progress import (
     chosen_device,
     processes,
     progress_bar,
@@ -12,28 +12,28 @@ from camdistill.commands.running import (
     unused_teller,
 )
 from camdistill.data.modules import ImageData
-from camdistill.distill.refining import ARMS, Arm, Objective
-from camdistill.files import write_atomically
-from camdistill.networks.teachers import NetworkSpec
-from camdistill.report.figures.pictures import save_png
-from camdistill.report.results import write_results
-from camdistill.report.tensorboard import how_to_look
-from camdistill.studies.refinement import LEDGER, Found, refined
-from camdistill.studies.refinement_plan import (
+from camdistill.distill.refinement_targets import ARMS, Arm, Objective
+from camdistill.experiments.refinement.refinement_config import (
     Judging,
     Plan,
     RefineRecipe,
     StartRecipe,
     StudentRecipe,
 )
-from camdistill.studies.refinement_report import (
+from camdistill.experiments.refinement.refinement_report import (
     chart,
     log_board,
     pictures,
     refinement_text,
     results,
 )
-from camdistill.studies.refinement_work import Workshop
+from camdistill.experiments.refinement.refinement_run import LEDGER, Found, refined
+from camdistill.experiments.refinement.refinement_worker import Workshop
+from camdistill.networks.teachers import NetworkSpec
+from camdistill.report.figures.pictures import save_png
+from camdistill.report.results import write_results
+from camdistill.report.tensorboard import how_to_look
+from camdistill.store.atomic_files import write_atomically
 
 
 def refine(

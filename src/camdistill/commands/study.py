@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from camdistill.files import write_atomically
+from camdistill.experiments.training.arms_and_seeds import Study, run_study, say_definitions
 from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import text_table
 from camdistill.report.tensorboard import how_to_look
-from camdistill.studies.runs import Study, run_study, say_definitions
+from camdistill.store.atomic_files import write_atomically
 
 # What an option of a run may be: a value, or a list as model.transfer.pairs is.
 Setting = bool | int | float | str | list[dict[str, str | float]] | None

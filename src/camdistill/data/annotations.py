@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from camdistill.data import decode
 from camdistill.data.folders import BOXES, MASKS, scan
 from camdistill.errors import UserError, nearest, shortened
-from camdistill.files import check_regular
+from camdistill.store.atomic_files import check_regular
 
 COLUMNS = ["path", "xmin", "ymin", "xmax", "ymax"]
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from camdistill.data import decode
 from camdistill.data.folders import Files
 from camdistill.errors import UserError, writing_mistake
-from camdistill.files import expand_home
+from camdistill.store.atomic_files import expand_home
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from camdistill.data import annotations, cache, folders
 from camdistill.data.shapes import Shapes
 from camdistill.errors import UserError, nearest
-from camdistill.files import expand_home, printable
+from camdistill.store.atomic_files import expand_home, printable
 from camdistill.types import Batch
 
 Positions = NDArray[np.int64]

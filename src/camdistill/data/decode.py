@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from camdistill.errors import UserError, check_number
-from camdistill.files import check_regular
+from camdistill.store.atomic_files import check_regular
 
 # Raise it when decoding changes: every cache is then rebuilt
 VERSION = 1

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from camdistill.data.decode import SUFFIXES, SUPPORTED
 from camdistill.errors import UserError, nearest
-from camdistill.files import expand_home, printable
+from camdistill.store.atomic_files import expand_home, printable
 
 _log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from camdistill.data.loading import Loader, Order
 from camdistill.data.shapes import Shapes
 from camdistill.data.shapes_scene import Task
 from camdistill.errors import UserError
-from camdistill.files import check_memory, expand_home
+from camdistill.store.atomic_files import check_memory, expand_home
 
 _log = logging.getLogger(__name__)
 

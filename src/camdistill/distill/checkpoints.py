@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from camdistill.data.decode import LARGEST_SIDE
 from camdistill.distill.classifier import Classifier
-from camdistill.distill.module import DistilledExplainer
+from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.distill.refiner import Refiner
 from camdistill.errors import UserError, check_number
+from camdistill.explain.engine.request import Classes, Grad, Score
 from camdistill.explain.gradcam import Explanation, explain
-from camdistill.explain.request import Classes, Grad, Score
 from camdistill.networks.class_paths import SAFE_PACKAGES
 from camdistill.networks.fitting import load_state
 from camdistill.networks.heads import head_size

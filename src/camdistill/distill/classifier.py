@@ -8,7 +8,7 @@ from torchmetrics import MeanMetric, SumMetric
 from camdistill import tags
 from camdistill.data.views import Augment
 from camdistill.distill.losses import cross_entropy
-from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.optimization import Optimisation
 from camdistill.distill.training import Training, as_images, in_float32, plain, seeded
 from camdistill.errors import UserError
 from camdistill.measure.intervals import Interval

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from camdistill.explain.maps import relu
 from camdistill.measure.faithfulness import faithfulness_correlation
-from camdistill.perturb.asking import in_parts
 from camdistill.perturb.bank import Bank
+from camdistill.perturb.batched_forward import in_parts
 from camdistill.perturb.probability import log_probabilities
 from camdistill.types import Images, Labels, Logits, Maps, PerImage
 

@@ -15,11 +15,11 @@ from camdistill import tags
 from camdistill.data.datasets import ImageSet
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, view_maps
-from camdistill.distill.demands import check_images
+from camdistill.distill.checks import check_images
+from camdistill.distill.differentiable_maps import explained, settled
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
-from camdistill.distill.optimisation import Optimisation
-from camdistill.distill.own_maps import explained, settled
-from camdistill.distill.refining import (
+from camdistill.distill.optimization import Optimisation
+from camdistill.distill.refinement_targets import (
     Arm,
     Objective,
     Refinement,
@@ -33,7 +33,7 @@ from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, preprocessed
 from camdistill.networks.weights import sha256_of
-from camdistill.perturb.asking import in_parts
+from camdistill.perturb.batched_forward import in_parts
 from camdistill.perturb.probability import label_count, predict_labels
 from camdistill.types import Batch, Images, Labels, Logits, Masks, PerImage
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from camdistill.data.datasets import ImageSet
 from camdistill.data.views import View, view_maps
-from camdistill.distill.answers import Precision, Quantity, likeliest
-from camdistill.distill.cache import TeacherCache
+from camdistill.distill.teacher_cache import TeacherCache
+from camdistill.distill.teacher_maps_plan import Precision, Quantity, likeliest
 from camdistill.distill.transfer import quantity_maps
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import Top, last_layer

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from camdistill import tags
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, draw_view, view_images
-from camdistill.distill.optimisation import Optimisation
+from camdistill.distill.optimization import Optimisation
 from camdistill.errors import UserError, check_number
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed

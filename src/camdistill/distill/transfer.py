@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from camdistill.distill.answers import Quantity
 from camdistill.distill.losses import (
     AttentionForm,
     BetaSchedule,
@@ -18,9 +17,10 @@ from camdistill.distill.losses import (
     map_distance,
     several_maps_distance,
 )
+from camdistill.distill.teacher_maps_plan import Quantity
 from camdistill.errors import UserError, check_number
+from camdistill.explain.engine.request import Classes, Grad
 from camdistill.explain.gradcam import explain, last_layer
-from camdistill.explain.request import Classes, Grad
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Images, Logits, PerImage

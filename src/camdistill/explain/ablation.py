@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.closed_form import TOLERANCE
-from camdistill.explain.footprint import footprint
+from camdistill.explain.engine.closed_form import TOLERANCE
+from camdistill.explain.engine.memory import footprint
+from camdistill.explain.engine.request import Classes, Score, wide
+from camdistill.explain.engine.tokens import Layout, cells_of
 from camdistill.explain.gradcam import explain, last_layer
-from camdistill.explain.questions import Questions, questions, scores_of
-from camdistill.explain.request import Classes, Score, wide
-from camdistill.explain.tokens import Layout, cells_of
+from camdistill.explain.masked_forward import Questions, questions, scores_of
 from camdistill.networks.capture import tensor, visiting
 from camdistill.types import Images
 

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.footprint import footprint, room
+from camdistill.explain.engine.memory import footprint, room
+from camdistill.explain.engine.request import Classes, Request, Score, wide
 from camdistill.explain.gradients import PIXELS, pixel_pass, request, stacked, unreachable
-from camdistill.explain.request import Classes, Request, Score, wide
 from camdistill.types import Images
 
 Channels = Literal["sum", "max_abs"]

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
+from camdistill.explain.engine.request import Classes, ClassNumbers, wide
+from camdistill.explain.engine.tokens import Layout
 from camdistill.explain.gradcam import explain, last_layer
-from camdistill.explain.request import Classes, ClassNumbers, wide
-from camdistill.explain.tokens import Layout
 from camdistill.types import Images, Labels, Logits, PerImage
 
 

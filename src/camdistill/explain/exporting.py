@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.closed_form import head_weight
+from camdistill.explain.engine.closed_form import head_weight
 from camdistill.explain.gradcam import explain, last_layer
 from camdistill.networks.capture import bare, capture
 from camdistill.types import Images

@@ -20,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine import AnotherWayError, Explanation, explained
-from camdistill.explain.hidden_gradients import refusing_reentrant, why_no_gradient
-from camdistill.explain.recording import may_be_last, recordable, spatial_shape
-from camdistill.explain.request import (
+from camdistill.explain.engine.forward import AnotherWayError, Explanation, explained
+from camdistill.explain.engine.hidden_gradients import refusing_reentrant, why_no_gradient
+from camdistill.explain.engine.recording import may_be_last, recordable, spatial_shape
+from camdistill.explain.engine.request import (
     Classes,
     Grad,
     Request,
@@ -34,7 +34,7 @@ from camdistill.explain.request import (
     demand_known,
     demand_separate_images,
 )
-from camdistill.explain.tokens import Layout
+from camdistill.explain.engine.tokens import Layout
 from camdistill.networks.capture import (
     bare,
     exclusive,

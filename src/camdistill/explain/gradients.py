@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from camdistill.errors import UserError
-from camdistill.explain.alphas import HALF_SCALE, demand_separate
-from camdistill.explain.gradcam import last_layer
-from camdistill.explain.graph import Behind
-from camdistill.explain.hidden_gradients import refusing_reentrant, why_no_gradient
-from camdistill.explain.recording import Seen, demand_intact, recordable, recorded_forward
-from camdistill.explain.request import (
+from camdistill.explain.engine.alphas import HALF_SCALE, demand_separate
+from camdistill.explain.engine.graph import Behind
+from camdistill.explain.engine.hidden_gradients import refusing_reentrant, why_no_gradient
+from camdistill.explain.engine.recording import Seen, demand_intact, recordable, recorded_forward
+from camdistill.explain.engine.request import (
     Classes,
     Request,
     Score,
@@ -30,7 +29,8 @@ from camdistill.explain.request import (
     score_columns,
     wide,
 )
-from camdistill.explain.tokens import Layout
+from camdistill.explain.engine.tokens import Layout
+from camdistill.explain.gradcam import last_layer
 from camdistill.networks.capture import exclusive
 from camdistill.types import Activations, Images, Maps
 

@@ -26,10 +26,17 @@ from torch.autograd.graph import Node
 
 from camdistill.errors import UserError
 from camdistill.explain.attribution import Channels, over_channels
-from camdistill.explain.gradients import PIXELS, Pass, pixel_pass, request, stacked, unreachable
+from camdistill.explain.engine.request import Classes, Request, Score
+from camdistill.explain.engine.tokens import Layout
+from camdistill.explain.gradients import (
+    PIXELS,
+    Pass,
+    pixel_pass,
+    request,
+    stacked,
+    unreachable,
+)
 from camdistill.explain.maps import relu, upsample
-from camdistill.explain.request import Classes, Request, Score
-from camdistill.explain.tokens import Layout
 from camdistill.networks.capture import bare
 from camdistill.types import Images
 

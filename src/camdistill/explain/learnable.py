@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
+from camdistill.explain.engine.request import Classes
 from camdistill.explain.gradcam import last_layer
 from camdistill.explain.gradients import gradient_maps
 from camdistill.explain.maps import resize
-from camdistill.explain.request import Classes
 from camdistill.networks.weights import WeightFile, read_weights, save_safetensors
 from camdistill.types import Activations, Images, Labels
 

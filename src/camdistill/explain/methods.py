@@ -17,12 +17,12 @@ from camdistill.explain.attribution import (
     smooth_grad,
 )
 from camdistill.explain.contrast import contrast, counterfactual
+from camdistill.explain.engine.request import Classes, Top
 from camdistill.explain.gradcam import explain as engine
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.guided import deconvnet, guided_backprop, guided_grad_cam
 from camdistill.explain.maps import upsample
 from camdistill.explain.perturbation import occlusion, rise, score_cam
-from camdistill.explain.request import Classes, Top
 from camdistill.explain.variants import (
     cam,
     eigen_cam,

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
+from camdistill.explain.engine.request import Classes, Score, wide
+from camdistill.explain.engine.tokens import Layout
 from camdistill.explain.gradcam import explain
 from camdistill.explain.maps import normalise, upsample
-from camdistill.explain.questions import Fill, questions
-from camdistill.explain.request import Classes, Score, wide
-from camdistill.explain.tokens import Layout
+from camdistill.explain.masked_forward import Fill, questions
 from camdistill.types import Images
 
 Logits = Callable[..., Tensor] | None

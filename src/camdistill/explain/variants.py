@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
+from camdistill.explain.engine.request import Classes, Score, wide
+from camdistill.explain.engine.tokens import Layout
 from camdistill.explain.gradcam import explain
 from camdistill.explain.gradients import gradient_maps
-from camdistill.explain.request import Classes, Score, wide
-from camdistill.explain.tokens import Layout
 from camdistill.networks.capture import bare
 from camdistill.types import Activations, Images, Maps
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from camdistill.layers.filters import FilterBank, WeightSummary
 from camdistill.layers.findings import Finding
-from camdistill.layers.pairing import Pair
-from camdistill.layers.portraits import Portrait
-from camdistill.layers.summary import Sweep
+from camdistill.layers.sweep.sweep_summary import Sweep
 from camdistill.layers.through_depth import ThroughDepth
+from camdistill.layers.units.unit_cards import Portrait
+from camdistill.layers.units.unit_pairs import Pair
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
+from camdistill.explain.engine.hidden_gradients import refusing_reentrant
+from camdistill.explain.engine.request import Classes, wide
 from camdistill.explain.gradcam import explain
-from camdistill.explain.hidden_gradients import refusing_reentrant
-from camdistill.explain.request import Classes, wide
 from camdistill.types import Images, Labels
 
 

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.request import wide
-from camdistill.layers.histograms import HistogramCounts, rebinned
-from camdistill.layers.summary import Histogram, Point
+from camdistill.explain.engine.request import wide
+from camdistill.layers.sweep.statistics.histograms import HistogramCounts, rebinned
+from camdistill.layers.sweep.sweep_summary import Histogram, Point
 from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
 from camdistill.networks.fusion import fold, foldable
 from camdistill.networks.teachers import Preprocessed

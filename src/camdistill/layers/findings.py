@@ -18,8 +18,8 @@ from typing import Literal, get_args
 
 import torch
 
-from camdistill.layers.likeness import Match
-from camdistill.layers.summary import LayerSummary, Sweep
+from camdistill.layers.sweep.statistics.similarity import Match
+from camdistill.layers.sweep.sweep_summary import LayerSummary, Sweep
 
 Kind = Literal[
     "not finite",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from camdistill.layers.summary import LayerSummary, Sweep
+from camdistill.layers.sweep.sweep_summary import LayerSummary, Sweep
 
 
 class Profile(NamedTuple):

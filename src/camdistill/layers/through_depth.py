@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.layers.contributions import contributions
-from camdistill.layers.summary import LayerSummary
+from camdistill.layers.sweep.sweep_summary import LayerSummary
 from camdistill.perturb.probability import probabilities
 from camdistill.types import Images
 

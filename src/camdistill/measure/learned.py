@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camdistill.errors import UserError
+from camdistill.explain.engine.request import wide
 from camdistill.explain.gradcam import explain, last_layer
 from camdistill.explain.maps import relu, resize
-from camdistill.explain.request import wide
 from camdistill.networks.weights import WeightFile, read_weights, save_safetensors
 from camdistill.types import Images, Labels, PerImage
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from camdistill.explain.compare import pearson
 from camdistill.explain.maps import normalise
-from camdistill.perturb.asking import logits_of
+from camdistill.perturb.batched_forward import logits_of
 from camdistill.perturb.probability import probabilities
 from camdistill.perturb.ranks import demand_finite
 from camdistill.types import Explain, Images, Labels, Maps, PerImage

@@ -15,16 +15,16 @@ from camdistill.measure import (
     boxes,
     complexity,
     faithfulness,
-    localisation,
+    localization,
     masking,
-    randomisation,
+    randomization,
     removal,
     robustness,
 )
 from camdistill.measure.learned import Context, LearnedMetric, context, load_metric
 from camdistill.measure.metrics import FILE, metric_of
-from camdistill.perturb.asking import logits_of
 from camdistill.perturb.bank import Bank, Plan, bank
+from camdistill.perturb.batched_forward import logits_of
 from camdistill.perturb.imputers import BASELINES, baseline
 from camdistill.perturb.ranks import Ranks, ranks
 from camdistill.types import Explain, Images, Labels, Logits, Maps, Masks, PerImage
@@ -269,12 +269,12 @@ def _localisation(shot: _Shot) -> dict[str, PerImage]:
     pixels = shot.maps.shape[1]
     near = 2 * pixels / 32  # TorchRay's 15 pixels of 224, at this size
     return {
-        "rank_accuracy": localisation.relevance_rank_accuracy(shot.order, masks),
-        "energy_share": localisation.energy_pointing_game(shot.maps, masks),
-        "energy_lift": localisation.energy_lift(shot.maps, masks),
-        "pointing_game": localisation.pointing_game(shot.order, masks, near),
-        "iou": localisation.iou(shot.maps, masks),
-        "average_precision": localisation.average_precision(shot.maps, masks),
+        "rank_accuracy": localization.relevance_rank_accuracy(shot.order, masks),
+        "energy_share": localization.energy_pointing_game(shot.maps, masks),
+        "energy_lift": localization.energy_lift(shot.maps, masks),
+        "pointing_game": localization.pointing_game(shot.order, masks, near),
+        "iou": localization.iou(shot.maps, masks),
+        "average_precision": localization.average_precision(shot.maps, masks),
         "box_error": boxes.localisation_error(shot.maps, boxes.box_around(masks)),
     }
 
@@ -289,7 +289,7 @@ def _random_logit(shot: _Shot) -> PerImage:
     given, explain = shot.scene, shot.explain
     assert explain is not None, "asked before"
     other = given.generator("other class")
-    return randomisation.random_logit(
+    return randomization.random_logit(
         explain, given.network, given.images, given.classes, given.logits, other
     )
 
@@ -297,7 +297,7 @@ def _random_logit(shot: _Shot) -> PerImage:
 def _randomisation(shot: _Shot) -> PerImage:
     given, explain = shot.scene, shot.explain
     assert explain is not None, "asked before"
-    return randomisation.efficient_randomisation(
+    return randomization.efficient_randomisation(
         explain, given.network, given.images, given.classes, given.generator("weights")
     )
 
@@ -305,7 +305,7 @@ def _randomisation(shot: _Shot) -> PerImage:
 def _smooth_randomisation(shot: _Shot) -> PerImage:
     given, explain = shot.scene, shot.explain
     assert explain is not None, "asked before"
-    found = randomisation.smooth_randomisation(
+    found = randomization.smooth_randomisation(
         explain, given.network, given.images, given.classes, given.generator("weights")
     )
     return torch.stack(list(found.values())).mean(0)

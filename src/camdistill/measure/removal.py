@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camdistill.perturb.asking import Shown, changed_scores
+from camdistill.perturb.batched_forward import Shown, changed_scores
 from camdistill.perturb.imputers import noisy_linear
 from camdistill.perturb.ranks import Ranks, first_pixels, level_counts
 from camdistill.types import Images, Labels, PerImage

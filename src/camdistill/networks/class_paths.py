@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from camdistill.errors import UserError, nearest, shortened
-from camdistill.files import check_memory
+from camdistill.store.atomic_files import check_memory
 
 Argument = bool | int | float | str | list[int] | list[float] | list[str] | None
 Factory = Callable[..., object]

@@ -5,7 +5,7 @@ from typing import cast
 from torch import nn
 
 from camdistill.errors import UserError
-from camdistill.files import check_memory
+from camdistill.store.atomic_files import check_memory
 
 Head = nn.Linear | nn.Conv2d
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 
 from camdistill.errors import UserError, mistake_of_system, nearest
-from camdistill.files import expand_home, write_atomically
+from camdistill.store.atomic_files import expand_home, write_atomically
 
 # Where training programs put the weights inside their checkpoints, the usual ones first.
 WRAPPERS = (

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.perturb.asking import Shown, changed_scores, logits_of
+from camdistill.perturb.batched_forward import Shown, changed_scores, logits_of
 from camdistill.perturb.probability import probabilities
 from camdistill.types import Images, Labels, Maps, PerImage
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from torch import Tensor, nn
 
 from camdistill.layers.filters import FilterBank
-from camdistill.layers.summary import Point
+from camdistill.layers.sweep.sweep_summary import Point
 from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
 from camdistill.types import Images
 

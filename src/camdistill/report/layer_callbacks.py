@@ -9,11 +9,11 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from camdistill import tags
 from camdistill.layers.filters import WeightSummary, binned_weights, weight_summaries
-from camdistill.layers.histograms import octaves
-from camdistill.layers.plan import Options
 from camdistill.layers.profiles import profiles
-from camdistill.layers.summary import Sweep
-from camdistill.layers.sweep import sweep
+from camdistill.layers.sweep.layer_sweep import sweep
+from camdistill.layers.sweep.statistics.histograms import octaves
+from camdistill.layers.sweep.sweep_plan import Options
+from camdistill.layers.sweep.sweep_summary import Sweep
 from camdistill.networks.teachers import Preprocessed
 from camdistill.report.figures.depth import Profile, profile_chart
 from camdistill.report.tensorboard import (

@@ -9,9 +9,9 @@ import torch
 from camdistill import tags
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.filters import FilterBank, WeightSummary
-from camdistill.layers.histograms import octaves
 from camdistill.layers.profiles import profiles
-from camdistill.layers.summary import Histogram
+from camdistill.layers.sweep.statistics.histograms import octaves
+from camdistill.layers.sweep.sweep_summary import Histogram
 from camdistill.layers.through_depth import ThroughDepth
 from camdistill.report.figures.depth import (
     LogHistogram,

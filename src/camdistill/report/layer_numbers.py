@@ -9,10 +9,10 @@ from jaxtyping import Shaped
 
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.filters import weight_rows
-from camdistill.layers.histograms import edges
-from camdistill.layers.portraits import Portrait
 from camdistill.layers.profiles import rows_by_layer
-from camdistill.layers.summary import Histogram, LayerSummary
+from camdistill.layers.sweep.statistics.histograms import edges
+from camdistill.layers.sweep.sweep_summary import Histogram, LayerSummary
+from camdistill.layers.units.unit_cards import Portrait
 
 Numbers = Shaped[np.ndarray, "..."]
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from camdistill import tags
 from camdistill.layers.analysis import Analysis
-from camdistill.layers.summary import LayerSummary
+from camdistill.layers.sweep.sweep_summary import LayerSummary
 
 
 def findings_page(found: Analysis) -> str:

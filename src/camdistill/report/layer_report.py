@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from camdistill import tags
-from camdistill.files import write_atomically
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.filters import (
     FilterBank,
@@ -21,13 +20,14 @@ from camdistill.layers.filters import (
     binned_weights,
 )
 from camdistill.layers.findings import Finding
-from camdistill.layers.histograms import octaves, quantile, rebinned
-from camdistill.layers.pairing import Pair
-from camdistill.layers.portraits import Portrait
 from camdistill.layers.profiles import profiles
-from camdistill.layers.summary import Histogram, LayerSummary
+from camdistill.layers.sweep.statistics.histograms import octaves, quantile, rebinned
+from camdistill.layers.sweep.sweep_summary import Histogram, LayerSummary
 from camdistill.layers.through_depth import ThroughDepth
+from camdistill.layers.units.unit_cards import Portrait
+from camdistill.layers.units.unit_pairs import Pair
 from camdistill.report.figures.pictures import Picture, save_png
+from camdistill.report.file_manifest import EVENTS, SWEEP, Written
 from camdistill.report.layer_figures import (
     charts,
     depth_picture,
@@ -41,7 +41,7 @@ from camdistill.report.layer_page import findings_page, layers_page, report_page
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import TensorBoardLogger, front_page_url
 from camdistill.report.unit_figures import pair_picture, unit_picture
-from camdistill.report.written import EVENTS, SWEEP, Written
+from camdistill.store.atomic_files import write_atomically
 
 FILES = ("report.md", "results.json", "numbers.npz")
 REPORT = "report"  # the run of what belongs to no network alone

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from camdistill.errors import UserError, nearest
-from camdistill.files import write_atomically
 from camdistill.measure.intervals import Interval
+from camdistill.store.atomic_files import write_atomically
 
 Cell = Interval | float | int | str | None
 # A whole string, so that nothing in it is taken for a list; or a list of numbers, true or null.

@@ -37,7 +37,7 @@ from torch.utils.tensorboard.summary import custom_scalars
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from camdistill import tags
-from camdistill.files import expand_home
+from camdistill.store.atomic_files import expand_home
 
 Picture = UInt8[np.ndarray, "height width 3"]
 MAX_STEP = 2**62

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from camdistill.layers.filters import FilterBank
-from camdistill.layers.pairing import Pair
-from camdistill.layers.portraits import Portrait
+from camdistill.layers.units.unit_cards import Portrait
+from camdistill.layers.units.unit_pairs import Pair
 from camdistill.report.figures.pictures import Picture
 from camdistill.report.figures.tiles import Tile, filter_tiles, patch_tile
 from camdistill.report.figures.units import PATCH, SIDE, UnitCard, unit_sheet

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.Image import Resampling
 
-from camdistill.files import write_atomically
+from camdistill.store.atomic_files import write_atomically
 
 Picture = UInt8[np.ndarray, "_tall _wide 3"]  # pictures of one call differ in size
 Colours = Float[np.ndarray, "tall wide 3"]

@@ -1,0 +1,107 @@
+"""Networks that rows need beside the shipped ones: one trunk with the two heads of the paper.
+
+Both start from the student's trunk and get a new head, as the paper's start from VGG-16's: fully
+connected layers learn little of Shapes from nothing, whose objects may stand anywhere (0.13 to 0.55
+right after 8 epochs, pooling 0.97).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from camdistill.claims.claim import Lab
+from camdistill.claims.networks.claim_training import trained
+from camdistill.data.modules import ShapesData
+from camdistill.data.views import Augment
+from camdistill.distill.classifier import Classifier
+from camdistill.distill.optimization import Optimisation
+from camdistill.distill.training import seeded
+from camdistill.errors import UserError
+from camdistill.networks.capture import bare
+from camdistill.networks.students import ShallowCNN
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
+from camdistill.types import Images, Logits
+
+HIDDEN = 128
+EPOCHS, IMAGES = 3, 12000
+RUNS = 5  # trainings of each, where a row speaks of training
+
+
+class FlattenedCNN(ShallowCNN):
+    """A `ShallowCNN` with VGG's head: max pooling, then every cell fully connected, twice.
+
+    CAM does not exist for it.
+
+    Args:
+        classes: Number of logits.
+        channels: Of the stages.
+        strides: Likewise.
+        size: Of the images, in pixels: the head's weights are for this size alone.
+    """
+
+    def __init__(
+        self,
+        classes: int = 8,
+        channels: Sequence[int] = (32, 64, 64, 96),
+        strides: Sequence[int] = (1, 2, 2, 1),
+        size: int = 32,
+    ) -> None:
+        super().__init__(classes, channels, strides)
+        del self.linear  # heads are found by the order of definition: the last one is the head
+        for stride in strides:
+            size = (size - 1) // stride + 1
+        self.pool = nn.MaxPool2d(2)
+        self.hidden = nn.Linear(channels[-1] * (size // 2) ** 2, HIDDEN)
+        self.relu = nn.ReLU()
+        self.linear = nn.Linear(HIDDEN, classes)
+
+    def forward(self, images: Images) -> Logits:
+        """Logits of normalised images."""
+        cells = images
+        for index in range(1, self.stages + 1):
+            cells = self.get_submodule(f"stage{index}")(cells)
+        hidden = self.relu(self.hidden(torch.flatten(self.pool(cells), 1)))
+        return self.linear(hidden)  # type: ignore[no-any-return]
+
+
+def flattened(lab: Lab, run: int = 0) -> Preprocessed:
+    """The student's trunk with fully connected layers behind it, as VGG-16 and AlexNet have."""
+    path = f"{FlattenedCNN.__module__}.{FlattenedCNN.__qualname__}"
+    return _trained(lab, f"flattened{run}", run, path, {"size": lab.shapes.size})
+
+
+def pooled(lab: Lab, run: int = 0) -> Preprocessed:
+    """The same trunk with pooling and a linear layer: what CAM asks for."""
+    return _trained(lab, f"pooled{run}", run, "shallow_cnn", {})
+
+
+def _trained(lab: Lab, name: str, run: int, path: str, more: dict[str, int]) -> Preprocessed:
+    trunk = bare(lab.student)
+    if not isinstance(trunk, ShallowCNN):
+        raise UserError(
+            f"the student is a {type(trunk).__name__}, and this row gives a shallow_cnn other "
+            "heads: name one with --student, such as checkpoints/shapes-student.safetensors"
+        )
+    seed = RUNS * lab.seed + run
+    numbers = range(1, trunk.stages + 1)
+    weights = [trunk.get_parameter(f"stage{number}.conv.weight") for number in numbers]
+    strides = [one.stride[0] for one in trunk.modules() if isinstance(one, nn.Conv2d)]
+    args: dict[str, int | float | str | list[int] | list[float] | list[str] | None] = {
+        "classes": lab.shapes.classes,
+        "channels": [len(weight) for weight in weights],
+        "strides": strides,
+        **more,
+    }
+    spec = NetworkSpec(path, args=args)
+    module = Classifier(
+        spec,
+        augment=Augment(crop="pad", padding=3, flip=True),
+        optimisation=Optimisation("adamw", lr=2e-3, weight_decay=1e-2),
+        seed=seed,
+    )
+    module.network = seeded(seed, lambda: preprocessed(spec))
+    kept = {key: value for key, value in trunk.state_dict().items() if key.startswith("stage")}
+    module.network.network.load_state_dict(kept, strict=False)
+    data = ShapesData(lab.shapes.classes, train=IMAGES, val=1, test=1, seed=seed)
+    return trained(lab, name, module, data, epochs=EPOCHS)

@@ -1,0 +1,62 @@
+"""A network's own maps and answers with a graph, as what refines it needs them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from camdistill.explain.engine.request import wide
+from camdistill.explain.gradcam import explain
+from camdistill.networks.teachers import Preprocessed
+from camdistill.types import Images, Labels, Logits
+
+Cam = Literal["grad_cam", "hires_cam"]
+LayerMaps = Float[Tensor, "batch rows columns"]
+
+
+def explained(
+    network: Preprocessed,
+    images: Images,
+    cam: Cam = "grad_cam",
+    layer: str | None = None,
+    classes: Labels | None = None,
+) -> tuple[Logits, Labels, LayerMaps]:
+    """Logits, own top classes (or those given) and their maps, all with a graph.
+
+    HiResCAM is sum_k A_k dS/dA_k (Draelos and Carin 2020, https://arxiv.org/abs/2011.08891).
+    """
+    layers = None if layer is None else [layer]
+    if cam == "grad_cam":
+        found = explain(network, images, layers, classes, grad="full")
+        (maps,) = found.maps.values()
+        return found.logits, found.classes, maps
+    found = explain(network, images, layers, classes, grad="full", maps=False)
+    (activations,) = found.activations.values()
+    with torch.autocast(images.device.type, enabled=False):
+        scores = found.logits.float().gather(1, found.classes[:, None]).sum()
+        (gradient,) = torch.autograd.grad(scores, activations, create_graph=True)
+        maps = (wide(activations) * wide(gradient)).sum(1)
+    return found.logits, found.classes, maps
+
+
+def constant_answers(network: nn.Module, images: Images) -> Logits:
+    """A network's logits with a graph to the images, and none to the weights."""
+    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    logits: Logits = functional_call(network, weights, (images,))
+    return logits
+
+
+@contextmanager
+def settled(network: nn.Module) -> Iterator[None]:
+    """In eval mode: what is explained is the network that will be used, and no image another's."""
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        network.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

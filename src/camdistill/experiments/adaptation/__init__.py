@@ -1,0 +1,1 @@
+"""An explainer's parameters adapted to what its maps teach."""

@@ -1,0 +1,131 @@
+"""An evaluation as pictures, as files and in TensorBoard."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from camdistill import tags
+from camdistill.experiments.evaluation.evaluation_run import Evaluation, maps_of, pictures
+from camdistill.experiments.evaluation.evaluation_values import CURVES, Values, signed
+from camdistill.experiments.evaluation.pooling import Pool
+from camdistill.measure.intervals import Interval
+from camdistill.measure.metrics import metric_of
+from camdistill.measure.removal import LEVELS
+from camdistill.report.figures.curves import removal_chart
+from camdistill.report.figures.intervals import interval_chart
+from camdistill.report.figures.maps import Row, map_panel
+from camdistill.report.figures.pictures import Picture, save_png
+from camdistill.report.tensorboard import TensorBoardLogger
+
+SHOWN = 4  # best images, and as many worst ones
+ABREAST = 5  # charts in one line
+
+
+def write_pictures(
+    evaluation: Evaluation,
+    pool: Pool,
+    table: Mapping[str, Mapping[str, Interval]],
+    text: str,
+    folder: Path,
+) -> None:
+    """Writes charts, curves, best and worst images of one evaluation as PNG files and as cards."""
+    found = charts(pool, table)
+    found[tags.BEST_AND_WORST] = _best_and_worst(evaluation, pool.runs[0])
+    write_cards(found, text, folder)
+
+
+def write_cards(found: Mapping[str, Picture | None], text: str, folder: Path) -> None:
+    """Writes pictures, by their tag, as PNG files and as TensorBoard cards, beside the text.
+
+    What an earlier run left of these, in files and in cards, goes: None is no picture.
+    """
+    for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+        old.unlink()
+    logger = TensorBoardLogger(folder, version="tensorboard")
+    for tag, picture in found.items():
+        path = folder / f"{tags.short(tag)}.png"
+        if picture is None:
+            path.unlink(missing_ok=True)
+        else:
+            save_png(path, picture)
+            logger.log_picture(tag, picture, 0)
+    logger.log_text(tags.EVALUATION_TABLE, f"```\n{text}\n```")
+    logger.log_text(tags.HOW_TO_READ, tags.how_to_read())
+    logger.finalize("success")
+
+
+def charts(pool: Pool, table: Mapping[str, Mapping[str, Interval]]) -> dict[str, Picture | None]:
+    """By tag: intervals of what was measured, and the curves; None where there is nothing."""
+    return {
+        tags.FAITHFULNESS: _chart(pool, table, mask=False),
+        tags.LOCALISATION: _chart(pool, table, mask=True),
+        tags.CURVES: _curves(pool),
+    }
+
+
+def _chart(
+    pool: Pool, table: Mapping[str, Mapping[str, Interval]], *, mask: bool
+) -> Picture | None:
+    chosen = [metric for metric in pool.metrics if (metric_of(metric).use == "mask") == mask]
+    titles = {metric: f"{metric} ({'+' if metric_of(metric).higher else '-'})" for metric in chosen}
+    rows = {
+        entry: {titles[metric]: row[metric] for metric in chosen if metric in row}
+        for entry, row in table.items()
+    }
+    shown = [title for title in titles.values() if any(title in row for row in rows.values())]
+    several = " and seeds" if any(pool.seeds(name) > 1 for name in pool.real) else ""
+    title = f"+ higher, - lower is better; 95 % intervals over {pool.images} images{several}"
+    lines = []
+    for start in range(0, len(shown), ABREAST):
+        part = shown[start : start + ABREAST]
+        chosen_rows = {
+            entry: {name: row[name] for name in part if name in row} for entry, row in rows.items()
+        }
+        lines.append(interval_chart(chosen_rows, title=title if start == 0 else ""))
+    return _stacked(lines) if lines else None
+
+
+def _stacked(lines: Sequence[Picture]) -> Picture:
+    """One below the other, on white."""
+    width = max(line.shape[1] for line in lines)
+    wide = [
+        np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255)
+        for line in lines
+    ]
+    return np.concatenate(wide)
+
+
+def _curves(pool: Pool) -> Picture | None:
+    drawn: dict[str, dict[str, Float[np.ndarray, "rows levels"]]] = {}
+    for metric in CURVES:
+        for name in (*pool.real, "random", "oracle"):
+            if (curve := pool.curve(name, metric)) is not None:
+                drawn.setdefault(metric, {})[name] = curve
+    return removal_chart(drawn, LEVELS, dashed=("random", "oracle")) if drawn else None
+
+
+def _best_and_worst(evaluation: Evaluation, values: Values) -> Picture | None:
+    """Of the first explainer, by the first metric that ranks."""
+    chosen = [metric for metric in values.metrics if metric_of(metric).use == "rank"]
+    if not chosen:
+        return None
+    metric, explainer = chosen[0], evaluation.explainers[0]
+    scores = values.of(explainer.name, metric)
+    order = np.argsort(-signed(metric) * scores)
+    order = order[~np.isnan(scores[order])]
+    shown = min(SHOWN, len(order) // 2)
+    rows = []
+    for place in (*order[:shown], *order[len(order) - shown :]):
+        start = int(place) // evaluation.batch * evaluation.batch
+        images = pictures(evaluation, start)
+        classes = evaluation.subject.network(images).argmax(1)
+        maps = maps_of(explainer, evaluation.subject.network, images, classes, start)
+        within = int(place) - start
+        name = str(evaluation.subject.images.names[int(place)])
+        caption = [name[-20:], f"{scores[place]:.3f}"]
+        rows.append(Row(images[within].cpu().numpy(), maps[within].cpu().numpy(), None, caption))
+    title = f"best and worst by {metric}"
+    # Of an explainer of any kind, whose unit isn't known.
+    return map_panel(rows, title=title, abreast=2, first=explainer.name, unit="") if rows else None

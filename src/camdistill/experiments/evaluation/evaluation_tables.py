@@ -1,0 +1,166 @@
+"""An evaluation, or several, in words: intervals, differences, and what to beware of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from camdistill.experiments.evaluation.meta_evaluation import Verdict, beaten, rows, verdicts
+from camdistill.experiments.evaluation.pooling import Pool, Table, differences, means
+from camdistill.measure.intervals import Interval
+from camdistill.measure.metrics import OF_WEIGHTS, Use, metric_of
+from camdistill.report.results import Cell, text_table
+
+_BLOCKS: dict[str, tuple[Use, ...]] = {
+    "faithfulness": ("rank", "reference"),
+    "from papers, not to be trusted": ("paper",),
+    "localisation": ("mask",),
+    "learned from what maps taught": ("learned",),
+    "size of the map, and gates": ("axis", "gate"),
+}
+_COMPARED: tuple[Use, ...] = ("rank", "reference", "mask", "learned")
+Told = Mapping[str, Mapping[str, Cell]]
+
+
+def told(pool: Pool, seed: int, *, meta: bool) -> tuple[dict[str, object], Table, str]:
+    """What was found: for results.json, for charts, and as text.
+
+    Args:
+        pool: One evaluation or several.
+        seed: Of the resampling.
+        meta: Put the metrics to the test: needs a ladder.
+    """
+    table, gains = means(pool, seed), differences(pool, seed)
+    beats = {metric: beaten(pool, metric, seed) for metric in pool.metrics}
+    judged = [verdicts(run, seed) for run in pool.runs] if meta else []
+    blocks = _blocks(pool, {_titled(pool, name): row for name, row in table.items()})
+    of_use = [metric for metric in pool.metrics if metric_of(metric).use in _COMPARED]
+    minus = {f"{_titled(pool, name)} minus {pool.real[0]}": row for name, row in gains.items()}
+    if of_use and any(minus.values()):
+        blocks.append(_block("differences, image by image", of_use, minus, f"n = {pool.images}"))
+    blocks.append(_warnings(pool, beats))
+    blocks.append(_costs(pool))
+    if judged:
+        runs = len(judged)
+        over = f"; means of {runs} evaluations [lowest, highest]" if runs > 1 else ""
+        blocks.append(
+            "The metrics, put to the test (tau: Kendall's with the reference, over all maps or the "
+            f"explainers alone{over})\n" + text_table(_meta_rows(judged), corner="metric", digits=2)
+        )
+    everyone = (*pool.real, *pool.controls)
+    results: dict[str, object] = {
+        "n": pool.images,
+        "seeds": {name: pool.seeds(name) for name in pool.real},
+        "explainers": {name: table[name] for name in pool.real},
+        "controls": {name: table[name] for name in pool.controls},
+        "minus_first": gains,
+        "failed": {name: pool.counted("failed", name) for name in everyone},
+        "blank": {name: pool.counted("blank", name) for name in everyone},
+        "seconds_a_map": {name: pool.seconds(name) for name in pool.real},
+        "controls_above": {metric: pairs for metric, pairs in beats.items() if pairs},
+    }
+    if judged:
+        by_run = [{name: asdict(one) for name, one in found.items()} for found in judged]
+        results["meta"] = by_run[0] if len(by_run) == 1 else by_run
+    return results, table, "\n\n".join(blocks) + "\n"
+
+
+def _titled(pool: Pool, name: str) -> str:
+    """A row's name, with the number of its seeds."""
+    count = pool.seeds(name)
+    return f"{name} ({count} seeds)" if count > 1 else name
+
+
+def _blocks(pool: Pool, table: Table) -> list[str]:
+    found = []
+    for title, uses in _BLOCKS.items():
+        columns = [metric for metric in pool.metrics if metric_of(metric).use in uses]
+        if columns:
+            found.append(_block(title, columns, table, f"n = {pool.images}"))
+    return found
+
+
+def _block(
+    title: str, columns: Sequence[str], table: Mapping[str, Mapping[str, Interval]], corner: str
+) -> str:
+    arrows = {metric: f"{metric} {'+' if metric_of(metric).higher else '-'}" for metric in columns}
+    shown: dict[str, dict[str, Cell]] = {
+        entry: {arrows[metric]: row.get(metric) for metric in columns}
+        for entry, row in table.items()
+        if any(metric in row for metric in columns)
+    }
+    return f"{title}\n{text_table(shown, corner=corner)}"
+
+
+def _warnings(pool: Pool, beats: Mapping[str, Sequence[str]]) -> str:
+    lines = ["+ higher is better, - lower is better; 95 % intervals over images, and seeds if any."]
+    for metric, pairs in beats.items():
+        if pairs and metric_of(metric).use in ("rank", "paper", "mask", "learned"):
+            lines.append(f"Don't rank by {metric} here, controls stand above: {', '.join(pairs)}")
+    for name in pool.real:
+        lines += _gaps(pool, name)
+    return "\n".join(lines)
+
+
+def _gaps(pool: Pool, name: str) -> list[str]:
+    """What of an explainer could not be measured."""
+    lines = _by_construction(pool, name)
+    whole = pool.images * pool.maps(name)
+    if count := pool.counted("failed", name):
+        lines.append(f"{name}: {count} of {whole} maps failed (NaN or infinity)")
+    if count := pool.counted("blank", name):
+        lines.append(f"{name}: {count} of {whole} maps blank")
+    for metric in pool.metrics:
+        known = ~np.isnan(pool.scores(name, metric))
+        if 0 < (without := int((~known.any(1)).sum())) < len(known):
+            lines.append(f"{name}: {without} of {len(known)} seeds have no value of {metric}")
+        common = int(known[known.any(1)].all(0).sum()) if known.any() else 0
+        if 0 < common < pool.images:
+            lines.append(f"{name}: {metric} is over {common} of {pool.images} images")
+    return lines
+
+
+def _by_construction(pool: Pool, name: str) -> list[str]:
+    """What isn't measured of an explainer whose maps another network makes."""
+    if np.isnan(pool.seconds(name)) or pool.counted("failed", name) == pool.images:
+        return []
+    return [
+        f"{name}: no {metric}, which would be {OF_WEIGHTS[metric]} by construction: its maps are "
+        "another network's, and redrawing the weights of the explained one changes nothing"
+        for metric in pool.metrics
+        if metric in OF_WEIGHTS and np.isnan(pool.scores(name, metric)).all()
+    ]
+
+
+def _costs(pool: Pool) -> str:
+    costs = ", ".join(
+        f"{name} {1e3 * pool.seconds(name):.2f}"
+        for name in pool.real
+        if not np.isnan(pool.seconds(name))
+    )
+    return f"Milliseconds to make a map, batched: {costs or 'stored'}"
+
+
+def _meta_rows(judged: Sequence[Mapping[str, Verdict]]) -> dict[str, dict[str, Cell]]:
+    """One evaluation's verdicts; of several the mean with the lowest and the highest."""
+    tables = [rows(found) for found in judged]
+    if len(tables) == 1:
+        return tables[0]
+    shared = [metric for metric in tables[0] if all(metric in table for table in tables)]
+    return {
+        metric: {
+            column: _over_runs([table[metric].get(column) for table in tables])
+            for column in tables[0][metric]
+        }
+        for metric in shared
+    }
+
+
+def _over_runs(cells: Sequence[Cell]) -> Cell:
+    numbers = [cell.mean if isinstance(cell, Interval) else cell for cell in cells]
+    known = [number for number in numbers if isinstance(number, int | float)]
+    if len(known) < len(numbers):
+        return cells[0] if isinstance(cells[0], str) else None
+    if all(isinstance(number, int) for number in known):
+        return f"{min(known)} to {max(known)}" if min(known) < max(known) else min(known)
+    return Interval(float(np.mean(known)), float(min(known)), float(max(known)))

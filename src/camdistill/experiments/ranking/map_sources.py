@@ -1,0 +1,309 @@
+"""Where the maps that students are taught come from: a method, a file, a function, or a mask."""
+
+import functools
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from camdistill.data.datasets import ImageSet, PixelArray
+from camdistill.data.modules import ImageData, ShapesData
+from camdistill.errors import UserError, nearest
+from camdistill.explain.gradcam import last_layer
+from camdistill.explain.learnable import load_explainer
+from camdistill.explain.methods import AT_PIXELS, METHODS, Explainer, explainer
+from camdistill.networks.class_paths import FAILURES, SAFE_PACKAGES
+from camdistill.networks.teachers import Teacher
+from camdistill.networks.weights import sha256_of
+from camdistill.store.atomic_files import expand_home, read_arrays
+from camdistill.types import Explain, Images, Labels
+
+MASK = "mask:"
+Maps = Float[Tensor, "batch rows columns"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Images whose maps are wanted, and of which class.
+
+    Attributes:
+        images: In [0, 1], mirrored already where they are.
+        classes: The teacher's top class of each.
+        ids: The images' numbers in the training set.
+        mirrored: Whether these are the mirror images.
+    """
+
+    images: Images
+    classes: Labels
+    ids: Labels
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where maps come from.
+
+    Attributes:
+        name: As the user wrote it.
+        key: What decides the maps, apart from the teacher and the images.
+        maps: Gives raw maps.
+        of_teacher: Whether the teacher is asked: then a randomised one gives a control.
+        layer: Of the teacher, if one is named.
+    """
+
+    name: str
+    key: dict[str, str | None]
+    maps: Callable[[Teacher, Asked], Maps]
+    of_teacher: bool
+    layer: str | None = None
+
+
+def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
+    """What a name stands for.
+
+    Args:
+        name: `grad_cam@layer3` (a method of ours at a layer of the teacher; without a layer at the
+            last one, or at the pixels where that is what the method explains), `maps.npz`, an
+            adapted explainer's `explainer.safetensors`,
+            `package.module.function` of (network, images, classes) that gives one map an image, for
+            Shapes `mask:parts` and other masks, for image folders `mask:object` and `mask:box`.
+        data: Where the images come from.
+        trust: Packages besides camdistill from which functions may be called.
+
+    Raises:
+        UserError: If there is no such method, file, function or mask.
+    """
+    if name.startswith(MASK):
+        return _of_mask(name, data)
+    if name.endswith(".npz"):
+        return _of_file(name)
+    if name.endswith(".safetensors"):
+        return _of_explainer(name)
+    method, _, layer = name.partition("@")
+    if method in AT_PIXELS and layer:
+        raise UserError(f"'{method}' explains at the pixels; leave out '@{layer}'")
+    if method in METHODS:
+        return _of_method(name, explainer(method), layer or None)
+    if "." not in method:
+        raise UserError(
+            f"no method '{method}'; {nearest(method, METHODS)}; or give maps.npz, or "
+            "package.module.function"
+        )
+    if layer:
+        raise UserError(
+            f"'{method}' is asked for no layer, as it chooses its own: '{method}' alone"
+        )
+    return _of_function(name, _imported(method, trust))
+
+
+def _of_method(name: str, method: Explainer, layer: str | None) -> Source:
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        layers = [layer or last_layer(teacher, asked.images)]
+        (found,) = method(teacher, asked.images, layers, asked.classes).values()
+        return _checked(name, found, len(asked.images))
+
+    return Source(name, _key(name, method, layer), maps, True, layer)
+
+
+def call_function(
+    path: str,
+    function: Callable[..., object],
+    network: nn.Module,
+    images: Images,
+    classes: Labels,
+) -> object:
+    """What a user's function gives.
+
+    Raises:
+        UserError: If it fails; the line says what it was called with.
+    """
+    try:
+        return function(network, images, classes)
+    except UserError:
+        raise
+    except FAILURES as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"function '{path}' fails ({type(error).__name__}: {said}): it is called with "
+            "(network, images, classes) and must return one map an image"
+        ) from error
+
+
+def _of_function(name: str, function: Explain) -> Source:
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        found = call_function(name, function, teacher, asked.images, asked.classes)
+        return _checked(name, found, len(asked.images))
+
+    return Source(name, _key(name, function, None), maps, True)
+
+
+def _of_explainer(name: str) -> Source:
+    explainer = load_explainer(name)
+
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        with torch.no_grad():
+            found = explainer.to(asked.images.device)(teacher, asked.images, asked.classes)
+        return _checked(name, found, len(asked.images))
+
+    key = _key("explainer", type(explainer), None)
+    return Source(name, key | {"sha256": sha256_of(Path(name))}, maps, True)
+
+
+def _key(name: str, code: Callable[..., object], layer: str | None) -> dict[str, str | None]:
+    """What decides a method's maps: its name, its layer, and the file that it is written in."""
+    return {"name": name.partition("@")[0], "layer": layer, "code": code_sha256(code)}
+
+
+def code_sha256(code: Callable[..., object]) -> str | None:
+    """Of the file that a function, a class or an object that can be called is written in."""
+    code = inspect.unwrap(code)
+    while isinstance(code, functools.partial):
+        code = inspect.unwrap(code.func)
+    written = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
+    try:
+        file = inspect.getsourcefile(written)
+    except TypeError:  # built into Python
+        file = None
+    return sha256_of(Path(file)) if file else None
+
+
+def _checked(name: str, maps: object, count: int) -> Maps:
+    if not isinstance(maps, Tensor) or maps.dim() != 3 or len(maps) != count:
+        gave = list(maps.shape) if isinstance(maps, Tensor) else f"a {type(maps).__name__}"
+        raise UserError(f"'{name}' gives {gave} for {count} images; give maps [B, h, w]")
+    if not bool(torch.isfinite(maps).all()):
+        raise UserError(f"'{name}' gives maps that are not numbers; mend the method")
+    return maps.detach().float()
+
+
+def _imported(path: str, trust: Collection[str]) -> Explain:
+    package, module, name = path.partition(".")[0], *path.rpartition(".")[::2]
+    if package not in (SAFE_PACKAGES[0], *trust):
+        raise UserError(
+            f"function '{path}' lies outside {SAFE_PACKAGES[0]}: importing it runs its code; "
+            f"add `--trust {package}` if you trust it"
+        )
+    try:
+        found: Explain = getattr(importlib.import_module(module), name)
+    except (*FAILURES, SyntaxError, NameError) as error:
+        raise UserError(
+            f"can't import '{path}': {error}; check the name, or put its folder on PYTHONPATH"
+        ) from error
+    if not callable(found):
+        raise UserError(f"'{path}' is a {type(found).__name__}; name a function")
+    return found
+
+
+def _of_mask(name: str, data: ImageData) -> Source:
+    if not isinstance(data, ShapesData):
+        return _of_annotations(name, data)
+    drawn, wanted = data.shapes("train"), name.removeprefix(MASK)
+    known = drawn.render(np.zeros(1, np.int64)).masks
+    if wanted not in known:
+        raise UserError(f"Shapes have no mask '{wanted}'; {nearest(wanted, known)}")
+
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        rendered = drawn.render(asked.ids.cpu().numpy()).masks[wanted]
+        masks = torch.from_numpy(rendered).float()
+        return (masks.flip(-1) if asked.mirrored else masks).to(asked.images.device)
+
+    return Source(name, {"name": name, "shapes": drawn.fingerprint}, maps, False)
+
+
+def _of_annotations(name: str, data: ImageData) -> Source:
+    """Masks or boxes of an image folder: where the object is, whatever the teacher looks at."""
+    data.prepare_data()
+    data.setup("fit")
+    images = data.train_set
+    assert images is not None, "setup made it"
+    found = _annotated(name, images)
+    place = {int(number): row for row, number in enumerate(images.ids)}
+
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        rows = np.array([place[number] for number in asked.ids.tolist()])
+        masks = torch.from_numpy(np.asarray(found[rows], np.float32))
+        return (masks.flip(-1) if asked.mirrored else masks).to(asked.images.device)
+
+    content = hashlib.sha256(np.ascontiguousarray(found[np.arange(len(images))]).tobytes())
+    return Source(name, {"name": name, "sha256": content.hexdigest()}, maps, False)
+
+
+def _annotated(name: str, images: ImageSet) -> PixelArray:
+    if name == f"{MASK}object" and images.masks is not None:
+        return images.masks
+    if name == f"{MASK}box" and images.boxes is not None:
+        return _filled(images.boxes, images.size)
+    raise UserError(
+        f"'{name}' is not there: mask:object needs masks and mask:box boxes.csv beside the images "
+        "(and mask:parts ShapesData); name a method"
+    )
+
+
+def _filled(boxes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """1 inside each box, whose pixels are inclusive; nothing where an image has none."""
+    rows, columns = np.arange(size[0])[None, :, None], np.arange(size[1])[None, None, :]
+    left, top, right, bottom = (boxes[:, side, None, None] for side in range(4))
+    inside = (columns >= left) & (columns <= right) & (rows >= top) & (rows <= bottom)
+    return inside.astype(np.uint8)
+
+
+def _of_file(name: str) -> Source:
+    stored, ids = _stored(expand_home(name))
+    place = {int(number): row for row, number in enumerate(ids)}
+    mirrored = "mirrored" if "mirrored" in stored else "maps"
+
+    def maps(teacher: Teacher, asked: Asked) -> Maps:
+        unknown = [number for number in asked.ids.tolist() if number not in place]
+        if unknown:
+            raise UserError(
+                f"{name} has no map of training image {unknown[0]}; store one a training image "
+                "in their order, or say which in 'ids'"
+            )
+        rows = [place[number] for number in asked.ids.tolist()]
+        found = torch.from_numpy(stored[mirrored if asked.mirrored else "maps"][rows])
+        flip = asked.mirrored and mirrored == "maps"
+        return (found.flip(-1) if flip else found).to(asked.images.device)
+
+    # of the content: a file that is written again has another date inside
+    content = hashlib.sha256(ids.tobytes())
+    for key, array in stored.items():
+        content.update(f"{key} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return Source(name, {"sha256": content.hexdigest()}, maps, False)
+
+
+def _stored(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The arrays of a file of maps, checked: `maps` [N, h, w], `mirrored`, `ids`."""
+    if not path.is_file():
+        beside = sorted(file.name for file in path.parent.glob("*.npz"))
+        hint = nearest(path.name, beside) if beside else "check the path"
+        raise UserError(f"no file {path}; {hint}")
+    try:
+        arrays = read_arrays(path)
+    except UserError:
+        raise
+    except (ValueError, OSError, EOFError, KeyError, BadZipFile) as error:
+        raise UserError(f"can't read {path}: {error}; write it with numpy.savez") from None
+    if "maps" not in arrays:
+        raise UserError(f"{path} holds {sorted(arrays)}, not 'maps'; savez(file, maps=array)")
+    found: dict[str, np.ndarray] = {
+        key: np.asarray(arrays[key], np.float32) for key in ("maps", "mirrored") if key in arrays
+    }
+    for key, array in found.items():
+        if array.ndim != 3 or not np.isfinite(array).all():
+            raise UserError(
+                f"'{key}' of {path} has shape {array.shape}; give finite numbers [N, h, w]"
+            )
+    count = len(found["maps"])
+    ids = np.asarray(arrays.get("ids", np.arange(count)))
+    if len(ids) != count or any(len(array) != count for array in found.values()):
+        raise UserError(f"the arrays of {path} have different lengths; give one map an image")
+    return found, ids

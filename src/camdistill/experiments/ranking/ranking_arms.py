@@ -1,0 +1,250 @@
+"""One run of a ranking: which student, taught with whose maps; and how it is done."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from camdistill.distill.training import as_images
+from camdistill.experiments.ranking import student_controls
+from camdistill.experiments.ranking.ranking_records import Record, packed
+from camdistill.experiments.ranking.student_controls import (
+    OF_NO_METHOD,
+    Control,
+    control_maps,
+    mixed,
+)
+from camdistill.experiments.ranking.student_task import Lesson, Pool, Recipe
+from camdistill.experiments.ranking.student_training import Students, judged, teach
+from camdistill.experiments.ranking.teacher_outputs import (
+    Piece,
+    digest_of,
+    held_out,
+    pool_of,
+    targets,
+)
+from camdistill.networks.teachers import NetworkSpec
+
+VERSION = 1  # goes up when the same run would give other numbers
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Whose maps a student is taught with.
+
+    Attributes:
+        method: As the user named it; None for no maps, or for a control that needs no method.
+        control: What is made of the method's maps; None for the maps themselves.
+        share: Of the method's maps where they are mixed with shuffled ones.
+    """
+
+    method: str | None = None
+    control: Control | None = None
+    share: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        if self.share is not None:
+            return f"{self.method} mixed {self.share:g}"
+        return " ".join(part for part in (self.method, self.control) if part) or "none"
+
+    @property
+    def of_method(self) -> bool:
+        """Whether these are a method's maps as they are."""
+        return self.method is not None and self.control is None and self.share is None
+
+
+NONE = Arm()
+
+
+def arms_of(
+    methods: Sequence[str],
+    chosen: Collection[Control],
+    controls_of: Sequence[str],
+    shares: Sequence[float],
+    asked: Collection[str],
+) -> list[Arm]:
+    """Every arm of a study: none, the methods, their controls and mixtures.
+
+    Args:
+        methods: Names.
+        chosen: Which controls there are.
+        controls_of: The methods that have controls of their own, and mixtures.
+        shares: Of the mixtures.
+        asked: The methods that ask the teacher: only these have a "randomised" control.
+    """
+    arms = [NONE, *(Arm(control=kind) for kind in OF_NO_METHOD if kind in chosen)]
+    for method in controls_of:
+        own = [kind for kind in chosen if kind not in OF_NO_METHOD]
+        arms += [Arm(method, kind) for kind in own if kind != "randomised" or method in asked]
+        arms += [Arm(method, share=share) for share in shares]
+    return [*arms, *(Arm(method) for method in methods)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student."""
+
+    family: str
+    n: int
+    arm: Arm
+    beta: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """Students of one kind.
+
+    Attributes:
+        spec: Their architecture.
+        layer: The layer of their maps.
+        grid: Of their maps.
+    """
+
+    spec: NetworkSpec
+    layer: str
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Classroom:
+    """All that runs have in common; it does them.
+
+    Attributes:
+        known: The teacher's answers.
+        stored: Raw maps by method, and by `(method, "randomised")` of a randomised teacher.
+        families: Students by name.
+        recipe: Of the training.
+        classes: Number of logits.
+        control_seed: Of what is random in controls.
+        device: Where students are trained.
+        narrower: The same with smaller pools, by their sizes: a folder's runs of these n go on with
+            the pool that they began with.
+    """
+
+    known: Piece
+    stored: Mapping[tuple[str, str], Piece]
+    families: Mapping[str, Family]
+    recipe: Recipe
+    classes: int
+    control_seed: int = 0
+    device: str = "cpu"
+    narrower: Mapping[int, "Classroom"] = field(default_factory=dict)
+
+    def room(self, n: int) -> "Classroom":
+        """Where runs of so many images are made: the smallest pool that has them."""
+        sizes = [size for size in self.narrower if n <= size]
+        return self.narrower[min(sizes)] if sizes else self
+
+    def key(self, run: Run) -> str:
+        """A sha256 of everything that decides a run's numbers."""
+        if (room := self.room(run.n)) is not self:
+            return room.key(run)
+        arm, family = run.arm, self.families[run.family]
+        drawn = arm.control is not None or arm.share is not None
+        return digest_of(
+            {
+                "version": VERSION,
+                "answers": self.known.sha256,
+                "family": asdict(family.spec),
+                "layer": family.layer,
+                "recipe": asdict(self.recipe),
+                "n": run.n,
+                "maps": self._piece(arm).sha256 if arm.method is not None else None,
+                "control": [arm.control, student_controls.VERSION, self.control_seed]
+                if drawn
+                else None,
+                "share": arm.share,
+                "beta": run.beta,
+                "seed": run.seed,
+            }
+        )
+
+    def __call__(self, runs: Sequence[Run]) -> list[Record]:
+        """Trains and judges students of one family and one n together."""
+        start = time.monotonic()
+        first = runs[0]
+        if any((run.family, run.n) != (first.family, first.n) for run in runs):
+            raise ValueError("runs of several families or n can't be stacked")
+        if (room := self.room(first.n)) is not self:
+            return room(runs)
+        family = self.families[first.family]
+        pool = Pool(*(part.to(self.device) for part in pool_of(self.known, first.n)))
+        lessons = []
+        for run in runs:
+            maps = self.maps(run.arm, run.family, run.n)
+            on_device = None if maps is None else maps.to(self.device)
+            lessons.append(Lesson(run.seed, run.beta, on_device))
+        students = Students.untrained(
+            family.spec,
+            self.classes,
+            [run.seed for run in runs],
+            layer=family.layer,
+            device=self.device,
+        )
+        teach(students, pool, lessons, self.recipe)
+        val, test = (
+            judged(students, *(part.to(self.device) for part in held_out(self.known, name)))
+            for name in ("val", "test")
+        )
+        seconds = round((time.monotonic() - start) / len(runs), 2)
+        return [
+            Record(
+                key=self.key(run),
+                family=run.family,
+                n=run.n,
+                arm=run.arm.name,
+                beta=run.beta,
+                seed=run.seed,
+                val=float(val.agrees[k].double().mean()),
+                test=float(test.agrees[k].double().mean()),
+                kl=float(test.kl[k].double().mean()),
+                agrees=packed(test.agrees[k].cpu().numpy()),
+                images=test.agrees.shape[1],
+                seconds=seconds,
+            )
+            for k, run in enumerate(runs)
+        ]
+
+    def maps(self, arm: Arm, family: str, n: int) -> Float[Tensor, "images 2 rows columns"] | None:
+        """What an arm's students are taught: rectified maps, of images and mirror images."""
+        if arm == NONE:
+            return None
+        if (room := self.room(n)) is not self:
+            return room.maps(arm, family, n)
+        grid = self.families[family].grid
+        if arm.method is None:
+            maps = torch.zeros(n, 2, *grid)
+        else:
+            maps = _targets(self._piece(arm), n, grid)
+        if arm.control in (None, "randomised") and arm.share is None:
+            return maps
+        pool = pool_of(self.known, n)
+        views = []
+        for view in range(2):
+            own, classes = maps[:, view], pool.logits[:, view].argmax(1)
+            pixels = pool.pixels.flip(-1) if view else pool.pixels
+            seed = 2 * self.control_seed + view
+            images = as_images(pixels)
+            if arm.share is not None:
+                other = control_maps("shuffled", own, classes, images, seed)
+                views.append(mixed(own, other, arm.share))
+            else:
+                assert arm.control is not None
+                views.append(control_maps(arm.control, own, classes, images, seed))
+        return torch.stack(views, 1)
+
+    def _piece(self, arm: Arm) -> Piece:
+        assert arm.method is not None
+        return self.stored[arm.method, "randomised" if arm.control == "randomised" else ""]
+
+
+@lru_cache(maxsize=4)
+def _targets(stored: Piece, n: int, grid: tuple[int, int]) -> Tensor:
+    return targets(stored, n, grid)

@@ -1,0 +1,305 @@
+"""Simulatability gain: an explanation method is worth what it teaches a student.
+
+Students learn from images without labels to answer like a teacher, and to have its maps; each arm
+has another method's maps, or a control's. An arm's score is the agreement of its students with
+the teacher on images that they never saw; no explanation is given there (Pruthi et al. 2021,
+https://arxiv.org/abs/2012.00893; Fernandes et al. 2022, https://arxiv.org/abs/2204.10810).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from camdistill.distill.checks import check_images
+from camdistill.distill.training import as_images
+from camdistill.errors import UserError
+from camdistill.experiments.ranking import teacher_outputs
+from camdistill.experiments.ranking.map_sources import Source, source
+from camdistill.experiments.ranking.ranking_arms import NONE, Arm, Classroom, Family, Run, arms_of
+from camdistill.experiments.ranking.ranking_config import Study
+from camdistill.experiments.ranking.ranking_records import Record
+from camdistill.experiments.ranking.student_controls import Control, randomised
+from camdistill.experiments.ranking.student_training import pooled_layer
+from camdistill.experiments.ranking.teacher_outputs import Piece, Sets
+from camdistill.experiments.shared.worker_pool import Crew
+from camdistill.networks.capture import capture, demand_runs
+from camdistill.networks.teachers import Teacher
+from camdistill.store.array_files import locked
+from camdistill.store.run_log import Ledger
+
+LEDGER = "runs.jsonl"
+CALIBRATION = 512  # images that set a randomised teacher's normalisations
+GATED: tuple[Control, ...] = ("random", "randomised", "mean", "shuffled")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a study's runs gave so far.
+
+    Attributes:
+        study: The study.
+        classroom: What its runs have in common.
+        arms: All of them.
+        records: By (family, n, arm's name, seed), of the study's own seeds.
+        betas: The chosen ones, by (family, arm's name).
+    """
+
+    study: Study
+    classroom: Classroom
+    arms: Sequence[Arm]
+    records: Mapping[tuple[str, int, str, int], Record]
+    betas: Mapping[tuple[str, str], float]
+
+
+def prepared(study: Study, device: str, on_progress: Progress | None = None) -> Classroom:
+    """The teacher's work, cached in the study's folder, and the students' layers."""
+    sources = {name: source(name, study.data, study.trust) for name in study.methods}
+    sets = _sets(study)
+    teacher = Teacher(study.teacher).to(device)
+    check_images(teacher.facts, sets.pool.size, sets.pool.classes, "teacher")
+    # what is wrong with the question is told before the teacher is asked for minutes
+    images = as_images(sets.pool.batch([0, 1]).pixels)
+    demand_runs({"teacher": teacher}, images, cure="give another --data.size, or another teacher")
+    with torch.no_grad(), capture(teacher, [one.layer for one in sources.values() if one.layer]):
+        teacher(images.to(device))
+    families = {
+        name: Family(spec, *pooled_layer(spec, teacher.classes, images))
+        for name, spec in study.students.items()
+    }
+    root = study.folder / "teacher"
+    rooms = {}
+    for size in _pool_sizes(study, teacher_outputs.answered(root, teacher, sets)):
+        known = teacher_outputs.answers(root, teacher, sets.first(size), on_progress=on_progress)
+        stored = {
+            (name, ""): teacher_outputs.maps(root, teacher, known, one, on_progress=on_progress)
+            for name, one in sources.items()
+        }
+        if "randomised" in study.controls:
+            stored |= _of_random_weights(study, teacher, known, sources, on_progress)
+        rooms[size] = Classroom(
+            known, stored, families, study.recipe, teacher.classes, study.seed, device
+        )
+    return replace(rooms.pop(max(rooms)), narrower=rooms)
+
+
+def _pool_sizes(study: Study, answered: Sequence[int]) -> list[int]:
+    """How large pools are: that of the study's largest n, if its folder has none for an n yet.
+
+    A run's key says its whole pool, so a study that is widened goes on in the pools that it has.
+    """
+    needed = {*study.n, study.n_of_tuning}
+    found = {min((size for size in answered if n <= size), default=max(needed)) for n in needed}
+    return sorted(found)
+
+
+def _of_random_weights(
+    study: Study,
+    teacher: Teacher,
+    known: Piece,
+    sources: Mapping[str, Source],
+    on_progress: Progress | None,
+) -> dict[tuple[str, str], Piece]:
+    names = [name for name in study.with_controls if sources[name].of_teacher]
+    if not names:
+        return {}
+    pixels = teacher_outputs.pool_of(known, CALIBRATION).pixels
+    other = randomised(teacher, as_images(pixels.to(teacher.mean.device)), study.seed)
+    other = other.to(teacher.mean.device)
+    root = study.folder / "teacher"
+    return {
+        (name, "randomised"): teacher_outputs.maps(
+            root, other, known, sources[name], on_progress=on_progress
+        )
+        for name in names
+    }
+
+
+def _sets(study: Study) -> Sets:
+    """All training images in an order by seed alone: a larger n contains the smaller ones."""
+    data = study.data
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    train, val, test = data.train_set, data.val_set, data.test_set
+    assert train is not None, "setup made it"
+    assert val is not None, "setup made it"
+    assert test is not None, "setup made it"
+    for name, wanted in (("n", max(study.n)), ("tuning.n", study.n_of_tuning)):
+        if wanted > len(train):
+            raise UserError(
+                f"{name} is {wanted}, but there are {len(train)} training images; take fewer"
+            )
+    study.recipe.augment.check_size(train.size)
+    order = np.random.default_rng([study.seed, *b"rank"]).permutation(len(train))
+    return Sets(train.subset(order.astype(np.int64)), val, test)
+
+
+def ranked(
+    study: Study,
+    *,
+    workers: int = 0,
+    stack: int = 1,
+    device: str = "cpu",
+    on_progress: Progress | None = None,
+    on_gates: Callable[[Found], None] | None = None,
+    on_unused: Callable[[int], None] | None = None,
+) -> Found:
+    """Does every run that is missing, those of the sanity gates first.
+
+    Args:
+        study: What to run.
+        workers: Processes of one thread each; 0 runs here.
+        stack: Students that train as one.
+        device: Where.
+        on_progress: Told what is being done, and how much of it is done.
+        on_gates: Given what there is as soon as the gates' runs are done.
+        on_unused: Told how many finished runs in the folder are of other settings, if any.
+    """
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with locked(study.folder / "study", wait=False):
+        classroom = prepared(study, device, on_progress)
+        asked = {method for method, kind in classroom.stored if kind}
+        arms = arms_of(study.methods, study.controls, study.with_controls, study.shares, asked)
+        first = [arm for arm in arms if _gated(arm, study.with_controls)]
+        rest = [arm for arm in arms if arm not in first]
+        with _Work(study, classroom, Ledger(study.folder / LEDGER, Record), workers, stack) as work:
+            work.announce(arms, on_progress)
+            if on_unused is not None and (unused := work.unused(arms)):
+                on_unused(unused)
+            betas = work.tuned(first)
+            records = work.done(first, betas)
+            if on_gates is not None:
+                on_gates(Found(study, classroom, first, records, betas))
+            betas |= work.tuned(rest)
+            records |= work.done(rest, betas)
+    return Found(study, classroom, arms, records, betas)
+
+
+def _gated(arm: Arm, methods: Sequence[str]) -> bool:
+    """Whether a sanity gate looks at an arm."""
+    if arm.method not in (None, *methods):
+        return False
+    return arm.control is None or arm.control in GATED
+
+
+class _Work:
+    """Runs on processes, and what is done of them."""
+
+    def __init__(
+        self, study: Study, classroom: Classroom, ledger: Ledger[Record], workers: int, stack: int
+    ) -> None:
+        self._study, self._classroom, self._ledger = study, classroom, ledger
+        self._stack = stack
+        self._crew: Crew[list[Run], list[Record]] = Crew(classroom, workers)
+        self._on_progress: Progress | None = None
+        self._done = self._total = 0
+
+    def __enter__(self) -> "_Work":
+        self._crew.__enter__()
+        return self
+
+    def __exit__(self, *how: object) -> None:
+        self._crew.__exit__(*how)
+
+    def announce(self, arms: Sequence[Arm], on_progress: Progress | None) -> None:
+        """Says whom to tell, and counts what there is to do."""
+        self._on_progress = on_progress
+        self._total = len(self._tries(arms)) + len(self._runs(arms, {}))
+
+    def unused(self, arms: Sequence[Arm]) -> int:
+        """How many finished runs are none of the study's, whatever beta is chosen."""
+        runs = self._tries(arms)
+        for beta in self._study.tuning.betas:
+            every = {(family, arm.name): beta for family in self._study.students for arm in arms}
+            runs += self._runs(arms, every | self._without)
+        return self._ledger.unused({self._classroom.key(run) for run in runs})
+
+    @property
+    def _without(self) -> dict[tuple[str, str], float]:
+        """The betas of students without maps."""
+        return {(family, NONE.name): 0.0 for family in self._study.students}
+
+    def tuned(self, arms: Sequence[Arm]) -> dict[tuple[str, str], float]:
+        """The beta of each arm in each family: best agreement on validation images."""
+        betas = self._study.tuning.betas
+        found = {(family, arm.name): betas[0] for family in self._study.students for arm in arms}
+        found |= self._without
+        runs = self._tries(arms)
+        records = self._do(runs)
+        for family, name in found:
+            own = [one for one in records if (one.family, one.arm) == (family, name)]
+            mean = {
+                beta: np.mean([one.val for one in own if one.beta == beta])
+                for beta in sorted({one.beta for one in own})
+            }
+            if mean:  # the smallest of equals
+                found[family, name] = max(mean, key=lambda beta: mean[beta])
+        return found
+
+    def done(
+        self, arms: Sequence[Arm], betas: Mapping[tuple[str, str], float]
+    ) -> dict[tuple[str, int, str, int], Record]:
+        """The study's own runs of some arms."""
+        records = self._do(self._runs(arms, betas))
+        return {(one.family, one.n, one.arm, one.seed): one for one in records}
+
+    def _tries(self, arms: Sequence[Arm]) -> list[Run]:
+        tuning = self._study.tuning
+        if len(tuning.betas) == 1:
+            return []
+        return [
+            Run(family, self._study.n_of_tuning, arm, beta, seed)
+            for seed in tuning.seeds
+            for family in self._study.students
+            for arm in arms
+            if arm != NONE
+            for beta in tuning.betas
+        ]
+
+    def _runs(self, arms: Sequence[Arm], betas: Mapping[tuple[str, str], float]) -> list[Run]:
+        return [
+            Run(family, n, arm, betas.get((family, arm.name), 0.0), seed)
+            for seed in self._study.seeds
+            for family in self._study.students
+            for n in self._study.n
+            for arm in arms
+            if n in self._study.n_of(arm)
+        ]
+
+    def _do(self, runs: Sequence[Run]) -> list[Record]:
+        """What is missing of some runs, and the records of all."""
+        keys = {run: self._classroom.key(run) for run in runs}
+        missing: dict[str, Run] = {}  # by key: arms of two names may be the same run
+        for run, key in keys.items():
+            if key not in self._ledger.records:
+                missing.setdefault(key, run)
+        self._told(len(runs) - len(missing))
+        for group, records in self._crew.results(_stacks(list(missing.values()), self._stack)):
+            self._ledger.add(records)
+            self._told(len(group))
+        found = [self._ledger.records[keys[run]] for run in runs]
+        # an arm or a family may have had another name when the same run was made
+        return [
+            replace(one, arm=run.arm.name, family=run.family)
+            for run, one in zip(runs, found, strict=True)
+        ]
+
+    def _told(self, count: int) -> None:
+        self._done += count
+        if self._on_progress is not None:
+            self._on_progress("students", self._done, self._total)
+
+
+def _stacks(runs: Sequence[Run], size: int) -> list[list[Run]]:
+    """Runs that can train as one, so many at once."""
+    together: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        together.setdefault((run.family, run.n), []).append(run)
+    return [
+        whole[start : start + size]
+        for whole in together.values()
+        for start in range(0, len(whole), size)
+    ]

@@ -1,0 +1,1 @@
+"""A network's weights adapted to a metric of its own maps."""

@@ -1,0 +1,115 @@
+"""What a refinement must have before anything is spent on it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from camdistill.data.views import identity_view
+from camdistill.distill.checks import check_images
+from camdistill.distill.differentiable_maps import explained
+from camdistill.distill.refinement_targets import Refinement, Seen
+from camdistill.distill.refiner import masks_of
+from camdistill.distill.training import as_images
+from camdistill.errors import UserError
+from camdistill.experiments.refinement.refinement_config import CE, Plan
+from camdistill.experiments.refinement.refinement_worker import Workshop
+from camdistill.explain.methods import at_image
+from camdistill.measure.learned import load_metric
+from camdistill.networks.capture import demand_runs
+from camdistill.networks.heads import head_size
+from camdistill.networks.teachers import Preprocessed, Teacher, preprocessed
+from camdistill.networks.weights import sha256_of
+from camdistill.perturb.probability import label_count
+from camdistill.types import Images, Labels, Maps
+
+
+def demand_possible(workshop: Workshop) -> None:
+    """Refuse what can't be done.
+
+    Raises:
+        UserError: No masks for energy, another number of classes, no such layer.
+    """
+    plan, sets = workshop.plan, workshop.sets()
+    train, classes = sets.whole.train_set, len(sets.whole.classes)
+    assert train is not None, "setup made it"
+    if any(objective.kind == "energy" for objective, _ in plan.refined.values()):
+        masks_of(train)
+    for objective, _ in plan.refined.values():
+        if objective.file is not None:
+            load_metric(objective.file)
+    teachers = [one.teacher for one, _ in plan.refined.values() if one.kind == "fidelity"]
+    of_teachers = [Teacher(teacher).classes for teacher in teachers if teacher is not None]
+    batch = sets.test.batch(np.arange(min(2, len(sets.test))))
+    images, ids = as_images(batch.pixels).to(workshop.device), batch.ids.to(workshop.device)
+    networks = workshop.starting()
+    _demand_different(plan)
+    for network in networks:
+        demand_runs({"start network": network}, images, cure="give another --data.size")
+        check_images(network.facts, sets.test.size, sets.whole.classes, "start network")
+        own = head_size(network.network)
+        if classes and label_count(own) != classes and plan.recipe.keep != "start":
+            raise UserError(
+                f"the images have {classes} classes, a start network {own}; give the data that it "
+                "was trained with, or --recipe.keep start, which needs no label"
+            )
+        if other := [count for count in of_teachers if count != own]:
+            raise UserError(
+                f"objective.teacher has {other[0]} classes, a start network {own}: maps are of the "
+                "same class, so give a teacher with the same classes"
+            )
+        _demand_layers(plan, network, images)
+        _demand_objectives(plan, network, images, ids)
+        if plan.students is not None:  # they are judged at the same layers
+            student = preprocessed(plan.students.network, classes=own)
+            _demand_layers(plan, student.to(workshop.device).eval(), images)
+
+
+def _demand_different(plan: Plan) -> None:
+    """A network that is given twice would count as two independent starts."""
+    seen: dict[str, Path] = {}
+    for path in plan.checkpoints:
+        digest = sha256_of(path)
+        if digest in seen:
+            raise UserError(
+                f"checkpoints {seen[digest]} and {path} are the same file; give networks that were "
+                "trained independently"
+            )
+        seen[digest] = path
+
+
+def _demand_layers(plan: Plan, network: Preprocessed, images: Images) -> None:
+    """Explains one image in every way that will be asked."""
+    with torch.no_grad():
+        top = network(images).argmax(1)
+    objective = plan.objective
+    refined = at_image(objective.cam, objective.layer)(network, images, top)
+    for name in plan.judging.held_out:
+        method, _, layer = name.partition("@")
+        maps = at_image(method, layer or None)(network, images, top)
+        if maps.amax() > maps.amin() and _same(maps, refined):
+            raise UserError(
+                f"judging.held_out has {name}, which gives this network's {objective.cam}: the "
+                "very map that is refined; name another method, or another layer"
+            )
+
+
+def _same(maps: Maps, others: Maps) -> bool:
+    """Whether maps differ by a positive factor alone."""
+    one, other = (maps / maps.abs().amax() for maps in (maps, others))
+    return torch.allclose(one, other, atol=1e-5)
+
+
+def _demand_objectives(plan: Plan, network: Preprocessed, images: Images, ids: Labels) -> None:
+    """Asks every objective about two images, before anything is trained."""
+    view = identity_view(len(ids))
+    masks = torch.ones_like(images[:, 0], dtype=torch.bool)
+    for name, (objective, arm) in plan.refined.items():
+        if arm == CE:
+            continue
+        refinement = Refinement(objective, arm, plan.seed)
+        try:
+            _, classes, maps = explained(network, images, objective.cam, objective.layer)
+            refinement.loss(network, Seen(images, ids, view, classes, maps, masks), 0)
+        except ValueError as error:
+            raise UserError(f"{name} can't be asked about these images: {error}") from error

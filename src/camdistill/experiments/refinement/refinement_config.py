@@ -1,0 +1,287 @@
+"""What a refinement is asked to do, and what is wrong with the question."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from camdistill.data.modules import ImageData
+from camdistill.data.views import Augment
+from camdistill.distill.optimization import Optimisation
+from camdistill.distill.refinement_targets import ARMS, Arm, Objective
+from camdistill.distill.refiner import RECIPE
+from camdistill.distill.training import plain
+from camdistill.errors import UserError, check_each_once, check_folder_name, check_number
+from camdistill.explain.methods import AT_PIXELS, explainer
+from camdistill.measure.removal import ROAD_LEVELS
+from camdistill.networks.teachers import NetworkSpec
+from camdistill.networks.weights import sha256_of
+
+START: Literal["start"] = "start"
+CE: Arm = "ce"
+STUDENT = "student of "
+"""Before the arm whose network taught it."""
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class StartRecipe:
+    """How start networks are trained, where none are given.
+
+    Args:
+        epochs: Times that each training image is seen.
+        optimisation: The optimiser and its schedule.
+        augment: Views of the training images.
+        precision: "bfloat16" is autocast.
+    """
+
+    epochs: int = 14
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=0.1))
+    augment: Augment = field(default_factory=Augment)
+    precision: Precision = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise UserError(f"start.epochs is {self.epochs}; give 1 or more")
+
+
+@dataclass(frozen=True)
+class RefineRecipe:
+    """How every arm is trained: all alike.
+
+    Args:
+        epochs: Times that each training image is seen.
+        keep: What the answers are held to: labels, start, or auto (labels where there are any).
+        tolerance: An arm's last epoch counts whose validation accuracy (without labels agreement
+            with the start) is at most so much below that of cross-entropy alone.
+        images: Train on so many of the training images; null is all.
+        frozen_statistics: Keep the statistics of batch normalisation, and leave out dropout.
+        optimisation: The optimiser and its schedule.
+        augment: Views of the training images.
+        precision: "bfloat16" is autocast; maps and objectives are float32.
+    """
+
+    epochs: int = 10
+    keep: Literal["auto", "labels", "start"] = "auto"
+    tolerance: float = 0.01
+    images: int | None = None
+    frozen_statistics: bool = True
+    optimisation: Optimisation = RECIPE
+    augment: Augment = field(default_factory=Augment)
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise UserError(f"recipe.epochs is {self.epochs}; give 1 or more")
+        if self.images is not None and self.images < 2:
+            raise UserError(f"recipe.images is {self.images}; give 2 or more, or null for all")
+        if not 0 <= self.tolerance < 1:
+            raise UserError(f"recipe.tolerance is {self.tolerance}; give a share in [0, 1)")
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """How students of refined networks are distilled: without labels, maps included.
+
+    Args:
+        network: What is distilled.
+        epochs: Times that each training image is seen.
+        beta: Weight of the maps' distance, beside 1 of distillation.
+        images: Train on so many of the training images; null is all.
+        optimisation: The optimiser and its schedule.
+        augment: Views of the training images; maps move with them.
+    """
+
+    network: NetworkSpec
+    epochs: int = 8
+    beta: float = 10.0
+    images: int | None = None
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=0.1))
+    augment: Augment = field(default_factory=lambda: Augment(flip=True))
+
+    def __post_init__(self) -> None:
+        if self.network.weights is not None:
+            raise UserError("students.network has weights; students start untrained")
+        check_number("students.epochs", self.epochs, "[1, inf)", "give at least 1 epoch")
+        check_number("students.beta", self.beta, "(0, inf)", "give a weight above 0")
+        if self.images is not None and self.images < 2:
+            raise UserError(f"students.images is {self.images}; give 2 or more, or null for all")
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How start and refined networks are measured, on test images.
+
+    Args:
+        images: At most so many.
+        held_out: Explainers that were not refined, by method@layer.
+        road: Shares of the image that ROAD removes.
+        batch: Images at once.
+    """
+
+    images: int = 500
+    held_out: tuple[str, ...] = ("gradient", "guided_backprop")
+    road: tuple[float, ...] = ROAD_LEVELS
+    batch: int = 100
+
+    def __post_init__(self) -> None:
+        if self.images < 2 or self.batch < 1:
+            raise UserError(
+                f"judging.images {self.images} and batch {self.batch}; give at least 2 images and "
+                "a batch of 1"
+            )
+        if not self.road or not all(0 < share < 1 for share in self.road):
+            raise UserError(f"judging.road is {list(self.road)}; give shares between 0 and 1")
+        check_each_once("judging.road", self.road)
+        for name in self.held_out:
+            method, _, layer = name.partition("@")
+            explainer(method)
+            if method in AT_PIXELS and layer:
+                raise UserError(f"'{method}' explains at the pixels; leave out '@{layer}'")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A refinement of several start networks, with the arms that it has to beat.
+
+    Args:
+        data: Where images come from.
+        objective: What the maps are trained to be; its controls are the study's.
+        checkpoints: Start networks; or, where there are none,
+        network: what is trained as start networks,
+        seeds: one with each of these.
+        arms: Which of the objective and its controls run; cross-entropy alone always does.
+        also: Further objectives by name, without controls of their own.
+        start: How start networks are trained.
+        recipe: How every arm is.
+        judging: How networks are measured.
+        students: Taught by the refined networks and by cross-entropy's; None for none.
+        seed: Of the order of training, of what is random in arms, and of which images are taken.
+        trust: Packages that class paths in checkpoints may come from.
+        folder: Of the runs.
+    """
+
+    data: ImageData
+    objective: Objective
+    checkpoints: Sequence[Path] = ()
+    network: NetworkSpec | None = None
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    arms: Sequence[Arm] = ARMS
+    also: Mapping[str, Objective] = field(default_factory=dict)
+    start: StartRecipe = field(default_factory=StartRecipe)
+    recipe: RefineRecipe = field(default_factory=RefineRecipe)
+    judging: Judging = field(default_factory=Judging)
+    students: StudentRecipe | None = None
+    seed: int = 0
+    trust: Sequence[str] = ()
+    folder: Path = Path("runs/refine")
+
+    def __post_init__(self) -> None:
+        if self.checkpoints and self.network is not None:
+            raise UserError("give either checkpoints, or a network to train start networks of")
+        if not self.checkpoints and self.network is None:
+            raise UserError(
+                "no start network: give --checkpoints FILE ..., or --network.name and --seeds to "
+                "train some"
+            )
+        if self.network is not None and self.network.weights is not None:
+            raise UserError(
+                "network has weights; give them as --checkpoints, or leave them out to train it"
+            )
+        for name in ("checkpoints", "seeds", "arms"):
+            values = [str(one) for one in getattr(self, name)]
+            if len(set(values)) < len(values):
+                raise UserError(f"{name} is {values}; give each once")
+        if not self.checkpoints and not self.seeds:
+            raise UserError("seeds is empty; give one for each start network")
+        if min([self.seed, *self.seeds]) < 0:
+            raise UserError(f"a seed is {min([self.seed, *self.seeds])}; seeds are 0 or more")
+        for name in self.also:
+            check_folder_name("the objective", name)
+        if taken := sorted(set(self.also) & {*ARMS, START, self.objective.kind}):
+            raise UserError(
+                f"also has '{taken[0]}', which is another arm's name; call it otherwise"
+            )
+        self._demand_one_explainer()
+        for name in self.starts:  # which have to be told apart
+            check_folder_name("the start network", name)
+
+    def _demand_one_explainer(self) -> None:
+        """Refuse objectives of other maps, and the refined explainer as one that was not."""
+        wanted = (self.objective.cam, self.objective.layer)
+        for name, one in self.also.items():
+            if (one.cam, one.layer) != wanted:
+                raise UserError(
+                    f"also.{name} refines {one.cam} at layer {one.layer}, the objective "
+                    f"{wanted[0]} at {wanted[1]}: all arms are judged by the objective's map, so "
+                    "give the same cam and layer, or run it as the objective of another --out"
+                )
+        if len(set(self.judging.held_out)) < len(self.judging.held_out):
+            raise UserError(f"judging.held_out is {list(self.judging.held_out)}; give each once")
+        for name in self.judging.held_out:
+            method, _, layer = name.partition("@")
+            if (method, layer or None) == wanted:
+                raise UserError(
+                    f"judging.held_out has {name}, which is what is refined; name another method, "
+                    f"or another layer: {method}@layer2"
+                )
+
+    @property
+    def starts(self) -> list[str]:
+        """Names of the start networks."""
+        if not self.checkpoints:
+            return [f"seed{seed}" for seed in self.seeds]
+        parts = [path.with_suffix("").parts for path in self.checkpoints]
+        for length in range(1, max(map(len, parts)) + 1):
+            names = ["-".join(one[-length:]).replace("/", "") for one in parts]
+            if len(set(names)) == len(names):
+                return names
+        raise UserError(
+            f"checkpoints is {[str(path) for path in self.checkpoints]}; give each once, as "
+            "FOLDER/NAME.safetensors"
+        )
+
+    @property
+    def main(self) -> str:
+        """Name of the objective's own arm."""
+        return self.objective.kind
+
+    @property
+    def refined(self) -> dict[str, tuple[Objective, Arm]]:
+        """Every arm by name, cross-entropy alone first: what the others are matched to."""
+        chosen: dict[str, tuple[Objective, Arm]] = {CE: (self.objective, CE)}
+        for arm in self.objective.arms:
+            if arm in self.arms and arm != CE:
+                chosen[self.main if arm == "objective" else arm] = (self.objective, arm)
+        return chosen | {name: (one, "objective") for name, one in self.also.items()}
+
+
+def told(objective: Objective) -> dict[str, object]:
+    """All that decides what is trained: of files what is in them, not where they are."""
+    said: dict[str, object] = plain(objective)
+    del said["file"]
+    if objective.teacher is not None:
+        said["teacher"] = _content_of(objective.teacher)
+    return said if objective.file is None else {**said, "metric": sha256_of(Path(objective.file))}
+
+
+def _content_of(network: NetworkSpec) -> dict[str, object]:
+    """A network's settings, with what is in its file of weights where it has one."""
+    said: dict[str, object] = plain(network)
+    file = Path(network.weights or "")
+    return said | {"weights": sha256_of(file)} if file.is_file() else said
+
+
+def of_maps(plan: Plan) -> Mapping[str, object]:
+    """What of the objective decides what is measured."""
+    one = plan.objective
+    teacher = None
+    if one.kind == "fidelity" and one.teacher is not None:
+        teacher = [_content_of(one.teacher), one.teacher_layer]
+    file = None if one.file is None else sha256_of(Path(one.file))
+    return {
+        "cam": [one.cam, one.layer, one.shown],
+        "views": plain(one.views),
+        "teacher": teacher,
+        "metric": file,
+    }

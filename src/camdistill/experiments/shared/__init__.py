@@ -1,0 +1,1 @@
+"""What all experiments share: worker processes and statistics over seeds."""

@@ -1,0 +1,129 @@
+"""Checkpoints to go on from: whole or not at all on the disk, and read without running code."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint, Timer
+from pytorch_lightning.loops.fit_loop import _FitLoop
+from pytorch_lightning.trainer.states import TrainerFn
+
+from camdistill.distill.training import EXPERIMENT
+from camdistill.errors import UserError
+from camdistill.networks.weights import read_weights
+from camdistill.store.atomic_files import write_atomically
+
+LAST = Path("checkpoints") / "last.ckpt"
+STOPPED = "stopped"  # a checkpoint's key: the limits of a training that a callback ended
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Puts a checkpoint in place by renaming it inside its folder.
+
+    Lightning's own writer moves it from the system's temporary folder, which is a copy, and no
+    transaction, where that is another file system.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
+    ) -> None:
+        """Writes the file, and removes what a killed process left half-written.
+
+        Raises:
+            UserError: It can't be written; the checkpoint that was there is intact.
+        """
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(Path(path), content.getvalue())
+        for left in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
+            left.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: object = "cpu",
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Reads a checkpoint of ours, tensors and plain values only.
+
+        Raises:
+            UserError: It isn't there, damaged, holds code, or is something else.
+        """
+        read_weights(path)  # says what is wrong with a file
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if EXPERIMENT not in found or "pytorch-lightning_version" not in found:
+            raise UserError(
+                f"'{path}' has weights, but is no checkpoint to go on from; give a run's {LAST}, "
+                "or name it as the network's weights"
+            )
+        return dict(found)
+
+
+class WholeFitLoop(_FitLoop):
+    """Lightning's loop, which also ends a training whose checkpoint was its last.
+
+    Lightning does nothing then. But what happens when training ends comes after the checkpoint:
+    the average of the weights takes their place, and other callbacks do likewise.
+    """
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "WholeFitLoop":
+        """A loop in the place of a new trainer's own."""
+        old = trainer.fit_loop
+        loop = cls(trainer, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
+        loop.epoch_loop = old.epoch_loop
+        return loop
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to do, not even to end what a checkpoint left to end."""
+        trainer = self.trainer
+        nothing = trainer.limit_train_batches == 0 or self.max_batches == 0
+        resumed = trainer.ckpt_path is not None and trainer.global_step > 0
+        return nothing or (self.done and not resumed)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """The end of the last epoch, in one file; a training that was stopped there stays stopped."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            dirpath=folder / LAST.parent,
+            filename=LAST.stem,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Without Lightning's warning of a folder that isn't empty: a resumed run's never is."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+            super().setup(trainer, pl_module, stage)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Notes whether a callback ended the training, such as `EarlyStopping`."""
+        checkpoint[STOPPED] = _limits(trainer) if trainer.should_stop else None
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Ends a training that was ended, unless it may be longer now."""
+        if trainer.state.fn == TrainerFn.FITTING and checkpoint.get(STOPPED) == _limits(trainer):
+            trainer.should_stop = True
+
+
+def _limits(trainer: Trainer) -> list[str]:
+    """What decides how long a training is, as text."""
+    timers = [one for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
+    return [
+        f"{trainer.max_epochs} epochs, {trainer.max_steps} steps",
+        *(f"{timer._duration} seconds" for timer in timers),
+        *sorted(type(one).__name__ for one in trainer.callbacks),  # type: ignore[attr-defined]
+    ]

@@ -1,0 +1,349 @@
+"""Mistakes in options and config files, each told in one line with the nearest names."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from pytorch_lightning.cli import LightningArgumentParser
+
+from camdistill.errors import UserError, mistake_of_system, nearest
+from camdistill.experiments.training.config_yaml import load_config
+from camdistill.experiments.training.option_checks import check_no_empty_text, restore_nulls
+from camdistill.experiments.training.option_hints import places
+from camdistill.experiments.training.trainer_errors import LIBRARY_ERRORS, mistake_of_options
+
+# What a config's `model` and `data` may name; any other class path works too.
+CLASSES = {
+    "model": (
+        "camdistill.distill.distilled_explainer.DistilledExplainer",
+        "camdistill.distill.classifier.Classifier",
+    ),
+    "data": (
+        "camdistill.data.modules.ShapesData",
+        "camdistill.data.modules.CIFARData",
+        "camdistill.data.modules.FolderData",
+    ),
+}
+_KINDS = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list, such as [a, b]",
+    "tuple": "a list, such as [a, b]",
+    "dict": "named values, such as {a: 1}",
+    "path": "a path",
+    "nonetype": "null",
+}
+LONGEST = 300  # characters of a message that we don't translate
+
+
+class OptionError(UserError):
+    """A mistake in an option; groups around it put their names before its own.
+
+    Args:
+        sentence: With {} for each option's name.
+        options: Names, inside their innermost group.
+    """
+
+    def __init__(self, sentence: str, *options: str) -> None:
+        super().__init__(sentence.format(*options))
+        self.sentence, self.options = sentence, options
+
+    def inside(self, group: str) -> "OptionError":
+        """The same mistake with its options' names as seen from outside a group."""
+        return OptionError(self.sentence, *(f"{group}.{option}" for option in self.options))
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser whose errors are one `UserError` line that names the nearest option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Raises the `UserError` that jsonargparse's many-line message stands for."""
+        raise told(message, self, ex) from ex
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
+        """Parses; inside a group null stays null."""
+        words = None if args is None else [restore_nulls(word) for word in args]
+        return super().parse_args(words, *rest, **options)
+
+
+def told(message: str, parser: ArgumentParser, error: BaseException | None) -> UserError:
+    """What a parser's message says to a user.
+
+    Args:
+        message: Jsonargparse's.
+        parser: That gave up.
+        error: What made it; a `UserError` among its causes already says it.
+    """
+    inner = mistake_in(error)
+    if inner is not None:
+        group = re.match(r"Parser key ['\"]([\w.]+)['\"]", message)
+        return inner.inside(group[1]) if group and isinstance(inner, OptionError) else inner
+    parser = getattr(error, "subcommand_parser", None) or parser
+    names = [action.dest for action in parser._actions]
+    options = [name for name in names if not name.endswith(("help", "config"))]
+    text = " ".join(message.split())
+    for pattern, tell in _TOLD:
+        if found := re.search(pattern, text):
+            return tell(found, options)
+    return UserError(f"{_short(text)}; --help shows the options")
+
+
+def mistake_in(error: BaseException | None) -> UserError | None:
+    """The first `UserError` among an exception and its causes, or what the system refused."""
+    while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and (mistake := mistake_of_system(error)):
+            return mistake
+        error = error.__cause__
+    return error
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Lets the mistakes that jsonargparse and Lightning wrap or find themselves through as ours."""
+    try:
+        yield
+    except UserError:
+        raise
+    except LIBRARY_ERRORS as error:
+        found = mistake_in(error) or mistake_of_options(error)
+        if found is None:
+            raise
+        raise found from error
+
+
+def demand_configs(arguments: Sequence[str]) -> None:
+    """Checks that the config files on a command line are there and are YAML.
+
+    Raises:
+        UserError: With the nearest file's name, or the place of the mistake.
+    """
+    for path in config_files(arguments):
+        read_config(path)
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """The config files on a command line."""
+    found = []
+    for place, argument in enumerate(arguments):
+        if argument in ("-c", "--config") and place + 1 < len(arguments):
+            found.append(Path(arguments[place + 1]))
+        elif argument.startswith("--config="):
+            found.append(Path(argument.partition("=")[2]))
+    return found
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """What a YAML file says.
+
+    Raises:
+        UserError: There is no such file, or it doesn't hold options.
+    """
+    if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a pipe, a socket or a device; give a .yaml file")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, not a config; {_configs_like(path / 'x')}")
+        raise UserError(f"no config file {path}; {_configs_like(path)}")
+    try:
+        found = load_config(path)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text, so no config; give a .yaml file") from None
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}; check its permissions") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or _short(str(error), 100) or "it can't be read"
+        raise UserError(
+            f"{path}{where} is not YAML: {what}; check brackets, colons and indentation there"
+        ) from None
+    if isinstance(found, dict):
+        check_no_empty_text(found)
+    else:
+        kind = "is empty" if found is None else f"holds a {type(found).__name__}"
+        raise UserError(f"{path} {kind}; a config has options by name, such as model: and data:")
+    return found
+
+
+def _configs_like(path: Path) -> str:
+    folder = path.parent
+    names = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
+    if names:
+        return f"in {folder} {nearest(path.name, names)}"
+    return f"there is none in {folder}" if folder.is_dir() else f"there is no folder {folder}"
+
+
+def _unknown(found: re.Match[str], options: list[str]) -> UserError:
+    """No such option: the nearest ones, first among those of the same group."""
+    named = found.groupdict()
+    name = f"{named['group']}.{named['name']}" if named.get("group") else named["name"]
+    if not name:
+        word = named["word"]
+        if word.lower().endswith((".yaml", ".yml")):
+            return UserError(f"'{word}' belongs to no option; a config stands after -c: -c {word}")
+        if "run" in options and Path(word).is_dir():
+            return UserError(
+                f"'{word}' belongs to no option; a run stands after --run: --run {word}"
+            )
+        return UserError(f"'{word}' belongs to no option; options begin with --")
+    if name[0].isdecimal():
+        return UserError(
+            f"'{named['word']}' reads as an option; give a number below 0 as --NAME=-1"
+        )
+    if elsewhere := places(name, options, CLASSES):
+        marks = " or ".join(["--{}"] * len(elsewhere))
+        return OptionError(f"no option '{{}}' here; give {marks}", name, *elsewhere)
+    group, _, last = name.rpartition(".")
+    beside = {
+        option.rpartition(".")[2]: option
+        for option in options
+        if option.rpartition(".")[0] == group
+    }
+    alike = [beside[word] for word in get_close_matches(last, beside, cutoff=0.5)]
+    alike = alike or get_close_matches(name, options, cutoff=0.5)
+    cure = f"nearest: {', '.join(['{!r}'] * len(alike))}" if alike else "--help shows them"
+    return OptionError(f"no option '{{}}'; {cure}", name, *alike)
+
+
+def _missing(found: re.Match[str], options: list[str]) -> UserError:
+    """Options without a default that were not given."""
+    names = [name.removeprefix("fit.") for name in found["names"].split(", ")]
+    loops = ("fit.", "validate.", "test.", "predict.")
+    if found["names"].startswith(loops):
+        return UserError(
+            "no model or data: they come from a config; -c configs/shapes.yaml is an example"
+        )
+    marks = ", ".join("{}" for _ in names)
+    verb = "is" if len(names) == 1 else "are"
+    if len(names) > 2:
+        cure = "give a config: -c FILE (configs/ has examples), or --{}, ..."
+        return OptionError(f"{marks} {verb} missing; {cure}", *names, names[0])
+    return OptionError(
+        f"{marks} {verb} missing; give --{{}} or set it in the config", *names, names[0]
+    )
+
+
+def _wrong_kind(found: re.Match[str], options: list[str]) -> UserError:
+    """A value of another type, or not among the choices."""
+    kinds = list(dict.fromkeys(_kind(kind) for kind in re.findall(_EXPECTED, found["rest"])))
+    kinds = [kind for kind in kinds if kind]
+    value = re.search(r"(?:Got value|Given value): (.*)$", found["rest"])
+    given = value[1] if value else "that"
+    if nested := re.match(r"NestedArg\(key='(.*?)', val='(.*?)'\)", given):
+        said = f"{{}} has no option '{nested[1]}' of its own; give --{{}} {nested[2]}"
+        return OptionError(said, found["name"], found["name"])
+    alike = get_close_matches(given, re.findall(r"'([^']*)'", " ".join(kinds)), n=1, cutoff=0.5)
+    wanted = f"it takes {' or '.join(kinds) or 'another type'}"
+    said = f"is {_short(given, 60)!r}; {_short(wanted, 200)}"
+    said += f"; nearest: '{alike[0]}'" if alike else ""
+    return OptionError("{} " + said.replace("{", "{{").replace("}", "}}"), found["name"])
+
+
+def _kind(kind: str) -> str:
+    """A type's name in words."""
+    if choices := re.match(r"typing\.Literal\[(.*)\]", kind):
+        return choices[1]
+    name = re.sub(r"<class '(.*)'>", r"\1", kind).rpartition(".")[2].rstrip("'>").lower()
+    return _KINDS.get(name, "" if "." in kind else kind)
+
+
+def _unknown_class(found: re.Match[str], options: list[str]) -> UserError:
+    """A class path that leads nowhere."""
+    path, known = found["path"], CLASSES.get(found["name"], ())
+    by_name = {option.rpartition(".")[2]: option for option in known}
+    alike = get_close_matches(path.rpartition(".")[2], by_name, cutoff=0.5)
+    shown = [by_name[name] for name in alike] or list(known)
+    cure = f"{'nearest' if alike else 'there are'}: {', '.join(map(repr, shown))}"
+    return OptionError(
+        f"{{}} names the class '{path}', which is not there; "
+        + (cure if shown else "check its spelling"),
+        found["name"],
+    )
+
+
+def _named_values(found: re.Match[str], options: list[str]) -> UserError:
+    """One value where a group of them is meant: teacher: resnet20."""
+    named = found.groupdict()
+    given = _short(named.get("value") or "that", 60).strip("'\"")
+    return OptionError(
+        f"{{}} is {given!r}; it takes named values, such as {{{{name: {given}}}}}", found["name"]
+    )
+
+
+def _class_or_values(found: re.Match[str], options: list[str]) -> UserError:
+    """A word where a class path or a group is meant."""
+    return (_unknown_class if found["name"] in CLASSES else _named_values)(found, options)
+
+
+def _wrong_class(found: re.Match[str], options: list[str]) -> UserError:
+    """A class of another kind."""
+    known = ", ".join(repr(option) for option in CLASSES.get(found["name"], ()))
+    return OptionError(
+        f"{{}} names '{found['value']}', which is no {found['kind']}; name one, such as {known}",
+        found["name"],
+    )
+
+
+def _wrong_length(found: re.Match[str], options: list[str]) -> UserError:
+    return OptionError(
+        f"{{}} is {_short(found['value'], 60)}; it takes a list of {found['count']}", found["name"]
+    )
+
+
+def _inside_a_value(found: re.Match[str], options: list[str]) -> UserError:
+    return OptionError("no option '{}': {} is one value", found["inner"], found["name"])
+
+
+def _unknown_entry(found: re.Match[str], options: list[str]) -> UserError:
+    return UserError(
+        f"an entry with '{found['name']}' has another name in it that is not known; check its names"
+    )
+
+
+def _no_value(found: re.Match[str], options: list[str]) -> UserError:
+    return UserError(f"{found['name']} stands without its value; give one after it")
+
+
+def _short(text: str, longest: int = LONGEST) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+_EXPECTED = r"Expected an? (typing\.Literal\[[^\]]*\]|<class '[^']*'>|[\w.\[\]]+)"
+_KEY = r"Parser key ['\"](?P<name>[\w.]+)['\"]: "
+Telling = Callable[[re.Match[str], list[str]], UserError]
+_TOLD: tuple[tuple[str, Telling], ...] = (
+    (r"[Uu]nrecognized arguments?: (?P<word>(?:--?(?P<name>[\w.]+(?:-[\w.]+)*))?\S*)", _unknown),
+    (r"Subcommand '\w+' does not accept option '(?P<name>[\w.]+)'", _unknown),
+    (r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'", _unknown),
+    (r"Option '(?P<name>[\w.]+)' is not accepted", _unknown),
+    (r"the following arguments are required: (?P<names>.*)", _missing),
+    (_KEY + r".*Problem with given class_path '(?P<path>[^']*)'", _unknown_class),
+    (
+        _KEY + r".*Expected a dot import path string: (?P<path>(?P<value>\S+))",
+        _class_or_values,
+    ),
+    (
+        _KEY + r".*Expected a path but (?P<value>\S+) either .*"
+        r"does not correspond to a subclass of (?P<kind>\w+)",
+        _wrong_class,
+    ),
+    (_KEY + r"Not a valid subclass of \w+\. Got value: (?P<value>\S+)", _named_values),
+    (
+        _KEY + r"Expected a tuple with (?P<count>\d+) elements\. Got value: (?P<value>.*)",
+        _wrong_length,
+    ),
+    (_KEY + r"Not of type Path: .* not NestedArg.*key='(?P<inner>[\w.]+)'", _inside_a_value),
+    (_KEY + r"(?P<rest>.*Expected .*)", _wrong_kind),
+    (_KEY + r"Unable to load config '(?P<value>[^']*)' - Parser key .* load config", _named_values),
+    (r"^[\"']+(?P<name>\w+)[\"']+$", _unknown_entry),
+    (r"argument (?:-\w/)?(?P<name>--\S+): expected", _no_value),
+)

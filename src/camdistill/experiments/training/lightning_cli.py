@@ -1,0 +1,352 @@
+"""One training run from a config: Lightning's command line, our run folders, resuming, errors."""
+
+import io
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jsonargparse import Namespace
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from camdistill.distill.checkpoints import is_saved, restore, save
+from camdistill.distill.distilled_explainer import DistilledExplainer
+from camdistill.errors import UserError, check_number, shortened
+from camdistill.experiments.training.checkpoint_io import (
+    LAST,
+    LastCheckpoint,
+    WholeFiles,
+    WholeFitLoop,
+)
+from camdistill.experiments.training.config_errors import Parser, demand_configs, translated
+from camdistill.experiments.training.earlier_results import RESULTS, TABLE, remove_earlier_results
+from camdistill.experiments.training.option_checks import check_groups, check_seeds, check_words
+from camdistill.experiments.training.run_folders import CONFIG, RunFolder, choose, same_config
+from camdistill.experiments.training.trainer_options import (
+    check_callbacks,
+    check_loop,
+    check_options,
+    check_precision,
+    check_seed,
+    make_profiler_folder,
+    plain_callbacks,
+)
+from camdistill.measure.fidelity import FidelityTable
+from camdistill.networks.weights import read_weights
+from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunText, Throughput
+from camdistill.report.results import write_results
+from camdistill.report.tensorboard import TensorBoardLogger
+from camdistill.report.training_log import LastValidation, TrainingLog
+from camdistill.store.atomic_files import expand_home, printable, read_arrays, write_atomically
+
+RUNS = Path("runs")
+
+
+class _SaveConfig(Callback):
+    """Writes the config into the run's folder when all checks are passed and training begins."""
+
+    def __init__(self, folder: RunFolder, text: str) -> None:
+        self._folder, self._text = folder, text
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replaces the config of a run that goes on, whole or not at all."""
+        if trainer.is_global_zero:  # another's folder, if it claimed one, is never used
+            self._folder.keep()
+            write_atomically(self._folder.path / CONFIG, self._text.encode())
+
+
+class Experiment(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` of a config, in a folder that resuming finds again.
+
+    A fresh `fit` gets the next `runs/<name>/version_<k>`; `--ckpt_path last` stands for the newest
+    version of the same model, data, seed and numerics, and everything goes on in that folder.
+
+    Args:
+        args: The command line.
+        run: Whether to run the subcommand that it begins with; without, there is none.
+        go_on: Without a subcommand: go on in the run's newest folder that has this config, if
+            there is one.
+
+    Attributes:
+        folder: The run's folder.
+        removed: Names of what `save_network` removed, as it was of an earlier student.
+    """
+
+    def __init__(self, args: list[str], *, run: bool = True, go_on: bool = False) -> None:
+        self._go_on = go_on
+        self._started = time.monotonic()
+        self._run: RunFolder | None = None
+        self._again = self._trial = False
+        self.removed: list[str] = []
+        try:
+            self._begin(args, run)
+        except BaseException:
+            self.release()
+            raise
+        if run:
+            self.release(keep=not self._trial)
+
+    def _begin(self, args: list[str], run: bool) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={
+                "precision": "bf16-mixed",
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 20,
+            },
+            parser_class=Parser,
+            load_from_checkpoint_support=False,
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that takes whole names of options alone: half of one is a mistake."""
+        parser = super().init_parser(**kwargs)
+        parser.allow_abbrev = False
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the run's name and hands the one seed to model and data."""
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            default=None,
+            help="Name of the run's folder under runs/, or a path. Default: the config's name.",
+        )
+        for part in ("model", "data"):
+            parser.link_arguments("seed_everything", f"{part}.init_args.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses without Lightning's warning about arguments given from Python."""
+        check_words(args)
+        check_seeds(args)
+        demand_configs(args)
+        with translated():
+            self.config = parser.parse_args(args)
+        # Lightning would read the file's hyperparameters and let them choose the model's class.
+        config = self.config.get(self.config.get("subcommand") or "", {})
+        for part in ("model", "data"):
+            check_groups(config or self.config, part)
+        self._wanted: str | None = config.get("ckpt_path")
+        if self._wanted:
+            config["ckpt_path"] = None
+
+    def _set_seed(self) -> None:
+        """Seeds everything, with a seed that numpy takes too."""
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Lets the mistakes that networks and data find through."""
+        with translated():
+            super().instantiate_classes()
+
+    def before_instantiate_classes(self) -> None:
+        """Finds the run's folder, and the checkpoint that `last` stands for."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        trainer = config["trainer"]
+        check_options(vars(trainer))
+        self._trial = bool(trainer.get("fast_dev_run"))
+        check_loop(self.subcommand, vars(trainer), goes_on=bool(self._wanted))
+        if trainer.get("callbacks"):
+            trainer["callbacks"] = plain_callbacks(trainer.callbacks)
+        name = config["run"] = config.run or _config_name(config)
+        runs = _runs_folder(name)
+        wanted = self._wanted
+        self._small: str | None = None
+        if "verbose" in config:
+            config["verbose"] = False  # our own table says it better
+        if "weights_only" in config:
+            config["weights_only"] = True  # a checkpoint runs no code
+        text = self._parser(self.subcommand).dump(config, skip_none=False)
+        self._text, plain = text, yaml.safe_load(text)
+        if wanted and wanted != "last":
+            config["ckpt_path"] = self._readable(wanted)
+        same = same_config(runs, plain) if self._go_on else None
+        if same is not None:
+            self._run, self._again = RunFolder(same), not (same / LAST).is_file()
+        else:
+            self._run, last, self._again = choose(runs, plain, wanted, self.subcommand)
+            if last is not None:
+                config["ckpt_path"] = self._readable(str(last))
+        self.folder = self._run.path
+        if self.subcommand == "fit":
+            self._run.lock()
+
+    def release(self, *, keep: bool = False) -> None:
+        """Lets other processes train in the folder; one that was never needed is removed.
+
+        Args:
+            keep: Whether it was needed.
+        """
+        if self._run is not None:
+            trainer = getattr(self, "trainer", None)
+            if keep and trainer is not None and trainer.is_global_zero:
+                self._run.keep()
+            self._run.release()
+
+    def _readable(self, path: str) -> str | None:
+        """A checkpoint for Lightning; a small one, which has weights alone, is ours to read."""
+        found = read_weights(path)
+        if found.whole:
+            return path
+        if self.subcommand == "fit":
+            raise UserError(
+                f"'{path}' has weights alone, so training can't go on from it: give a last.ckpt; "
+                "to start from the weights: --model.student.weights FILE"
+            )
+        self._small = path
+        return None
+
+    def after_instantiate_classes(self) -> None:
+        """Puts the weights of a small checkpoint where they belong."""
+        if self._small is not None:
+            restore(self.model, self._small)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with our logger and callbacks, unless the config brings its own logger."""
+        config: Namespace = self._get(self.config_init, "trainer", default={})
+        if (clip := config.get("gradient_clip_val")) is not None:
+            name, cure = "--trainer.gradient_clip_val", "give 0 (no clipping) or more"
+            check_number(name, clip, "[0, inf)", cure)
+        assert self._run is not None, "chosen"
+        # First, because others read the config and write events.
+        ours: list[Callback] = []
+        if not config.get("fast_dev_run"):
+            ours += [_SaveConfig(self._run, self._text), LastValidation(), TrainingLog(self.folder)]
+        if config.get("logger") in (None, True):
+            # Lightning logs a test at step 0, where a run's lines would break off.
+            alone = self.subcommand if self.subcommand != "fit" else None
+            kwargs["logger"] = TensorBoardLogger(
+                self.folder.parent,
+                version=self.folder.name,
+                sub_dir=alone,
+                hparam_metrics=getattr(self.model, "cards", ()),
+            )
+            ours += [ResumedEvents(again=self._again), MapGrids(), RunText(), Throughput()]
+        if config.get("enable_checkpointing") is not False:
+            ours.append(LastCheckpoint(self.folder))
+        if config.get("enable_progress_bar") is not False:
+            ours.append(Progress())
+        kwargs["default_root_dir"] = config.get("default_root_dir") or str(self.folder)
+        given = config.get("callbacks") or []
+        check_callbacks(given, self.model)
+        kwargs["callbacks"] = [*given, *ours]
+        plugins = config.get("plugins") or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
+        trainer = super().instantiate_trainer(**kwargs)
+        check_precision(trainer)
+        make_profiler_folder(trainer)
+        trainer.fit_loop = WholeFitLoop.of(trainer)
+        return trainer
+
+    def fit_and_test(self) -> dict[str, object]:
+        """Trains (on from the last checkpoint, if there is one) and tests; returns the results."""
+        assert self._run is not None, "chosen"
+        self._run.lock()
+        try:
+            last = self.folder / LAST
+            with translated():
+                self.trainer.fit(
+                    self.model, self.datamodule, ckpt_path=str(last) if last.is_file() else None
+                )
+            # Only the first process claimed it.
+            self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
+            if self.trainer.is_global_zero:
+                self._run.keep()
+            self.save_network()
+            with translated():
+                self.trainer.test(self.model, self.datamodule, verbose=False)
+            results = self.write_results()
+            self.trainer.strategy.barrier()  # what the first process wrote, all can read
+        finally:
+            self.release()
+        return results
+
+    def save_network(self) -> Path:
+        """Writes what was trained as a small safetensors file, once; returns its path.
+
+        What was measured of another one that it replaces is removed first.
+        """
+        kind = "student" if isinstance(self.model, DistilledExplainer) else "network"
+        path = self.folder / f"{kind}.safetensors"
+        if self.trainer.is_global_zero:
+            if not is_saved(self.model, path):
+                self.removed = remove_earlier_results(self.folder)
+            save(self.model, path)
+        return path
+
+    def write_results(self) -> dict[str, object]:
+        """Writes what the test measured: `results.json`, and every image's values beside it."""
+        found = dict(self.model.results())
+        found["seeds"] = [self._get(self.config, "seed_everything")]
+        found["seconds"] = round(time.monotonic() - self._started, 1)
+        if self.trainer.is_global_zero:
+            table = getattr(self.model, "table", None)
+            if table is not None:
+                save_table(self.folder / TABLE, table)
+            write_results(self.folder / RESULTS, found)
+        return found
+
+
+def _config_name(config: Namespace) -> str:
+    files = config.get("config") or []
+    return Path(str(files[0])).stem if files else "run"
+
+
+def _runs_folder(name: str) -> Path:
+    """Where the versions of a run lie: in a folder that has a name of its own.
+
+    Raises:
+        UserError: It would be `runs` itself, the working folder, or one above these.
+    """
+    path = expand_home(name) if "/" in name else RUNS / name
+    last = Path(name).name
+    alone = name.startswith("~") and len(Path(name).parts) == 1  # a home folder
+    versions = (RUNS.resolve(), *RUNS.resolve().parents)
+    if last in ("", "..") or alone or not printable(name).isprintable():
+        reason = "names no folder of its own"
+    elif path.resolve() in versions:
+        reason = "is the folder that runs/ is, or lies in"
+    else:
+        return path
+    raise UserError(
+        f"--run is {shortened(name)!r}, which {reason}; give a name for a folder under runs/, or "
+        "a path that ends in one"
+    )
+
+
+def save_table(path: Path, table: FidelityTable) -> None:
+    """Keeps the values of every image."""
+    content = io.BytesIO()
+    arrays = {"ids": table.ids, "layers": np.array(table.layers), **table.columns}
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    write_atomically(path, content.getvalue())
+
+
+def read_table(folder: Path) -> FidelityTable:
+    """The values of every image of a run that was tested."""
+    path = folder / TABLE
+    if not path.is_file():
+        raise UserError(f"{folder} was not tested: it has no {TABLE}; run `camdistill test` on it")
+    try:
+        file = read_arrays(path)
+        columns = {name: file[name] for name in file if name not in ("ids", "layers")}
+        layers = tuple(str(name) for name in file["layers"])
+        return FidelityTable(file["ids"], columns, layers)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); run `camdistill test` on that run again"
+        ) from None

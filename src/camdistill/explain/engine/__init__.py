@@ -1,0 +1,1 @@
+"""The engine: one forward, its graph, and maps by closed form or one backward."""

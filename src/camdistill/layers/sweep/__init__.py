@@ -1,0 +1,1 @@
+"""One pass over a data set, and what it accumulates for every layer."""

@@ -1,0 +1,1 @@
+"""Units closely: what excites them, what they see, how they pair."""

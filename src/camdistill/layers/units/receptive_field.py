@@ -1,0 +1,130 @@
+"""Which pixels a unit sees: the theoretical receptive field of every layer.
+
+Its numbers are read off a forward (`field_walk`), or, where that can't follow, off gradients. What
+a unit *uses* is less: about a Gaussian in the middle of it (Luo et al. 2016,
+https://arxiv.org/abs/1701.04128).
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from camdistill.layers.units.receptive_field_trace import Walk
+from camdistill.layers.units.receptive_spans import Field, ReceptiveField, Span
+from camdistill.networks.capture import capture, layer_names, plain, undisturbed, visiting
+from camdistill.types import Images
+
+
+def receptive_fields(
+    network: nn.Module, images: Images, layers: Iterable[str] | None = None
+) -> dict[str, Field]:
+    """Receptive fields by layer.
+
+    Args:
+        network: Bare or wrapped; its modes and buffers stay as they are.
+        images: As the network takes them; the first is run.
+        layers: Names (see `networks.capture`); None is every layer that runs and gives a
+            [B, K, h, w].
+
+    Returns:
+        None for a layer whose units each see the whole image, or that gives vectors; "unknown"
+        where the walk met an operation that it can't follow (a transposed convolution, a join of
+        unequal steps) and gradients don't show units that move by one step and see as much.
+    """
+    names = list(layer_names(network) if layers is None else layers)
+    found: dict[str, Field] = {}
+    vectors: set[str] = set()
+    with undisturbed(network), Walk(images[:1]) as walk:
+
+        def note(name: str, output: object) -> None:
+            if isinstance(output, Tensor) and output.dim() == 4:
+                found[name] = walk.field(output)
+            elif layers is not None:
+                found[name] = None
+                vectors.add(name)
+
+        with visiting(network, names, note, required=layers is not None):
+            plain(network)(walk.images)
+    lost = [name for name in found if found[name] is None and name not in vectors]
+    if walk.unknown and lost:
+        found |= measured_fields(network, images, lost)
+    return {name: found[name] for name in names if name in found}
+
+
+def measured_fields(
+    network: nn.Module, images: Images, layers: Iterable[str], *, seed: int = 0
+) -> dict[str, Field]:
+    """Receptive fields by layer, from where gradients of some units are not zero.
+
+    In float64, of noise images: independent of the walk, and right for any operation, but slower.
+    Two units in the middle tell the field; the first, the last and those between must see what
+    follows from it, cut at the image's border. Pixels whose every path to the unit happens to be
+    switched off are missed.
+
+    Args:
+        network: Bare or wrapped; it is copied.
+        images: Their size is taken, and the range of the noise.
+        layers: Names.
+        seed: Of the noise.
+
+    Returns:
+        None where a unit in the middle sees the whole image; "unknown" where none lies inside it,
+        or not all units move by one step.
+    """
+    names = list(layers)
+    double = copy.deepcopy(network).double().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(2, *images.shape[1:], generator=generator, dtype=torch.float64)
+    noise = noise.to(images.device).requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        with capture(double, names) as outputs:
+            plain(double)(noise)
+        return {name: _support(outputs[name], noise) for name in names}
+
+
+def _support(output: Tensor, images: Tensor) -> Field:
+    if output.dim() != 4 or not output.requires_grad:
+        return "unknown"
+    size, grid = images.shape[2:], output.shape[2:]
+    middle = [(length - 1) // 2 for length in grid]
+    here = _reached(output, images, middle)
+    if here is None:
+        return "unknown"
+    if here == [(0, length) for length in size]:
+        return None
+    beside = [
+        min(unit + 1, length - 1) for unit, length in zip(middle, output.shape[2:], strict=True)
+    ]
+    after = _reached(output, images, beside)
+    if after is None or min(output.shape[2:]) < 2:
+        return "unknown"
+    spans = []
+    for (first, end), (next_first, next_end), unit, length in zip(
+        here, after, middle, size, strict=True
+    ):
+        stride = next_first - first
+        if not (first > 0 and next_end < length and stride == next_end - end and stride > 0):
+            return "unknown"
+        spans.append(Span(end - first, stride, first - unit * stride))
+    for share in (0.0, 0.25, 0.75, 1.0):
+        place = [round(share * (length - 1)) for length in grid]
+        expected = [
+            (max(one, 0), min(end, length))
+            for (one, end), length in zip(map(Span.pixels, spans, place), size, strict=True)
+        ]
+        if _reached(output, images, place) != expected:
+            return "unknown"
+    return ReceptiveField(spans[0], spans[1])
+
+
+def _reached(output: Tensor, images: Tensor, place: Sequence[int]) -> list[tuple[int, int]] | None:
+    """Along each axis the first pixel that a unit uses, and the one after the last."""
+    total = output[:, :, place[0], place[1]].sum()
+    (slope,) = torch.autograd.grad(total, images, retain_graph=True)
+    seen = (slope != 0).any(0).any(0)
+    lines = [seen.any(1 - axis).nonzero().flatten() for axis in range(2)]
+    if any(not len(line) for line in lines):
+        return None
+    return [(int(line[0]), int(line[-1]) + 1) for line in lines]

@@ -1,0 +1,1 @@
+"""How files are kept: whole or not at all, with digests."""
