@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from camdistill.distill.checkpoints import load
     from camdistill.explain.gradcam import grad_cam
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["grad_cam", "load"]
 
 _HOMES = {"grad_cam": "camdistill.explain.gradcam", "load": "camdistill.distill.checkpoints"}

@@ -1,6 +1,5 @@
 """Trained networks as files, and back: `load` gives a network that classifies and explains."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +27,13 @@ from camdistill.networks.teachers import (
     check_moments,
     normalisation,
 )
-from camdistill.networks.training_facts import Triple, training_facts
+from camdistill.networks.training_facts import (
+    EXPERIMENT,
+    Triple,
+    dump_experiment,
+    parse_experiment,
+    training_facts,
+)
 from camdistill.networks.weights import (
     WeightFile,
     read_weights,
@@ -37,8 +42,6 @@ from camdistill.networks.weights import (
     sha256_when_saved,
 )
 from camdistill.types import Images, Logits
-
-SETTINGS = "camdistill"
 
 
 class Explainer(nn.Module):
@@ -117,7 +120,7 @@ def is_saved(module: DistilledExplainer | Classifier | Refiner, path: Path) -> b
 
 
 def _metadata(module: DistilledExplainer | Classifier | Refiner) -> dict[str, str]:
-    return {**module.fitted.metadata(), SETTINGS: json.dumps(module.experiment())}
+    return {**module.fitted.metadata(), EXPERIMENT: dump_experiment(module.experiment())}
 
 
 def load(
@@ -253,15 +256,15 @@ def _mean_maps(settings: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _settings(weights: WeightFile) -> dict[str, Any]:
-    text = weights.metadata.get(SETTINGS)
+    text = weights.metadata.get(EXPERIMENT)
     if text is None:
         raise UserError(
             f"'{weights.path}' has weights but no experiment of camdistill in it; to use it as a "
             "teacher name its network too: --teacher resnet56 --weights FILE"
         )
     with _readable(weights.path):
-        settings = json.loads(text)
-        if not isinstance(settings, dict) or not {"student", "network"} & set(settings):
+        settings = parse_experiment(text, f"'{weights.path}'")
+        if not {"student", "network"} & set(settings):
             raise ValueError("no network in it")
     return settings
 

@@ -1,6 +1,5 @@
 """The distilled explainer: a shallow student learns its teacher's classes and maps."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,14 @@ from camdistill.distill.optimization import Optimisation
 from camdistill.distill.targets import Targets, cached_targets, live_targets, shared_cache
 from camdistill.distill.teacher_cache import TeacherCache
 from camdistill.distill.teacher_maps_plan import likeliest
-from camdistill.distill.training import EXPERIMENT, Training, as_images, in_float32, plain, seeded
+from camdistill.distill.training import Training, as_images, in_float32, plain, seeded
 from camdistill.distill.transfer import Transfer, named_pairs, quantity_maps, transfer_distance
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, intervals, summary
 from camdistill.networks.capture import demand_runs
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build
+from camdistill.networks.training_facts import EXPERIMENT, parse_experiment
 from camdistill.perturb.probability import label_count
 from camdistill.types import Batch, Images, Logits
 
@@ -266,7 +266,7 @@ class DistilledExplainer(Training):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the mean maps along; refuses to go on with another teacher."""
         super().on_load_checkpoint(checkpoint)
-        found = json.loads(checkpoint[EXPERIMENT])
+        found = parse_experiment(checkpoint[EXPERIMENT], "the checkpoint")
         self.mean_map_by_layer = {
             layer: torch.tensor(mean) for layer, mean in found["mean_map_by_layer"].items()
         }

@@ -22,13 +22,13 @@ from camdistill.distill.optimization import Optimisation
 from camdistill.errors import UserError, check_number
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
+from camdistill.networks.training_facts import EXPERIMENT, dump_experiment, parse_experiment
 from camdistill.types import Batch, Images
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the device
 IMAGES = "images"  # a checkpoint's key of which images it was trained on
-EXPERIMENT = "camdistill"  # a checkpoint's key of what `experiment` says
 
 
 class Training(LightningModule, ABC):
@@ -177,7 +177,7 @@ class Training(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the experiment's settings and the state of torch's generators (dropout needs it)."""
-        checkpoint[EXPERIMENT] = json.dumps(self.experiment())
+        checkpoint[EXPERIMENT] = dump_experiment(self.experiment())
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, ImageData):
             checkpoint[IMAGES] = _images_of(data)
@@ -201,7 +201,8 @@ class Training(LightningModule, ABC):
 
     def _demand_same_run(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on with other settings or other images than the checkpoint's."""
-        own, stored = plain(self.settings), json.loads(checkpoint[EXPERIMENT])
+        own = plain(self.settings)
+        stored = parse_experiment(checkpoint[EXPERIMENT], "the checkpoint to go on from")
         pairs = {name: (stored[name], value) for name, value in own.items() if name in stored}
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, ImageData):

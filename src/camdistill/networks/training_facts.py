@@ -11,6 +11,8 @@ from camdistill.networks.weights import PARTS, WeightFile
 
 Triple = tuple[float, float, float]
 EXPERIMENT = "camdistill"  # the metadata's key
+LAYOUT = "0.2"  # version of the project in which an experiment's keys got their names of today
+FIRST_LAYOUT = "0.1"  # it did not say its version
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,33 @@ class TrainingFacts:
     carving: Mapping[str, float] = field(default_factory=dict)
 
 
+def dump_experiment(experiment: Mapping[str, object]) -> str:
+    """Writes an experiment as the text that a checkpoint keeps, with the version of its layout."""
+    return json.dumps({"layout": LAYOUT, **experiment})
+
+
+def parse_experiment(text: str, file: str) -> dict[str, Any]:
+    """Reads an experiment from the text that a checkpoint keeps.
+
+    Args:
+        text: What `dump_experiment` wrote.
+        file: The checkpoint, for the message.
+
+    Raises:
+        UserError: If another version of camdistill wrote it.
+        ValueError: If it is no JSON object.
+    """
+    experiment = json.loads(text)
+    if not isinstance(experiment, dict):
+        raise ValueError("no experiment in it")
+    if (layout := experiment.pop("layout", FIRST_LAYOUT)) != LAYOUT:
+        raise UserError(
+            f"{file} was written by camdistill {layout}, this one reads {LAYOUT}; train again, or "
+            "take the file from the project's checkpoints/ if it is one of these"
+        )
+    return experiment
+
+
 def training_facts(weights: WeightFile) -> TrainingFacts:
     """Reads what a file of ours says, and the `mean` and `std` of any file that has them.
 
@@ -56,7 +85,7 @@ def training_facts(weights: WeightFile) -> TrainingFacts:
     if text is None:
         return TrainingFacts(mean=mean, std=std)
     try:
-        facts = _of_experiment(json.loads(text))
+        facts = _of_experiment(parse_experiment(text, f"'{weights.path}'"))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(
             f"the experiment in '{weights.path}' can't be read ({type(error).__name__}: {error}); "

@@ -12,8 +12,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint, Timer
 from pytorch_lightning.loops.fit_loop import _FitLoop
 from pytorch_lightning.trainer.states import TrainerFn
 
-from camdistill.distill.training import EXPERIMENT
 from camdistill.errors import UserError
+from camdistill.networks.training_facts import EXPERIMENT, parse_experiment
 from camdistill.networks.weights import read_weights
 from camdistill.store.atomic_files import write_atomically
 
@@ -60,6 +60,7 @@ class WholeFiles(TorchCheckpointIO):
                 f"'{path}' has weights, but is no checkpoint to go on from; give a run's {LAST}, "
                 "or name it as the network's weights"
             )
+        parse_experiment(found[EXPERIMENT], f"'{path}'")  # says which version wrote it
         return dict(found)
 
 
