@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from camdistill import load
 from camdistill.data.shapes import Shapes
 from camdistill.distill.training import as_images
-from camdistill.explain.methods import at_image
+from camdistill.explain.methods import image_explainer
 from camdistill.measure.complexity import gini
 from camdistill.measure.faithfulness import (
     faithfulness_correlation,
@@ -36,7 +36,7 @@ from camdistill.measure.faithfulness import (
     sensitivity_n,
 )
 from camdistill.measure.removal import deletion, road
-from camdistill.perturb.bank import Plan, bank
+from camdistill.perturb.bank import BankPlan, build_bank
 from camdistill.perturb.imputers import baseline
 from camdistill.perturb.ranks import ranks
 
@@ -61,7 +61,7 @@ class Work:
         generator = torch.Generator().manual_seed(0)
         self.maps: dict[str, torch.Tensor] = {}
         for name in METHODS[:explainers]:
-            explain = at_image(name)
+            explain = image_explainer(name)
             parts = [
                 explain(self.network, x, c)
                 for x, c in zip(self.images.split(64), self.classes.split(64), strict=True)
@@ -73,14 +73,14 @@ class Work:
             )
 
 
-def ours(work: Work, plan: Plan, levels: tuple[float, ...]) -> Table:
+def ours(work: Work, plan: BankPlan, levels: tuple[float, ...]) -> Table:
     """The panel in this package, in batches of 64."""
     found: dict[str, list[Array]] = {}
     for number, images in enumerate(work.images.split(64)):
         rows = slice(64 * number, 64 * number + len(images))
         generator = torch.Generator().manual_seed(number)
         grey, classes = baseline(images, "grey"), work.classes[rows]
-        answers = bank(work.network, images, grey, generator, classes=classes, plan=plan)
+        answers = build_bank(work.network, images, grey, generator, classes=classes, plan=plan)
         for name, whole in work.maps.items():
             maps = whole[rows]
             order = ranks(maps, generator)
@@ -99,13 +99,13 @@ def ours(work: Work, plan: Plan, levels: tuple[float, ...]) -> Table:
 
 def ours_equal(work: Work) -> Table:
     """As many changes as theirs."""
-    plan = Plan(subsets={0.25: 64, 0.1: 32, 0.5: 32, 0.75: 32}, occluders=(1,))
+    plan = BankPlan(subsets={0.25: 64, 0.1: 32, 0.5: 32, 0.75: 32}, occluders=(1,))
     return ours(work, plan, tuple(step / 12 for step in range(1, 13)))
 
 
 def ours_default(work: Work) -> Table:
     """Nothing set; sensitivity-n's sizes as `evaluate` has them."""
-    plan = Plan(subsets={0.25: 64, 0.1: 32, 0.5: 32, 0.75: 32})
+    plan = BankPlan(subsets={0.25: 64, 0.1: 32, 0.5: 32, 0.75: 32})
     return ours(work, plan, tuple(step / 16 for step in range(17)))
 
 
@@ -175,7 +175,7 @@ def ours_road(work: Work) -> Table:
         for name, maps in work.maps.items():
             order = ranks(maps[rows], generator)
             one = road(work.network, images, work.classes[rows], order, generator)
-            found[name].append(one.combined().numpy())
+            found[name].append(one.combine().numpy())
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camdistill.errors import UserError, check_each_once, check_folder_name, check_number, shortened
+from camdistill.errors import UserError, check_each_once, check_folder_name, check_number, shorten
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-3, 3)
 
@@ -60,4 +60,4 @@ def test_names_of_folders_pass(name: str) -> None:
 
 @given(text=st.text(), longest=st.integers(10, 80))
 def test_shortened_text_is_no_longer_than_asked(text: str, longest: int) -> None:
-    assert len(shortened(text, longest)) <= longest
+    assert len(shorten(text, longest)) <= longest

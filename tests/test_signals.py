@@ -57,7 +57,7 @@ PLACES = [
         AGAIN,
     ),
     (f"analyze {STUDENT}", "camdistill.layers.sweep.layer_sweep.LayerSweep.update", AGAIN),
-    (f"explain {STUDENT}", "camdistill.commands.command_parser.demand_room", AGAIN),
+    (f"explain {STUDENT}", "camdistill.commands.command_parser.check_writable", AGAIN),
     (
         'study --base tiny.yaml --arms {{"a":{{}}}} --seeds 0',
         "camdistill.distill.distilled_explainer.DistilledExplainer.training_step",

@@ -20,7 +20,7 @@ OF_LAYER = [
 @pytest.mark.parametrize("tag", [*CONSTANTS, *tags.PROFILES])
 def test_every_tag_has_one_slash_a_numbered_group_and_a_description(tag: str) -> None:
     assert re.fullmatch(r"\d_[a-z]+/[a-z_]+", tag)
-    assert len(tags.describe(tag)) > 10
+    assert len(tags.describe_card(tag)) > 10
 
 
 @pytest.mark.parametrize("make", OF_LAYER)
@@ -32,7 +32,7 @@ def test_tags_of_layers_have_one_slash_no_sign_of_a_pattern_and_name_their_layer
     assert re.fullmatch(r"\d_[a-z]+/[\w.-]+", tag)
     named = re.sub(r"[^\w.-]", "-", layer)
     assert tag.endswith(f"_{named}")
-    assert tags.describe(tag).startswith(f"Layer {named}. ")
+    assert tags.describe_card(tag).startswith(f"Layer {named}. ")
 
 
 def test_tags_of_two_calls_of_one_layer_differ() -> None:
@@ -44,12 +44,19 @@ def test_tests_have_their_own_group_and_keep_the_description() -> None:
     assert tags.on_test(tags.LOSS_VAL) == "9_test/loss"
     assert tags.on_test(tags.ACCURACY_STUDENT) == "9_test/accuracy_student"
     assert tags.on_test(tags.pearson("layer3")) == "9_test/pearson_layer3"
-    assert tags.describe("9_test/loss") == f"On test images: {tags.describe(tags.LOSS_VAL)}"
-    assert "Layer layer3" in tags.describe("9_test/pearson_layer3")
+    assert (
+        tags.describe_card("9_test/loss") == f"On test images: {tags.describe_card(tags.LOSS_VAL)}"
+    )
+    assert "Layer layer3" in tags.describe_card("9_test/pearson_layer3")
 
 
 def test_foreign_tags_have_no_description() -> None:
-    assert tags.describe("epoch") == tags.describe("9_test/epoch") == tags.describe("a/b") == ""
+    assert (
+        tags.describe_card("epoch")
+        == tags.describe_card("9_test/epoch")
+        == tags.describe_card("a/b")
+        == ""
+    )
 
 
 def test_page_of_some_groups_names_no_others() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from camdistill import load
-from camdistill.commands.image_sources import source_from
-from camdistill.commands.networks import networks_from
+from camdistill.commands.image_sources import load_image_source
+from camdistill.commands.networks import load_networks
 from camdistill.distill.comparison import compare, score
 from camdistill.distill.training import as_images
 from camdistill.measure.fidelity import FidelityMeter, intervals
@@ -30,11 +30,11 @@ def main() -> None:
     parser.add_argument("--data", default="shapes")
     parser.add_argument("--count", type=int, default=2000)
     given = parser.parse_args()
-    shown = networks_from(given.checkpoint, None, given.weights, [])
+    shown = load_networks(given.checkpoint, None, given.weights, [])
     if shown.student is None:
         raise SystemExit("give a student's checkpoint, and its teacher's file as --weights")
     pairs = load(given.checkpoint).pairs
-    source = source_from([], given.data, count=given.count, size=shown.size)
+    source = load_image_source([], given.data, count=given.count, size=shown.size)
     meter = FidelityMeter({own: its for own, its, _ in pairs}, runner_up=True)
     for rows in np.array_split(np.sort(source.order), max(given.count // 250, 1)):
         batch = source.images.batch(rows)

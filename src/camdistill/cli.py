@@ -42,20 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     It is 2 for a user's mistake, 130 after Ctrl-C and 143 after SIGTERM.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that a terminal has no letters for
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _stoppable():
-            _run(given)
+        with _handle_signals():
+            _run(words)
     except UserError as error:
-        return _told(str(error))
+        return _print_error(str(error))
     except SystemExit as end:
         # Lightning makes Ctrl-C exit 1, and its own exception of SIGTERM has no code.
         if end.code == TERMINATED or type(end).__name__ == "SIGTERMException":
-            return _stopped("terminated", TERMINATED, given)
+            return _report_stop("terminated", TERMINATED, words)
         if isinstance(end.__context__, KeyboardInterrupt):
-            return _stopped("interrupted", INTERRUPTED, given)
+            return _report_stop("interrupted", INTERRUPTED, words)
         # jsonargparse's, after --print_config
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BrokenPipeError:  # `camdistill ... | head`
@@ -64,18 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mistake = mistake_of_system(error) or disk_mistake(error)
         if mistake is None:
             raise
-        return _told(str(mistake))
+        return _print_error(str(mistake))
     except MemoryError:
-        return _told(
+        return _print_error(
             "out of memory; give fewer or smaller images, or a smaller batch, or a larger machine"
         )
     except KeyboardInterrupt:
-        return _stopped("interrupted", INTERRUPTED, given)
+        return _report_stop("interrupted", INTERRUPTED, words)
     return 0
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def _handle_signals() -> Iterator[None]:
     """SIGTERM ends what runs as Ctrl-C does, cleaning up; both handlers are put back.
 
     Lightning calls this handler after its own, and leaves Ctrl-C switched off when it was used.
@@ -101,34 +101,34 @@ def _stoppable() -> Iterator[None]:
                 signal.signal(which, handler)
 
 
-def _stopped(how: str, code: int, given: Sequence[str]) -> int:
+def _report_stop(reason: str, code: int, words: Sequence[str]) -> int:
     """Says how to go on after a signal."""
-    if given[:1] == ["fit"]:
+    if words[:1] == ["fit"]:
         cure = "the same command with `--ckpt_path last` goes on from the last whole epoch"
     else:
         cure = "start the same command again"
-    _told(f"{how}; {cure}")
+    _print_error(f"{reason}; {cure}")
     return code
 
 
-def _run(given: list[str]) -> None:
-    if not given or given[0] in ("-h", "--help"):
+def _run(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
         print(_help())
-    elif given[0] == "--version":
+    elif words[0] == "--version":
         print(importlib.import_module("camdistill").__version__)
-    elif given[0] in LOOPS:
+    elif words[0] in LOOPS:
         loops = importlib.import_module("camdistill.commands.loops")
-        _quieten()
+        _silence_libraries()
         with _quiet_event_writers():
-            loops.run(given)
-    elif given[0] in COMMANDS:
-        command = getattr(importlib.import_module(f"camdistill.commands.{given[0]}"), given[0])
-        _quieten()
+            loops.run(words)
+    elif words[0] in COMMANDS:
+        command = getattr(importlib.import_module(f"camdistill.commands.{words[0]}"), words[0])
+        _silence_libraries()
         with _quiet_event_writers():
-            importlib.import_module("camdistill.commands.command_parser").call(command, given)
+            importlib.import_module("camdistill.commands.command_parser").call(command, words)
     else:
         raise UserError(
-            f"no command '{given[0]}'; {nearest(given[0], [*LOOPS, *COMMANDS])}. "
+            f"no command '{words[0]}'; {nearest(words[0], [*LOOPS, *COMMANDS])}. "
             "`camdistill --help` lists them"
         )
 
@@ -139,21 +139,21 @@ def _quiet_event_writers() -> Iterator[None]:
 
     The next event that is added, or the next flush, raises the same error in the main thread.
     """
-    before = threading.excepthook
+    previous_hook = threading.excepthook
 
     def hook(failure: threading.ExceptHookArgs) -> None:
         writer = type(failure.thread).__name__ == "_AsyncWriterThread"
         if not (writer and isinstance(failure.exc_value, OSError)):
-            before(failure)
+            previous_hook(failure)
 
     threading.excepthook = hook
     try:
         yield
     finally:
-        threading.excepthook = before
+        threading.excepthook = previous_hook
 
 
-def _quieten() -> None:
+def _silence_libraries() -> None:
     """Leaves out what Lightning says of itself; its warnings stay, but for those that we answer.
 
     Called after Lightning is imported, which sets its loggers' levels.
@@ -185,6 +185,6 @@ def _help() -> str:
     )
 
 
-def _told(message: str) -> int:
+def _print_error(message: str) -> int:
     print(f"camdistill: {' '.join(message.split())}", file=sys.stderr)
     return 2

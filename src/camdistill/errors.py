@@ -25,8 +25,8 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
         return "nearest: " + ", ".join(repr(option) for option in alike)
     if not known:
         return "there is none"
-    shown = ", ".join(repr(option) for option in known[:8])
-    return f"there are: {shown}" + (", ..." if len(known) > 8 else "")
+    listing = ", ".join(repr(option) for option in known[:8])
+    return f"there are: {listing}" + (", ..." if len(known) > 8 else "")
 
 
 def check_number(name: str, value: int | float, interval: str, cure: str = "") -> None:
@@ -56,7 +56,7 @@ def check_each_once(name: str, values: Iterable[Hashable]) -> None:
     """
     twice = next((value for value, count in Counter(values).items() if count > 1), None)
     if twice is not None:
-        raise UserError(f"{name} has {shortened(str(twice))!r} twice; give each once")
+        raise UserError(f"{name} has {shorten(str(twice))!r} twice; give each once")
 
 
 def check_folder_name(what: str, name: str) -> None:
@@ -65,24 +65,30 @@ def check_folder_name(what: str, name: str) -> None:
     Raises:
         UserError: The name is empty, hidden, a path, a version's, null's, or too long.
     """
-    odd = not name.isprintable() or name != name.strip() or any(sign in name for sign in FORBIDDEN)
-    if odd or not name or name[0] in "-.~" or name[-1] == "." or _OTHERS_NAMES.fullmatch(name):
+    has_odd_letter = (
+        not name.isprintable() or name != name.strip() or any(sign in name for sign in FORBIDDEN)
+    )
+    if (
+        has_odd_letter
+        or not name
+        or name[0] in "-.~"
+        or name[-1] == "."
+        or _RESERVED_NAMES.fullmatch(name)
+    ):
         raise UserError(
-            f"{what} {shortened(name)!r} can't name a folder; give letters, digits and - _ @, no "
+            f"{what} {shorten(name)!r} can't name a folder; give letters, digits and - _ @, no "
             "path, no version_0 and no null"
         )
     if (count := len(name.encode("utf-8", "surrogateescape"))) > LONGEST_NAME:
-        raise UserError(
-            f"{what} {shortened(name)!r} has {count} bytes; give {LONGEST_NAME} or less"
-        )
+        raise UserError(f"{what} {shorten(name)!r} has {count} bytes; give {LONGEST_NAME} or less")
 
 
-_OTHERS_NAMES = re.compile(r"version_\d+|null")  # of a run's versions, and of nothing
+_RESERVED_NAMES = re.compile(r"version_\d+|null")  # of a run's versions, and of nothing
 FORBIDDEN = '/\\:*?"<>|'  # in names of files, on one system or another
 LONGEST_NAME = 200  # bytes of a name that is made into a file's: 255 less what stands around it
 
 
-def shortened(text: str, longest: int = 60) -> str:
+def shorten(text: str, longest: int = 60) -> str:
     """A text that fits into a line: its beginning and its end."""
     if len(text) <= longest:
         return text
@@ -91,7 +97,7 @@ def shortened(text: str, longest: int = 60) -> str:
 
 def mistake_of_system(error: OSError) -> UserError | None:
     """A path that can't be what it is given as, as one line; None for other troubles."""
-    path = shortened(str(error.filename or "a path"), 120)
+    path = shorten(str(error.filename or "a path"), 120)
     match error.errno:
         case errno.ENAMETOOLONG:
             return UserError(
@@ -145,8 +151,8 @@ def writing_mistake(error: OSError, what: str, path: os.PathLike[str], cure: str
     reason = error.strerror or str(error)
     if (mistake := mistake_of_system(error)) and error.filename:
         return mistake
-    own = CURES.get(error.errno or 0, cure)
-    return UserError(f"can't {what} {shortened(str(path), 160)}: {reason}; {own}")
+    remedy = CURES.get(error.errno or 0, cure)
+    return UserError(f"can't {what} {shorten(str(path), 160)}: {reason}; {remedy}")
 
 
 def disk_mistake(error: OSError) -> UserError | None:
@@ -159,7 +165,7 @@ def disk_mistake(error: OSError) -> UserError | None:
     if cure is None or (error.errno == errno.ENOENT and not error.filename):
         return None
     name = error.filename
-    where = os.fsdecode(name) if isinstance(name, bytes | str) and name else "the disk"
+    location = os.fsdecode(name) if isinstance(name, bytes | str) and name else "the disk"
     if cure == _SPACE:
-        return UserError(f"no space left writing to {where}; {cure}")
-    return UserError(f"{where}: {error.strerror or 'it fails'}; {cure}")
+        return UserError(f"no space left writing to {location}; {cure}")
+    return UserError(f"{location}: {error.strerror or 'it fails'}; {cure}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from camdistill.claims.claim import Lab
+from camdistill.claims.claim import ClaimSetup
 from camdistill.data.shapes import Shapes
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
@@ -28,13 +28,13 @@ def tiny(seed: int, channels: tuple[int, ...] = (6, 8)) -> Preprocessed:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Callable[..., Lab]:
+def lab(tmp_path: Path) -> Callable[..., ClaimSetup]:
     """Makes a lab; networks and count as wanted."""
 
     def make(
         teacher: nn.Module | None = None, student: nn.Module | None = None, count: int = 16
-    ) -> Lab:
-        return Lab(
+    ) -> ClaimSetup:
+        return ClaimSetup(
             teacher=teacher or tiny(0),  # type: ignore[arg-type]
             student=student or tiny(1),  # type: ignore[arg-type]
             shapes=Shapes("test", count, seed=3),

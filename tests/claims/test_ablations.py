@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camdistill.claims import ablations
-from camdistill.claims.claim import Lab, drawn
+from camdistill.claims.claim import ClaimSetup, draw_batch
 from camdistill.claims.networks import backbones
 from camdistill.claims.networks.backbones import FlattenedCNN
 from camdistill.networks.teachers import Preprocessed
@@ -58,13 +58,13 @@ def by_hand(network: nn.Module, images: Tensor, classes: Tensor, rule: str) -> T
     ],
 )
 def test_variant_is_its_formula(
-    lab: Callable[..., Lab],
+    lab: Callable[..., ClaimSetup],
     flat: Preprocessed,
     name: str,
     rule: str,
     weigh: Callable[[Tensor], Tensor],
 ) -> None:
-    images = drawn(lab()).images.double()
+    images = draw_batch(lab()).images.double()
     classes = flat(images).argmax(1)
     inner = flat.network
     cells = inner.stage2(inner.stage1(flat.normalise(images)))
@@ -75,45 +75,53 @@ def test_variant_is_its_formula(
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_relu_row_fails_where_maps_without_it_are_no_worse(lab: Callable[..., Lab]) -> None:
+def test_relu_row_fails_where_maps_without_it_are_no_worse(lab: Callable[..., ClaimSetup]) -> None:
     for without, passed in ((0.5, True), (0.2, False), (0.1, False)):
-        table = {ablations.AT_CHOSEN: {"with ReLU": wrong(0.2), "without": wrong(without)}}
-        assert ablations.judged_relu(lab(count=COUNT), table).passed is passed
+        table = {
+            ablations.AT_CHOSEN_THRESHOLD: {"with ReLU": wrong(0.2), "without": wrong(without)}
+        }
+        assert ablations.judge_relu(lab(count=COUNT), table).passed is passed
 
 
-def test_one_training_that_turned_out_otherwise_is_no_verdict(lab: Callable[..., Lab]) -> None:
+def test_one_training_that_turned_out_otherwise_is_no_verdict(
+    lab: Callable[..., ClaimSetup],
+) -> None:
     mixed = [wrong(share)[0] for share in (0.9, 0.1, 0.6, 0.2, 0.8)]
-    table = {ablations.AT_CHOSEN: {"with ReLU": wrong(0.3), "without": mixed}}
-    assert ablations.judged_relu(lab(count=COUNT), table).passed is False
+    table = {ablations.AT_CHOSEN_THRESHOLD: {"with ReLU": wrong(0.3), "without": mixed}}
+    assert ablations.judge_relu(lab(count=COUNT), table).passed is False
 
 
-def test_pooling_row_fails_only_where_the_largest_is_better(lab: Callable[..., Lab]) -> None:
+def test_pooling_row_fails_only_where_the_largest_is_better(lab: Callable[..., ClaimSetup]) -> None:
     for largest, passed in ((0.5, True), (0.3, True), (0.0, False)):
         table = {"grad_cam": wrong(0.3), "largest gradient": wrong(largest)}
-        assert ablations.judged_pooling(lab(count=COUNT), table).passed is passed
+        assert ablations.judge_pooling(lab(count=COUNT), table).passed is passed
 
 
-def test_rules_row_is_about_the_deconvnet(lab: Callable[..., Lab]) -> None:
+def test_rules_row_is_about_the_deconvnet(lab: Callable[..., ClaimSetup]) -> None:
     table = {
         "grad_cam": wrong(0.2),
         "|gradients|": wrong(0.0),
         "guided ReLU": wrong(0.9),
         "deconvnet ReLU": wrong(0.2),
     }
-    assert ablations.judged_rules(lab(count=COUNT), table).passed is False
-    assert ablations.judged_rules(lab(count=COUNT), table | {"deconvnet ReLU": wrong(0.6)}).passed
+    assert ablations.judge_backward_rules(lab(count=COUNT), table).passed is False
+    assert ablations.judge_backward_rules(
+        lab(count=COUNT), table | {"deconvnet ReLU": wrong(0.6)}
+    ).passed
 
 
 def test_rows_are_made_of_the_network_with_fully_connected_layers(
-    lab: Callable[..., Lab], flat: Preprocessed, monkeypatch: pytest.MonkeyPatch
+    lab: Callable[..., ClaimSetup], flat: Preprocessed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backbones, "flattened", lambda lab, run: flat.float())
     room = lab()
     for claim, number in (
-        (ablations.without_relu, "23"),
-        (ablations.pooling, "24"),
-        (ablations.backward_rules, "25"),
+        (ablations.run_relu_ablation, "23"),
+        (ablations.run_pooling_ablation, "24"),
+        (ablations.run_backward_rules, "25"),
     ):
         row = claim(room)
         assert row.number == number
-        assert all(0 <= one.value <= 1 for one in row.ours if one.of == ablations.AT_CHOSEN)
+        assert all(
+            0 <= one.value <= 1 for one in row.ours if one.measure == ablations.AT_CHOSEN_THRESHOLD
+        )

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from camdistill.claims import bias
-from camdistill.claims.bias import CURES, Seen, _moved, conflicting, cured, seen_through
-from camdistill.claims.claim import Lab
-from camdistill.claims.networks.small_networks import Recipe
+from camdistill.claims.bias import (
+    CURES,
+    ShortcutScores,
+    _score_differences,
+    cure_network,
+    draw_conflicting_batch,
+    shortcut_scores,
+)
+from camdistill.claims.claim import ClaimSetup
+from camdistill.claims.networks.small_networks import SmallNetworkRecipe
 from camdistill.data.shapes_painting import PATCH_COLOURS
 from camdistill.distill.optimization import Optimisation
 from camdistill.explain.gradcam import grad_cam
@@ -34,11 +41,11 @@ class Patch(nn.Module):
         return self.cells(0.05 - far).mean((2, 3)) * 1000
 
 
-def test_a_network_of_the_patch_alone_is_found_out(lab: Callable[..., Lab]) -> None:
+def test_a_network_of_the_patch_alone_is_found_out(lab: Callable[..., ClaimSetup]) -> None:
     colours = torch.from_numpy(PATCH_COLOURS[:8]).float() / 255
     whole = Preprocessed(Patch(colours), (0.0,) * 3, (1.0,) * 3).eval()
-    found = conflicting(lab(count=32))
-    seen = seen_through(whole, found)
+    found = draw_conflicting_batch(lab(count=32))
+    seen = shortcut_scores(whole, found)
     assert seen.right.tolist() == [[0.0] * 32]
     share = found.masks["shortcut"].flatten(1).float().mean(1)
     assert torch.allclose(seen.on_patch[0], 1 / share)  # all of its energy
@@ -46,27 +53,29 @@ def test_a_network_of_the_patch_alone_is_found_out(lab: Callable[..., Lab]) -> N
 
 
 def test_patch_disagrees_in_every_image_and_the_lab_images_have_none(
-    lab: Callable[..., Lab],
+    lab: Callable[..., ClaimSetup],
 ) -> None:
     here = lab()
     rendered = dataclasses.replace(here.shapes, split="conflict", shortcut=0.9).render(here.ids)
     assert bool((rendered.shortcut_labels != rendered.labels).all())
-    assert bool(conflicting(here).masks["shortcut"].flatten(1).any(1).all())
+    assert bool(draw_conflicting_batch(here).masks["shortcut"].flatten(1).any(1).all())
 
 
-def test_networks_that_are_alike_differ_by_nothing(lab: Callable[..., Lab]) -> None:
+def test_networks_that_are_alike_differ_by_nothing(lab: Callable[..., ClaimSetup]) -> None:
     here = lab(count=32)
-    seen = seen_through(here.teacher, conflicting(here))
-    for one in _moved(here, seen, seen, "none"):
+    seen = shortcut_scores(here.teacher, draw_conflicting_batch(here))
+    for one in _score_differences(here, seen, seen, "none"):
         assert (one.value, one.low, one.high) == (0, 0, 0)
-        assert not one.above
+        assert not one.above_zero
 
 
-def test_moved_is_the_paired_difference(lab: Callable[..., Lab]) -> None:
+def test_moved_is_the_paired_difference(lab: Callable[..., ClaimSetup]) -> None:
     ones, zeros = torch.ones(3, 16), torch.zeros(3, 16)
-    accuracy, patch = _moved(lab(), Seen(ones, zeros, ones), Seen(zeros, ones * 3, ones), "")
+    accuracy, patch = _score_differences(
+        lab(), ShortcutScores(ones, zeros, ones), ShortcutScores(zeros, ones * 3, ones), ""
+    )
     assert (accuracy.value, patch.value) == (1, -3)
-    assert accuracy.above
+    assert accuracy.above_zero
 
 
 @pytest.fixture
@@ -74,11 +83,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bias, "TRAIN", 256)
     monkeypatch.setattr(bias, "EPOCHS", 1)
     monkeypatch.setattr(bias, "SEEDS", 1)
-    monkeypatch.setattr(bias, "CURE", Recipe(1, 64, Optimisation("adamw", lr=2e-3)))
+    monkeypatch.setattr(bias, "CURE", SmallNetworkRecipe(1, 64, Optimisation("adamw", lr=2e-3)))
 
 
-def examples(lab: Lab) -> tuple[Tensor, ...]:
-    found = conflicting(lab)
+def examples(lab: ClaimSetup) -> tuple[Tensor, ...]:
+    found = draw_conflicting_batch(lab)
     (maps,) = grad_cam(lab.teacher, found.images, None, found.labels).values()
     logits = lab.teacher(found.images)
     return found.images, found.labels, found.masks["object"], logits, maps
@@ -86,7 +95,7 @@ def examples(lab: Lab) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("name", CURES)
 def test_losses_are_one_value_an_image_and_reach_the_weights(
-    lab: Callable[..., Lab], name: str
+    lab: Callable[..., ClaimSetup], name: str
 ) -> None:
     here = lab()
     network = here.student.requires_grad_(True).train()
@@ -99,7 +108,9 @@ def test_losses_are_one_value_an_image_and_reach_the_weights(
     assert float(first.weight.grad.abs().sum()) > 0
 
 
-def test_teachers_own_logits_and_maps_are_where_distillation_ends(lab: Callable[..., Lab]) -> None:
+def test_teachers_own_logits_and_maps_are_where_distillation_ends(
+    lab: Callable[..., ClaimSetup],
+) -> None:
     here = lab()
     losses = CURES["teacher's logits and maps"](here.teacher, examples(here))
     assert float(losses.detach().abs().max()) < 1e-5
@@ -107,13 +118,13 @@ def test_teachers_own_logits_and_maps_are_where_distillation_ends(lab: Callable[
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_cure_starts_from_the_biased_network_and_changes_it(lab: Callable[..., Lab]) -> None:
+def test_cure_starts_from_the_biased_network_and_changes_it(lab: Callable[..., ClaimSetup]) -> None:
     here = lab(count=32)
     before = bias.shortcut_network(here, bias.BIASED, here.seed)
-    after = cured(here, "balanced", here.seed)
+    after = cure_network(here, "balanced", here.seed)
     names = [name for name, _ in before.named_parameters()]
     states = before.state_dict(), after.state_dict()
     assert all(not torch.equal(states[0][name], states[1][name]) for name in names)
-    row = bias.bias_found_and_removed(here)
+    row = bias.run_bias_removal(here)
     assert row.passed is False  # hardly trained: nothing to find
     assert {one.n for one in row.ours} == {32}

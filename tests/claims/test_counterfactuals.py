@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from camdistill.claims.claim import Lab
-from camdistill.claims.counterfactuals import counterfactuals, removal_gain
+from camdistill.claims.claim import ClaimSetup
+from camdistill.claims.counterfactuals import removal_gain, run_counterfactuals
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
 
@@ -32,10 +32,10 @@ def test_removing_what_speaks_against_a_class_raises_it_and_what_speaks_for_it_l
     assert bool((supporting < -0.01).all())
 
 
-def test_row_fails_for_a_network_without_evidence(lab: Callable[..., Lab]) -> None:
+def test_row_fails_for_a_network_without_evidence(lab: Callable[..., ClaimSetup]) -> None:
     blank = ShallowCNN(8, (6, 8), (2, 2))
     nn.init.zeros_(blank.linear.weight)
-    row = counterfactuals(lab(teacher=Preprocessed(blank).eval().requires_grad_(False)))
+    row = run_counterfactuals(lab(teacher=Preprocessed(blank).eval().requires_grad_(False)))
     assert row.passed is False
-    covered = [one.value for one in row.ours if one.of == "energy on the other object"]
+    covered = [one.value for one in row.ours if one.measure == "energy on the other object"]
     assert covered == [0.0, 0.0, 0.0]

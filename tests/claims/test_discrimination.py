@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from camdistill.claims import discrimination
-from camdistill.claims.claim import Lab
+from camdistill.claims.claim import ClaimSetup
 from camdistill.claims.discrimination import (
-    discriminates,
-    drawings,
+    draw_silhouettes,
     edges_of,
-    knows_shapes,
+    observer_accuracy,
     outlines,
-    told_right,
+    run_discrimination,
+    train_shape_observer,
     visualisations,
 )
-from camdistill.claims.two_object_scenes import held_out
+from camdistill.claims.two_object_scenes import draw_test_scenes
 from camdistill.explain.guided import guided_grad_cam
 
 
@@ -32,16 +32,16 @@ def test_observer_is_right_where_the_class_is_in_the_picture_and_at_chance_where
     classes = torch.tensor([[0, 5], [3, 1]])
     pictures = torch.zeros(2, 2, 8, 8)
     pictures[torch.arange(2)[:, None], torch.arange(2), 0, classes] = 1.0
-    assert told_right(Reads(), pictures, classes).tolist() == [1.0, 1.0]
-    assert told_right(Reads(), pictures.flip(1), classes).tolist() == [0.0, 0.0]
+    assert observer_accuracy(Reads(), pictures, classes).tolist() == [1.0, 1.0]
+    assert observer_accuracy(Reads(), pictures.flip(1), classes).tolist() == [0.0, 0.0]
     same = pictures[:, :1].expand(-1, 2, -1, -1)  # a map that is the same for both classes
-    assert told_right(Reads(), same, classes).tolist() == [0.5, 0.5]
-    assert told_right(Reads(), torch.zeros(2, 2, 8, 8), classes).tolist() == [0.5, 0.5]
+    assert observer_accuracy(Reads(), same, classes).tolist() == [0.5, 0.5]
+    assert observer_accuracy(Reads(), torch.zeros(2, 2, 8, 8), classes).tolist() == [0.5, 0.5]
 
 
-def test_product_is_guided_grad_cam(lab: Callable[..., Lab]) -> None:
+def test_product_is_guided_grad_cam(lab: Callable[..., ClaimSetup]) -> None:
     here = lab()
-    scenes = held_out(here)
+    scenes = draw_test_scenes(here)
     shown = visualisations(here.teacher, scenes.images, scenes.classes)
     (own,) = guided_grad_cam(here.teacher, scenes.images, None, scenes.classes).values()
     assert torch.allclose(shown["guided_grad_cam"], own, atol=1e-6)
@@ -64,7 +64,7 @@ def test_drawings_show_what_is_meant_most_brightly() -> None:
     own, other = torch.zeros(64, 16, 16).bool(), torch.zeros(64, 16, 16).bool()
     own[:, 2:6, 2:6], other[:, 10:14, 10:14] = True, True
     none = torch.zeros_like(own)
-    shown = drawings(own, other, none, torch.Generator().manual_seed(0))
+    shown = draw_silhouettes(own, other, none, torch.Generator().manual_seed(0))
     assert float(shown[own].mean()) > 1.5 * float(shown[other].mean())
     assert float(shown.max()) == 1
 
@@ -77,18 +77,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_row_of_untrained_networks_holds_nothing(lab: Callable[..., Lab]) -> None:
-    row = discriminates(lab())
+def test_row_of_untrained_networks_holds_nothing(lab: Callable[..., ClaimSetup]) -> None:
+    row = run_discrimination(lab())
     assert row.passed is False
     assert {one.n for one in row.ours} == {16}
 
 
 @pytest.mark.slow
 def test_observer_of_shapes_knows_shapes(
-    lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+    lab: Callable[..., ClaimSetup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(discrimination, "PAIRS", 1200)
     here = lab(count=100)
-    scenes = held_out(here)
+    scenes = draw_test_scenes(here)
     ideal = torch.stack([outlines(mask) for mask in scenes.masks.unbind(1)], 1)
-    assert float(told_right(knows_shapes(here), ideal, scenes.classes).mean()) > 0.7
+    assert float(observer_accuracy(train_shape_observer(here), ideal, scenes.classes).mean()) > 0.7

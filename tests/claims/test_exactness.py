@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from camdistill.claims.claim import Lab
-from camdistill.claims.exactness import generalises_cam
+from camdistill.claims.claim import ClaimSetup
+from camdistill.claims.exactness import run_cam_equality
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
 
@@ -22,14 +22,14 @@ class Crooked(ShallowCNN):
         return self.linear((hidden * weights).mean((2, 3)).square())  # type: ignore[no-any-return]
 
 
-def test_alpha_is_the_heads_weight_to_rounding(lab: Callable[..., Lab]) -> None:
-    row = generalises_cam(lab())
+def test_alpha_is_the_heads_weight_to_rounding(lab: Callable[..., ClaimSetup]) -> None:
+    row = run_cam_equality(lab())
     assert row.passed
     assert all(0 < one.value < 1e-5 for one in row.ours)
 
 
-def test_a_head_that_is_not_pooling_and_linear_fails(lab: Callable[..., Lab]) -> None:
+def test_a_head_that_is_not_pooling_and_linear_fails(lab: Callable[..., ClaimSetup]) -> None:
     crooked: nn.Module = Preprocessed(Crooked(8, (6, 8), (2, 2))).eval().requires_grad_(False)
-    row = generalises_cam(lab(student=crooked))
+    row = run_cam_equality(lab(student=crooked))
     assert row.passed is False
     assert row.ours[0].value < 1e-5 < row.ours[1].value

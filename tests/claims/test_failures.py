@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from camdistill.claims.claim import Drawn, Lab
+from camdistill.claims.claim import ClaimSetup, ShapesBatch
 from camdistill.claims.failures import (
     BUDGET,
     SURE,
-    _difference,
-    adversarial,
+    _difference_of_means,
     attack,
-    failures_of,
+    judge_failures,
+    run_adversarial,
 )
 from camdistill.networks.teachers import Preprocessed
 
@@ -29,7 +29,7 @@ class Colours(nn.Module):
         return self.pool(self.layer(images))[:, :2].mean((2, 3)) * 40
 
 
-def colourful(count: int) -> tuple[Drawn, Tensor, Tensor]:
+def colourful(count: int) -> tuple[ShapesBatch, Tensor, Tensor]:
     """Red objects (class 0) and larger, greener distractors (class 1), which the network answers.
 
     In every other image there is a second green patch in the object, so that not the distractor is
@@ -44,13 +44,13 @@ def colourful(count: int) -> tuple[Drawn, Tensor, Tensor]:
     alone = images.clone()
     alone[:, 1] = torch.where(masks["distractor"], 0.0, alone[:, 1])
     labels = torch.zeros(count, dtype=torch.long)
-    return Drawn(images, labels, labels, masks), torch.ones_like(labels), alone
+    return ShapesBatch(images, labels, labels, masks), torch.ones_like(labels), alone
 
 
-def test_planted_causes_of_errors_are_found(lab: Callable[..., Lab]) -> None:
+def test_planted_causes_of_errors_are_found(lab: Callable[..., ClaimSetup]) -> None:
     found, answers, alone = colourful(40)
-    row = failures_of(lab(), Colours(), found, answers, alone, 100)
-    by_name = {(one.name, one.of): one for one in row.ours}
+    row = judge_failures(lab(), Colours(), found, answers, alone, 100)
+    by_name = {(one.name, one.measure): one for one in row.ours}
     assert by_name["distractor blamed", "share"].value == 0.5
     mended = "share mended without the distractor"
     assert by_name["blamed", mended].value == 1
@@ -61,7 +61,9 @@ def test_planted_causes_of_errors_are_found(lab: Callable[..., Lab]) -> None:
     assert row.passed
 
 
-def test_maps_that_say_the_same_of_both_classes_explain_no_error(lab: Callable[..., Lab]) -> None:
+def test_maps_that_say_the_same_of_both_classes_explain_no_error(
+    lab: Callable[..., ClaimSetup],
+) -> None:
     found, answers, alone = colourful(40)
 
     class Grey(Colours):
@@ -69,17 +71,17 @@ def test_maps_that_say_the_same_of_both_classes_explain_no_error(lab: Callable[.
             whole = super().forward(images).sum(1, keepdim=True)
             return torch.cat([whole, whole + 1], 1)
 
-    row = failures_of(lab(), Grey(), found, answers, alone, 100)
+    row = judge_failures(lab(), Grey(), found, answers, alone, 100)
     moved = [one for one in row.ours if one.name in ("wrong - true class", "true - wrong class")]
     assert [one.value for one in moved] == [0, 0]
     assert row.passed is False
 
 
-def test_difference_of_groups_against_the_normal_interval(lab: Callable[..., Lab]) -> None:
+def test_difference_of_groups_against_the_normal_interval(lab: Callable[..., ClaimSetup]) -> None:
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(400, generator=generator, dtype=torch.float64) + 1
     second = torch.randn(300, generator=generator, dtype=torch.float64)
-    found = _difference("a - b", first, second, lab(), "")
+    found = _difference_of_means("a - b", first, second, lab(), "")
     spread = float((first.var() / 400 + second.var() / 300).sqrt())
     assert abs(found.value - float(first.mean() - second.mean())) < 1e-12
     assert found.low is not None
@@ -106,7 +108,7 @@ def test_attack_reaches_what_it_can_and_stays_in_its_budget() -> None:
     assert torch.equal(images[0], torch.full((3, 8, 8), 0.49))
 
 
-def test_row_without_a_successful_attack_says_nothing(lab: Callable[..., Lab]) -> None:
+def test_row_without_a_successful_attack_says_nothing(lab: Callable[..., ClaimSetup]) -> None:
     class Constant(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -115,6 +117,6 @@ def test_row_without_a_successful_attack_says_nothing(lab: Callable[..., Lab]) -
         def forward(self, images: Tensor) -> Tensor:
             return self.layer(images).mean((2, 3)).repeat(1, 3)[:, :8] * 0.01
 
-    row = adversarial(lab(teacher=Preprocessed(Constant())))
+    row = run_adversarial(lab(teacher=Preprocessed(Constant())))
     assert row.passed is None
     assert [one.value for one in row.ours] == [0.0]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camdistill.claims.claim import Lab
-from camdistill.claims.localization import Errors
+from camdistill.claims.claim import ClaimSetup
+from camdistill.claims.localization import BoxErrors
 from camdistill.claims.networks import backbones, heads, localization, localization_maps
 from camdistill.errors import UserError
 from camdistill.networks.cifar_resnet import CifarResNet
@@ -31,7 +31,7 @@ def errors(*shares: float, count: int = 60) -> dict[str, Tensor]:
 def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts other maps in a method's place: noisy masks, or noise alone."""
 
-    def plant(lab: Lab, good: Sequence[str]) -> None:
+    def plant(lab: ClaimSetup, good: Sequence[str]) -> None:
         known: dict[bytes, Tensor] = {}
         for shapes in (lab.shapes, replace(lab.shapes, split="val")):
             rendered = shapes.render(lab.ids)
@@ -62,9 +62,9 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ],
 )
 def test_boxes_pass_only_where_errors_rise_along_the_order(
-    lab: Callable[..., Lab], shares: tuple[float, ...], passed: bool
+    lab: Callable[..., ClaimSetup], shares: tuple[float, ...], passed: bool
 ) -> None:
-    found = Errors(errors(*shares), errors(0.1, 0.5, 0.9), dict.fromkeys(errors(0, 0, 0), 0.5))
+    found = BoxErrors(errors(*shares), errors(0.1, 0.5, 0.9), dict.fromkeys(errors(0, 0, 0), 0.5))
     row = localization.judged_boxes(lab(count=60), "3", "it", "56.51 %", found)
     assert row.passed is passed
     assert localization.judged_own(lab(count=60), {"it": found}).passed
@@ -72,15 +72,15 @@ def test_boxes_pass_only_where_errors_rise_along_the_order(
     assert [round(first[name].value, 6) for name in localization.COMPARED] == list(shares)
 
 
-def test_own_thresholds_must_hold_in_all_networks(lab: Callable[..., Lab]) -> None:
-    good = Errors({}, errors(0.1, 0.5, 0.9), {})
-    bad = Errors({}, errors(0.6, 0.5, 0.9), {})
+def test_own_thresholds_must_hold_in_all_networks(lab: Callable[..., ClaimSetup]) -> None:
+    good = BoxErrors({}, errors(0.1, 0.5, 0.9), {})
+    bad = BoxErrors({}, errors(0.6, 0.5, 0.9), {})
     assert localization.judged_own(lab(count=60), {"a": good, "b": good}).passed
     assert localization.judged_own(lab(count=60), {"a": good, "b": bad}).passed is False
 
 
 def test_masks_in_grad_cams_place_beat_noise_in_the_gradients(
-    lab: Callable[..., Lab], planted: Callable[..., None]
+    lab: Callable[..., ClaimSetup], planted: Callable[..., None]
 ) -> None:
     room = lab(count=24)
     planted(room, ["grad_cam"])
@@ -95,7 +95,7 @@ def test_masks_in_grad_cams_place_beat_noise_in_the_gradients(
 
 
 def test_noise_in_grad_cams_place_fails(
-    lab: Callable[..., Lab], planted: Callable[..., None]
+    lab: Callable[..., ClaimSetup], planted: Callable[..., None]
 ) -> None:
     room = lab(count=24)
     planted(room, ["gradient"])
@@ -124,7 +124,7 @@ def test_rejection_counts_for_absent_classes_and_against_present_ones() -> None:
     assert 2 < localization._best_peak(peaks, right) <= 4
 
 
-def test_pointing_fails_where_the_gradient_points_as_well(lab: Callable[..., Lab]) -> None:
+def test_pointing_fails_where_the_gradient_points_as_well(lab: Callable[..., ClaimSetup]) -> None:
     good = {name: torch.full((30,), 0.9) for name in ("accuracy", "precision", "recall")}
     poor = {name: torch.full((30,), 0.4) for name in good}
     table = {"grad_cam": good, "never rejecting": poor, "gradient": poor}
@@ -132,7 +132,7 @@ def test_pointing_fails_where_the_gradient_points_as_well(lab: Callable[..., Lab
     assert localization.judged_pointing(lab(), table | {"gradient": good}).passed is False
 
 
-def test_pointing_asks_about_both_objects(lab: Callable[..., Lab]) -> None:
+def test_pointing_asks_about_both_objects(lab: Callable[..., ClaimSetup]) -> None:
     row = localization.pointing_with_rejection(lab())
     recall = [one.value for one in row.ours if one.of == "recall"]
     assert all(0 <= value <= 1 for value in recall)
@@ -143,7 +143,7 @@ def test_pointing_asks_about_both_objects(lab: Callable[..., Lab]) -> None:
     }
 
 
-def test_seeds_and_costs_are_judged_over_trainings(lab: Callable[..., Lab]) -> None:
+def test_seeds_and_costs_are_judged_over_trainings(lab: Callable[..., ClaimSetup]) -> None:
     room = lab(count=40)
     high = [torch.rand(40, generator=GENERATOR) * 0.1 + 0.6 for _ in range(3)]
     low = [one - 0.2 for one in high]
@@ -161,13 +161,13 @@ def test_seeds_and_costs_are_judged_over_trainings(lab: Callable[..., Lab]) -> N
 
 
 def test_both_heads_stand_on_the_students_trunk(
-    lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+    lab: Callable[..., ClaimSetup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backbones, "IMAGES", 128)
     monkeypatch.setattr(backbones, "EPOCHS", 1)
     room = lab()
     before = {key: value.clone() for key, value in room.student.state_dict().items()}
-    flat, pooled = backbones.flattened(room), backbones.pooled(room)
+    flat, pooled = backbones.fully_connected_network(room), backbones.pooling_network(room)
     for name in ("stage1.conv.weight", "stage2.conv.weight"):
         own = room.student.network.get_parameter(name)
         for network in (flat, pooled):
@@ -184,13 +184,13 @@ def test_both_heads_stand_on_the_students_trunk(
     }
 
 
-def test_a_student_without_stages_is_a_mistake_in_one_line(lab: Callable[..., Lab]) -> None:
+def test_a_student_without_stages_is_a_mistake_in_one_line(lab: Callable[..., ClaimSetup]) -> None:
     deep = Preprocessed(CifarResNet(8, 8)).eval()
     with pytest.raises(UserError, match=r"CifarResNet.*--student"):
-        backbones.flattened(lab(student=deep))
+        backbones.fully_connected_network(lab(student=deep))
 
 
-def test_a_network_with_blank_maps_is_not_explained(lab: Callable[..., Lab]) -> None:
+def test_a_network_with_blank_maps_is_not_explained(lab: Callable[..., ClaimSetup]) -> None:
     room = lab()
     blank = room.teacher
     blank.network.linear.weight.zero_()

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from camdistill.claims import photographs
-from camdistill.claims.claim import Lab
+from camdistill.claims.claim import ClaimSetup
 from camdistill.errors import UserError
 
 
@@ -37,18 +37,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_photographs_are_measured_against_their_boxes(
-    lab: Callable[..., Lab], folder: Path
+    lab: Callable[..., ClaimSetup], folder: Path
 ) -> None:
-    row = photographs.boxes_in_photographs(replace(lab(), boxes=folder))
-    alone = {one.name: one for one in row.ours if one.of == "box error alone"}
+    row = photographs.run_photograph_boxes(replace(lab(), boxes=folder))
+    alone = {one.name: one for one in row.ours if one.measure == "box error alone"}
     # A quarter of each image is its object: IoU 0.25 with the whole image, always an error.
     assert alone["whole image"].value == 1
     assert {one.n for one in row.ours} == {16}
-    top1 = {one.name: one.value for one in row.ours if one.of == photographs.AT_PAPERS}
+    top1 = {
+        one.name: one.value for one in row.ours if one.measure == photographs.AT_PAPER_THRESHOLD
+    }
     assert all(top1[name] >= alone[name].value for name in top1)
 
 
-def test_criterion_asks_for_more_than_a_box_around_everything(lab: Callable[..., Lab]) -> None:
+def test_criterion_asks_for_more_than_a_box_around_everything(
+    lab: Callable[..., ClaimSetup],
+) -> None:
     def wrong(share: float) -> Tensor:
         return (torch.arange(60) < round(60 * share)).double()
 
@@ -59,13 +63,15 @@ def test_criterion_asks_for_more_than_a_box_around_everything(lab: Callable[...,
         (0.2, 0.1, 0.6, False),
     ):
         table = {"grad_cam": wrong(own), "gradient": wrong(gradient), "whole image": wrong(whole)}
-        row = photographs.judged_photographs(lab(count=60), right, table, table)
+        row = photographs.judge_photographs(lab(count=60), right, table, table)
         assert row.passed is passed
 
 
-def test_without_boxes_the_row_says_what_it_needs(lab: Callable[..., Lab], folder: Path) -> None:
+def test_without_boxes_the_row_says_what_it_needs(
+    lab: Callable[..., ClaimSetup], folder: Path
+) -> None:
     with pytest.raises(UserError, match=r"--boxes FOLDER"):
-        photographs.boxes_in_photographs(lab())
+        photographs.run_photograph_boxes(lab())
     (folder / "boxes.csv").unlink()
     with pytest.raises(UserError, match=r"have no boxes.*boxes.csv"):
-        photographs.boxes_in_photographs(replace(lab(), boxes=folder))
+        photographs.run_photograph_boxes(replace(lab(), boxes=folder))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from camdistill.claims import bias, failures, trust
-from camdistill.claims.claim import Lab
-from camdistill.claims.trust import off_centre, picked, probe, roughness
+from camdistill.claims.claim import ClaimSetup
+from camdistill.claims.trust import judge_pairs, off_centre, probe, roughness
 
 
 def pairs(shift: float, count: int = 400) -> list[torch.Tensor]:
@@ -25,11 +25,11 @@ def test_probe_finds_a_planted_difference_and_ignores_the_metric_column() -> Non
     assert direction[0] == 0
     assert int(direction.abs().argmax()) == 3
     # P(N(2, 1) > 0) = 0.977; the other weights blur it a little.
-    assert abs(float(picked(told)["probe"].mean()) - 0.977) < 0.02
+    assert abs(float(judge_pairs(told)["probe"].mean()) - 0.977) < 0.02
 
 
 def test_judges_are_at_chance_where_networks_do_not_differ() -> None:
-    for values in picked(pairs(0.0)).values():
+    for values in judge_pairs(pairs(0.0)).values():
         # Three pairs of 400 images: a standard error of 0.014.
         assert abs(float(values.mean()) - 0.5) < 0.06
 
@@ -37,10 +37,10 @@ def test_judges_are_at_chance_where_networks_do_not_differ() -> None:
 def test_ties_are_a_half_and_errors_are_left_out() -> None:
     told = [torch.zeros(4, 6) for _ in range(2)]
     told[0][0] = torch.nan
-    found = picked(told)["gini"]
+    found = judge_pairs(told)["gini"]
     assert found.tolist() == [0.5, 0.5, 0.5, 0.5]
     told[1][0] = torch.nan
-    assert bool(picked(told)["gini"][0].isnan())
+    assert bool(judge_pairs(told)["gini"][0].isnan())
 
 
 def test_statistics_of_maps_by_hand() -> None:
@@ -54,12 +54,12 @@ def test_statistics_of_maps_by_hand() -> None:
 
 @pytest.mark.slow
 def test_row_of_networks_that_never_trained(
-    lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+    lab: Callable[..., ClaimSetup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bias, "TRAIN", 128)
     monkeypatch.setattr(bias, "EPOCHS", 1)
     monkeypatch.setattr(failures, "WEAK_EPOCHS", 1)
     monkeypatch.setattr(trust, "SEEDS", 2)
-    row = trust.trust(lab(count=64))
+    row = trust.run_trust(lab(count=64))
     assert row.passed is False
     assert len(row.ours) == 6

@@ -5,8 +5,14 @@ from collections.abc import Callable
 
 import torch
 
-from camdistill.claims.claim import Drawn, Lab
-from camdistill.claims.two_object_scenes import _scenes, held_out, lessons, rendered, taught
+from camdistill.claims.claim import ClaimSetup, ShapesBatch
+from camdistill.claims.two_object_scenes import (
+    _scenes,
+    draw_test_scenes,
+    draw_training_scenes,
+    render_without,
+    training_shapes,
+)
 
 
 def test_centres_and_brightness_of_a_drawing_by_hand() -> None:
@@ -16,24 +22,26 @@ def test_centres_and_brightness_of_a_drawing_by_hand() -> None:
     images[:, :, first[0]] = 0.9
     images[:, :, second[0]] = 0.1
     masks = {"object": first, "second": second, "background": ~(first | second)}
-    found = _scenes(Drawn(images, torch.tensor([2]), torch.tensor([5]), masks))
-    assert found.places.tolist() == [[[2.0, 1.0], [6.0, 6.0]]]
+    found = _scenes(ShapesBatch(images, torch.tensor([2]), torch.tensor([5]), masks))
+    assert found.centers.tolist() == [[[2.0, 1.0], [6.0, 6.0]]]
     assert found.bright.tolist() == [[True, False]]
     assert found.classes.tolist() == [[2, 5]]
 
 
-def test_lessons_are_other_images_than_those_held_out(lab: Callable[..., Lab]) -> None:
+def test_lessons_are_other_images_than_those_held_out(lab: Callable[..., ClaimSetup]) -> None:
     here = lab()
-    ours, others = held_out(here), lessons(here, 16)
+    ours, others = draw_test_scenes(here), draw_training_scenes(here, 16)
     assert not torch.equal(ours.images, others.images)
     assert bool((ours.classes[:, 0] != ours.classes[:, 1]).all())
-    assert taught(here, 16).split == "train"
+    assert training_shapes(here, 16).split == "train"
 
 
-def test_drawn_without_the_second_object_changes_its_pixels_alone(lab: Callable[..., Lab]) -> None:
+def test_drawn_without_the_second_object_changes_its_pixels_alone(
+    lab: Callable[..., ClaimSetup],
+) -> None:
     here = lab()
-    scenes = held_out(here)
-    alone = rendered(here, dataclasses.replace(here.shapes, objects=2), ["second"])
+    scenes = draw_test_scenes(here)
+    alone = render_without(here, dataclasses.replace(here.shapes, objects=2), ["second"])
     changed = (alone != scenes.images).any(1)
     assert bool((changed <= scenes.masks[:, 1]).all())
     assert float(changed[scenes.masks[:, 1]].float().mean()) > 0.9

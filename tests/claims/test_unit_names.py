@@ -2,7 +2,7 @@
 
 import torch
 
-from camdistill.claims.unit_names import named, precisions
+from camdistill.claims.unit_names import name_units, precisions
 from camdistill.layers.units.dissection import Dissection
 
 
@@ -11,7 +11,7 @@ def test_units_are_named_after_what_they_cover_most_above_chance() -> None:
     chance = torch.tensor([[0.05, 0.05], [0.02, 0.20], [0.0, 0.0]], dtype=torch.float64)
     found = Dissection("layer", ("plus", "disc"), iou, chance, torch.zeros_like(iou))
     # The second unit's IoU with plus is 0.18 above chance, with disc 0.05; the third has no name.
-    assert named(found, ("disc", "triangle", "plus")).tolist() == [2, 2, -1]
+    assert name_units(found, ("disc", "triangle", "plus")).tolist() == [2, 2, -1]
 
 
 def test_precision_counts_units_of_the_images_own_class() -> None:

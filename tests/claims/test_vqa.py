@@ -7,25 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from camdistill.claims import vqa
-from camdistill.claims.claim import Drawn, Lab
-from camdistill.claims.networks.small_networks import Recipe
-from camdistill.claims.networks.visual_features import Sight
-from camdistill.claims.two_object_scenes import Scenes, held_out
+from camdistill.claims.claim import ClaimSetup, ShapesBatch
+from camdistill.claims.networks.small_networks import SmallNetworkRecipe
+from camdistill.claims.networks.visual_features import FeatureExtractor
+from camdistill.claims.two_object_scenes import Scenes, draw_test_scenes
 from camdistill.claims.vqa import (
-    About,
-    Answerer,
-    Explained,
+    QuestionScores,
+    SingleQuestionNetwork,
+    VQANetwork,
     answer_maps,
-    explained,
-    moved,
+    energy_shift,
+    score_question,
 )
 from camdistill.claims.vqa_data import (
     SIDES,
-    Asked,
     Language,
-    all_asked,
-    asked_of_object,
-    asked_of_side,
+    QuestionBatch,
+    all_questions,
+    questions_about_object,
+    questions_about_side,
 )
 from camdistill.distill.optimization import Optimisation
 
@@ -43,18 +43,19 @@ def scene() -> Scenes:
         masks,
         torch.tensor([[[5.0, 25.0], [25.0, 5.0]]]),
         torch.tensor([[True, False]]),
-        Drawn(images, none, none, {}),
+        ShapesBatch(images, none, none, {}),
     )
 
 
-def said(asked: Asked) -> tuple[str, str, int]:
+def said(asked: QuestionBatch) -> tuple[str, str, int]:
     question, answer = int(asked.questions[0]), int(asked.answers[0])
     return LANGUAGE.questions[question], LANGUAGE.answers[answer], int(asked.about[0])
 
 
 def test_questions_and_answers_of_a_scene_by_hand() -> None:
     found = {
-        kind: [said(one) for one in asked] for kind, asked in all_asked(LANGUAGE, scene()).items()
+        kind: [said(one) for one in asked]
+        for kind, asked in all_questions(LANGUAGE, scene()).items()
     }
     assert found == {
         "shape": [
@@ -76,18 +77,18 @@ def test_questions_and_answers_of_a_scene_by_hand() -> None:
 
 def test_sides_are_not_asked_about_where_there_is_hardly_one() -> None:
     level = scene()._replace(places=torch.tensor([[[5.0, 12.0], [25.0, 10.0]]]))
-    assert [bool(asked_of_side(level, side).sensible[0]) for side in range(4)] == [
+    assert [bool(questions_about_side(level, side).sensible[0]) for side in range(4)] == [
         False,
         False,
         True,
         True,
     ]
-    assert not asked_of_object(LANGUAGE, level, "side", 0).sensible[0]
-    assert asked_of_object(LANGUAGE, level, "brightness", 0).sensible[0]
+    assert not questions_about_object(LANGUAGE, level, "side", 0).sensible[0]
+    assert questions_about_object(LANGUAGE, level, "brightness", 0).sensible[0]
 
 
 def test_questions_are_spelled_in_words_that_tell_them_apart() -> None:
-    rows = LANGUAGE.spelled(LANGUAGE.questions)
+    rows = LANGUAGE.encode(LANGUAGE.questions)
     assert rows.shape == (len(SIDES) + 2 * 3, 6)
     assert len({tuple(row) for row in rows.tolist()}) == len(rows)
     back = [" ".join(LANGUAGE.words[word] for word in row) for row in rows.tolist()]
@@ -96,14 +97,14 @@ def test_questions_are_spelled_in_words_that_tell_them_apart() -> None:
 
 def test_energy_follows_the_question_where_planted() -> None:
     one = torch.zeros(2, dtype=torch.long)
-    asked = [Asked(one, one, one + which, one == 0) for which in (0, 1)]
+    asked = [QuestionBatch(one, one, one + which, one == 0) for which in (0, 1)]
     right = torch.ones(2)
     # The first image's map is on what is asked about; the second's never moves.
     energy = [torch.tensor([[0.8, 0.1], [0.5, 0.3]]), torch.tensor([[0.2, 0.7], [0.5, 0.3]])]
-    found = [Explained(right, {}, one) for one in energy]
-    assert torch.allclose(moved(asked, found, [right, right]), torch.tensor([0.6, 0.0]))
+    found = [QuestionScores(right, {}, one) for one in energy]
+    assert torch.allclose(energy_shift(asked, found, [right, right]), torch.tensor([0.6, 0.0]))
     wrong = torch.tensor([0.0, 1.0])
-    assert moved(asked, found, [right, wrong]).isnan().tolist() == [True, False]
+    assert energy_shift(asked, found, [right, wrong]).isnan().tolist() == [True, False]
 
 
 class Pointing(nn.Module):
@@ -131,25 +132,27 @@ def test_occlusion_shows_what_the_answer_reads() -> None:
 
 
 @pytest.fixture
-def untrained(lab: Callable[..., Lab]) -> tuple[Lab, Answerer, Language]:
+def untrained(lab: Callable[..., ClaimSetup]) -> tuple[ClaimSetup, VQANetwork, Language]:
     here = lab(count=12)
     language = Language(here.shapes.class_names)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Answerer(Sight(here.student), len(language.words), len(language.answers))
+        network = VQANetwork(
+            FeatureExtractor(here.student), len(language.words), len(language.answers)
+        )
     return here, network.eval().requires_grad_(False), language
 
 
 def test_images_explained_together_are_as_each_alone(
-    untrained: tuple[Lab, Answerer, Language],
+    untrained: tuple[ClaimSetup, VQANetwork, Language],
 ) -> None:
     here, network, language = untrained
-    scenes = held_out(here)
-    asked = asked_of_object(language, scenes, "brightness", 0)
-    whole = explained(network, language, scenes, asked)
-    own = network(scenes.images, language.spelled(language.questions)[asked.questions]).argmax(1)
-    question = language.spelled(language.questions)[int(asked.questions[3])]
-    about = About(network, question).eval()
+    scenes = draw_test_scenes(here)
+    asked = questions_about_object(language, scenes, "brightness", 0)
+    whole = score_question(network, language, scenes, asked)
+    own = network(scenes.images, language.encode(language.questions)[asked.questions]).argmax(1)
+    question = language.encode(language.questions)[int(asked.questions[3])]
+    about = SingleQuestionNetwork(network, question).eval()
     maps = answer_maps(about, scenes.images[3:4], int(own[3]))["grad_cam"]
     share = (maps * scenes.masks[3:4, 1]).sum() / maps.sum()
     assert abs(float(whole.energy[3, 1]) - float(share)) < 1e-5
@@ -158,11 +161,11 @@ def test_images_explained_together_are_as_each_alone(
 
 @pytest.mark.slow
 def test_row_of_an_untaught_network(
-    lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+    lab: Callable[..., ClaimSetup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vqa, "IMAGES", 256)
-    monkeypatch.setattr(vqa, "RECIPE", Recipe(4, 64, Optimisation("adamw", lr=5e-3)))
-    row = vqa.answers(lab(count=32))
+    monkeypatch.setattr(vqa, "RECIPE", SmallNetworkRecipe(4, 64, Optimisation("adamw", lr=5e-3)))
+    row = vqa.run_vqa(lab(count=32))
     assert row.number == "20"
-    right = {one.name: one.value for one in row.ours if one.of == "answers that are true"}
+    right = {one.name: one.value for one in row.ours if one.measure == "answers that are true"}
     assert right["shape"] < 0.7

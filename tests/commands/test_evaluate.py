@@ -12,7 +12,7 @@ from PIL import Image
 from camdistill import grad_cam, load
 from camdistill.cli import main
 from camdistill.commands.evaluate import evaluate
-from camdistill.commands.image_sources import source_from
+from camdistill.commands.image_sources import load_image_source
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.experiments.evaluation.evaluation_values import read_values
@@ -51,7 +51,7 @@ def test_table_holds_explainers_and_controls_with_intervals(
 def test_stored_maps_and_callables_stand_beside_the_networks_own(folder: Path) -> None:
     network = load(STUDENT).teacher
     assert network is not None
-    found = source_from([], "images", count=6, size=16)
+    found = load_image_source([], "images", count=6, size=16)
     images = as_images(found.images.batch(np.sort(found.order)).pixels)
     (maps,) = grad_cam(network, images).values()
     np.savez("mine.npz", maps=maps.numpy())

@@ -13,10 +13,10 @@ from torch import Tensor
 from camdistill import grad_cam, load
 from camdistill.cli import main
 from camdistill.commands.explain import explain
-from camdistill.commands.networks import networks_from
+from camdistill.commands.networks import load_networks
 from camdistill.data.decode import decode
 from camdistill.explain.methods import METHODS
-from camdistill.explain.methods import explainer as method_of
+from camdistill.explain.methods import find_method as method_of
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Teacher
@@ -239,7 +239,7 @@ def test_all_methods_leave_out_what_a_network_refuses(
 
 def test_a_classifier_of_small_images_is_shown_small_images() -> None:
     shipped = Path(__file__).parents[2] / "checkpoints" / "shapes-resnet20.safetensors"
-    assert networks_from(shipped, None, None, []).size == (32, 32)
+    assert load_networks(shipped, None, None, []).size == (32, 32)
 
 
 def test_networks_of_grey_images_see_the_mean_of_the_colours(folder: Path) -> None:

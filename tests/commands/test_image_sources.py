@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from camdistill.commands.image_sources import images_from, source_from
-from camdistill.commands.networks import networks_from
+from camdistill.commands.image_sources import load_image_source, load_images
+from camdistill.commands.networks import load_networks
 from camdistill.data.modules import FolderData
 from camdistill.distill.checkpoints import save
 from camdistill.distill.classifier import Classifier
@@ -15,21 +15,21 @@ from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec
 
 
-@pytest.mark.parametrize("look", [images_from, source_from])
+@pytest.mark.parametrize("look", [load_images, load_image_source])
 def test_another_size_of_images_that_have_one_is_refused(look):
     """It was passed over in silence: a network of 224 pixels was shown 32."""
     with pytest.raises(UserError, match="cifar10's images are 32 pixels wide, and 224"):
         look([], "cifar10", count=4, size=224)
 
 
-@pytest.mark.parametrize("look", [images_from, source_from])
+@pytest.mark.parametrize("look", [load_images, load_image_source])
 def test_shapes_are_drawn_at_the_size_that_is_asked_for(look):
     found = look([], "shapes", count=3, size=64)
-    images = found.images if look is images_from else found.images.pixels
+    images = found.images if look is load_images else found.images.pixels
     assert tuple(images.shape[-2:]) == (64, 64)
 
 
-@pytest.mark.parametrize("look", [images_from, source_from])
+@pytest.mark.parametrize("look", [load_images, load_image_source])
 def test_a_broken_training_image_does_not_keep_from_the_test_images(look, tmp_path: Path):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
@@ -54,11 +54,11 @@ def test_test_images_are_those_that_a_network_was_not_trained_on(tmp_path: Path)
     module._trainer = None
     path = tmp_path / "network.safetensors"
     save(module, path)
-    shown = networks_from(path, None, None, [])
+    shown = load_networks(path, None, None, [])
     assert shown.carving == (3, 0.2)
     folder, side = str(tmp_path / "data"), shown.size[0]
-    found = source_from([], folder, count=60, size=side, carving=shown.carving)
+    found = load_image_source([], folder, count=60, size=side, carving=shown.carving)
     assert len(found.images) == 12
     assert not set(found.images.names) & set(data.train_set.names)
-    others = source_from([], folder, count=60, size=side)
+    others = load_image_source([], folder, count=60, size=side)
     assert set(others.images.names) & set(data.train_set.names)

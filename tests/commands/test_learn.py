@@ -10,8 +10,8 @@ from tiny_study import HERE, save_teacher, study
 
 from camdistill.cli import main
 from camdistill.data.modules import ShapesData
-from camdistill.explain.methods import at_image
-from camdistill.measure.learned import LearnedMetric, context, load_metric
+from camdistill.explain.methods import image_explainer
+from camdistill.measure.learned import LearnedMetric, image_context, load_metric
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Teacher
 from camdistill.networks.weights import save_safetensors
@@ -88,8 +88,8 @@ def test_evaluate_takes_a_metric_by_file(folder: Path, capsys: pytest.CaptureFix
     rows = torch.linspace(0, len(data.test_set) - 1, 6).long().numpy()
     images = data.test_set.batch(rows).pixels.float() / 255
     classes = teacher(images).argmax(1)
-    maps = at_image("grad_cam")(teacher, images, classes)
-    wanted = load_metric("metric.safetensors")(maps, context(teacher, images, classes))
+    maps = image_explainer("grad_cam")(teacher, images, classes)
+    wanted = load_metric("metric.safetensors")(maps, image_context(teacher, images, classes))
     assert found["metric.safetensors"]["mean"] == pytest.approx(float(wanted.mean()), rel=1e-3)
 
 

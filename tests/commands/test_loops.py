@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from camdistill.cli import main
-from camdistill.commands.command_parser import call, with_lists
-from camdistill.commands.loops import _Told
+from camdistill.commands.command_parser import call, join_list_words
+from camdistill.commands.loops import _ReportingExperiment
 
 RUN = Path("runs/tiny/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
@@ -105,7 +105,7 @@ def test_first_help_needs_no_torch() -> None:
 def test_lists_are_gathered_up_to_the_next_option() -> None:
     lists = {"images": Path, "seeds": int}
     words = ["--images", "a b.png", "c.png", "--count", "3", "--seeds", "1", "2", "--seeds=[4, 5]"]
-    assert with_lists(words, lists) == [
+    assert join_list_words(words, lists) == [
         '--images=["a b.png", "c.png"]',
         "--count",
         "3",
@@ -116,7 +116,7 @@ def test_lists_are_gathered_up_to_the_next_option() -> None:
 
 def test_a_file_whose_name_begins_with_a_bracket_is_a_word() -> None:
     words = ["--images", "[1] cat.png", "--images=[a.png, b.png]"]
-    assert with_lists(words, {"images": Path}) == [
+    assert join_list_words(words, {"images": Path}) == [
         '--images=["[1] cat.png"]',
         "--images=[a.png, b.png]",
     ]
@@ -154,7 +154,7 @@ def test_the_next_commands_can_be_pasted(
         model=None,
         save_network=lambda: run / "student.safetensors",
     )
-    _Told.after_fit(fake)
+    _ReportingExperiment.after_fit(fake)
     line = next(one for one in capsys.readouterr().out.splitlines() if "test it:" in one)
     words = shlex.split(line.partition("test it:")[2])
     assert words[:4] == ["camdistill", "test", "-c", str(run / "config.yaml")]

@@ -12,7 +12,7 @@ import yaml
 
 from camdistill import tags
 from camdistill.cli import main
-from camdistill.commands.loops import _arrays
+from camdistill.commands.loops import _arrays_by_name
 from camdistill.distill.comparison import Comparison
 from camdistill.report.tensorboard import scalars
 
@@ -168,21 +168,21 @@ def test_a_classifier_predicts_logits_alone(folder: Path) -> None:
 def test_predicted_values_of_any_form_have_a_name() -> None:
     two = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
     whole = Comparison(two[:, None], two[:, None], torch.tensor([0, 1]), {}, {"a": two[:, None]})  # type: ignore[arg-type]
-    assert set(_arrays(whole)) == {
+    assert set(_arrays_by_name(whole)) == {
         "teacher_logits",
         "student_logits",
         "classes",
         "student_maps_by_layer/a",
     }
-    assert _arrays(whole)["classes"].dtype == np.int64
-    nested = _arrays({"a": (two, [None, {"b": torch.tensor(3)}]), "c": 1.5})
+    assert _arrays_by_name(whole)["classes"].dtype == np.int64
+    nested = _arrays_by_name({"a": (two, [None, {"b": torch.tensor(3)}]), "c": 1.5})
     assert {name: value.tolist() for name, value in nested.items()} == {
         "a/0": [1.0, 2.0],
         "a/1/1/b": [3],
         "c": [1.5],
     }
-    assert _arrays(None) == {}
-    assert _arrays(two)["logits"].dtype == np.float32
+    assert _arrays_by_name(None) == {}
+    assert _arrays_by_name(two)["logits"].dtype == np.float32
 
 
 def test_a_missing_test_folder_is_told_with_the_folder_in_its_place(

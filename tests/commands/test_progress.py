@@ -1,16 +1,16 @@
 """What the commands of long studies make of --workers and --stack."""
 
-from camdistill.commands.progress import STACK, at_once, processes
+from camdistill.commands.progress import STACK, stack_size, worker_count
 from camdistill.report.results import available_cores
 
 
 def test_cores_work_on_a_cpu_and_one_process_with_a_stack_on_a_gpu() -> None:
-    assert processes(None, "cpu") == available_cores()
-    assert processes(None, "cuda") == 0
-    assert at_once(None, "cpu") == 1
-    assert at_once(None, "cuda") == STACK
+    assert worker_count(None, "cpu") == available_cores()
+    assert worker_count(None, "cuda") == 0
+    assert stack_size(None, "cpu") == 1
+    assert stack_size(None, "cuda") == STACK
 
 
 def test_what_is_asked_for_is_taken() -> None:
-    assert [processes(0, "cpu"), processes(3, "cuda")] == [0, 3]
-    assert [at_once(5, "cpu"), at_once(2, "cuda")] == [5, 2]
+    assert [worker_count(0, "cpu"), worker_count(3, "cuda")] == [0, 3]
+    assert [stack_size(5, "cpu"), stack_size(2, "cuda")] == [5, 2]

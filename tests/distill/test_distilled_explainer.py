@@ -20,7 +20,7 @@ from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.distill.optimization import Optimisation
 from camdistill.distill.transfer import LayerPair, Transfer
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import explain
+from camdistill.explain.gradcam import explain_images
 from camdistill.measure.fidelity import flatten
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.callbacks import MapGrids
@@ -92,14 +92,16 @@ def test_loss_of_a_step_is_the_sum_written_out(
                 ).float()
                 / 255
             )
-            told = explain(module.teacher, whole, ["layer2", "layer3"])
+            told = explain_images(module.teacher, whole, ["layer2", "layer3"])
             maps = {n: view_maps(m, view, flipped=True) for n, m in told.maps.items()}
         else:
-            told = explain(module.teacher, images, ["layer2", "layer3"])
+            told = explain_images(module.teacher, images, ["layer2", "layer3"])
             maps = told.maps
         assert len(set(told.classes.tolist())) > 1
         before.student.train()
-        own = explain(before.student, images, ["stage3", "stage4"], told.classes, grad="full")
+        own = explain_images(
+            before.student, images, ["stage3", "stage4"], told.classes, grad="full"
+        )
         expected = written_out(
             own.logits.detach(),
             told.logits,
@@ -135,7 +137,7 @@ def test_without_beta_no_map_is_asked_for(
 
     def only_logits(network: object, images: Tensor, layers: list[str], *rest: object, **options):  # type: ignore[no-untyped-def]
         assert layers == []
-        return explain(network, images, layers, *rest, **options)  # type: ignore[arg-type]
+        return explain_images(network, images, layers, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("camdistill.distill.transfer.explain", only_logits)
     monkeypatch.setattr(module, "_name_pairs", lambda images: None)
@@ -292,7 +294,7 @@ def test_gradient_of_a_step_is_that_of_the_loss_written_in_torch(
     trainer_of(recorder, limit_train_batches=1, limit_val_batches=0).fit(module, shapes())
     student, batch = recorder.befores[0].student.train(), recorder.batches[0]
     images = batch.pixels.float() / 255
-    told = explain(module.teacher, images, ["layer3"])
+    told = explain_images(module.teacher, images, ["layer3"])
     hidden = student.normalise(images)
     for stage in range(1, 5):
         hidden = student.network.get_submodule(f"stage{stage}")(hidden)
@@ -398,10 +400,10 @@ def test_results_have_the_designs_keys_and_equal_numpy(
     student = results["student"]
     assert student["agreement"] == pytest.approx(float((told == own).float().mean()))  # type: ignore[index]
     assert student["accuracy"] == pytest.approx(float((batch.labels == own).float().mean()))  # type: ignore[index]
-    teacher_maps = explain(module.teacher, images, ["layer3"]).maps["layer3"].relu()
-    own_maps = explain(module.student, images, ["stage4"], told).maps["stage4"].relu()
+    teacher_maps = explain_images(module.teacher, images, ["layer3"]).maps["layer3"].relu()
+    own_maps = explain_images(module.student, images, ["stage4"], told).maps["stage4"].relu()
     train = data.train_set.batch(np.arange(64)).pixels.float() / 255  # type: ignore[union-attr]
-    mean = explain(module.teacher, train, ["layer3"]).maps["layer3"].relu().mean(0).numpy()
+    mean = explain_images(module.teacher, train, ["layer3"]).maps["layer3"].relu().mean(0).numpy()
     cosines, base = [], []
     for mine, its in zip(own_maps.numpy(), teacher_maps.numpy(), strict=True):
         if its.max() > its.min():
@@ -486,7 +488,7 @@ def test_explained_images_are_those_of_compare(
     torch.testing.assert_close(
         found.student_maps_by_layer["stage4"], compared.student_maps_by_layer["stage4"]
     )
-    top = explain(module.student, found.images01, ["stage4"], found.teacher_classes)
+    top = explain_images(module.student, found.images01, ["stage4"], found.teacher_classes)
     torch.testing.assert_close(found.student_maps_by_layer["stage4"], top.maps["stage4"])
     assert not math.isnan(float(found.teacher_maps_by_layer["layer3"].sum()))
 

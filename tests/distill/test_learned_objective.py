@@ -12,7 +12,7 @@ from camdistill.distill.refinement_targets import Arm, Objective, Refinement, Se
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
-from camdistill.measure.learned import OF_NETWORK, PLANES, LearnedMetric, context, load_metric
+from camdistill.measure.learned import OF_NETWORK, PLANES, LearnedMetric, image_context, load_metric
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
 from camdistill.networks.weights import save_safetensors
@@ -47,7 +47,7 @@ def test_its_gradient_is_the_finite_difference_with_features_held_constant(file:
     """Along a random direction in all weights, in float64; the scorer is read from its file."""
     net = network().double()
     seen = seen_by(net, torch.float64)
-    metric, known = load_metric(file).double(), context(net, seen.images, seen.classes)
+    metric, known = load_metric(file).double(), image_context(net, seen.images, seen.classes)
     weights = list(net.parameters())
     drawn = torch.Generator().manual_seed(7)
     way = [torch.randn(one.shape, generator=drawn, dtype=one.dtype) for one in weights]
@@ -76,7 +76,7 @@ def test_its_gradient_is_the_finite_difference_with_features_held_constant(file:
 def test_its_loss_is_the_score_that_evaluate_tells_negated(file: str) -> None:
     net = network()
     seen = seen_by(net)
-    known = context(net, seen.images, seen.classes)
+    known = image_context(net, seen.images, seen.classes)
     expected = -load_metric(file)(upsample(seen.maps.detach(), (16, 16)), known)
     torch.testing.assert_close(loss_of(file, "objective", net, seen).detach(), expected)
 
@@ -84,7 +84,7 @@ def test_its_loss_is_the_score_that_evaluate_tells_negated(file: str) -> None:
 def test_the_shuffled_arm_is_told_another_images_features(file: str) -> None:
     net = network()
     seen = seen_by(net)
-    known = context(net, seen.images, seen.classes)[[3, 0, 1, 2]]
+    known = image_context(net, seen.images, seen.classes)[[3, 0, 1, 2]]
     expected = -load_metric(file)(upsample(seen.maps.detach(), (16, 16)), known)
     torch.testing.assert_close(loss_of(file, "shuffled", net, seen).detach(), expected)
 
@@ -94,7 +94,7 @@ def test_the_random_arm_is_told_chance_in_place_of_the_network(file: str) -> Non
     net = network()
     seen = seen_by(net)
     control = Refinement(Objective(kind="learned", file=file), "random", 5)
-    known = context(net, seen.images, seen.classes)
+    known = image_context(net, seen.images, seen.classes)
     found = control._of_chance(known, seen)
     assert torch.equal(found[:, OF_NETWORK:], known[:, OF_NETWORK:])
     assert PLANES[OF_NETWORK:] == ("light", "contrast", "radius")

@@ -25,7 +25,7 @@ from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
 from camdistill.measure.localization import energy_pointing_game
 from camdistill.networks.students import ShallowCNN
-from camdistill.perturb.bank import Plan, bank
+from camdistill.perturb.bank import BankPlan, build_bank
 from camdistill.perturb.imputers import baseline
 
 REFUSED = (ValueError, TypeCheckError)
@@ -192,8 +192,8 @@ def test_a_map_of_the_evidence_is_better_than_its_opposite() -> None:
 
 def test_unfaithfulness_is_one_minus_numpys_correlation() -> None:
     network, images, maps = network_of("smooth"), pictures(), drawn(3, SIDE, SIDE, seed=2)
-    plan = Plan(cells=4, subsets={0.25: 12}, occluders=())
-    asked = bank(network, images, 0.5 * torch.ones_like(images), torch.Generator(), plan=plan)
+    plan = BankPlan(cells=4, subsets={0.25: 12}, occluders=())
+    asked = build_bank(network, images, 0.5 * torch.ones_like(images), torch.Generator(), plan=plan)
     found = unfaithfulness(maps, asked)
     probe = asked.subsets[0.25]
     for place in range(3):
@@ -270,8 +270,8 @@ def _insertion(form: str, own: bool) -> Objective:
 
 def _unfaithful(network: nn.Module, critic: nn.Module) -> Tensor:
     images = pictures()
-    plan = Plan(cells=4, subsets={0.25: 12}, occluders=())
-    asked = bank(critic, images, 0.5 * torch.ones_like(images), torch.Generator(), plan=plan)
+    plan = BankPlan(cells=4, subsets={0.25: 12}, occluders=())
+    asked = build_bank(critic, images, 0.5 * torch.ones_like(images), torch.Generator(), plan=plan)
     return unfaithfulness(_maps(network, images), asked)
 
 

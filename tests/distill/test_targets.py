@@ -17,7 +17,7 @@ from camdistill.distill.targets import shared_cache
 from camdistill.distill.teacher_cache import TeacherCache
 from camdistill.distill.transfer import LayerPair, Transfer
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import explain
+from camdistill.explain.gradcam import explain_images
 
 Explainer = Callable[..., DistilledExplainer]
 Data = Callable[..., ShapesData]
@@ -69,7 +69,7 @@ def test_live_teacher_is_fused_says_the_same_and_is_nobodys_part(
     norms = [name for name, m in live.network.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms == ["layer1.0.bn1"], "the one whose own output is asked for"
     images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    told, expected = (explain(teacher, images, layers) for teacher in (live, module.teacher))
+    told, expected = (explain_images(teacher, images, layers) for teacher in (live, module.teacher))
     torch.testing.assert_close(told.logits, expected.logits, rtol=1e-4, atol=1e-4)
     for layer in layers:
         largest = float(expected.maps[layer].abs().max())

@@ -19,7 +19,7 @@ from camdistill.errors import UserError
 from camdistill.explain import variants
 from camdistill.explain.ablation import ablation_cam
 from camdistill.explain.exporting import ClosedExplainer
-from camdistill.explain.gradcam import Top, explain, grad_cam, last_layer
+from camdistill.explain.gradcam import TopClasses, explain_images, grad_cam, last_layer
 from camdistill.explain.perturbation import occlusion, score_cam
 from camdistill.networks.cifar_resnet import CifarResNet
 
@@ -248,7 +248,7 @@ def share(output: Any) -> Tensor:
 
 LOGITS = [None, pick, pick_other, quarter, two_columns, first_columns, both_signs, centered]
 SCORES = ["logit", "logit", "probability", contrast, share, running]
-CLASS_CHOICES = [None, 0, 1, Top(2), torch.tensor([[0, 1], [1, 0], [1, 1]])]
+CLASS_CHOICES = [None, 0, 1, TopClasses(2), torch.tensor([[0, 1], [1, 0], [1, 1]])]
 METHODS: list[Callable[..., Any]] = [grad_cam, grad_cam, grad_cam, variants.hires_cam]
 METHODS += [variants.grad_cam_plus_plus, variants.layer_cam]
 
@@ -528,7 +528,7 @@ def test_threads_on_networks_that_share_modules_leave_their_modes() -> None:
     before = [part.training for part in shared.modules()]
 
     def ask(number: int) -> None:
-        explain(networks[number % 4], IMAGES, None, 1, grad="activations")
+        explain_images(networks[number % 4], IMAGES, None, 1, grad="activations")
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(ask, range(80)))
@@ -660,7 +660,7 @@ def test_another_thread_may_train_meanwhile(monkeypatch: pytest.MonkeyPatch) -> 
     network.b.register_forward_pre_hook(pause)
     other = threading.Thread(target=train)
     other.start()
-    found = explain(network, IMAGES, ["a", "b"], 1, logits=look)
+    found = explain_images(network, IMAGES, ["a", "b"], 1, logits=look)
     other.join()
     close(gradients[0], true)
     close(found.maps["b"], reference(network, IMAGES, ["b"], torch.ones(3).long())["b"], 1e-10)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import Top, explain, grad_cam, last_layer
+from camdistill.explain.gradcam import TopClasses, explain_images, grad_cam, last_layer
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
@@ -70,7 +70,7 @@ def test_all_stages_equal_plain_autograd_in_every_mode(
         given = images.clone()
         before = state_of(network)
         for _ in range(2):
-            found = explain(network, given, STAGES)
+            found = explain_images(network, given, STAGES)
             assert list(found.maps) == STAGES
             for name in STAGES:
                 close(found.maps[name], true[name])
@@ -100,7 +100,7 @@ def test_inplace_relu_after_the_layer_equals_the_out_of_place_twin(
     network = resnet18().double()
     true = reference(out_of_place(network), images, [name, "layer4"])
     close(grad_cam(network, images, [name, "layer4"])[name], true[name])
-    trained = explain(network, images, [name], grad="full")
+    trained = explain_images(network, images, [name], grad="full")
     close(trained.maps[name].detach(), true[name])
 
 
@@ -149,23 +149,23 @@ def test_classes_may_be_one_number_one_an_image_or_several_an_image(images: Tens
 
 def test_top_is_each_images_own_likeliest_classes(images: Tensor) -> None:
     network = student().double().eval()
-    found = explain(network, images, ["stage1", "stage2"], Top(3))
+    found = explain_images(network, images, ["stage1", "stage2"], TopClasses(3))
     assert torch.equal(found.classes, network(images).topk(3, 1).indices)
-    named = explain(network, images, ["stage1", "stage2"], found.classes)
+    named = explain_images(network, images, ["stage1", "stage2"], found.classes)
     for layer, maps in found.maps.items():
         assert torch.equal(maps, named.maps[layer])
-    assert explain(network, images, ["stage2"], Top(99)).classes.shape == (
+    assert explain_images(network, images, ["stage2"], TopClasses(99)).classes.shape == (
         3,
         network(images).shape[1],
     )
     with pytest.raises(UserError, match="the top 0 classes were asked for; give 1 or more"):
-        grad_cam(network, images, classes=Top(0))
+        grad_cam(network, images, classes=TopClasses(0))
 
 
 def test_completeness_of_all_class_maps_at_the_last_stage(images: Tensor) -> None:
     network = resnet18().double()
     every = torch.arange(10).expand(3, 10)
-    found = explain(network, images, ["layer4"], every)
+    found = explain_images(network, images, ["layer4"], every)
     close(found.maps["layer4"].sum((2, 3)), found.logits - network.fc.bias.detach())
 
 
@@ -183,7 +183,7 @@ def test_scores_equal_plain_autograd(images: Tensor, grad) -> None:
     contrast = reference(twin, images, names, torch.zeros(3).long(), lambda y: margin(y)[:, None])
     for _ in range(2):
         found = grad_cam(network, images, names, classes, score="probability", grad=grad)
-        called = explain(network, images, names, score=margin, grad=grad)
+        called = explain_images(network, images, names, score=margin, grad=grad)
         for name in names:
             close(found[name].detach(), true[name])
             close(called.maps[name].detach(), contrast[name])
@@ -215,7 +215,7 @@ def test_a_dictionary_output_is_explained_by_a_callable_score(small: Tensor) -> 
     network = student().double().eval()
     odd = Odd(network, "dict").double().eval()
     true = reference(network, small, ["stage2"], torch.ones(3).long())["stage2"]
-    found = explain(odd, small, ["inner.stage2"], score=lambda out: out["logits"][:, 1])
+    found = explain_images(odd, small, ["inner.stage2"], score=lambda out: out["logits"][:, 1])
     close(found.maps["inner.stage2"], true)
     with pytest.raises(UserError, match=r"Odd gives a dict, not logits .* score="):
         grad_cam(odd, small, ["inner.stage2"])
@@ -248,7 +248,7 @@ def test_training_maps_in_train_mode_equal_double_backward_for_every_parameter(
     for _ in range(2):
         network.zero_grad()
         twin.zero_grad()
-        found = explain(network, images, [layer], classes, grad="full")
+        found = explain_images(network, images, [layer], classes, grad="full")
         (F.mse_loss(found.maps[layer].relu(), target) + found.logits.square().mean()).backward()
         true = reference(twin, images, [layer], classes, create_graph=True)[layer]
         F.mse_loss(true.relu(), target).backward()
@@ -295,7 +295,7 @@ def test_with_activations_alpha_is_a_constant(small: Tensor, layer: str) -> None
     for _ in range(2):
         network.zero_grad()
         twin.zero_grad()
-        found = explain(network, small, [layer], 1, grad="activations")
+        found = explain_images(network, small, [layer], 1, grad="activations")
         found.maps[layer].square().sum().backward()
         hidden = small
         for number in range(1, int(layer[-1]) + 1):
@@ -317,7 +317,7 @@ def test_an_explicit_grad_holds_whatever_mode_surrounds_the_call(small: Tensor) 
     network = student().double().eval()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            found = explain(network, small.clone(), ["stage2", "stage3"], grad="full")
+            found = explain_images(network, small.clone(), ["stage2", "stage3"], grad="full")
         assert all(m.requires_grad for m in found.maps.values())
         assert found.logits.requires_grad
     network.requires_grad_(False)
@@ -331,9 +331,9 @@ def test_training_step_under_bf16_autocast_is_near_float32(generator: torch.Gene
     network = seeded(lambda: CifarResNet(8, 4)).train()
     images = torch.randn(8, 3, 16, 16, generator=generator)
     names = ["layer2", "layer3"]
-    true = explain(copy.deepcopy(network), images, names, 2, grad="full")
+    true = explain_images(copy.deepcopy(network), images, names, 2, grad="full")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = explain(network, images, names, 2, grad="full")
+        found = explain_images(network, images, names, 2, grad="full")
     assert found.logits.dtype == torch.bfloat16
     for name in names:
         assert found.maps[name].dtype == torch.float32
@@ -495,7 +495,7 @@ def test_last_layer_of_our_networks(small: Tensor) -> None:
     assert last_layer(plain, images) == "1"
     with pytest.raises(UserError, match="no layer with a spatial output for images of 12x12"):
         last_layer(nn.Sequential(nn.Flatten(), nn.Linear(432, 2)), images)
-    found = explain(student().eval(), images)
+    found = explain_images(student().eval(), images)
     assert list(found.maps) == ["stage3"]
 
 
@@ -624,19 +624,19 @@ def test_wrapped_networks_give_the_maps_of_the_bare_one(
             found = grad_cam(wrapped, small, names, 1, grad=grad)
         for name, values in found.items():
             close(values.detach(), true[name])
-    torch.testing.assert_close(wrapped(small), explain(wrapped, small).logits)
+    torch.testing.assert_close(wrapped(small), explain_images(wrapped, small).logits)
     assert head_of(wrapped, small, "2") == "3.fc"
 
 
 def test_maps_can_be_left_out(small: Tensor) -> None:
     network = student().double().train()
-    found = explain(network, small, ["stage1", "stage3"], grad="full", maps=False)
+    found = explain_images(network, small, ["stage1", "stage3"], grad="full", maps=False)
     assert found.maps == {}
     assert found.activations["stage3"].requires_grad
     hidden = found.activations["stage3"].mean((2, 3))
     torch.testing.assert_close(network.linear(hidden), found.logits)
     network.eval()
-    assert explain(network, small, []).logits.shape == (3, 4)
+    assert explain_images(network, small, []).logits.shape == (3, 4)
 
 
 @pytest.mark.parametrize(

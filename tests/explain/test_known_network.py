@@ -9,7 +9,7 @@ from torch import Tensor
 
 from camdistill.data.shapes import Shapes
 from camdistill.explain.attribution import integrated_gradients
-from camdistill.explain.methods import AT_PIXELS, METHODS, at_image
+from camdistill.explain.methods import AT_PIXELS, METHODS, image_explainer
 from camdistill.networks.analytic import ColourReader
 
 COUNT, GAIN = 12, 1000.0
@@ -36,7 +36,7 @@ def known() -> tuple[ColourReader, Tensor, Tensor, Tensor]:
 def test_map_lies_on_the_patch_and_nowhere_else(method: str, known: tuple) -> None:
     network, images, labels, patch = known
     layer = None if method in AT_PIXELS else "match"
-    maps = at_image(method, layer)(network, images, labels).clamp(min=0)
+    maps = image_explainer(method, layer)(network, images, labels).clamp(min=0)
     inside = (maps * patch).sum((1, 2)) / maps.sum((1, 2))
     if method == "occlusion":  # a window that touches the patch reaches beyond it
         share = patch.float().mean((1, 2))
@@ -49,7 +49,7 @@ def test_map_lies_on_the_patch_and_nowhere_else(method: str, known: tuple) -> No
 @pytest.mark.parametrize("method", sorted(EXACT))
 def test_cams_of_a_mean_and_a_line_have_the_known_height(method: str, known: tuple) -> None:
     network, images, labels, patch = known
-    maps = at_image(method, "match")(network, images, labels)
+    maps = image_explainer(method, "match")(network, images, labels)
     shape = maps / maps.amax((1, 2), keepdim=True)
     torch.testing.assert_close(shape, patch.float(), rtol=1e-3, atol=1e-4)
     if method not in ("x_grad_cam", "grad_cam_plus_plus"):
@@ -60,14 +60,16 @@ def test_cams_of_a_mean_and_a_line_have_the_known_height(method: str, known: tup
 def test_other_classes_have_nothing(known: tuple) -> None:
     network, images, labels, _ = known
     for method in sorted(EXACT):
-        assert (at_image(method, "match")(network, images, (labels + 1) % 8) == 0).all(), method
+        assert (image_explainer(method, "match")(network, images, (labels + 1) % 8) == 0).all(), (
+            method
+        )
 
 
 @pytest.mark.parametrize("method", sorted(BLIND - {"smooth_grad", "deconvnet"}))
 def test_what_stands_on_the_gradient_is_blind_here(method: str, known: tuple) -> None:
     network, images, labels, _ = known
     layer = None if method in AT_PIXELS else "match"
-    assert at_image(method, layer)(network, images, labels).clamp(min=0).abs().max() == 0
+    assert image_explainer(method, layer)(network, images, labels).clamp(min=0).abs().max() == 0
 
 
 @pytest.mark.slow
@@ -82,7 +84,7 @@ def test_integrated_gradients_add_up_to_the_logit(known: tuple) -> None:
 @pytest.mark.slow
 def test_rise_is_brightest_near_the_patch(known: tuple) -> None:
     network, images, labels, patch = known
-    maps = at_image("rise")(network, images, labels)
+    maps = image_explainer("rise")(network, images, labels)
     inside = (maps * patch).sum((1, 2)) / patch.sum((1, 2))
     outside = (maps * ~patch).sum((1, 2)) / (~patch).sum((1, 2))
     assert (inside > outside).all()

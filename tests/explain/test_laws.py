@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from camdistill.explain.gradcam import explain, grad_cam
+from camdistill.explain.gradcam import explain_images, grad_cam
 from camdistill.networks.students import ShallowCNN
 
 seeds = st.integers(0, 10_000)
@@ -86,7 +86,7 @@ def test_all_of_a_logit_but_its_bias_is_in_the_map_of_a_pooled_linear_head(
     network, images = network_of(seed), images_of(seed)
     if not fresh:
         grad_cam(network, images, ["1"])
-    found = explain(network, images, ["1"], torch.arange(4).expand(3, 4))
+    found = explain_images(network, images, ["1"], torch.arange(4).expand(3, 4))
     close(found.maps["1"].sum((2, 3)), found.logits - network[4].bias.detach(), 1e-11)
 
 

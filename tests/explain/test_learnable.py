@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import explain, grad_cam
+from camdistill.explain.gradcam import explain_images, grad_cam
 from camdistill.explain.learnable import (
     LearnableCAM,
-    contributions,
     holds_explainer,
     load_explainer,
     sparsemax,
+    unit_contributions,
 )
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
@@ -41,7 +41,7 @@ CLASSES = torch.tensor([1, 4, 0])
 
 
 def test_units_contributions_sum_to_grad_cam(network: nn.Module, images: torch.Tensor) -> None:
-    found = contributions(network, images, LAYERS, CLASSES)
+    found = unit_contributions(network, images, LAYERS, CLASSES)
     wanted = grad_cam(network, images, LAYERS, CLASSES)
     for name in LAYERS:
         torch.testing.assert_close(found[name].sum(1), wanted[name], rtol=1e-10, atol=1e-14)
@@ -89,7 +89,7 @@ def test_map_is_the_formulas(network: nn.Module, images: torch.Tensor) -> None:
         ):
             own.copy_(torch.tensor(np.asarray(value)))
     found = explainer(network, images, CLASSES).detach().numpy()
-    seen = explain(network, images, ["stage1", "stage3"], CLASSES, grad="full")
+    seen = explain_images(network, images, ["stage1", "stage3"], CLASSES, grad="full")
     scores = seen.logits.gather(1, CLASSES[:, None]).sum()
     shape, size = 0.0, 0.0
     for place, name in enumerate(("stage1", "stage3")):
@@ -112,7 +112,7 @@ def test_gradients_by_all_parameters_are_finite_differences(
     network: nn.Module, images: torch.Tensor
 ) -> None:
     explainer = LearnableCAM({"stage1": 4, "stage3": 7}).double()
-    parts = contributions(network, images, ["stage1", "stage3"], CLASSES)
+    parts = unit_contributions(network, images, ["stage1", "stage3"], CLASSES)
     weight = torch.linspace(-1, 1, 48, dtype=torch.float64).view(3, 4, 4)
     with torch.no_grad():
         explainer.mix.copy_(torch.tensor([0.4, 0.6]))
@@ -140,7 +140,7 @@ def test_blank_maps_stay_blank_and_have_finite_gradients(
     with torch.no_grad():
         explainer.power.fill_(0.25)
         explainer.mix.fill_(0.5)
-    parts = contributions(network, images, ["stage1", "stage3"], CLASSES)
+    parts = unit_contributions(network, images, ["stage1", "stage3"], CLASSES)
     parts = {name: torch.zeros_like(part) for name, part in parts.items()}
     maps = explainer.maps(parts)
     assert maps.count_nonzero() == 0

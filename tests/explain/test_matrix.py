@@ -30,7 +30,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vgg import VGG, make_layers
 from torchvision.models.vision_transformer import VisionTransformer
 
-from camdistill.explain.gradcam import explain, grad_cam
+from camdistill.explain.gradcam import explain_images, grad_cam
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed, Teacher
@@ -153,7 +153,7 @@ def test_maps_are_autograds_in_every_state_and_leave_none(name: str, dtype: torc
             with mode():
                 given = images.clone()
                 before = state_of(network)
-                found = explain(network, given, asked, CLASSES)
+                found = explain_images(network, given, asked, CLASSES)
                 untouched(network, before)
             assert list(found.maps) == asked
             assert found.logits.grad_fn is None

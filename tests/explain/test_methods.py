@@ -14,7 +14,7 @@ from camdistill.explain.attribution import gradient, integrated_gradients
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.guided import guided_backprop, guided_grad_cam
 from camdistill.explain.maps import upsample
-from camdistill.explain.methods import AT_PIXELS, INPUT, METHODS, at_image, explainer
+from camdistill.explain.methods import AT_PIXELS, INPUT, METHODS, find_method, image_explainer
 from camdistill.explain.perturbation import occlusion, score_cam
 from camdistill.explain.variants import cam, eigen_cam, hires_cam
 from camdistill.networks.cifar_resnet import CifarResNet
@@ -44,8 +44,8 @@ def test_every_method_gives_maps_by_layer(images: Tensor) -> None:
     network, table = small(), torch.tensor([[1, 0], [0, 2], [3, 1]])
     for method in METHODS:
         layers = layers_of(method)
-        found = explainer(method)(network, images, layers, CLASSES)
-        several = explainer(method)(network, images, layers, table)
+        found = find_method(method)(network, images, layers, CLASSES)
+        several = find_method(method)(network, images, layers, table)
         names = [INPUT] if method in AT_PIXELS else layers
         assert list(found) == names == list(several), method
         for name in names:
@@ -61,22 +61,22 @@ def test_without_layers_it_is_the_last_and_without_classes_the_top_one(images: T
     network = small()
     top = network(images).argmax(1)
     for method in QUICK:
-        found = explainer(method)(network, images)
-        true = explainer(method)(network, images, ["stage2"], top)
+        found = find_method(method)(network, images)
+        true = find_method(method)(network, images, ["stage2"], top)
         for name, maps in true.items():
             close(found[name], maps, 1e-5)
 
 
 @pytest.mark.parametrize("method", QUICK)
 def test_every_state_gives_the_same_map_and_stays_as_it_is(images: Tensor, method: str) -> None:
-    reference = explainer(method)(small(), images, layers_of(method), CLASSES)
+    reference = find_method(method)(small(), images, layers_of(method), CLASSES)
     for frozen in (False, True):
         network = small().requires_grad_(not frozen)
         for mode in MODES:
             with mode():
                 given = images.clone()
                 before = state_of(network)
-                found = explainer(method)(network, given, layers_of(method), CLASSES)
+                found = find_method(method)(network, given, layers_of(method), CLASSES)
                 untouched(network, before)
                 assert torch.equal(given, images)
                 for name, maps in found.items():
@@ -86,10 +86,10 @@ def test_every_state_gives_the_same_map_and_stays_as_it_is(images: Tensor, metho
 
 @pytest.mark.parametrize("method", QUICK)
 def test_networks_made_under_inference_mode_are_explained(images: Tensor, method: str) -> None:
-    reference = explainer(method)(small(), images, layers_of(method), CLASSES)
+    reference = find_method(method)(small(), images, layers_of(method), CLASSES)
     with torch.inference_mode():
         network = small()
-    for name, maps in explainer(method)(network, images, layers_of(method), CLASSES).items():
+    for name, maps in find_method(method)(network, images, layers_of(method), CLASSES).items():
         close(maps, reference[name], 1e-5)
 
 
@@ -100,9 +100,11 @@ def test_half_precision_gives_float32_maps_near_the_true_ones(
 ) -> None:
     """Against the same rounded network and images in float32, as far as rounding lets them be."""
     network = small().to(dtype)
-    true = explainer(method)(network.float(), images.to(dtype).float(), layers_of(method), CLASSES)
+    true = find_method(method)(
+        network.float(), images.to(dtype).float(), layers_of(method), CLASSES
+    )
     network = small().to(dtype)
-    found = explainer(method)(network, images.to(dtype), layers_of(method), CLASSES)
+    found = find_method(method)(network, images.to(dtype), layers_of(method), CLASSES)
     for name, maps in found.items():
         assert maps.dtype == torch.float32
         assert torch.isfinite(maps).all()
@@ -114,9 +116,9 @@ def test_half_precision_gives_float32_maps_near_the_true_ones(
 @pytest.mark.parametrize("method", QUICK)
 def test_autocast_changes_little_and_sums_stay_float32(images: Tensor, method: str) -> None:
     network = small()
-    true = explainer(method)(network, images, layers_of(method), CLASSES)
+    true = find_method(method)(network, images, layers_of(method), CLASSES)
     with torch.autocast("cpu", torch.bfloat16):
-        found = explainer(method)(network, images, layers_of(method), CLASSES)
+        found = find_method(method)(network, images, layers_of(method), CLASSES)
     for name, maps in found.items():
         assert maps.dtype == torch.float32
         alike = torch.corrcoef(torch.stack([maps.flatten(), true[name].flatten()]))[0, 1]
@@ -147,7 +149,7 @@ def test_after_an_exception_in_the_network_all_is_as_before(
     network = Breaks(forwards)
     before = state_of(network)
     try:
-        explainer(method)(network, images, layers_of(method), CLASSES)
+        find_method(method)(network, images, layers_of(method), CLASSES)
     except FloatingPointError:
         untouched(network, before)
     else:
@@ -155,7 +157,7 @@ def test_after_an_exception_in_the_network_all_is_as_before(
         untouched(network, before)
         network.left = 0
         with pytest.raises(FloatingPointError):
-            explainer(method)(network, images, layers_of(method), CLASSES)
+            find_method(method)(network, images, layers_of(method), CLASSES)
         untouched(network, before)
 
 
@@ -167,7 +169,7 @@ def test_no_graph_or_activation_lives_on(images: Tensor) -> None:
         handle = network.stage1.register_forward_hook(
             lambda _, __, output, method=method: alive.append((method, weakref.ref(output)))
         )
-        results.append(explainer(method)(network, images, layers_of(method), CLASSES))
+        results.append(find_method(method)(network, images, layers_of(method), CLASSES))
         handle.remove()
     gc.collect()
     assert {method for method, _ in alive} == set(QUICK)
@@ -180,7 +182,7 @@ def test_gradients_that_were_there_stay(images: Tensor) -> None:
     before = {name: p.grad.clone() for name, p in network.named_parameters()}
     given = images.clone().requires_grad_()
     for method in QUICK:
-        explainer(method)(network, given, layers_of(method), CLASSES)
+        find_method(method)(network, given, layers_of(method), CLASSES)
     assert given.grad is None
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter.grad, before[name])
@@ -189,8 +191,8 @@ def test_gradients_that_were_there_stay(images: Tensor) -> None:
 def test_permuting_the_batch_permutes_the_maps(images: Tensor) -> None:
     network, order = small().double(), [2, 0, 1]
     for method in QUICK:
-        straight = explainer(method)(network, images.double(), layers_of(method), CLASSES)
-        moved = explainer(method)(
+        straight = find_method(method)(network, images.double(), layers_of(method), CLASSES)
+        moved = find_method(method)(
             network, images.double()[order], layers_of(method), CLASSES[order]
         )
         for name, maps in straight.items():
@@ -212,11 +214,11 @@ def test_mixing_batches_are_refused(images: Tensor) -> None:
 
     for method in QUICK:
         with pytest.raises(UserError, match="train mode"):
-            explainer(method)(small().train(), images, ["stage2"], CLASSES)
+            find_method(method)(small().train(), images, ["stage2"], CLASSES)
         if method in ("eigen_cam", "score_cam", "ablation_cam", "occlusion"):
             continue  # they ask for no gradient
         with pytest.raises(UserError, match=r"mixes the images of a batch|no weights for"):
-            explainer(method)(Mixes(), images, ["stage2"], CLASSES)
+            find_method(method)(Mixes(), images, ["stage2"], CLASSES)
 
 
 @pytest.mark.slow
@@ -225,24 +227,24 @@ def test_a_residual_network_gives_the_same_one_by_one(generator: torch.Generator
     images = torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float64)
     for method in QUICK:
         layers = ["layer3"] if method == "cam" else ["layer2.1", "layer3"]
-        whole = explainer(method)(network, images, layers, [1, 2])
+        whole = find_method(method)(network, images, layers, [1, 2])
         for image in range(2):
-            alone = explainer(method)(network, images[image : image + 1], layers, image + 1)
+            alone = find_method(method)(network, images[image : image + 1], layers, image + 1)
             for name, maps in alone.items():
                 close(maps[0], whole[name][image], 1e-8)
 
 
 def test_metrics_may_ask_at_the_images_resolution(images: Tensor) -> None:
     network = small()
-    found = at_image("grad_cam", "stage2")(network, images, CLASSES)
+    found = image_explainer("grad_cam", "stage2")(network, images, CLASSES)
     close(found, upsample(grad_cam(network, images, ["stage2"], CLASSES)["stage2"], (10, 8)), 0)
-    pixels = at_image("gradient")(network, images, CLASSES)
-    close(pixels, explainer("gradient")(network, images, None, CLASSES)[INPUT], 0)
+    pixels = image_explainer("gradient")(network, images, CLASSES)
+    close(pixels, find_method("gradient")(network, images, None, CLASSES)[INPUT], 0)
 
 
 def test_a_name_that_isnt_there_has_its_nearest() -> None:
     with pytest.raises(UserError, match=r"no method 'gradcam'; nearest: 'grad_cam'"):
-        explainer("gradcam")
+        find_method("gradcam")
 
 
 def test_networks_that_give_more_than_logits_are_explained(images: Tensor) -> None:

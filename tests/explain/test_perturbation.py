@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from camdistill.errors import UserError
 from camdistill.explain.ablation import ablation_cam
-from camdistill.explain.gradcam import explain
+from camdistill.explain.gradcam import explain_images
 from camdistill.explain.maps import fuse, normalise, relu, upsample
 from camdistill.explain.perturbation import occlusion, rise, score_cam
 from camdistill.networks.students import ShallowCNN
@@ -144,7 +144,7 @@ def test_score_cam_is_algorithm_one(images: Tensor) -> None:
     network = small()
     found = score_cam(network, images, LAYERS, CLASSES)
     likely = score_cam(network, images, LAYERS, CLASSES, score="probability")
-    activations = explain(network, images, LAYERS, maps=False).activations
+    activations = explain_images(network, images, LAYERS, maps=False).activations
     with torch.no_grad():
         for layer in LAYERS:
             for image, number in enumerate(CLASSES):
@@ -283,13 +283,13 @@ def test_ablation_cam_holds_beside_skips(layer: str, generator: torch.Generator)
 
 
 def ablation_weights(network: nn.Module, images: Tensor, layer: str) -> Tensor:
-    from camdistill.explain.ablation import _without_units
-    from camdistill.explain.masked_forward import questions
+    from camdistill.explain.ablation import _scores_without_units
+    from camdistill.explain.masked_forward import make_scorer
 
     with torch.no_grad():
-        asked = questions(network, images, 2, score="logit", logits=None, memory=2**28)
-        units = explain(network, images, [layer], maps=False).activations[layer].shape[1]
-        scores = _without_units(asked, layer, "auto", units)
+        asked = make_scorer(network, images, 2, score="logit", logits=None, memory=2**28)
+        units = explain_images(network, images, [layer], maps=False).activations[layer].shape[1]
+        scores = _scores_without_units(asked, layer, "auto", units)
     return (asked.scores[0, 0] - scores[0, 0]) / asked.scores[0, 0].abs()
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from camdistill.explain.engine.forward import alphas
-from camdistill.explain.engine.graph import Behind
-from camdistill.explain.engine.recording import Seen
-from camdistill.explain.gradcam import explain
+from camdistill.explain.engine.graph import ScoreGraph
+from camdistill.explain.engine.recording import LayerRecord
+from camdistill.explain.gradcam import explain_images
 from camdistill.networks.capture import bare
 from camdistill.networks.students import ShallowCNN
 
@@ -89,7 +89,7 @@ def reference(
 
 def head_of(network: nn.Module, images: Tensor, layer: str, **asked: Any) -> str | None:
     """The name of the head that makes a layer closed in a forward."""
-    head = explain(network, images, [layer], **asked).heads[layer]
+    head = explain_images(network, images, [layer], **asked).heads[layer]
     names = {part: name for name, part in bare(network).named_modules()}
     return None if head is None else names[head]
 
@@ -98,7 +98,7 @@ def pooled_layers(network: nn.Module, images: Tensor, layers: list[str], **asked
     """The layers of a forward whose gradient is asked at their spatial mean."""
     place, pooled = alphas._place, []
 
-    def noting(layer: Seen, behind: Behind) -> GradientEdge:
+    def noting(layer: LayerRecord, behind: ScoreGraph) -> GradientEdge:
         edge = place(layer, behind)
         probe = None if layer.probe is None else get_gradient_edge(layer.probe)
         if probe is not None and edge.node is not probe.node:
@@ -107,7 +107,7 @@ def pooled_layers(network: nn.Module, images: Tensor, layers: list[str], **asked
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(alphas, "_place", noting)
-        found = explain(network, images, layers, **asked).activations
+        found = explain_images(network, images, layers, **asked).activations
     return [
         name
         for name, values in found.items()

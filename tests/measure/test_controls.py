@@ -17,7 +17,7 @@ def test_edges_equal_scipys_sobel(images: Tensor) -> None:
         np.hypot(*(scipy.ndimage.sobel(one, axis, mode="nearest") for axis in (0, 1))) / 8
         for one in grey
     ]
-    np.testing.assert_allclose(controls.edges(images).numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(controls.sobel_edges(images).numpy(), expected, atol=1e-12)
 
 
 def test_centre_is_a_gaussian_of_a_quarter_of_the_side(images: Tensor) -> None:
@@ -57,7 +57,7 @@ def test_ladder_falls_by_its_rungs_from_the_map_to_noise() -> None:
 
 def test_inverted_and_blurred_copies(images: Tensor) -> None:
     maps = images.mean(1)
-    assert torch.equal(controls.inverted(maps), -maps)
+    assert torch.equal(controls.invert(maps), -maps)
     expected = scipy.ndimage.gaussian_filter(maps.numpy(), (0, 2, 2))
-    np.testing.assert_allclose(controls.blurred_copy(maps).numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(controls.blur_maps(maps).numpy(), expected, atol=1e-12)
     assert torch.equal(controls.mask_maps(OBJECT[None]), OBJECT[None].float())

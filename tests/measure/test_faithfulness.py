@@ -10,18 +10,18 @@ from camdistill.measure.faithfulness import (
     occlusion_correlation,
     sensitivity_n,
 )
-from camdistill.perturb.bank import Bank, Plan, bank
+from camdistill.perturb.bank import Bank, BankPlan, build_bank
 from camdistill.perturb.imputers import baseline
 
 from .conftest import Linear, Sees, contest
 
 METRICS = (faithfulness_correlation, sensitivity_n, infidelity, occlusion_correlation)
-PLAN = Plan(8, {0.25: 40, 0.5: 20}, (1, 2))
+PLAN = BankPlan(8, {0.25: 40, 0.5: 20}, (1, 2))
 
 
 @pytest.fixture
 def answers(linear: Linear, images: Tensor, generator: torch.Generator) -> Bank:
-    return bank(linear, images, baseline(images, "grey"), generator, plan=PLAN)
+    return build_bank(linear, images, baseline(images, "grey"), generator, plan=PLAN)
 
 
 def exact(linear: Linear, images: Tensor, answers: Bank) -> Tensor:
@@ -111,8 +111,8 @@ def test_faithfulness_correlation_agrees_with_quantus_on_single_pixels() -> None
         disable_warnings=True,
     )
     theirs = metric(network, images.numpy(), classes.numpy(), maps.numpy()[:, None], softmax=False)
-    answers = bank(
-        network, images, baseline(images, "grey"), generator, plan=Plan(8, {0.25: 1500}, ())
+    answers = build_bank(
+        network, images, baseline(images, "grey"), generator, plan=BankPlan(8, {0.25: 1500}, ())
     )
     # both draw 1500 subsets: a correlation's standard error is below 0.026
     np.testing.assert_allclose(faithfulness_correlation(maps, answers), theirs, atol=0.1)
@@ -136,7 +136,7 @@ def test_scale_changes_nothing(answers: Bank, generator: torch.Generator) -> Non
 
 
 def test_oracle_is_best_and_constant_never(bright: Tensor, generator: torch.Generator) -> None:
-    answers = bank(Sees(), bright, baseline(bright, "grey"), generator)
+    answers = build_bank(Sees(), bright, baseline(bright, "grey"), generator)
     maps = contest(generator, len(bright))
     for metric in METRICS:
         sign = -1 if metric is infidelity else 1
@@ -155,7 +155,7 @@ def test_maps_that_say_nothing_are_worth_nothing(answers: Bank) -> None:
 
 def test_further_explainers_cost_no_forward(linear: Linear, images: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
-    answers = bank(linear, images, baseline(images, "grey"), generator, plan=PLAN)
+    answers = build_bank(linear, images, baseline(images, "grey"), generator, plan=PLAN)
     asked = linear.asked
     assert asked == 5 * (PLAN.forwards + 1)
     for _ in range(6):

@@ -13,12 +13,12 @@ from torch import Tensor, multiprocessing
 from camdistill.explain.maps import resize
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, flatten, intervals, summary
 from camdistill.measure.intervals import (
-    crossed_interval,
-    interval,
+    bootstrap_interval,
+    bootstrap_means,
     paired_interval,
-    resampled_means,
     seed_interval,
     skill_of_means,
+    two_way_interval,
 )
 from camdistill.measure.scores import agreement, correct, divergence, map_scores
 
@@ -296,7 +296,7 @@ def test_several_processes_give_the_summary_of_one(tmp_path: Path) -> None:
 
 def test_bootstrap_interval_of_a_mean_is_the_normal_one_for_many_images() -> None:
     values = np.random.default_rng(0).normal(2, 3, 4000)
-    found = interval(values, seed=1, resamples=4000)
+    found = bootstrap_interval(values, seed=1, resamples=4000)
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert found.mean == pytest.approx(values.mean())
     assert found.low == pytest.approx(values.mean() - half, abs=0.08 * half)
@@ -308,7 +308,7 @@ def test_bootstrap_interval_is_scipys_percentile_interval() -> None:
     theirs = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
     ).confidence_interval
-    found = interval(values, seed=2, resamples=20_000)
+    found = bootstrap_interval(values, seed=2, resamples=20_000)
     assert found.low == pytest.approx(theirs.low, abs=0.01)
     assert found.high == pytest.approx(theirs.high, abs=0.01)
 
@@ -317,7 +317,9 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
     generator = np.random.default_rng(5)
     hits = 0
     for trial in range(300):
-        found = interval(generator.uniform(0, 1, 80), seed=trial, resamples=300, level=0.9)
+        found = bootstrap_interval(
+            generator.uniform(0, 1, 80), seed=trial, resamples=300, level=0.9
+        )
         hits += found.low <= 0.5 <= found.high
     assert 0.84 <= hits / 300 <= 0.95
 
@@ -329,7 +331,7 @@ def test_paired_interval_is_narrow_where_images_vary_together() -> None:
     paired = paired_interval(first, second, seed=1)
     assert paired.low > 0.08
     assert paired.high < 0.12
-    alone = interval(first, seed=1)
+    alone = bootstrap_interval(first, seed=1)
     assert alone.high - alone.low > 10 * (paired.high - paired.low)
     with pytest.raises(ValueError, match="other images"):
         paired_interval(first, second[:-1])
@@ -338,24 +340,24 @@ def test_paired_interval_is_narrow_where_images_vary_together() -> None:
 def test_images_without_a_value_are_left_out_of_intervals() -> None:
     values = np.random.default_rng(0).normal(size=50)
     holes = np.concatenate([values, [np.nan] * 7])
-    assert interval(holes, seed=1) == interval(values, seed=1)
-    assert paired_interval(holes, np.zeros(57), seed=1) == interval(values, seed=1)
+    assert bootstrap_interval(holes, seed=1) == bootstrap_interval(values, seed=1)
+    assert paired_interval(holes, np.zeros(57), seed=1) == bootstrap_interval(values, seed=1)
     with pytest.raises(ValueError, match="no value"):
-        interval(np.array([np.nan]))
+        bootstrap_interval(np.array([np.nan]))
 
 
 def test_resampling_in_chunks_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=(37, 2))
-    whole = resampled_means(values, 3, 100)
+    whole = bootstrap_means(values, 3, 100)
     monkeypatch.setattr("camdistill.measure.intervals.DRAWS", 37 * 7)
     # a product of another shape may add in another order: the last digit, no other draw
-    np.testing.assert_allclose(resampled_means(values, 3, 100), whole, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(bootstrap_means(values, 3, 100), whole, rtol=0, atol=1e-15)
 
 
 def test_resampled_means_leave_holes_out_of_each_column() -> None:
     values = np.random.default_rng(0).normal(size=(30, 2))
     values[::3, 1] = np.nan
-    drawn = resampled_means(values, 0, 50)
+    drawn = bootstrap_means(values, 0, 50)
     generator = np.random.default_rng(0)
     rows = generator.integers(0, 30, (50, 30))
     np.testing.assert_allclose(drawn, np.nanmean(values[rows], axis=1))
@@ -423,7 +425,7 @@ def test_crossed_interval_covers_whichever_factor_varies(
             + by_image * generator.standard_normal((1, 40))
             + rest * generator.standard_normal((3, 40))
         )
-        found = crossed_interval(values)
+        found = two_way_interval(values)
         hits += found.low <= 0 <= found.high
     assert 0.935 <= hits / trials <= 0.995
 
@@ -431,24 +433,24 @@ def test_crossed_interval_covers_whichever_factor_varies(
 def test_crossed_interval_is_the_known_one_where_a_single_factor_varies() -> None:
     generator = np.random.default_rng(0)
     runs, images = generator.normal(0, 1, 4), generator.normal(0, 1, 30)
-    seeds_alone = crossed_interval(np.repeat(runs[:, None], 30, 1))
+    seeds_alone = two_way_interval(np.repeat(runs[:, None], 30, 1))
     np.testing.assert_allclose(seeds_alone, seed_interval(runs))
-    images_alone = crossed_interval(np.repeat(images[None], 4, 0))
+    images_alone = two_way_interval(np.repeat(images[None], 4, 0))
     theirs = scipy.stats.t.interval(0.95, 29, images.mean(), scipy.stats.sem(images))
     np.testing.assert_allclose(images_alone[1:], theirs)
-    assert crossed_interval(images[None], seed=5) == interval(images, 5)
-    assert crossed_interval(runs[:, None]) == seed_interval(runs)
-    assert crossed_interval(np.ones((3, 5))) == (1, 1, 1)
+    assert two_way_interval(images[None], seed=5) == bootstrap_interval(images, 5)
+    assert two_way_interval(runs[:, None]) == seed_interval(runs)
+    assert two_way_interval(np.ones((3, 5))) == (1, 1, 1)
     holes = np.stack([images, images + generator.normal(0, 0.1, 30)])
     holes[1, :3] = np.nan
-    assert crossed_interval(holes) == crossed_interval(holes[:, 3:])
+    assert two_way_interval(holes) == two_way_interval(holes[:, 3:])
     with pytest.raises(ValueError, match="no image has a value"):
-        crossed_interval(np.array([[1.0, np.nan], [np.nan, 1.0]]))
+        two_way_interval(np.array([[1.0, np.nan], [np.nan, 1.0]]))
 
 
 def test_a_single_value_has_no_bounds() -> None:
-    assert interval(np.array([0.5, np.nan])).mean == 0.5
-    assert math.isnan(interval(np.array([0.5])).high)
+    assert bootstrap_interval(np.array([0.5, np.nan])).mean == 0.5
+    assert math.isnan(bootstrap_interval(np.array([0.5])).high)
 
 
 # Whether maps depend on the class

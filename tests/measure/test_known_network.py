@@ -21,7 +21,7 @@ from camdistill.measure.localization import (
 )
 from camdistill.measure.removal import deletion, insertion, road
 from camdistill.networks.analytic import ColourReader
-from camdistill.perturb.bank import Bank, Plan, bank
+from camdistill.perturb.bank import Bank, BankPlan, build_bank
 from camdistill.perturb.imputers import baseline
 from camdistill.perturb.ranks import ranks
 
@@ -48,8 +48,8 @@ def masks() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def answers(network: ColourReader, images: Tensor) -> Bank:
     # Cells of one pixel: a subset removes what a map's sum counts, and not a pixel more.
-    plan = Plan(32, {0.25: 40, 0.5: 20}, (4,))
-    return bank(
+    plan = BankPlan(32, {0.25: 40, 0.5: 20}, (4,))
+    return build_bank(
         network, images, baseline(images, "grey"), torch.Generator().manual_seed(0), plan=plan
     )
 
@@ -115,7 +115,7 @@ def test_road_tells_the_patch_from_the_object(
     for name, mask in masks.items():
         order = ranks(mask.float(), torch.Generator().manual_seed(0))
         curves = road(network, images, classes, order, torch.Generator().manual_seed(1))
-        found[name] = float(curves.combined().mean())
+        found[name] = float(curves.combine().mean())
     assert found["shortcut"] > 0.4
     assert abs(found["object"]) < 0.15
     assert abs(found["distractor"]) < 0.15

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import explain
+from camdistill.explain.gradcam import explain_images
 from camdistill.measure.learned import (
     PLANES,
     LearnedMetric,
-    context,
     holds_metric,
+    image_context,
     load_metric,
 )
 from camdistill.networks.students import ShallowCNN
@@ -44,9 +44,9 @@ CLASSES = torch.tensor([0, 3, 1])
 
 def test_context_is_what_it_says(network: nn.Module, images: torch.Tensor) -> None:
     """Every plane against NumPy, from a layer of 16 x 16."""
-    found = context(network, images, CLASSES).numpy()
+    found = image_context(network, images, CLASSES).numpy()
     assert found.shape == (3, len(PLANES), 8, 8)
-    seen = explain(network, images, ["stage2"], CLASSES)
+    seen = explain_images(network, images, ["stage2"], CLASSES)
     activations = seen.activations["stage2"].numpy().astype(np.float64)
 
     def cells(plane: np.ndarray, side: int) -> np.ndarray:
@@ -72,13 +72,13 @@ def test_context_is_what_it_says(network: nn.Module, images: torch.Tensor) -> No
 
 
 def test_context_carries_no_graph(network: nn.Module, images: torch.Tensor) -> None:
-    assert not context(network, images, CLASSES).requires_grad
+    assert not image_context(network, images, CLASSES).requires_grad
 
 
 def test_scale_size_and_negative_evidence_of_a_map_change_nothing(
     network: nn.Module, images: torch.Tensor, metric: LearnedMetric, generator: torch.Generator
 ) -> None:
-    known = context(network, images, CLASSES)
+    known = image_context(network, images, CLASSES)
     maps = torch.randn(3, 8, 8, generator=generator)
     score = metric(maps, known)
     torch.testing.assert_close(metric(37 * maps, known), score, rtol=1e-4, atol=1e-5)
@@ -91,7 +91,7 @@ def test_scale_size_and_negative_evidence_of_a_map_change_nothing(
 def test_images_are_scored_one_by_one(
     network: nn.Module, images: torch.Tensor, metric: LearnedMetric, generator: torch.Generator
 ) -> None:
-    known = context(network, images, CLASSES)
+    known = image_context(network, images, CLASSES)
     maps = torch.rand(3, 8, 8, generator=generator)
     alone = torch.cat([metric(maps[[n]], known[[n]]) for n in range(3)])
     torch.testing.assert_close(metric(maps, known), alone, rtol=1e-4, atol=1e-5)
@@ -100,7 +100,7 @@ def test_images_are_scored_one_by_one(
 def test_gradient_by_the_map_is_the_finite_difference(
     network: nn.Module, images: torch.Tensor, metric: LearnedMetric, generator: torch.Generator
 ) -> None:
-    known = context(network, images, CLASSES).double()
+    known = image_context(network, images, CLASSES).double()
     exact = metric.double()
     maps = (0.1 + torch.rand(3, 8, 8, generator=generator, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda one: exact(one, known), maps)
@@ -110,9 +110,9 @@ def test_a_map_rises_in_score_when_it_follows_the_gradient(
     network: nn.Module, images: torch.Tensor, metric: LearnedMetric
 ) -> None:
     """As a loss: through the map, down to the network that made it, with nothing changed in it."""
-    known = context(network, images, CLASSES)
+    known = image_context(network, images, CLASSES)
     before = {name: value.clone() for name, value in metric.state_dict().items()}
-    found = explain(network, images, ["stage2"], CLASSES, grad="full").maps["stage2"]
+    found = explain_images(network, images, ["stage2"], CLASSES, grad="full").maps["stage2"]
     loss = -metric(found, known).mean()
     gradients = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
     moved = [one for one in gradients if one is not None and one.count_nonzero()]
@@ -122,7 +122,7 @@ def test_a_map_rises_in_score_when_it_follows_the_gradient(
         for weight, one in zip(network.parameters(), gradients, strict=True):
             if one is not None:
                 weight -= 1e-3 * one / size
-        after = explain(network, images, ["stage2"], CLASSES).maps["stage2"]
+        after = explain_images(network, images, ["stage2"], CLASSES).maps["stage2"]
         assert float(metric(after, known).mean()) > float(-loss.detach())
     assert all(torch.equal(before[name], value) for name, value in metric.state_dict().items())
 
@@ -131,7 +131,7 @@ def test_a_blank_map_has_a_score_and_a_finite_gradient(
     network: nn.Module, images: torch.Tensor, metric: LearnedMetric
 ) -> None:
     maps = torch.zeros(3, 8, 8, requires_grad=True)
-    score = metric(maps, context(network, images, CLASSES))
+    score = metric(maps, image_context(network, images, CLASSES))
     (gradient,) = torch.autograd.grad(score.sum(), maps)
     assert bool(torch.isfinite(score).all())
     assert bool(torch.isfinite(gradient).all())
@@ -143,7 +143,7 @@ def test_saved_it_comes_back_the_same(
     path = tmp_path / "metric.safetensors"
     sha256 = metric.save(path, {"networks": ["one"]})
     found = load_metric(path)
-    known = context(network, images, CLASSES)
+    known = image_context(network, images, CLASSES)
     maps = torch.linspace(0, 1, 192).view(3, 8, 8)
     assert torch.equal(found(maps, known), metric(maps, known))
     assert not any(own.requires_grad for own in found.parameters())

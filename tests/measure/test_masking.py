@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camdistill.measure.masking import adcc, masked
+from camdistill.measure.masking import adcc, masking_scores
 
 from .conftest import OBJECT, Linear, Sees, contest
 
@@ -19,7 +19,7 @@ def test_values_equal_numpy(linear: Linear, images: Tensor, generator: torch.Gen
     def other(network: nn.Module, given: Tensor, classes: Tensor) -> Tensor:
         return given.mean(1) + maps
 
-    found = masked(linear, images, classes, maps)
+    found = masking_scores(linear, images, classes, maps)
     harmonic = adcc(linear, images, classes, maps, other)
     for image, number in enumerate(classes.tolist()):
         one = maps[image].numpy()
@@ -50,7 +50,7 @@ def test_average_drop_is_a_share_of_the_probability() -> None:
     peer = pytest.importorskip("pytorch_grad_cam.metrics.cam_mult_image")
     targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
     images, maps = torch.full((1, 1, 2, 2), 0.5), torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    found = masked(Mean(), images, torch.zeros(1).long(), maps)
+    found = masking_scores(Mean(), images, torch.zeros(1).long(), maps)
     assert found.average_drop.item() == pytest.approx(0.5)
     target = [targets.ClassifierOutputSoftmaxTarget(0)]
     assert peer.DropInConfidence()(images, maps.numpy(), target, Mean()) == pytest.approx(0.25)
@@ -61,14 +61,14 @@ def test_a_map_of_nearly_all_ones_fools_them_all(bright: Tensor) -> None:
     fake = torch.ones(6, 16, 16)
     fake[:, -1, -1] = 0
     classes = torch.zeros(6).long()
-    oracle = masked(Sees(), bright, classes, OBJECT.float().expand(6, -1, -1))
-    assert masked(Sees(), bright, classes, fake).average_drop.max() == 0
+    oracle = masking_scores(Sees(), bright, classes, OBJECT.float().expand(6, -1, -1))
+    assert masking_scores(Sees(), bright, classes, fake).average_drop.max() == 0
     assert oracle.average_drop.max() == 0
 
 
 def test_constant_maps_are_never_best(bright: Tensor, generator: torch.Generator) -> None:
     classes, maps = torch.zeros(6).long(), contest(generator, 6)
-    tables = {name: masked(Sees(), bright, classes, one) for name, one in maps.items()}
+    tables = {name: masking_scores(Sees(), bright, classes, one) for name, one in maps.items()}
     for metric, sign in (("average_drop", -1), ("drop_in_deletion", 1)):
         means = {name: sign * getattr(one, metric).mean() for name, one in tables.items()}
         assert means["constant"] < max(means.values()), metric
@@ -82,4 +82,4 @@ def test_constant_maps_are_never_best(bright: Tensor, generator: torch.Generator
 def test_broken_maps_are_refused(bright: Tensor) -> None:
     maps = torch.full((6, 16, 16), torch.nan)
     with pytest.raises(ValueError, match="6 of 6 maps have NaN"):
-        masked(Sees(), bright, torch.zeros(6).long(), maps)
+        masking_scores(Sees(), bright, torch.zeros(6).long(), maps)

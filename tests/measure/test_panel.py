@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
 from camdistill.measure.faithfulness import faithfulness_correlation
-from camdistill.measure.metrics import DEFAULT, DEFAULT_WITH_MASKS, METRICS, demand_metrics
-from camdistill.measure.panel import measure, scene
+from camdistill.measure.metrics import DEFAULT, DEFAULT_WITH_MASKS, METRICS, check_metrics
+from camdistill.measure.panel import measure, prepare_batch
 from camdistill.measure.removal import insertion
 from camdistill.perturb.ranks import ranks
 
@@ -53,7 +53,7 @@ def masks() -> Tensor:
 def test_every_metric_of_the_table_is_measured(
     network: Counting, pictures: Tensor, masks: Tensor
 ) -> None:
-    asked = scene(network, pictures, ALL, "0", masks=masks, rerendered=pictures.flip(0))
+    asked = prepare_batch(network, pictures, ALL, "0", masks=masks, rerendered=pictures.flip(0))
     found = measure(asked, cam(network, pictures, asked.classes), ALL, cam)
     assert tuple(found.values) == ALL
     assert all(values.shape == (4,) for values in found.values.values())
@@ -62,19 +62,19 @@ def test_every_metric_of_the_table_is_measured(
 
 
 def test_values_are_those_of_the_metrics_themselves(network: Counting, pictures: Tensor) -> None:
-    asked = scene(network, pictures, DEFAULT, "7")
+    asked = prepare_batch(network, pictures, DEFAULT, "7")
     maps = cam(network, pictures, network(pictures).argmax(1))
     found = measure(asked, maps, DEFAULT, cam)
     assert asked.bank is not None
     expected = faithfulness_correlation(maps, asked.bank)
     torch.testing.assert_close(found.values["faithfulness_correlation"], expected)
     order = ranks(maps, asked.generator("ties"))
-    curve = insertion(network, pictures, asked.classes, order, asked.shown["blur"])
+    curve = insertion(network, pictures, asked.classes, order, asked.replacements["blur"])
     torch.testing.assert_close(found.values["insertion_blur"], curve.area())
 
 
 def test_what_is_missing_is_left_out(network: Counting, pictures: Tensor) -> None:
-    asked = scene(network, pictures, ALL, "0")
+    asked = prepare_batch(network, pictures, ALL, "0")
     found = measure(asked, torch.rand(4, 16, 16), ALL)
     gates = {name for name, metric in METRICS.items() if metric.use in ("gate", "mask")}
     assert set(ALL) - set(found.values) == gates | {"adcc", "deletion_rerendered"}
@@ -84,7 +84,7 @@ def test_a_second_explainer_costs_no_forward_by_the_bank(
     network: Counting, pictures: Tensor, generator: torch.Generator
 ) -> None:
     names = tuple(name for name, metric in METRICS.items() if metric.family == "bank")
-    asked = scene(network, pictures, names, "0")
+    asked = prepare_batch(network, pictures, names, "0")
     before = network.asked
     for _ in range(5):
         measure(asked, torch.rand(4, 16, 16, generator=generator), names)
@@ -93,7 +93,9 @@ def test_a_second_explainer_costs_no_forward_by_the_bank(
 
 def test_all_explainers_meet_the_same_chances(network: Counting, pictures: Tensor) -> None:
     names = tuple(name for name, metric in METRICS.items() if metric.use != "mask")
-    first, again, other = (scene(network, pictures, names, seed) for seed in ("1", "1", "2"))
+    first, again, other = (
+        prepare_batch(network, pictures, names, seed) for seed in ("1", "1", "2")
+    )
     flat = torch.zeros(4, 16, 16)  # all ties
     values = [measure(asked, flat, ("road", "insertion_blur")).values for asked in (first, first)]
     assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
@@ -106,7 +108,7 @@ def test_a_broken_map_is_a_failure_by_every_metric_and_touches_no_other(
     network: Counting, pictures: Tensor, masks: Tensor
 ) -> None:
     names = (*DEFAULT, *DEFAULT_WITH_MASKS)
-    asked = scene(network, pictures, names, "0", masks=masks)
+    asked = prepare_batch(network, pictures, names, "0", masks=masks)
     maps = cam(network, pictures, asked.classes)
     broken = maps.clone()
     broken[2, 5, 5] = torch.nan
@@ -125,7 +127,7 @@ def test_maps_that_break_while_a_gate_asks_are_failures_of_that_gate(
     network: Counting, pictures: Tensor
 ) -> None:
     names = ("gini", "max_sensitivity", "random_logit")
-    asked = scene(network, pictures, names, "0")
+    asked = prepare_batch(network, pictures, names, "0")
     maps = cam(network, pictures, asked.classes)
     calls = []
 
@@ -143,6 +145,6 @@ def test_maps_that_break_while_a_gate_asks_are_failures_of_that_gate(
 
 
 def test_unknown_metrics_are_told_with_the_nearest() -> None:
-    demand_metrics(ALL)
+    check_metrics(ALL)
     with pytest.raises(ValueError, match="no metric 'insertion_blurr'; nearest: 'insertion_blur'"):
-        demand_metrics(["insertion_blurr"])
+        check_metrics(["insertion_blurr"])

@@ -60,7 +60,7 @@ def test_road_equals_pytorch_grad_cams_where_no_two_pixels_are_equal() -> None:
             [targets.ClassifierOutputSoftmaxTarget(number) for number in classes.tolist()],
             network,
         )
-    np.testing.assert_allclose(found.combined().detach().numpy(), expected, atol=2e-4)
+    np.testing.assert_allclose(found.combine().detach().numpy(), expected, atol=2e-4)
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
@@ -105,7 +105,7 @@ def test_road_is_removal_with_linear_imputation(
             expected = linear(filled).softmax(1)[:, 0]
             torch.testing.assert_close(curve.probabilities[:, level], expected)
     combined = (found.lerf.mean() - found.morf.mean()) / 2
-    torch.testing.assert_close(found.combined(), combined)
+    torch.testing.assert_close(found.combine(), combined)
 
 
 def test_oracle_is_best_and_constant_never(bright: Tensor) -> None:
@@ -125,7 +125,7 @@ def test_oracle_is_best_and_constant_never(bright: Tensor) -> None:
     }
     tables["road", "morf"] = {name: -one.morf.mean().mean().item() for name, one in roads.items()}
     tables["road", "lerf"] = {name: one.lerf.mean().mean().item() for name, one in roads.items()}
-    tables["road", "all"] = {name: one.combined().mean().item() for name, one in roads.items()}
+    tables["road", "all"] = {name: one.combine().mean().item() for name, one in roads.items()}
     for key, table in tables.items():
         assert max(table, key=table.__getitem__) == "oracle", (key, table)
         assert table["constant"] < table["oracle"] - 0.05, (key, table)

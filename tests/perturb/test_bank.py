@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.perturb.bank import Plan, bank
-from camdistill.perturb.batched_forward import changed_scores, logits_of
+from camdistill.perturb.bank import BankPlan, build_bank
+from camdistill.perturb.batched_forward import logits_of, score_changes
 from camdistill.perturb.imputers import baseline
 
 
@@ -35,7 +35,7 @@ def test_scores_of_changes_are_those_of_the_changed_images(
     removed = torch.rand(3, 7, 10, 10, generator=generator) < 0.4
     classes = torch.tensor([2, 0, 3])
     shown = baseline(images, "mean")
-    found = changed_scores(network, images, classes, removed, shown)
+    found = score_changes(network, images, classes, removed, shown)
     for image in range(3):
         for change in range(7):
             hole = removed[image, change].numpy()
@@ -56,7 +56,7 @@ def test_a_callable_stands_for_a_data_sets_own_rendering(images: Tensor) -> None
         assert holes.shape == (3, 10, 10)
         return other
 
-    found = changed_scores(network, images, torch.zeros(3).long(), removed, rendered)
+    found = score_changes(network, images, torch.zeros(3).long(), removed, rendered)
     torch.testing.assert_close(found.logits[:, 0], network(other)[:, 0])
 
 
@@ -66,7 +66,7 @@ def test_forwards_are_bounded_whatever_the_number_of_changes(
     monkeypatch.setattr("camdistill.perturb.batched_forward._PIXELS_ON_CPU", 800)
     network = Counting(10)
     removed = torch.zeros(1, 9, 10, 10, dtype=torch.bool)
-    changed_scores(network, images, torch.zeros(3).long(), removed, images)
+    score_changes(network, images, torch.zeros(3).long(), removed, images)
     assert network.forwards == [8, 8, 8, 3]
 
 
@@ -85,8 +85,8 @@ def test_outputs_that_are_no_logits_are_refused(images: Tensor) -> None:
 def test_bank_asks_what_its_plan_says_and_nothing_twice(
     images: Tensor, generator: torch.Generator
 ) -> None:
-    network, plan = Counting(10), Plan(5, {0.2: 6, 0.5: 4}, (1, 3))
-    found = bank(network, images, baseline(images, "grey"), generator, plan=plan)
+    network, plan = Counting(10), BankPlan(5, {0.2: 6, 0.5: 4}, (1, 3))
+    found = build_bank(network, images, baseline(images, "grey"), generator, plan=plan)
     assert plan.forwards == 6 + 4 + 25 + 9
     assert sum(network.forwards) == 3 * (plan.forwards + 1)
     assert found.subsets[0.2].cells.flatten(2).sum(2).unique().tolist() == [5]
@@ -102,7 +102,9 @@ def test_drops_and_sums_equal_numpy_pixel_by_pixel(
 ) -> None:
     network = Counting(10)
     maps = torch.randn(3, 10, 10, generator=generator, dtype=torch.float64)
-    found = bank(network, images, baseline(images, "black"), generator, plan=Plan(4, {0.25: 5}))
+    found = build_bank(
+        network, images, baseline(images, "black"), generator, plan=BankPlan(4, {0.25: 5})
+    )
     # 10 pixels in 4 cells: borders where floor(4 i / 10) steps
     edges = [0, 3, 5, 8, 10]
     for image in range(3):
@@ -124,20 +126,20 @@ def test_own_top_class_is_watched_unless_one_is_given(
     images: Tensor, generator: torch.Generator
 ) -> None:
     network, grey = Counting(10), baseline(images, "grey")
-    found = bank(network, images, grey, generator, plan=Plan(2, {}, (1,)))
+    found = build_bank(network, images, grey, generator, plan=BankPlan(2, {}, (1,)))
     assert torch.equal(found.classes, network(images).argmax(1))
     given = torch.tensor([1, 1, 2])
-    found = bank(network, images, grey, generator, classes=given, plan=Plan(2, {}, (1,)))
+    found = build_bank(network, images, grey, generator, classes=given, plan=BankPlan(2, {}, (1,)))
     torch.testing.assert_close(found.logits, network(images).gather(1, given[:, None])[:, 0])
 
 
 def test_answers_do_not_depend_on_how_many_masks_are_held_at_once(
     images: Tensor, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grey, plan = baseline(images, "grey"), Plan(5, {0.2: 6}, (2,))
-    whole = bank(Counting(10), images, grey, torch.Generator().manual_seed(1), plan=plan)
+    grey, plan = baseline(images, "grey"), BankPlan(5, {0.2: 6}, (2,))
+    whole = build_bank(Counting(10), images, grey, torch.Generator().manual_seed(1), plan=plan)
     monkeypatch.setattr("camdistill.perturb.bank._MASK_BYTES", 1300)  # one or two images
-    parts = bank(Counting(10), images, grey, torch.Generator().manual_seed(1), plan=plan)
+    parts = build_bank(Counting(10), images, grey, torch.Generator().manual_seed(1), plan=plan)
     for one, other in (
         (whole.subsets[0.2], parts.subsets[0.2]),
         (whole.occluders[2], parts.occluders[2]),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from camdistill.networks.students import ShallowCNN
-from camdistill.perturb.batched_forward import in_parts
+from camdistill.perturb.batched_forward import forward_in_chunks
 
 
 def test_parts_have_the_answers_and_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_parts_have_the_answers_and_gradients_of_the_whole(monkeypatch: pytest.M
         assert part.is_contiguous(memory_format=torch.channels_last)
         return network(part)  # type: ignore[no-any-return]
 
-    found, expected = in_parts(ask, images), network(images)
+    found, expected = forward_in_chunks(ask, images), network(images)
     assert sizes == [4, 4, 2]
     torch.testing.assert_close(found, expected)
     inputs = [images, *network.parameters()]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from camdistill.data.shapes import Shapes
 from camdistill.perturb import imputers
-from camdistill.perturb.imputers import baseline, blurred, noisy_linear
+from camdistill.perturb.imputers import baseline, gaussian_blur, noisy_linear
 from camdistill.perturb.ranks import first_pixels, ranks
 
 Array = NDArray[np.floating]
@@ -134,8 +134,8 @@ def test_blur_equals_scipy(generator: torch.Generator) -> None:
     images = torch.rand(2, 3, 20, 24, generator=generator, dtype=torch.float64)
     for sigma in (0.7, 2.5):
         expected = scipy.ndimage.gaussian_filter(images.numpy(), (0, 0, sigma, sigma))
-        np.testing.assert_allclose(blurred(images, sigma).numpy(), expected, atol=1e-12)
-    torch.testing.assert_close(blurred(images), blurred(images, 20 / 8))
+        np.testing.assert_allclose(gaussian_blur(images, sigma).numpy(), expected, atol=1e-12)
+    torch.testing.assert_close(gaussian_blur(images), gaussian_blur(images, 20 / 8))
 
 
 def test_baselines_are_what_they_are_called(generator: torch.Generator) -> None:

@@ -12,11 +12,11 @@ from camdistill.explain.attribution import gradient
 from camdistill.explain.contrast import contrast
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.perturbation import occlusion, rise, score_cam
-from camdistill.measure.masking import masked
+from camdistill.measure.masking import masking_scores
 from camdistill.measure.removal import deletion, insertion
 from camdistill.measure.scores import agreement, correct, divergence
-from camdistill.perturb.bank import Plan, bank
-from camdistill.perturb.batched_forward import changed_scores
+from camdistill.perturb.bank import BankPlan, build_bank
+from camdistill.perturb.batched_forward import score_changes
 from camdistill.perturb.imputers import baseline
 from camdistill.perturb.probability import log_probabilities, predict_labels, probabilities
 from camdistill.perturb.ranks import ranks
@@ -97,12 +97,12 @@ def test_removal_metrics_watch_the_sigmoid(images: Tensor) -> None:
     changed = torch.where(removed, grey, images)
     with torch.no_grad():
         expected = torch.sigmoid(model(changed))
-    found = changed_scores(model, images, classes, removed, grey)
+    found = score_changes(model, images, classes, removed, grey)
     torch.testing.assert_close(found.probabilities, expected, rtol=1e-12, atol=0)
-    kept = bank(model, images, grey, torch.Generator().manual_seed(0), plan=Plan())
+    kept = build_bank(model, images, grey, torch.Generator().manual_seed(0), plan=BankPlan())
     torch.testing.assert_close(kept.probabilities, torch.sigmoid(kept.logits))
     assert float(next(iter(kept.subsets.values())).probability_drops.abs().max()) > 1e-4
-    drop = masked(model, images, classes, maps).average_drop
+    drop = masking_scores(model, images, classes, maps).average_drop
     with torch.no_grad():
         p, q = torch.sigmoid(model(images)), torch.sigmoid(model(images * maps[:, None] / 143))
     torch.testing.assert_close(drop, ((p - q).clamp(min=0) / p)[:, 0], rtol=1e-10, atol=1e-12)

@@ -193,7 +193,9 @@ def test_every_tag_has_its_meaning_in_the_events(opened: Opening) -> None:
         events = _events(opened.report.folder / run)
         for tag in events.Tags()["tensors"]:
             if tag != "custom_scalars__config__":
-                assert events.SummaryMetadata(tag).summary_description == tags.describe(tag) != ""
+                assert (
+                    events.SummaryMetadata(tag).summary_description == tags.describe_card(tag) != ""
+                )
 
 
 def test_layout_has_no_chart_without_tags(opened: Opening) -> None:

@@ -60,7 +60,7 @@ def test_scalars_come_back_once_with_step_value_and_description(tmp_path: Path) 
         tags.AGREEMENT: [(0, 0.25), (1, 0.25), (2, 0.25)],
     }
     described = found.SummaryMetadata(tags.LOSS_VAL).summary_description
-    assert described == tags.describe(tags.LOSS_VAL)
+    assert described == tags.describe_card(tags.LOSS_VAL)
     old = ea.EventAccumulator(logger.log_dir).Reload()
     assert old.Tags()["scalars"] == [], "no old-style twin"
 
@@ -102,7 +102,7 @@ def test_histogram_comes_back_as_it_was_counted(tmp_path: Path) -> None:
     ]
     meaning = found.SummaryMetadata(tags.RIDGE)
     assert meaning.plugin_data.plugin_name == "histograms"
-    assert meaning.summary_description == tags.describe(tags.RIDGE)
+    assert meaning.summary_description == tags.describe_card(tags.RIDGE)
 
 
 def test_histogram_of_nothing_or_with_nan_blanks_no_card(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def _check_pages(url: str, logger: TensorBoardLogger, picture: np.ndarray) -> No
     run = urllib.parse.quote(logger.run, safe="")
     known = json.loads(get(f"{url}/data/plugin/timeseries/tags"))
     assert sorted(known["scalars"]["runTagInfo"][logger.run]) == [tags.AGREEMENT, tags.LOSS_VAL]
-    assert tags.describe(tags.AGREEMENT).split("`")[0][:30] in json.dumps(
+    assert tags.describe_card(tags.AGREEMENT).split("`")[0][:30] in json.dumps(
         known["scalars"]["tagDescriptions"]
     )
     assert known["images"]["tagRunSampledInfo"] == {

@@ -13,13 +13,13 @@ from torch import Tensor
 from camdistill.data.shapes import Shapes
 from camdistill.distill.training import as_images
 from camdistill.experiments.shared.seed_statistics import Bootstrap
-from camdistill.measure.intervals import Interval, interval, paired_interval
+from camdistill.measure.intervals import Interval, bootstrap_interval, paired_interval
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Images, Labels, Masks
 
 
 @dataclass(frozen=True)
-class Measured:
+class ClaimMeasurement:
     """One number of ours.
 
     Attributes:
@@ -28,7 +28,7 @@ class Measured:
         low: Lower bound of the 95 % interval; None where the number is exact.
         high: Upper bound.
         n: Images (or whatever the mean is over).
-        of: By which measure; rows of one measure share an axis and a table.
+        measure: By which measure; rows of one measure share an axis and a table.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Measured:
     low: float | None
     high: float | None
     n: int
-    of: str = ""
+    measure: str = ""
 
     @property
-    def above(self) -> bool:
+    def above_zero(self) -> bool:
         """Whether the whole interval lies above 0."""
         return (self.value if self.low is None else self.low) > 0
 
@@ -51,7 +51,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class ClaimResult:
     """A claim of the paper beside what was found here.
 
     Attributes:
@@ -67,14 +67,14 @@ class Row:
     number: str
     claim: str
     paper: str
-    ours: tuple[Measured, ...]
+    ours: tuple[ClaimMeasurement, ...]
     criterion: str
     passed: bool | None
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Lab:
+class ClaimSetup:
     """What every experiment may use.
 
     Attributes:
@@ -86,7 +86,7 @@ class Lab:
         device: Where networks are.
         folder: Keeps the little networks that experiments train; see `training.trained`.
         boxes: An image folder with a boxes.csv, where one was given.
-        tell: Takes a few words on what is being done.
+        announce: Takes a few words on what is being done.
     """
 
     teacher: Preprocessed
@@ -97,7 +97,7 @@ class Lab:
     device: str
     folder: Path
     boxes: Path | None = None
-    tell: Callable[[str], None] = field(default=lambda _: None, compare=False)
+    announce: Callable[[str], None] = field(default=lambda _: None, compare=False)
 
     @property
     def count(self) -> int:
@@ -110,75 +110,85 @@ class Lab:
         return torch.Generator().manual_seed(int(seed))
 
 
-Claim = Callable[[Lab], Row]
+ClaimExperiment = Callable[[ClaimSetup], ClaimResult]
 
 
-class Drawn(NamedTuple):
+class ShapesBatch(NamedTuple):
     """Images of Shapes as tensors.
 
     Attributes:
         images: In [0, 1].
         labels: The object's class.
-        seconds: The second object's class; the first one's where there is one object.
+        second_labels: The second object's class; the first one's where there is one object.
         masks: By name; see `data.shapes.Rendered`.
     """
 
     images: Images
     labels: Labels
-    seconds: Labels
+    second_labels: Labels
     masks: dict[str, Masks]
 
 
-def drawn(lab: Lab, shapes: Shapes | None = None) -> Drawn:
+def draw_batch(setup: ClaimSetup, shapes: Shapes | None = None) -> ShapesBatch:
     """The lab's images, or those of another drawer, with all that is known of them."""
-    rendered = (shapes or lab.shapes).render(lab.ids)
-    labels = torch.from_numpy(rendered.labels).to(lab.device)
-    seconds = rendered.second_labels
-    return Drawn(
-        as_images(torch.from_numpy(rendered.pixels).to(lab.device)),
+    rendered = (shapes or setup.shapes).render(setup.ids)
+    labels = torch.from_numpy(rendered.labels).to(setup.device)
+    second_labels = rendered.second_labels
+    return ShapesBatch(
+        as_images(torch.from_numpy(rendered.pixels).to(setup.device)),
         labels,
-        labels if seconds is None else torch.from_numpy(seconds).to(lab.device),
-        {name: torch.from_numpy(mask).to(lab.device) for name, mask in rendered.masks.items()},
+        labels if second_labels is None else torch.from_numpy(second_labels).to(setup.device),
+        {name: torch.from_numpy(mask).to(setup.device) for name, mask in rendered.masks.items()},
     )
 
 
-def mean(name: str, values: Tensor, lab: Lab, of: str = "") -> Measured:
+def mean(name: str, values: Tensor, setup: ClaimSetup, measure: str = "") -> ClaimMeasurement:
     """A mean over images with its bootstrap interval; NaN is left out, and not counted."""
-    found = values.detach().cpu().double().numpy()
-    if np.isnan(found).all():
-        return _nothing(name, of)
-    low = interval(found, lab.seed)
-    return Measured(name, low.mean, low.low, low.high, int((~np.isnan(found)).sum()), of)
+    numbers = values.detach().cpu().double().numpy()
+    if np.isnan(numbers).all():
+        return _no_measurement(name, measure)
+    estimate = bootstrap_interval(numbers, setup.seed)
+    return ClaimMeasurement(
+        name, estimate.mean, estimate.low, estimate.high, int((~np.isnan(numbers)).sum()), measure
+    )
 
 
-def gain(name: str, values: Tensor, others: Tensor, lab: Lab, of: str = "") -> Measured:
+def gain(
+    name: str, values: Tensor, others: Tensor, setup: ClaimSetup, measure: str = ""
+) -> ClaimMeasurement:
     """The mean of values - others over the same images, with its paired bootstrap interval."""
-    first, second = (one.detach().cpu().double().numpy() for one in (values, others))
+    first, second = (tensor.detach().cpu().double().numpy() for tensor in (values, others))
     if np.isnan(first - second).all():
-        return _nothing(name, of)
-    found = paired_interval(first, second, lab.seed)
+        return _no_measurement(name, measure)
+    estimate = paired_interval(first, second, setup.seed)
     count = int((~np.isnan(first - second)).sum())
-    return Measured(name, found.mean, found.low, found.high, count, of)
+    return ClaimMeasurement(name, estimate.mean, estimate.low, estimate.high, count, measure)
 
 
-def trained_gain(
-    name: str, runs: Sequence[Tensor], others: Sequence[Tensor], lab: Lab, of: str = ""
-) -> Measured:
+def gain_over_trainings(
+    name: str,
+    runs: Sequence[Tensor],
+    others: Sequence[Tensor],
+    setup: ClaimSetup,
+    measure: str = "",
+) -> ClaimMeasurement:
     """The same of several trainings of each, resampled over trainings and images."""
     scores = {
-        arm: torch.stack(list(each)).detach().cpu().double().numpy()
-        for arm, each in (("runs", runs), ("others", others))
+        arm: torch.stack(list(tensors)).detach().cpu().double().numpy()
+        for arm, tensors in (("runs", runs), ("others", others))
     }
-    found = Bootstrap(scores, lab.seed).gain("runs", "others")
-    return Measured(name, found.mean, found.low, found.high, scores["runs"].shape[1], of)
+    estimate = Bootstrap(scores, setup.seed).gain("runs", "others")
+    return ClaimMeasurement(
+        name, estimate.mean, estimate.low, estimate.high, scores["runs"].shape[1], measure
+    )
 
 
-def _nothing(name: str, of: str) -> Measured:
+def _no_measurement(name: str, measure: str) -> ClaimMeasurement:
     """Of no image at all: no interval of it lies above anything."""
     nan = float("nan")
-    return Measured(name, nan, nan, nan, 0, of)
+    return ClaimMeasurement(name, nan, nan, nan, 0, measure)
 
 
-def exact(name: str, value: float | int, n: int, of: str = "") -> Measured:
+def exact_number(name: str, value: float | int, n: int, measure: str = "") -> ClaimMeasurement:
     """A number that isn't an estimate: a count, a largest error."""
-    return Measured(name, float(value), None, None, n, of)
+    return ClaimMeasurement(name, float(value), None, None, n, measure)

@@ -17,43 +17,45 @@ from camdistill.claims import (
     unit_names,
     vqa,
 )
-from camdistill.claims.claim import Claim
+from camdistill.claims.claim import ClaimExperiment
 from camdistill.errors import UserError, nearest
 
-ROWS: tuple[tuple[str, Claim], ...] = (
-    ("1", exactness.generalises_cam),
-    ("2", heads.any_head),
-    ("3", localization.boxes_flattened),
-    ("4", localization.boxes_student),
-    ("5", localization.boxes_teacher),
-    ("5b", localization.boxes_own_threshold),
-    ("5c", photographs.boxes_in_photographs),
-    ("6", heads.no_cost),
-    ("7", localization.seeds_for_segmentation),
-    ("8", localization.pointing_with_rejection),
-    ("9", discrimination.discriminates),
-    ("10", trust.trust),
-    ("11", faithfulness_rows.faithful),
-    ("12", faithfulness_rows.cheap),
-    ("13", counterfactuals.counterfactuals),
-    ("14", failures.failure_modes),
-    ("15", failures.adversarial),
-    ("16", bias.bias_found_and_removed),
-    ("17", unit_names.textual),
-    ("18", captions.captions),
-    ("20", vqa.answers),
-    ("22", depth.worse_earlier),
-    ("23", ablations.without_relu),
-    ("24", ablations.pooling),
-    ("25", ablations.backward_rules),
-    ("26", faithfulness_rows.finer),
+ROWS: tuple[tuple[str, ClaimExperiment], ...] = (
+    ("1", exactness.run_cam_equality),
+    ("2", heads.run_any_head),
+    ("3", localization.run_boxes_fully_connected),
+    ("4", localization.run_boxes_student),
+    ("5", localization.run_boxes_teacher),
+    ("5b", localization.run_boxes_own_threshold),
+    ("5c", photographs.run_photograph_boxes),
+    ("6", heads.run_pooling_cost),
+    ("7", localization.run_segmentation_seeds),
+    ("8", localization.run_pointing),
+    ("9", discrimination.run_discrimination),
+    ("10", trust.run_trust),
+    ("11", faithfulness_rows.run_faithfulness),
+    ("12", faithfulness_rows.run_cost),
+    ("13", counterfactuals.run_counterfactuals),
+    ("14", failures.run_failure_modes),
+    ("15", failures.run_adversarial),
+    ("16", bias.run_bias_removal),
+    ("17", unit_names.run_unit_naming),
+    ("18", captions.run_captioning),
+    ("20", vqa.run_vqa),
+    ("22", depth.run_depth),
+    ("23", ablations.run_relu_ablation),
+    ("24", ablations.run_pooling_ablation),
+    ("25", ablations.run_backward_rules),
+    ("26", faithfulness_rows.run_resolution),
 )
 """Number and experiment."""
 PHOTOGRAPHS = "5c"
 """The row that needs an image folder with boxes."""
 
 
-def chosen(numbers: list[str], *, photographs: bool = True) -> tuple[tuple[str, Claim], ...]:
+def select_claims(
+    numbers: list[str], *, photographs: bool = True
+) -> tuple[tuple[str, ClaimExperiment], ...]:
     """The rows of some numbers, in the paper's order.
 
     Args:
@@ -70,5 +72,5 @@ def chosen(numbers: list[str], *, photographs: bool = True) -> tuple[tuple[str, 
                 f"no row '{number}'; {nearest(number, known)}; --rows takes any of "
                 f"{', '.join(known)}"
             )
-    wanted = numbers or [number for number in known if photographs or number != PHOTOGRAPHS]
-    return tuple((number, claim) for number, claim in ROWS if number in wanted)
+    selected = numbers or [number for number in known if photographs or number != PHOTOGRAPHS]
+    return tuple((number, experiment) for number, experiment in ROWS if number in selected)

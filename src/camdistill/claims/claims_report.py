@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camdistill import tags
-from camdistill.claims.claim import Measured, Row
+from camdistill.claims.claim import ClaimMeasurement, ClaimResult
 from camdistill.claims.claims_run import Outcome
 from camdistill.measure.intervals import Interval
 from camdistill.report.figures.intervals import interval_chart
@@ -25,129 +25,151 @@ CHARTS: dict[str, tuple[str, ...]] = {
 """Rows whose charts stand below one another in one picture."""
 
 
-def text(found: Mapping[str, Outcome]) -> str:
+def claims_text(outcomes: Mapping[str, Outcome]) -> str:
     """A block a row, then how many hold."""
-    return "\n\n".join([*(block(number, one) for number, one in found.items()), verdict(found)])
+    return "\n\n".join(
+        [
+            *(claim_text(number, outcome) for number, outcome in outcomes.items()),
+            claims_verdict(outcomes),
+        ]
+    )
 
 
-def block(number: str, outcome: Outcome) -> str:
+def claim_text(number: str, outcome: Outcome) -> str:
     """One row: the claim, the paper's number, ours, the criterion."""
     if outcome.row is None:
-        return _wrapped(f"{number:>3}  not made  ", outcome.error)
+        return _wrap_line(f"{number:>3}  not made  ", outcome.error)
     row = outcome.row
-    lines = [_wrapped(f"{number:>3}  {_word(row.passed):<5} ", row.claim)]
-    lines.append(_wrapped("     paper: ", row.paper))
-    for of, measured in _by_measure(row.ours).items():
-        shown = ", ".join(_number(one) for one in measured)
-        lines.append(_wrapped("     ours:  ", f"{of}: {shown}" if of else shown))
-    lines.append(_wrapped("     holds: ", row.criterion))
+    lines = [_wrap_line(f"{number:>3}  {_verdict_word(row.passed):<5} ", row.claim)]
+    lines.append(_wrap_line("     paper: ", row.paper))
+    for measure, measurements in _by_measure(row.ours).items():
+        numbers = ", ".join(_format_measurement(measurement) for measurement in measurements)
+        lines.append(_wrap_line("     ours:  ", f"{measure}: {numbers}" if measure else numbers))
+    lines.append(_wrap_line("     holds: ", row.criterion))
     if row.note:
-        lines.append(_wrapped("     note:  ", row.note))
+        lines.append(_wrap_line("     note:  ", row.note))
     return "\n".join(lines)
 
 
-def verdict(found: Mapping[str, Outcome]) -> str:
+def claims_verdict(outcomes: Mapping[str, Outcome]) -> str:
     """How many claims hold, and which don't."""
-    judged = {number: one.row for number, one in found.items() if one.row is not None}
-    held = [number for number, row in judged.items() if row.passed]
-    lines = [f"{len(held)} of {len(judged)} claims hold here; 95 % bootstrap intervals."]
+    result_by_number = {
+        number: outcome.row for number, outcome in outcomes.items() if outcome.row is not None
+    }
+    holding = [number for number, row in result_by_number.items() if row.passed]
+    lines = [
+        f"{len(holding)} of {len(result_by_number)} claims hold here; 95 % bootstrap intervals."
+    ]
     for word, numbers in (
-        ("do not hold", [n for n, row in judged.items() if row.passed is False]),
-        ("can't be judged here", [n for n, row in judged.items() if row.passed is None]),
-        ("not made", [n for n in found if n not in judged]),
+        ("do not hold", [n for n, row in result_by_number.items() if row.passed is False]),
+        ("can't be judged here", [n for n, row in result_by_number.items() if row.passed is None]),
+        ("not made", [n for n in outcomes if n not in result_by_number]),
     ):
         if numbers:
             lines.append(f"{word}: {', '.join(numbers)}")
     return "\n".join(lines)
 
 
-def markdown(found: Mapping[str, Outcome]) -> str:
+def claims_markdown(outcomes: Mapping[str, Outcome]) -> str:
     """A table, a row a claim."""
     lines = [
         "| row | claim | the paper | ours [95 %] | holds if | |",
         "|---|---|---|---|---|---|",
     ]
-    for number, outcome in found.items():
+    for number, outcome in outcomes.items():
         row = outcome.row
         if row is None:
             cells = [number, "", "", f"not made: {outcome.error}", "", ""]
         else:
             ours = "<br>".join(
-                f"{of}: {', '.join(map(_number, measured))}"
-                if of
-                else ", ".join(map(_number, measured))
-                for of, measured in _by_measure(row.ours).items()
+                f"{measure}: {', '.join(map(_format_measurement, measurements))}"
+                if measure
+                else ", ".join(map(_format_measurement, measurements))
+                for measure, measurements in _by_measure(row.ours).items()
             )
             note = f"<br>*{row.note}*" if row.note else ""
-            cells = [number, row.claim, row.paper, ours + note, row.criterion, _word(row.passed)]
+            cells = [
+                number,
+                row.claim,
+                row.paper,
+                ours + note,
+                row.criterion,
+                _verdict_word(row.passed),
+            ]
         lines.append("| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def write_pictures(found: Mapping[str, Outcome], folder: Path) -> None:
+def write_claim_pictures(outcomes: Mapping[str, Outcome], folder: Path) -> None:
     """Writes table.txt, a chart a group as a PNG file, and both as TensorBoard cards."""
-    write_atomically(folder / "table.txt", f"{text(found)}\n".encode())
+    write_atomically(folder / "table.txt", f"{claims_text(outcomes)}\n".encode())
     logger = TensorBoardLogger(folder, version="tensorboard")
     for tag, numbers in CHARTS.items():
-        rows = [one.row for number in numbers if (one := found.get(number)) and one.row]
-        charts = [picture for row in rows if (picture := chart(row)) is not None]
+        rows = [
+            outcome.row for number in numbers if (outcome := outcomes.get(number)) and outcome.row
+        ]
+        charts = [picture for row in rows if (picture := claim_chart(row)) is not None]
         if charts:
-            whole = _stacked(charts)
-            save_png(folder / f"{tags.short(tag)}.png", whole)
-            logger.log_picture(tag, whole, 0)
-    logger.log_text(tags.CLAIMS_TABLE, f"{markdown(found)}\n\n{verdict(found)}")
+            combined = _stack_charts(charts)
+            save_png(folder / f"{tags.short(tag)}.png", combined)
+            logger.log_picture(tag, combined, 0)
+    logger.log_text(tags.CLAIMS_TABLE, f"{claims_markdown(outcomes)}\n\n{claims_verdict(outcomes)}")
     logger.finalize("success")
 
 
-def chart(row: Row) -> Picture | None:
+def claim_chart(row: ClaimResult) -> Picture | None:
     """A dot with its interval for everything measured, one chart a measure."""
     table: dict[str, dict[str, Interval]] = {}
-    for one in row.ours:
-        if np.isfinite(one.value):
-            table.setdefault(one.name, {})[one.of or "value"] = one.interval
+    for measurement in row.ours:
+        if np.isfinite(measurement.value):
+            table.setdefault(measurement.name, {})[measurement.measure or "value"] = (
+                measurement.interval
+            )
     if not table:
         return None
     title = textwrap.shorten(row.claim, 80, placeholder=" ...")
-    differences = {one.of or "value": 0.0 for one in row.ours if " - " in one.name}
+    references = {
+        measurement.measure or "value": 0.0 for measurement in row.ours if " - " in measurement.name
+    }
     return interval_chart(
-        table, title=f"{row.number} {_word(row.passed)}: {title}", references=differences
+        table, title=f"{row.number} {_verdict_word(row.passed)}: {title}", references=references
     )
 
 
-def _stacked(charts: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def _stack_charts(charts: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     """One below the other, on white."""
-    width = max(one.shape[1] for one in charts)
-    wide = [
-        np.pad(one, ((0, 0), (0, width - one.shape[1]), (0, 0)), constant_values=255)
-        for one in charts
+    width = max(picture.shape[1] for picture in charts)
+    padded = [
+        np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+        for picture in charts
     ]
-    return np.concatenate(wide)
+    return np.concatenate(padded)
 
 
-def _by_measure(ours: Iterable[Measured]) -> dict[str, list[Measured]]:
-    found: dict[str, list[Measured]] = {}
-    for one in ours:
-        found.setdefault(one.of, []).append(one)
-    return found
+def _by_measure(ours: Iterable[ClaimMeasurement]) -> dict[str, list[ClaimMeasurement]]:
+    groups: dict[str, list[ClaimMeasurement]] = {}
+    for measurement in ours:
+        groups.setdefault(measurement.measure, []).append(measurement)
+    return groups
 
 
-def _number(one: Measured) -> str:
-    value = f"{one.name} {_digits(one.value)}"
-    if one.low is not None and one.high is not None:
-        value += f" [{_digits(one.low)}, {_digits(one.high)}]"
-    return f"{value} (n={one.n})"
+def _format_measurement(measurement: ClaimMeasurement) -> str:
+    value = f"{measurement.name} {_format_number(measurement.value)}"
+    if measurement.low is not None and measurement.high is not None:
+        value += f" [{_format_number(measurement.low)}, {_format_number(measurement.high)}]"
+    return f"{value} (n={measurement.n})"
 
 
-def _digits(value: float) -> str:
+def _format_number(value: float) -> str:
     small = 0 < abs(value) < 0.001
     return f"{value:.1e}" if small else (f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}")
 
 
-def _word(passed: bool | None) -> str:
+def _verdict_word(passed: bool | None) -> str:
     return {True: "pass", False: "FAIL", None: "-"}[passed]
 
 
-def _wrapped(start: str, words: str) -> str:
+def _wrap_line(start: str, words: str) -> str:
     return textwrap.fill(
         words, WIDTH, initial_indent=start, subsequent_indent=" " * max(len(start), 5),
         break_long_words=False, break_on_hyphens=False,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from camdistill.claims.claim import Claim, Lab, Measured, Row
+from camdistill.claims.claim import ClaimExperiment, ClaimMeasurement, ClaimResult, ClaimSetup
 from camdistill.errors import UserError
 from camdistill.report.results import read_results, write_results
 
@@ -22,14 +22,14 @@ class Outcome:
         error: Why it could not be made; empty where it was.
     """
 
-    row: Row | None
+    row: ClaimResult | None
     seconds: float
     error: str = ""
 
 
 def run_claims(
-    lab: Lab,
-    rows: Sequence[tuple[str, Claim]],
+    setup: ClaimSetup,
+    rows: Sequence[tuple[str, ClaimExperiment]],
     path: Path,
     settings: Mapping[str, object],
     sha256: Mapping[str, str | None],
@@ -41,7 +41,7 @@ def run_claims(
     stops no other.
 
     Args:
-        lab: What experiments use.
+        setup: What experiments use.
         rows: Number and experiment.
         path: `results.json`: read at the start, written after each row.
         settings: What tells these results from others; None is not known.
@@ -54,87 +54,92 @@ def run_claims(
     Raises:
         UserError: The file holds results of other settings.
     """
-    kept, settings = _kept(path, settings)
-    found: dict[str, Outcome] = {}
-    for number, claim in rows:
-        if number not in kept or kept[number].row is None:
-            lab.tell(f"row {number}")
-            kept[number] = _made(lab, claim)
-            _write(path, kept, lab, settings, sha256)
-        found[number] = kept[number]
-        on_row(number, found[number])
-    return found
+    stored, settings = _load_outcomes(path, settings)
+    outcome_by_number: dict[str, Outcome] = {}
+    for number, experiment in rows:
+        if number not in stored or stored[number].row is None:
+            setup.announce(f"row {number}")
+            stored[number] = _run_experiment(setup, experiment)
+            _write(path, stored, setup, settings, sha256)
+        outcome_by_number[number] = stored[number]
+        on_row(number, outcome_by_number[number])
+    return outcome_by_number
 
 
-def _made(lab: Lab, claim: Claim) -> Outcome:
-    begun = time.perf_counter()
+def _run_experiment(setup: ClaimSetup, experiment: ClaimExperiment) -> Outcome:
+    start_time = time.perf_counter()
     try:
-        row = claim(lab)
+        row = experiment(setup)
     except UserError as error:
-        return Outcome(None, time.perf_counter() - begun, " ".join(str(error).split()))
-    return Outcome(row, time.perf_counter() - begun)
+        return Outcome(None, time.perf_counter() - start_time, " ".join(str(error).split()))
+    return Outcome(row, time.perf_counter() - start_time)
 
 
 def _write(
     path: Path,
-    kept: Mapping[str, Outcome],
-    lab: Lab,
+    outcome_by_number: Mapping[str, Outcome],
+    setup: ClaimSetup,
     settings: Mapping[str, object],
     sha256: Mapping[str, str | None],
 ) -> None:
-    ordered = sorted(kept, key=lambda number: (int("".join(filter(str.isdigit, number))), number))
+    ordered = sorted(
+        outcome_by_number, key=lambda number: (int("".join(filter(str.isdigit, number))), number)
+    )
     write_results(
         path,
         {
-            "n": lab.count,
-            "seeds": [lab.seed],
-            "rows": {number: asdict(kept[number]) for number in ordered},
+            "n": setup.count,
+            "seeds": [setup.seed],
+            "rows": {number: asdict(outcome_by_number[number]) for number in ordered},
             "settings": dict(settings),
         },
-        seconds=sum(outcome.seconds for outcome in kept.values()),
+        seconds=sum(outcome.seconds for outcome in outcome_by_number.values()),
         sha256=sha256,
     )
 
 
-def _kept(
+def _load_outcomes(
     path: Path, settings: Mapping[str, object]
 ) -> tuple[dict[str, Outcome], dict[str, object]]:
     """The rows that are there, and the settings with what was known before."""
     if not path.exists():
         return {}, dict(settings)
-    found: dict[str, Any] = read_results(path)
-    before = found.get("settings")
-    if not isinstance(before, dict) or not isinstance(found.get("rows"), dict):
+    stored: dict[str, Any] = read_results(path)
+    stored_settings = stored.get("settings")
+    if not isinstance(stored_settings, dict) or not isinstance(stored.get("rows"), dict):
         raise UserError(
             f"{path} was not written by `camdistill claims`: name another folder with --out"
         )
     # What was left out, then or now, contradicts nothing.
-    odd = [
-        f"{name} {before[name]}, now {value}"
+    conflicts = [
+        f"{name} {stored_settings[name]}, now {value}"
         for name, value in json.loads(json.dumps(settings)).items()
-        if value is not None and before.get(name) not in (None, value)
+        if value is not None and stored_settings.get(name) not in (None, value)
     ]
-    if odd:
+    if conflicts:
         raise UserError(
-            f"{path} holds results of other settings ({', '.join(odd)}): name another folder with "
+            f"{path} holds results of other settings ({', '.join(conflicts)}): name another folder with "
             "--out, or remove the file"
         )
-    known = {name: value for name, value in settings.items() if value is not None}
-    return outcomes(path), {**before, **known}
+    known_settings = {name: value for name, value in settings.items() if value is not None}
+    return read_outcomes(path), {**stored_settings, **known_settings}
 
 
-def outcomes(path: Path) -> dict[str, Outcome]:
+def read_outcomes(path: Path) -> dict[str, Outcome]:
     """All rows of a results file."""
-    found: dict[str, Any] = read_results(path)
-    return {number: _outcome(entry) for number, entry in found["rows"].items()}
+    stored: dict[str, Any] = read_results(path)
+    return {number: _parse_outcome(entry) for number, entry in stored["rows"].items()}
 
 
-def _outcome(entry: Mapping[str, Any]) -> Outcome:
+def _parse_outcome(entry: Mapping[str, Any]) -> Outcome:
     row = entry["row"]
     if row is not None:
         # JSON has no NaN.
         ours = [
-            {**one, "value": float("nan")} if one["value"] is None else one for one in row["ours"]
+            {**measurement, "value": float("nan")} if measurement["value"] is None else measurement
+            for measurement in row["ours"]
         ]
-        row = Row(**{**row, "ours": tuple(Measured(**one) for one in ours)})
+        row = ClaimResult(
+            **{**row, "ours": tuple(ClaimMeasurement(**measurement) for measurement in ours)}
+        )
     return Outcome(row, float(entry["seconds"]), entry["error"])

@@ -6,8 +6,15 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from camdistill.claims.claim import Lab, Measured, Row, drawn, gain, mean
-from camdistill.claims.localization_maps import BATCH, tops
+from camdistill.claims.claim import (
+    ClaimMeasurement,
+    ClaimResult,
+    ClaimSetup,
+    draw_batch,
+    gain,
+    mean,
+)
+from camdistill.claims.localization_maps import BATCH, top_classes
 from camdistill.errors import UserError
 from camdistill.explain.compare import spearman
 from camdistill.explain.gradcam import grad_cam
@@ -16,7 +23,7 @@ from camdistill.measure.faithfulness import faithfulness_correlation
 from camdistill.measure.localization import relevance_rank_accuracy
 from camdistill.networks.capture import bare
 from camdistill.networks.cifar_resnet import BasicBlock
-from camdistill.perturb.bank import Plan, bank
+from camdistill.perturb.bank import BankPlan, build_bank
 from camdistill.perturb.imputers import baseline
 from camdistill.perturb.ranks import ranks
 from camdistill.types import Images, Labels, Maps, PerImage
@@ -24,9 +31,9 @@ from camdistill.types import Images, Labels, Maps, PerImage
 MEASURES = ("faithfulness correlation", "rank accuracy, object")
 
 
-def worse_earlier(lab: Lab) -> Row:
+def run_depth(setup: ClaimSetup) -> ClaimResult:
     """Row 22: Grad-CAM at every block of the residual network."""
-    network = bare(lab.teacher)
+    network = bare(setup.teacher)
     blocks = [name for name, part in network.named_modules() if isinstance(part, BasicBlock)]
     if len(blocks) == len(_stage_ends(blocks)):
         raise UserError(
@@ -34,92 +41,100 @@ def worse_earlier(lab: Lab) -> Row:
             "CIFAR ResNet of depth 14 or more: name one with --teacher, such as "
             "checkpoints/shapes-resnet20.safetensors"
         )
-    scene = drawn(lab)
-    classes = tops(lab.teacher, scene.images)
-    maps = _by_block(lab.teacher, scene.images, classes, blocks)
-    masks = scene.masks["object"]
-    size = (scene.images.shape[2], scene.images.shape[3])
-    faithful = _faithfulness(lab, scene.images, classes, maps)
-    sharp = {
+    batch = draw_batch(setup)
+    classes = top_classes(setup.teacher, batch.images)
+    maps = _maps_by_block(setup.teacher, batch.images, classes, blocks)
+    masks = batch.masks["object"]
+    size = (batch.images.shape[2], batch.images.shape[3])
+    correlations = _faithfulness_by_block(setup, batch.images, classes, maps)
+    rank_accuracies = {
         name: relevance_rank_accuracy(
-            ranks(upsample(relu(one), size), lab.generator("ties")), masks
+            ranks(upsample(relu(block_maps), size), setup.generator("ties")), masks
         )
-        for name, one in maps.items()
+        for name, block_maps in maps.items()
     }
-    steps = {}
-    for (first, one), (second, other) in pairwise(maps.items()):
-        grid = (other.shape[-2], other.shape[-1])
-        steps[first, second] = spearman(resize(one, grid), other)
-    return judged_depth(lab, {MEASURES[0]: faithful, MEASURES[1]: sharp}, steps)
+    similarities = {}
+    for (first, block_maps), (second, next_maps) in pairwise(maps.items()):
+        grid = (next_maps.shape[-2], next_maps.shape[-1])
+        similarities[first, second] = spearman(resize(block_maps, grid), next_maps)
+    return judge_depth(
+        setup, {MEASURES[0]: correlations, MEASURES[1]: rank_accuracies}, similarities
+    )
 
 
-def _by_block(
+def _maps_by_block(
     network: nn.Module, images: Images, classes: Labels, blocks: Sequence[str]
 ) -> dict[str, Maps]:
     parts = [
-        grad_cam(network, some, blocks, of)
-        for some, of in zip(torch.split(images, BATCH), torch.split(classes, BATCH), strict=True)
+        grad_cam(network, part_images, blocks, part_classes)
+        for part_images, part_classes in zip(
+            torch.split(images, BATCH), torch.split(classes, BATCH), strict=True
+        )
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in blocks}
 
 
-def _faithfulness(
-    lab: Lab, images: Images, classes: Labels, maps: dict[str, Maps]
+def _faithfulness_by_block(
+    setup: ClaimSetup, images: Images, classes: Labels, maps: dict[str, Maps]
 ) -> dict[str, PerImage]:
     """Faithfulness correlation of all blocks' maps, from one bank."""
-    found: dict[str, list[PerImage]] = {name: [] for name in maps}
+    parts_by_block: dict[str, list[PerImage]] = {name: [] for name in maps}
     size = (images.shape[2], images.shape[3])
-    generator = lab.generator("subsets")
+    generator = setup.generator("subsets")
     for start in range(0, len(images), BATCH):
         part = slice(start, start + BATCH)
-        asked = bank(
-            lab.teacher,
+        answer_bank = build_bank(
+            setup.teacher,
             images[part],
             baseline(images[part], "grey"),
             generator,
             classes=classes[part],
-            plan=Plan(occluders=()),
+            plan=BankPlan(occluders=()),
         )
-        for name, one in maps.items():
-            found[name].append(faithfulness_correlation(upsample(one[part], size), asked))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+        for name, block_maps in maps.items():
+            parts_by_block[name].append(
+                faithfulness_correlation(upsample(block_maps[part], size), answer_bank)
+            )
+    return {name: torch.cat(parts) for name, parts in parts_by_block.items()}
 
 
-def judged_depth(
-    lab: Lab,
-    by_measure: dict[str, dict[str, PerImage]],
-    steps: dict[tuple[str, str], PerImage],
-) -> Row:
+def judge_depth(
+    setup: ClaimSetup,
+    scores_by_measure: dict[str, dict[str, PerImage]],
+    similarities: dict[tuple[str, str], PerImage],
+) -> ClaimResult:
     """Row 22 of each measure by block, first to last, and of the similarity of neighbours."""
-    ours: list[Measured] = []
-    rises: list[Measured] = []
-    for measure, table in by_measure.items():
-        ours += [mean(name, one, lab, measure) for name, one in table.items()]
+    ours: list[ClaimMeasurement] = []
+    stage_gains: list[ClaimMeasurement] = []
+    for measure, table in scores_by_measure.items():
+        ours += [mean(name, entry, setup, measure) for name, entry in table.items()]
         ends = _stage_ends(list(table))
-        rises += [
-            gain(f"{later} - {earlier}", table[later], table[earlier], lab, f"{measure}, more")
+        stage_gains += [
+            gain(f"{later} - {earlier}", table[later], table[earlier], setup, f"{measure}, more")
             for earlier, later in pairwise(ends)
         ]
     within, across = (
-        torch.stack([one for pair, one in steps.items() if _together(*pair) is same]).mean(0)
+        torch.stack(
+            [entry for pair, entry in similarities.items() if _is_same_stage(*pair) is same]
+        ).mean(0)
         for same in (True, False)
     )
-    jump = gain("within - across", within, across, lab, "neighbours' rank correlation, more")
-    return Row(
+    jump = gain("within - across", within, across, setup, "neighbours' rank correlation, more")
+    return ClaimResult(
         number="22",
         claim="Maps become worse towards earlier layers, most where the grid changes",
         paper="figures (footnote 3 and appendix)",
         ours=(
             *ours,
-            *rises,
-            mean("within a stage", within, lab, "neighbours' rank correlation"),
-            mean("across stages", across, lab, "neighbours' rank correlation"),
+            *stage_gains,
+            mean("within a stage", within, setup, "neighbours' rank correlation"),
+            mean("across stages", across, setup, "neighbours' rank correlation"),
             jump,
         ),
         criterion="the last block of each stage is better than that of the stage before, by both "
         "measures, and neighbouring blocks' maps agree more within a stage than across: all "
         "paired intervals above 0",
-        passed=all(one.above for one in (*rises, jump)),
+        passed=all(entry.above_zero for entry in (*stage_gains, jump)),
         note="neighbours are compared on the later one's grid",
     )
 
@@ -128,7 +143,7 @@ def _stage(block: str) -> str:
     return block.partition(".")[0]
 
 
-def _together(block: str, other: str) -> bool:
+def _is_same_stage(block: str, other: str) -> bool:
     return _stage(block) == _stage(other)
 
 

@@ -7,10 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from camdistill.claims.bias import shortcut_network
-from camdistill.claims.claim import Drawn, Lab, Measured, Row, drawn, exact, gain, mean
-from camdistill.claims.two_object_scenes import rendered
-from camdistill.explain.methods import at_image
-from camdistill.measure.intervals import percentiles, resampled_means
+from camdistill.claims.claim import (
+    ClaimMeasurement,
+    ClaimResult,
+    ClaimSetup,
+    ShapesBatch,
+    draw_batch,
+    exact_number,
+    gain,
+    mean,
+)
+from camdistill.claims.two_object_scenes import render_without
+from camdistill.explain.methods import image_explainer
+from camdistill.measure.intervals import bootstrap_means, percentile_interval
 from camdistill.measure.localization import (
     energy_lift,
     energy_pointing_game,
@@ -23,87 +32,100 @@ from camdistill.perturb.ranks import ranks
 from camdistill.types import Images, Labels, Maps, PerImage
 
 WEAK_EPOCHS = 5  # of a network that errs in a quarter of images: the shipped ones hardly do
-LOOKED_AT = 4  # times as many images as the lab's, for enough errors
+IMAGE_FACTOR = 4  # times as many images as the lab's, for enough errors
 BUDGET, STEP, STEPS, SURE = 8 / 255, 1 / 255, 40, 0.99
 
 
-def weak_network(lab: Lab, seed: int) -> Preprocessed:
+def weak_network(setup: ClaimSetup, seed: int) -> Preprocessed:
     """A little classifier of Shapes that was hardly trained."""
-    return shortcut_network(lab, 0.0, seed, epochs=WEAK_EPOCHS)
+    return shortcut_network(setup, 0.0, seed, epochs=WEAK_EPOCHS)
 
 
-def failure_modes(lab: Lab) -> Row:
+def run_failure_modes(setup: ClaimSetup) -> ClaimResult:
     """Row 14: a wrong class's map shows what was taken for it, the true class's the object."""
-    network = weak_network(lab, lab.seed)
-    count = LOOKED_AT * lab.count
-    more = dataclasses.replace(
-        lab,
-        shapes=dataclasses.replace(lab.shapes, length=count),
+    network = weak_network(setup, setup.seed)
+    count = IMAGE_FACTOR * setup.count
+    larger_setup = dataclasses.replace(
+        setup,
+        shapes=dataclasses.replace(setup.shapes, length=count),
         ids=np.arange(count, dtype=np.int64),
     )
-    found = drawn(more)
-    answers = logits_of(network, found.images).argmax(1)
-    wrong = (answers != found.labels).nonzero()[:, 0]
-    alone = rendered(more, more.shapes, ["distractor"])[wrong]
-    return failures_of(lab, network, _some(found, wrong), answers[wrong], alone, count)
+    batch = draw_batch(larger_setup)
+    predictions = logits_of(network, batch.images).argmax(1)
+    wrong = (predictions != batch.labels).nonzero()[:, 0]
+    images_without = render_without(larger_setup, larger_setup.shapes, ["distractor"])[wrong]
+    return judge_failures(
+        setup, network, _select_rows(batch, wrong), predictions[wrong], images_without, count
+    )
 
 
-def failures_of(
-    lab: Lab, network: nn.Module, found: Drawn, answers: Labels, alone: Images, count: int
-) -> Row:
+def judge_failures(
+    setup: ClaimSetup,
+    network: nn.Module,
+    batch: ShapesBatch,
+    predictions: Labels,
+    images_without: Images,
+    count: int,
+) -> ClaimResult:
     """The row, of errors.
 
     Args:
-        lab: Of the row.
+        setup: Of the row.
         network: That erred.
-        found: The images in which it did.
-        answers: Its own.
-        alone: The images without their distractor.
+        batch: The images in which it did.
+        predictions: Its own.
+        images_without: The images without their distractor.
         count: Images among which the errors were found.
     """
-    explain = at_image("grad_cam")
-    claimed, true = (explain(network, found.images, of) for of in (answers, found.labels))
-    ours, moves = _landed(lab, claimed, true, found)
-    on = {name: energy_pointing_game(claimed, mask) for name, mask in found.masks.items()}
-    blamed = on["distractor"] > on["object"]
-    mended = (logits_of(network, alone).argmax(1) == found.labels).float()
-    cause = _difference("blamed - not blamed", mended[blamed], mended[~blamed], lab, MENDED)
-    return Row(
+    explain = image_explainer("grad_cam")
+    predicted_maps, true_maps = (
+        explain(network, batch.images, classes) for classes in (predictions, batch.labels)
+    )
+    ours, shifts = _energy_on_items(setup, predicted_maps, true_maps, batch)
+    energy_by_mask = {
+        name: energy_pointing_game(predicted_maps, mask) for name, mask in batch.masks.items()
+    }
+    blamed = energy_by_mask["distractor"] > energy_by_mask["object"]
+    mended = (logits_of(network, images_without).argmax(1) == batch.labels).float()
+    cause = _difference_of_means(
+        "blamed - not blamed", mended[blamed], mended[~blamed], setup, MENDED
+    )
+    return ClaimResult(
         number="14",
         claim="Wrong answers have reasonable explanations: the map shows what was taken for it",
         paper="examples alone (figure 6)",
         ours=(
-            exact("errors", len(answers) / count, count, "share"),
-            mean("distractor blamed", blamed.float(), lab, "share"),
+            exact_number("errors", len(predictions) / count, count, "share"),
+            mean("distractor blamed", blamed.float(), setup, "share"),
             *ours,
-            mean("blamed", mended[blamed], lab, MENDED),
-            mean("not blamed", mended[~blamed], lab, MENDED),
+            mean("blamed", mended[blamed], setup, MENDED),
+            mean("not blamed", mended[~blamed], setup, MENDED),
             cause,
         ),
         criterion="on errors the wrong class's map has more of its energy on the distractor than "
         "the true class's, and less on the object; and where it has more on the distractor than on "
         "the object, drawing the image without the distractor mends the answer more often than "
         "elsewhere (all three differences above 0, whole intervals)",
-        passed=all(one.above for one in (*moves, cause)),
+        passed=all(measurement.above_zero for measurement in (*shifts, cause)),
         note=f"errors of a network stopped after {WEAK_EPOCHS} epochs; blamed is the distractor "
         "that has more of the wrong class's energy than the object",
     )
 
 
-def _landed(
-    lab: Lab, claimed: Maps, true: Maps, found: Drawn
-) -> tuple[list[Measured], list[Measured]]:
+def _energy_on_items(
+    setup: ClaimSetup, predicted_maps: Maps, true_maps: Maps, batch: ShapesBatch
+) -> tuple[list[ClaimMeasurement], list[ClaimMeasurement]]:
     """Energies of both classes' maps with their differences; and the differences alone."""
-    ours: list[Measured] = []
-    moves: list[Measured] = []
-    for of, item, more in ((DISTRACTOR, "distractor", 0), (OBJECT, "object", 1)):
-        energy = [energy_lift(maps, found.masks[item]) for maps in (claimed, true)]
+    ours: list[ClaimMeasurement] = []
+    shifts: list[ClaimMeasurement] = []
+    for measure, mask_name, larger in ((DISTRACTOR, "distractor", 0), (OBJECT, "object", 1)):
+        lifts = [energy_lift(maps, batch.masks[mask_name]) for maps in (predicted_maps, true_maps)]
         names = ("wrong class", "true class")
-        moved = f"{names[more].split()[0]} - {names[1 - more]}"
-        moves.append(gain(moved, energy[more], energy[1 - more], lab, of))
-        ours += [mean(name, one, lab, of) for name, one in zip(names, energy, strict=True)]
-        ours.append(moves[-1])
-    return ours, moves
+        label = f"{names[larger].split()[0]} - {names[1 - larger]}"
+        shifts.append(gain(label, lifts[larger], lifts[1 - larger], setup, measure))
+        ours += [mean(name, lift, setup, measure) for name, lift in zip(names, lifts, strict=True)]
+        ours.append(shifts[-1])
+    return ours, shifts
 
 
 DISTRACTOR = "energy on the distractor, over its area"
@@ -111,20 +133,32 @@ OBJECT = "energy on the object, over its area"
 MENDED = "share mended without the distractor"
 
 
-def adversarial(lab: Lab) -> Row:
+def run_adversarial(setup: ClaimSetup) -> ClaimResult:
     """Row 15: the true class's map before and after an attack."""
-    found = drawn(lab)
-    generator = lab.generator("targets")
-    shift = torch.randint(1, lab.shapes.classes, (lab.count,), generator=generator)
-    targets = (found.labels + shift.to(lab.device)) % lab.shapes.classes
-    lab.tell("attacking")
-    attacked = attack(lab.teacher, found.images, targets)
-    sure = logits_of(lab.teacher, attacked).softmax(1).gather(1, targets[:, None])[:, 0] > SURE
-    ours: list[Measured] = [mean("attacks", sure.float(), lab, f"share with p > {SURE}")]
-    if bool(sure.any()):
-        ours += _before_and_after(lab, found, attacked, targets, sure.nonzero()[:, 0])
-    kept = next((one for one in ours if (one.name, one.of) == ("after", LIFT)), None)
-    return Row(
+    batch = draw_batch(setup)
+    generator = setup.generator("targets")
+    shift = torch.randint(1, setup.shapes.classes, (setup.count,), generator=generator)
+    targets = (batch.labels + shift.to(setup.device)) % setup.shapes.classes
+    setup.announce("attacking")
+    attacked_images = attack(setup.teacher, batch.images, targets)
+    fooled = (
+        logits_of(setup.teacher, attacked_images).softmax(1).gather(1, targets[:, None])[:, 0]
+        > SURE
+    )
+    ours: list[ClaimMeasurement] = [
+        mean("attacks", fooled.float(), setup, f"share with p > {SURE}")
+    ]
+    if bool(fooled.any()):
+        ours += _before_and_after(setup, batch, attacked_images, targets, fooled.nonzero()[:, 0])
+    lift_after = next(
+        (
+            measurement
+            for measurement in ours
+            if (measurement.name, measurement.measure) == ("after", LIFT)
+        ),
+        None,
+    )
+    return ClaimResult(
         number="15",
         claim="Attacked to see an absent class, the network's Grad-CAM of the class that is there "
         "still finds it",
@@ -132,7 +166,7 @@ def adversarial(lab: Lab) -> Row:
         ours=tuple(ours),
         criterion="after the attack the true class's map has more energy on the object than its "
         "area's share: above 1, whole interval",
-        passed=None if kept is None else (kept.low or 0) > 1,
+        passed=None if lift_after is None else (lift_after.low or 0) > 1,
         note=f"projected gradient descent (Madry et al. 2018), at most {round(BUDGET * 255)}/255 "
         f"in each channel, up to {STEPS} steps, towards a random absent class, until p > {SURE}; "
         "the drop is told, and robust is not what this is: attacks that aim at the map change it "
@@ -144,28 +178,38 @@ LIFT = "energy on the object, over its area"
 
 
 def _before_and_after(
-    lab: Lab, found: Drawn, attacked: Images, targets: Labels, fooled: Tensor
-) -> list[Measured]:
+    setup: ClaimSetup, batch: ShapesBatch, attacked_images: Images, targets: Labels, fooled: Tensor
+) -> list[ClaimMeasurement]:
     """How maps lie on the object, of the images in which the attack succeeded."""
-    explain = at_image("grad_cam")
-    masks = found.masks["object"][fooled]
-    values: dict[str, dict[str, PerImage]] = {}
+    explain = image_explainer("grad_cam")
+    masks = batch.masks["object"][fooled]
+    scores_by_case: dict[str, dict[str, PerImage]] = {}
     for name, images, classes in (
-        ("before", found.images, found.labels),
-        ("after", attacked, found.labels),
-        ("after, the target's", attacked, targets),
+        ("before", batch.images, batch.labels),
+        ("after", attacked_images, batch.labels),
+        ("after, the target's", attacked_images, targets),
     ):
-        maps = explain(lab.teacher, images[fooled], classes[fooled])
-        order = ranks(maps, lab.generator(f"ranks {name}"))
-        values[name] = {
+        maps = explain(setup.teacher, images[fooled], classes[fooled])
+        order = ranks(maps, setup.generator(f"ranks {name}"))
+        scores_by_case[name] = {
             LIFT: energy_lift(maps, masks),
             "relevance rank accuracy": relevance_rank_accuracy(order, masks),
             "pointing game": pointing_game(order, masks),
         }
     ours = []
-    for of in values["before"]:
-        ours += [mean(name, one[of], lab, of) for name, one in values.items()]
-        ours.append(gain("after - before", values["after"][of], values["before"][of], lab, of))
+    for measure in scores_by_case["before"]:
+        ours += [
+            mean(name, scores[measure], setup, measure) for name, scores in scores_by_case.items()
+        ]
+        ours.append(
+            gain(
+                "after - before",
+                scores_by_case["after"][measure],
+                scores_by_case["before"][measure],
+                setup,
+                measure,
+            )
+        )
     return ours
 
 
@@ -174,38 +218,42 @@ def attack(network: nn.Module, images: Images, targets: Labels) -> Images:
 
     Madry et al. 2018, https://arxiv.org/abs/1706.06083, section 2.1, from the image itself.
     """
-    found = images.clone()
+    changed_images = images.clone()
     active = torch.arange(len(images), device=images.device)
     for _ in range(STEPS):
         if not len(active):
             break
-        some = found[active].requires_grad_()
+        inputs = changed_images[active].requires_grad_()
         with torch.enable_grad():
-            likely = network(some).log_softmax(1).gather(1, targets[active, None])[:, 0]
-            (slope,) = torch.autograd.grad(likely.sum(), some)
-        whole = images[active]
-        moved = some.detach() + STEP * slope.sign()
-        found[active] = moved.clamp(whole - BUDGET, whole + BUDGET).clamp(0, 1)
-        answers = logits_of(network, found[active]).softmax(1)
-        active = active[answers.gather(1, targets[active, None])[:, 0] <= SURE]
-    return found
+            log_probabilities = (
+                network(inputs).log_softmax(1).gather(1, targets[active, None])[:, 0]
+            )
+            (gradient,) = torch.autograd.grad(log_probabilities.sum(), inputs)
+        originals = images[active]
+        stepped = inputs.detach() + STEP * gradient.sign()
+        changed_images[active] = stepped.clamp(originals - BUDGET, originals + BUDGET).clamp(0, 1)
+        probabilities = logits_of(network, changed_images[active]).softmax(1)
+        active = active[probabilities.gather(1, targets[active, None])[:, 0] <= SURE]
+    return changed_images
 
 
-def _difference(name: str, first: Tensor, second: Tensor, lab: Lab, of: str) -> Measured:
+def _difference_of_means(
+    name: str, first: Tensor, second: Tensor, setup: ClaimSetup, measure: str
+) -> ClaimMeasurement:
     """Of the means of two groups of images, resampled each for itself; NaN where one is empty."""
-    groups = [one.cpu().double().numpy() for one in (first, second)]
+    groups = [group.cpu().double().numpy() for group in (first, second)]
     n = len(groups[0]) + len(groups[1])
     if not len(groups[0]) or not len(groups[1]):
-        return Measured(name, float("nan"), float("nan"), float("nan"), n, of)
-    drawn_ = [
-        resampled_means(one[:, None], lab.seed + place, 2000)[:, 0]
-        for place, one in enumerate(groups)
+        return ClaimMeasurement(name, float("nan"), float("nan"), float("nan"), n, measure)
+    resampled = [
+        bootstrap_means(group[:, None], setup.seed + index, 2000)[:, 0]
+        for index, group in enumerate(groups)
     ]
     value = float(groups[0].mean() - groups[1].mean())
-    found = percentiles(value, drawn_[0] - drawn_[1], 0.95)
-    return Measured(name, found.mean, found.low, found.high, n, of)
+    estimate = percentile_interval(value, resampled[0] - resampled[1], 0.95)
+    return ClaimMeasurement(name, estimate.mean, estimate.low, estimate.high, n, measure)
 
 
-def _some(found: Drawn, rows: Tensor) -> Drawn:
-    masks = {name: mask[rows] for name, mask in found.masks.items()}
-    return Drawn(found.images[rows], found.labels[rows], found.seconds[rows], masks)
+def _select_rows(batch: ShapesBatch, rows: Tensor) -> ShapesBatch:
+    masks = {name: mask[rows] for name, mask in batch.masks.items()}
+    return ShapesBatch(batch.images[rows], batch.labels[rows], batch.second_labels[rows], masks)

@@ -6,24 +6,24 @@ import torch
 from torch import Tensor, nn
 
 from camdistill.claims.claim import (
-    Drawn,
-    Lab,
-    Measured,
-    Row,
-    drawn,
+    ClaimMeasurement,
+    ClaimResult,
+    ClaimSetup,
+    ShapesBatch,
+    draw_batch,
     gain,
+    gain_over_trainings,
     mean,
-    trained_gain,
 )
 from camdistill.claims.localization_maps import (
-    PAPER,
-    at_best,
+    PAPER_THRESHOLD,
     best_threshold,
     box_error,
-    choosing,
-    maps_of,
+    draw_validation_batch,
     overlap,
-    tops,
+    relu_maps,
+    score_at_best_threshold,
+    top_classes,
 )
 from camdistill.claims.networks import backbones
 from camdistill.measure.localization import pointing_game
@@ -31,111 +31,125 @@ from camdistill.perturb.ranks import ranks
 from camdistill.types import PerImage
 
 COMPARED = ("grad_cam", "gradient", "random")
-AT_PAPERS = f"top-1 box error, threshold {PAPER:.0%}"
-AT_OWN = "the same, each method's own threshold"
-ASKED = 5  # classes of an image in the pointing game, the network's first ones
+AT_PAPER_THRESHOLD = f"top-1 box error, threshold {PAPER_THRESHOLD:.0%}"
+AT_OWN_THRESHOLD = "the same, each method's own threshold"
+POINTED_CLASSES = 5  # classes of an image in the pointing game, the network's first ones
 NEAR = 2  # pixels of 32: TorchRay's 15 of 224
 
 
-def boxes_flattened(lab: Lab) -> Row:
+def run_boxes_fully_connected(setup: ClaimSetup) -> ClaimResult:
     """Row 3: a network with fully connected layers."""
     paper = "VGG-16, ILSVRC-15: top-1 error 56.51 %"
-    errors = errors_of(lab, backbones.flattened(lab))
-    return judged_boxes(lab, "3", "flattened", paper, errors)
+    errors = measure_box_errors(setup, backbones.fully_connected_network(setup))
+    return judge_boxes(setup, "3", "flattened", paper, errors)
 
 
-def boxes_student(lab: Lab) -> Row:
+def run_boxes_student(setup: ClaimSetup) -> ClaimResult:
     """Row 4: a shallow network."""
     paper = "AlexNet, ILSVRC-15: top-1 error 68.3 %"
-    return judged_boxes(lab, "4", "student", paper, errors_of(lab, lab.student))
+    return judge_boxes(setup, "4", "student", paper, measure_box_errors(setup, setup.student))
 
 
-def boxes_teacher(lab: Lab) -> Row:
+def run_boxes_teacher(setup: ClaimSetup) -> ClaimResult:
     """Row 5: a deep one with pooling."""
     paper = "GoogLeNet, ILSVRC-15: top-1 error 60.09 %"
-    return judged_boxes(lab, "5", "teacher", paper, errors_of(lab, lab.teacher))
+    return judge_boxes(setup, "5", "teacher", paper, measure_box_errors(setup, setup.teacher))
 
 
 @dataclass(frozen=True)
-class Errors:
+class BoxErrors:
     """Box errors by method, 1 where box or class is wrong.
 
     Attributes:
-        at_papers: At the paper's threshold.
-        at_own: At each method's own.
-        chosen: These thresholds.
+        at_paper_threshold: At the paper's threshold.
+        at_own_threshold: At each method's own.
+        thresholds: These thresholds.
     """
 
-    at_papers: dict[str, PerImage]
-    at_own: dict[str, PerImage]
-    chosen: dict[str, float]
+    at_paper_threshold: dict[str, PerImage]
+    at_own_threshold: dict[str, PerImage]
+    thresholds: dict[str, float]
 
 
-def errors_of(lab: Lab, network: nn.Module) -> Errors:
+def measure_box_errors(setup: ClaimSetup, network: nn.Module) -> BoxErrors:
     """A network's box errors on the lab's images, own thresholds chosen on other ones."""
-    scene, other = drawn(lab), choosing(lab)
-    classes = tops(network, scene.images)
-    wrong = classes != scene.labels
-    maps = maps_of(lab, network, scene, COMPARED, classes)
-    before = maps_of(lab, network, other, COMPARED, tops(network, other.images))
-    masks, known = scene.masks["object"], other.masks["object"]
-    chosen = {
-        method: best_threshold(box_error, before[method], known, higher=False)
+    batch, other_batch = draw_batch(setup), draw_validation_batch(setup)
+    classes = top_classes(network, batch.images)
+    wrong = classes != batch.labels
+    maps = relu_maps(setup, network, batch, COMPARED, classes)
+    other_maps = relu_maps(
+        setup, network, other_batch, COMPARED, top_classes(network, other_batch.images)
+    )
+    masks, other_masks = batch.masks["object"], other_batch.masks["object"]
+    thresholds = {
+        method: best_threshold(box_error, other_maps[method], other_masks, higher=False)
         for method in COMPARED
     }
-    return Errors(
-        {m: _top1(box_error(maps[m], masks, PAPER), wrong) for m in COMPARED},
-        {m: _top1(box_error(maps[m], masks, chosen[m]), wrong) for m in COMPARED},
-        chosen,
+    return BoxErrors(
+        {m: _top1(box_error(maps[m], masks, PAPER_THRESHOLD), wrong) for m in COMPARED},
+        {m: _top1(box_error(maps[m], masks, thresholds[m]), wrong) for m in COMPARED},
+        thresholds,
     )
 
 
-def judged_boxes(lab: Lab, number: str, name: str, paper: str, errors: Errors) -> Row:
+def judge_boxes(
+    setup: ClaimSetup, number: str, name: str, paper: str, errors: BoxErrors
+) -> ClaimResult:
     """Rows 3 to 5 of one network's errors."""
-    steps = steps_of(lab, errors.at_papers, "error more")
-    shares = ", ".join(f"{method} {errors.chosen[method]:.0%}" for method in COMPARED)
-    return Row(
+    differences = error_differences(setup, errors.at_paper_threshold, "error more")
+    shares = ", ".join(f"{method} {errors.thresholds[method]:.0%}" for method in COMPARED)
+    return ClaimResult(
         number=number,
         claim=f"Grad-CAM's boxes are better than the gradient's ({name})",
         paper=paper,
         ours=(
-            *(mean(method, errors.at_papers[method], lab, AT_PAPERS) for method in COMPARED),
-            *steps,
-            *(mean(method, errors.at_own[method], lab, AT_OWN) for method in COMPARED),
+            *(
+                mean(method, errors.at_paper_threshold[method], setup, AT_PAPER_THRESHOLD)
+                for method in COMPARED
+            ),
+            *differences,
+            *(
+                mean(method, errors.at_own_threshold[method], setup, AT_OWN_THRESHOLD)
+                for method in COMPARED
+            ),
         ),
         criterion="at the paper's threshold errors rise from grad_cam to gradient to random, both "
         "steps by a paired interval above 0",
-        passed=all(step.above for step in steps),
+        passed=all(difference.above_zero for difference in differences),
         note=f"own thresholds, chosen on other images: {shares}",
     )
 
 
-def boxes_own_threshold(lab: Lab) -> Row:
+def run_boxes_own_threshold(setup: ClaimSetup) -> ClaimResult:
     """Row 5b: the same order where each method has the threshold that suits it."""
     networks = {
-        "flattened": backbones.flattened(lab),
-        "student": lab.student,
-        "teacher": lab.teacher,
+        "flattened": backbones.fully_connected_network(setup),
+        "student": setup.student,
+        "teacher": setup.teacher,
     }
-    return judged_own(lab, {name: errors_of(lab, one) for name, one in networks.items()})
+    return judge_own_thresholds(
+        setup, {name: measure_box_errors(setup, network) for name, network in networks.items()}
+    )
 
 
-def judged_own(lab: Lab, errors: dict[str, Errors]) -> Row:
+def judge_own_thresholds(setup: ClaimSetup, errors: dict[str, BoxErrors]) -> ClaimResult:
     """Row 5b of all networks' errors."""
     ours = tuple(
-        step
-        for name, found in errors.items()
-        for step in steps_of(lab, found.at_own, f"error more, {name}")
+        difference
+        for name, box_errors in errors.items()
+        for difference in error_differences(
+            setup, box_errors.at_own_threshold, f"error more, {name}"
+        )
     )
-    return Row(
+    return ClaimResult(
         number="5b",
         claim="The order of rows 3 to 5 holds at thresholds that suit each method",
         paper="not measured",
         ours=ours,
         criterion="in all networks errors rise from grad_cam to gradient to random, each at the "
         "threshold that is best for it on other images; all steps above 0",
-        passed=all(step.above for step in ours),
-        note=f"the paper's {PAPER:.0%} suits objects that fill much of a photograph; here they "
+        passed=all(difference.above_zero for difference in ours),
+        note=f"the paper's {PAPER_THRESHOLD:.0%} suits objects that fill much of a photograph; here they "
         "are 11 pixels wide, and a cell of the maps is 4",
     )
 
@@ -145,98 +159,115 @@ def _top1(errors: PerImage, wrong: Tensor) -> PerImage:
     return torch.maximum(errors, wrong.to(errors))
 
 
-def steps_of(lab: Lab, errors: dict[str, PerImage], of: str) -> list[Measured]:
+def error_differences(
+    setup: ClaimSetup, errors: dict[str, PerImage], measure: str
+) -> list[ClaimMeasurement]:
     """How much each method's error is above the one before."""
     pairs = zip(COMPARED[1:], COMPARED[:-1], strict=True)
     return [
-        gain(f"{worse} - {better}", errors[worse], errors[better], lab, of)
+        gain(f"{worse} - {better}", errors[worse], errors[better], setup, measure)
         for worse, better in pairs
     ]
 
 
-def seeds_for_segmentation(lab: Lab) -> Row:
+def run_segmentation_seeds(setup: ClaimSetup) -> ClaimResult:
     """Row 7: thresholded maps as masks, Grad-CAM of one head against CAM of the other."""
-    found: dict[str, list[PerImage]] = {"grad_cam": [], "cam": []}
+    overlaps: dict[str, list[PerImage]] = {"grad_cam": [], "cam": []}
     for run in range(backbones.RUNS):
         for method, network in (
-            ("grad_cam", backbones.flattened(lab, run)),
-            ("cam", backbones.pooled(lab, run)),
+            ("grad_cam", backbones.fully_connected_network(setup, run)),
+            ("cam", backbones.pooling_network(setup, run)),
         ):
-            found[method].append(at_best(lab, network, method, overlap, higher=True))
-    return judged_seeds(lab, found)
+            overlaps[method].append(
+                score_at_best_threshold(setup, network, method, overlap, higher=True)
+            )
+    return judge_segmentation_seeds(setup, overlaps)
 
 
-def judged_seeds(lab: Lab, found: dict[str, list[PerImage]]) -> Row:
+def judge_segmentation_seeds(setup: ClaimSetup, overlaps: dict[str, list[PerImage]]) -> ClaimResult:
     """Row 7 of each training's IoU, by method."""
-    more = trained_gain("grad_cam - cam", found["grad_cam"], found["cam"], lab, "IoU more")
-    means = [mean(name, torch.stack(each).mean(0), lab, "IoU") for name, each in found.items()]
-    return Row(
+    difference = gain_over_trainings(
+        "grad_cam - cam", overlaps["grad_cam"], overlaps["cam"], setup, "IoU more"
+    )
+    means = [mean(name, torch.stack(runs).mean(0), setup, "IoU") for name, runs in overlaps.items()]
+    return ClaimResult(
         number="7",
         claim="Grad-CAM's maps are better masks than CAM's",
         paper="IoU of SEC from its maps, VOC12: 49.6 against 44.6",
-        ours=(*means, more),
+        ours=(*means, difference),
         criterion="grad_cam - cam above 0, Grad-CAM of fully connected layers, CAM of the same "
         "trunk with pooling, each at its best threshold on other images",
-        passed=more.above,
+        passed=difference.above_zero,
         note=f"the maps themselves, no segmentation network is trained on them; "
-        f"{len(found['cam'])} trainings of each head",
+        f"{len(overlaps['cam'])} trainings of each head",
     )
 
 
-def pointing_with_rejection(lab: Lab) -> Row:
+def run_pointing(setup: ClaimSetup) -> ClaimResult:
     """Row 8: the pointing game in which a map may say that the class isn't there."""
-    two = replace(lab.shapes, objects=2)
-    scene, other = drawn(lab, two), drawn(lab, replace(two, split="val"))
-    found = {}
+    two_objects = replace(setup.shapes, objects=2)
+    batch, other_batch = (
+        draw_batch(setup, two_objects),
+        draw_batch(setup, replace(two_objects, split="val")),
+    )
+    scores_by_method = {}
     for method in ("grad_cam", "gradient"):
-        least = _best_peak(*_pointed(lab, other, method))
-        pointed = _pointed(lab, scene, method)
-        found[method] = _decided(*pointed, least)
+        threshold = _best_peak(*_point_at_classes(setup, other_batch, method))
+        peaks_and_hits = _point_at_classes(setup, batch, method)
+        scores_by_method[method] = _rejection_scores(*peaks_and_hits, threshold)
         if method == "grad_cam":
-            found["never rejecting"] = _decided(*pointed, -1.0)
-    return judged_pointing(lab, found)
+            scores_by_method["never rejecting"] = _rejection_scores(*peaks_and_hits, -1.0)
+    return judge_pointing(setup, scores_by_method)
 
 
-def judged_pointing(lab: Lab, found: dict[str, dict[str, PerImage]]) -> Row:
+def judge_pointing(
+    setup: ClaimSetup, scores_by_method: dict[str, dict[str, PerImage]]
+) -> ClaimResult:
     """Row 8 of accuracy, precision and recall by method."""
     ours = [
-        mean(method, values[of], lab, of)
-        for of in ("accuracy", "precision", "recall")
-        for method, values in found.items()
+        mean(method, values[measure], setup, measure)
+        for measure in ("accuracy", "precision", "recall")
+        for method, values in scores_by_method.items()
     ]
-    own = found["grad_cam"]["accuracy"]
-    steps = [
-        gain(f"grad_cam - {name}", own, found[name]["accuracy"], lab, "accuracy more")
-        for name in found
+    grad_cam_accuracy = scores_by_method["grad_cam"]["accuracy"]
+    differences = [
+        gain(
+            f"grad_cam - {name}",
+            grad_cam_accuracy,
+            scores_by_method[name]["accuracy"],
+            setup,
+            "accuracy more",
+        )
+        for name in scores_by_method
         if name != "grad_cam"
     ]
-    return Row(
+    return ClaimResult(
         number="8",
         claim="Pointing with rejection: Grad-CAM finds present classes and refuses absent ones",
         paper="GoogLeNet, COCO, top-5 classes: 70.58 % (c-MWP 60.30 %)",
-        ours=(*ours, *steps),
+        ours=(*ours, *differences),
         criterion="accuracy above that of the gradient and of never rejecting, both paired "
         "intervals above 0",
-        passed=all(step.above for step in steps),
-        note=f"two objects an image, the network's first {ASKED} classes, {NEAR} pixels of "
+        passed=all(difference.above_zero for difference in differences),
+        note=f"two objects an image, the network's first {POINTED_CLASSES} classes, {NEAR} pixels of "
         "tolerance; a peak below a threshold, chosen on other images, rejects; rejecting all "
-        f"would be right of {(ASKED - 2) / ASKED:.0%}",
+        f"would be right of {(POINTED_CLASSES - 2) / POINTED_CLASSES:.0%}",
     )
 
 
-def _pointed(lab: Lab, scene: Drawn, method: str) -> tuple[Tensor, Tensor]:
+def _point_at_classes(setup: ClaimSetup, batch: ShapesBatch, method: str) -> tuple[Tensor, Tensor]:
     """Of each asked class: the map's peak, and where it points: 1 right, 0 wrong, -1 absent."""
     with torch.no_grad():
-        asked = lab.teacher(scene.images).topk(ASKED).indices
+        classes = setup.teacher(batch.images).topk(POINTED_CLASSES).indices
     peaks, right = [], []
-    for column in asked.unbind(1):
-        (maps,) = maps_of(lab, lab.teacher, scene, [method], column).values()
-        order = ranks(maps, lab.generator("ties"))
-        first, second = column == scene.labels, column == scene.seconds
+    for column in classes.unbind(1):
+        (maps,) = relu_maps(setup, setup.teacher, batch, [method], column).values()
+        order = ranks(maps, setup.generator("ties"))
+        first, second = column == batch.labels, column == batch.second_labels
         hit = torch.where(
             first,
-            pointing_game(order, scene.masks["object"], NEAR),
-            pointing_game(order, scene.masks["second"], NEAR),
+            pointing_game(order, batch.masks["object"], NEAR),
+            pointing_game(order, batch.masks["second"], NEAR),
         )
         peaks.append(maps.amax((1, 2)))
         right.append(torch.where(first | second, hit, -1.0))
@@ -245,16 +276,21 @@ def _pointed(lab: Lab, scene: Drawn, method: str) -> tuple[Tensor, Tensor]:
 
 def _best_peak(peaks: Tensor, right: Tensor) -> float:
     """The peak below which rejecting is best."""
-    steps = torch.quantile(peaks.flatten(), torch.linspace(0, 1, 41).to(peaks))
-    scores = [float(_decided(peaks, right, float(step))["accuracy"].mean()) for step in steps]
-    return float(steps[max(range(len(scores)), key=scores.__getitem__)])
+    candidates = torch.quantile(peaks.flatten(), torch.linspace(0, 1, 41).to(peaks))
+    scores = [
+        float(_rejection_scores(peaks, right, float(candidate))["accuracy"].mean())
+        for candidate in candidates
+    ]
+    return float(candidates[max(range(len(scores)), key=scores.__getitem__)])
 
 
-def _decided(peaks: Tensor, right: Tensor, least: float) -> dict[str, PerImage]:
+def _rejection_scores(peaks: Tensor, right: Tensor, threshold: float) -> dict[str, PerImage]:
     """Accuracy over asked classes; precision of those accepted; recall of both objects."""
-    accepted, present = peaks >= least, right >= 0
+    accepted, present = peaks >= threshold, right >= 0
     hits = (accepted & (right == 1)).float()
-    good = torch.where(present, hits, (~accepted).float())
-    taken = accepted.float().sum(1)
-    precision = torch.where(taken > 0, hits.sum(1) / taken.clamp(min=1), torch.nan)
-    return {"accuracy": good.mean(1), "precision": precision, "recall": hits.sum(1) / 2}
+    correct = torch.where(present, hits, (~accepted).float())
+    accepted_count = accepted.float().sum(1)
+    precision = torch.where(
+        accepted_count > 0, hits.sum(1) / accepted_count.clamp(min=1), torch.nan
+    )
+    return {"accuracy": correct.mean(1), "precision": precision, "recall": hits.sum(1) / 2}

@@ -6,49 +6,62 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from camdistill.claims.claim import Drawn, Lab, drawn
+from camdistill.claims.claim import ClaimSetup, ShapesBatch, draw_batch
 from camdistill.explain.maps import relu
-from camdistill.explain.methods import at_image
+from camdistill.explain.methods import image_explainer
 from camdistill.measure.boxes import box_around, localisation_error
 from camdistill.measure.controls import random_maps
 from camdistill.measure.localization import iou
 from camdistill.types import Explain, Images, Labels, Maps, Masks, PerImage
 
 BATCH = 64
-PAPER = 0.15
+PAPER_THRESHOLD = 0.15
 """Of a map's maximum: the paper's threshold for boxes."""
 THRESHOLDS = tuple(step / 20 for step in range(1, 19))
 RANDOM = "random"
 
 
-def tops(network: nn.Module, images: Images) -> Labels:
+def top_classes(network: nn.Module, images: Images) -> Labels:
     """Each image's own top class."""
     with torch.no_grad():
         return torch.cat([network(part).argmax(1) for part in torch.split(images, BATCH)])
 
 
-def made(explain: Explain, network: nn.Module, images: Images, classes: Labels) -> Maps:
+def explain_in_batches(
+    explain: Explain, network: nn.Module, images: Images, classes: Labels
+) -> Maps:
     """Maps of many images, some at a time."""
     parts = zip(torch.split(images, BATCH), torch.split(classes, BATCH), strict=True)
-    return torch.cat([explain(network, some, of).detach() for some, of in parts])
+    return torch.cat(
+        [
+            explain(network, part_images, part_classes).detach()
+            for part_images, part_classes in parts
+        ]
+    )
 
 
-def maps_of(
-    lab: Lab, network: nn.Module, scene: Drawn, methods: Sequence[str], classes: Labels
+def relu_maps(
+    setup: ClaimSetup,
+    network: nn.Module,
+    batch: ShapesBatch,
+    methods: Sequence[str],
+    classes: Labels,
 ) -> dict[str, Maps]:
     """Rectified maps at the images' resolution by method; `random` asks no network."""
-    found = {}
+    maps_by_method = {}
     for method in methods:
         if method == RANDOM:
-            found[method] = random_maps(scene.images, lab.generator("random maps"))
+            maps_by_method[method] = random_maps(batch.images, setup.generator("random maps"))
         else:
-            found[method] = relu(made(at_image(method), network, scene.images, classes))
-    return found
+            maps_by_method[method] = relu(
+                explain_in_batches(image_explainer(method), network, batch.images, classes)
+            )
+    return maps_by_method
 
 
-def choosing(lab: Lab) -> Drawn:
+def draw_validation_batch(setup: ClaimSetup) -> ShapesBatch:
     """Other images than those that are measured on: thresholds are chosen here."""
-    return drawn(lab, replace(lab.shapes, split="val"))
+    return draw_batch(setup, replace(setup.shapes, split="val"))
 
 
 def box_error(maps: Maps, masks: Masks, threshold: float) -> PerImage:
@@ -69,12 +82,16 @@ def best_threshold(
     higher: bool,
 ) -> float:
     """The threshold with the best mean."""
-    found = {step: float(measure(maps, masks, step).mean()) for step in THRESHOLDS}
-    return (max if higher else min)(found, key=lambda step: found[step])
+    mean_by_threshold = {
+        threshold: float(measure(maps, masks, threshold).mean()) for threshold in THRESHOLDS
+    }
+    return (max if higher else min)(
+        mean_by_threshold, key=lambda threshold: mean_by_threshold[threshold]
+    )
 
 
-def at_best(
-    lab: Lab,
+def score_at_best_threshold(
+    setup: ClaimSetup,
     network: nn.Module,
     method: str,
     measure: Callable[[Maps, Masks, float], PerImage],
@@ -82,10 +99,10 @@ def at_best(
     higher: bool,
 ) -> PerImage:
     """A method's values on the lab's images, at the threshold that is best on other ones."""
-    scene, other = drawn(lab), choosing(lab)
-    before, maps = (
-        maps_of(lab, network, some, [method], tops(network, some.images))[method]
-        for some in (other, scene)
+    batch, other_batch = draw_batch(setup), draw_validation_batch(setup)
+    other_maps, maps = (
+        relu_maps(setup, network, source, [method], top_classes(network, source.images))[method]
+        for source in (other_batch, batch)
     )
-    step = best_threshold(measure, before, other.masks["object"], higher=higher)
-    return measure(maps, scene.masks["object"], step)
+    threshold = best_threshold(measure, other_maps, other_batch.masks["object"], higher=higher)
+    return measure(maps, batch.masks["object"], threshold)

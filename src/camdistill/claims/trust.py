@@ -8,13 +8,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.claims.bias import BIASED, shortcut_network
-from camdistill.claims.claim import Drawn, Lab, Measured, Row, drawn, mean
+from camdistill.claims.claim import (
+    ClaimMeasurement,
+    ClaimResult,
+    ClaimSetup,
+    ShapesBatch,
+    draw_batch,
+    mean,
+)
 from camdistill.claims.failures import WEAK_EPOCHS, weak_network
 from camdistill.explain.maps import normalise, relu
-from camdistill.explain.methods import at_image
+from camdistill.explain.methods import image_explainer
 from camdistill.measure.complexity import entropy, gini, mean_size
 from camdistill.measure.faithfulness import faithfulness_correlation
-from camdistill.perturb.bank import Plan, bank
+from camdistill.perturb.bank import BankPlan, build_bank
 from camdistill.perturb.batched_forward import logits_of
 from camdistill.perturb.imputers import baseline
 from camdistill.types import Maps, PerImage
@@ -25,23 +32,23 @@ Statistics = Float[Tensor, "n statistics"]
 JUDGES = ("probe", "faithfulness_correlation", "gini")
 
 
-def trust(lab: Lab) -> Row:
+def run_trust(setup: ClaimSetup) -> ClaimResult:
     """Row 10: judges that see two maps, of a good and a worse network, pick the good one's."""
-    patched = dataclasses.replace(lab.shapes, split="neutral", shortcut=BIASED)
-    kinds: dict[str, tuple[Drawn, Callable[[int], nn.Module]]] = {
-        WEAK: (drawn(lab), lambda seed: weak_network(lab, seed)),
-        SHORTCUT: (drawn(lab, patched), lambda seed: shortcut_network(lab, BIASED, seed)),
+    patched = dataclasses.replace(setup.shapes, split="neutral", shortcut=BIASED)
+    kinds: dict[str, tuple[ShapesBatch, Callable[[int], nn.Module]]] = {
+        WEAK: (draw_batch(setup), lambda seed: weak_network(setup, seed)),
+        SHORTCUT: (draw_batch(setup, patched), lambda seed: shortcut_network(setup, BIASED, seed)),
     }
-    ours: list[Measured] = []
-    for kind, (found, worse) in kinds.items():
+    ours: list[ClaimMeasurement] = []
+    for kind, (batch, worse) in kinds.items():
         pairs = [
-            compared(lab, shortcut_network(lab, 0.0, seed), worse(seed), found)
-            for seed in range(lab.seed, lab.seed + SEEDS)
+            statistics_difference(setup, shortcut_network(setup, 0.0, seed), worse(seed), batch)
+            for seed in range(setup.seed, setup.seed + SEEDS)
         ]
-        picks = picked(pairs)
-        ours += [mean(judge, values, lab, kind) for judge, values in picks.items()]
-    probes = [one for one in ours if one.name == "probe"]
-    return Row(
+        picks = judge_pairs(pairs)
+        ours += [mean(judge, values, setup, kind) for judge, values in picks.items()]
+    probes = [measurement for measurement in ours if measurement.name == "probe"]
+    return ClaimResult(
         number="10",
         claim="From maps alone, where both networks are right, one tells which of the two is the "
         "better network",
@@ -50,7 +57,7 @@ def trust(lab: Lab) -> Row:
         ours=tuple(ours),
         criterion="a probe of the map's statistics, fitted to the pairs of other seeds, picks the "
         "better network above 0.5 (chance) for both kinds of worse ones, whole intervals",
-        passed=all((one.low or 0) > 0.5 for one in probes),
+        passed=all((measurement.low or 0) > 0.5 for measurement in probes),
         note=f"share of images in which the better network is picked (the forced choice's AUC), "
         f"where both are right; {SEEDS} pairs each, the same images for all. Worse is a network "
         f"after {WEAK_EPOCHS} epochs, and one that learnt a shortcut (rho {BIASED:g}), in images "
@@ -61,36 +68,38 @@ def trust(lab: Lab) -> Row:
 WEAK, SHORTCUT = "against a hardly trained network", "against a network with a shortcut"
 
 
-def compared(lab: Lab, good: nn.Module, worse: nn.Module, found: Drawn) -> Statistics:
+def statistics_difference(
+    setup: ClaimSetup, good: nn.Module, worse: nn.Module, batch: ShapesBatch
+) -> Statistics:
     """Statistics of the good network's map less the worse one's; NaN where either errs."""
-    right = torch.ones_like(found.labels, dtype=torch.bool)
+    right = torch.ones_like(batch.labels, dtype=torch.bool)
     sides: list[Statistics] = []
     for network in (good, worse):
-        right &= logits_of(network, found.images).argmax(1) == found.labels
-        sides.append(statistics(lab, network, found))
+        right &= logits_of(network, batch.images).argmax(1) == batch.labels
+        sides.append(map_statistics(setup, network, batch))
     differences = sides[0] - sides[1]
     return torch.where(right[:, None], differences, torch.nan).cpu()
 
 
-def statistics(lab: Lab, network: nn.Module, found: Drawn) -> Statistics:
+def map_statistics(setup: ClaimSetup, network: nn.Module, batch: ShapesBatch) -> Statistics:
     """What a judge sees of each map; the first two are judges themselves."""
-    maps = at_image("grad_cam")(network, found.images, found.labels)
-    asked = bank(
+    maps = image_explainer("grad_cam")(network, batch.images, batch.labels)
+    answer_bank = build_bank(
         network,
-        found.images,
-        baseline(found.images, "blur"),
-        lab.generator("trust"),
-        classes=found.labels,
-        plan=Plan(occluders=()),
+        batch.images,
+        baseline(batch.images, "blur"),
+        setup.generator("trust"),
+        classes=batch.labels,
+        plan=BankPlan(occluders=()),
     )
-    shown = relu(maps)
+    positive_maps = relu(maps)
     columns = [
-        faithfulness_correlation(maps, asked),
-        gini(shown),
-        entropy(shown),
-        mean_size(shown),
-        roughness(shown),
-        off_centre(shown),
+        faithfulness_correlation(maps, answer_bank),
+        gini(positive_maps),
+        entropy(positive_maps),
+        mean_size(positive_maps),
+        roughness(positive_maps),
+        off_centre(positive_maps),
     ]
     return torch.stack([column.float() for column in columns], 1)
 
@@ -105,38 +114,38 @@ def roughness(maps: Maps) -> PerImage:
 def off_centre(maps: Maps) -> PerImage:
     """Distance of the map's largest pixel from the image's middle, in halves of a side."""
     height, width = maps.shape[1:]
-    place = maps.flatten(1).argmax(1)
-    down = (place // width - (height - 1) / 2) / (height / 2)
-    across = (place % width - (width - 1) / 2) / (width / 2)
+    position = maps.flatten(1).argmax(1)
+    down = (position // width - (height - 1) / 2) / (height / 2)
+    across = (position % width - (width - 1) / 2) / (width / 2)
     return (down.square() + across.square()).sqrt()
 
 
-def picked(pairs: Sequence[Statistics]) -> dict[str, PerImage]:
+def judge_pairs(pairs: Sequence[Statistics]) -> dict[str, PerImage]:
     """Share of the pairs in which a judge picks the good network, image by image.
 
     The probe never saw the pair that it judges. A metric picks the larger value; a tie is a half.
     """
-    by_judge: dict[str, list[PerImage]] = {judge: [] for judge in JUDGES}
-    for place, pair in enumerate(pairs):
-        others = torch.cat([one for number, one in enumerate(pairs) if number != place])
-        direction = probe(others)
+    choices_by_judge: dict[str, list[PerImage]] = {judge: [] for judge in JUDGES}
+    for index, pair in enumerate(pairs):
+        other_pairs = torch.cat([other for number, other in enumerate(pairs) if number != index])
+        direction = probe(other_pairs)
         for judge, margin in zip(JUDGES, (pair @ direction, pair[:, 0], pair[:, 1]), strict=True):
             choice = (margin > 0).float() + (margin == 0).float() / 2
-            by_judge[judge].append(torch.where(margin.isnan(), torch.nan, choice))
-    return {judge: torch.stack(values).nanmean(0) for judge, values in by_judge.items()}
+            choices_by_judge[judge].append(torch.where(margin.isnan(), torch.nan, choice))
+    return {judge: torch.stack(values).nanmean(0) for judge, values in choices_by_judge.items()}
 
 
-def probe(differences: Statistics) -> Float[Tensor, "statistics"]:
+def probe(differences: Statistics) -> Float[Tensor, "map_statistics"]:
     """Fisher's direction of paired differences: their mean, by the inverse of their spread.
 
     Map statistics alone: the metric in the first column asks the network, and is left out.
     """
-    known = differences[~differences.isnan().any(1)]
-    if not len(known):
+    valid = differences[~differences.isnan().any(1)]
+    if not len(valid):
         return torch.zeros(differences.shape[1])
-    scale = known.square().mean(0).sqrt()
+    scale = valid.square().mean(0).sqrt()
     scale = torch.where(scale > 0, scale, 1)
-    unit = known / scale
+    unit = valid / scale
     spread = unit.T @ unit / len(unit) + RIDGE * torch.eye(unit.shape[1])
     unit_mean = unit.mean(0)
     unit_mean[0] = 0

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from camdistill.claims.claim import Drawn, Lab, drawn
+from camdistill.claims.claim import ClaimSetup, ShapesBatch, draw_batch
 from camdistill.data.shapes import Removable, Shapes
 from camdistill.distill.training import as_images
 from camdistill.types import Images, Masks
@@ -25,59 +25,66 @@ class Scenes(NamedTuple):
         images: In [0, 1].
         classes: Of both objects.
         masks: Of both objects.
-        places: Of their centres: y and x, in pixels.
+        centers: Of their centres: y and x, in pixels.
         bright: Whether an object is brighter than its background.
-        drawn: All else that is known.
+        batch: All else that is known.
     """
 
     images: Images
     classes: Int[Tensor, "n 2"]
     masks: Bool[Tensor, "n 2 height width"]
-    places: Float[Tensor, "n 2 2"]
+    centers: Float[Tensor, "n 2 2"]
     bright: Bool[Tensor, "n 2"]
-    drawn: Drawn
+    batch: ShapesBatch
 
 
-def held_out(lab: Lab) -> Scenes:
+def draw_test_scenes(setup: ClaimSetup) -> Scenes:
     """The lab's images, with two objects."""
-    return _scenes(drawn(lab, dataclasses.replace(lab.shapes, objects=2)))
+    return _scenes(draw_batch(setup, dataclasses.replace(setup.shapes, objects=2)))
 
 
-def lessons(lab: Lab, count: int) -> Scenes:
+def draw_training_scenes(setup: ClaimSetup, count: int) -> Scenes:
     """Images of two objects to learn from."""
-    return _scenes(drawn_lessons(lab, taught(lab, count, objects=2)))
+    return _scenes(draw_all_images(setup, training_shapes(setup, count, objects=2)))
 
 
-def taught(
-    lab: Lab, count: int, *, objects: int = 1, shortcut: float = 0.0, seed: int | None = None
+def training_shapes(
+    setup: ClaimSetup,
+    count: int,
+    *,
+    objects: int = 1,
+    shortcut: float = 0.0,
+    seed: int | None = None,
 ) -> Shapes:
     """Draws images to learn from, which are never held out."""
-    seed = lab.shapes.seed if seed is None else seed
+    seed = setup.shapes.seed if seed is None else seed
     return dataclasses.replace(
-        lab.shapes, split="train", length=count, objects=objects, shortcut=shortcut, seed=seed
+        setup.shapes, split="train", length=count, objects=objects, shortcut=shortcut, seed=seed
     )
 
 
-def drawn_lessons(lab: Lab, shapes: Shapes) -> Drawn:
+def draw_all_images(setup: ClaimSetup, shapes: Shapes) -> ShapesBatch:
     """All images of a drawer."""
-    return drawn(dataclasses.replace(lab, ids=np.arange(len(shapes), dtype=np.int64)), shapes)
+    return draw_batch(
+        dataclasses.replace(setup, ids=np.arange(len(shapes), dtype=np.int64)), shapes
+    )
 
 
-def rendered(lab: Lab, shapes: Shapes, remove: Collection[Removable]) -> Images:
+def render_without(setup: ClaimSetup, shapes: Shapes, remove: Collection[Removable]) -> Images:
     """The lab's images, drawn again without something."""
-    pixels = shapes.render(lab.ids, remove=remove).pixels
-    return as_images(torch.from_numpy(pixels).to(lab.device))
+    pixels = shapes.render(setup.ids, remove=remove).pixels
+    return as_images(torch.from_numpy(pixels).to(setup.device))
 
 
-def _scenes(found: Drawn) -> Scenes:
-    masks = torch.stack([found.masks[name] for name in OBJECTS], 1)
+def _scenes(batch: ShapesBatch) -> Scenes:
+    masks = torch.stack([batch.masks[name] for name in OBJECTS], 1)
     return Scenes(
-        found.images,
-        torch.stack([found.labels, found.seconds], 1),
+        batch.images,
+        torch.stack([batch.labels, batch.second_labels], 1),
         masks,
         _centres(masks),
-        _bright(found.images, masks, found.masks["background"]),
-        found,
+        _bright(batch.images, masks, batch.masks["background"]),
+        batch,
     )
 
 

@@ -9,11 +9,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from camdistill.claims.claim import Lab, Measured, Row, gain, mean
-from camdistill.claims.networks.small_networks import Examples, Recipe, fitted
-from camdistill.claims.networks.visual_features import WIDTH, Look, Sight, features_of, log_odds
-from camdistill.claims.two_object_scenes import Scenes, held_out, lessons, taught
-from camdistill.claims.vqa_data import APART, Asked, Language, Words, all_asked
+from camdistill.claims.claim import ClaimMeasurement, ClaimResult, ClaimSetup, gain, mean
+from camdistill.claims.networks.small_networks import Examples, SmallNetworkRecipe, fit_or_load
+from camdistill.claims.networks.visual_features import (
+    WIDTH,
+    FeatureEncoder,
+    FeatureExtractor,
+    features_of,
+    log_odds,
+)
+from camdistill.claims.two_object_scenes import (
+    Scenes,
+    draw_test_scenes,
+    draw_training_scenes,
+    training_shapes,
+)
+from camdistill.claims.vqa_data import APART, Language, QuestionBatch, Words, all_questions
 from camdistill.distill.optimization import Optimisation
 from camdistill.explain.compare import spearman
 from camdistill.explain.gradcam import grad_cam
@@ -26,46 +37,46 @@ from camdistill.networks.weights import weights_digest
 from camdistill.types import Activations, Images, Maps, PerImage
 
 IMAGES = 8000
-RECIPE = Recipe(24, 256, Optimisation("adamw", lr=5e-3, weight_decay=0.05))
+RECIPE = SmallNetworkRecipe(24, 256, Optimisation("adamw", lr=5e-3, weight_decay=0.05))
 PATCH, STRIDE = 8, 4  # of the occlusion: a quarter of an image's side, as large as an object
 WORD, HIDDEN = 16, 64
 METHODS = ("grad_cam", "guided_backprop", "hires_cam")
 
 
-class Answerer(nn.Module):
+class VQANetwork(nn.Module):
     """A question, read by a GRU, scales and shifts what the convolutions see."""
 
-    def __init__(self, sight: Sight, words: int, answers: int) -> None:
+    def __init__(self, backbone: FeatureExtractor, words: int, answers: int) -> None:
         super().__init__()
-        self.sight = sight
-        self.look = Look(sight.units)
+        self.backbone = backbone
+        self.encoder = FeatureEncoder(backbone.units)
         self.embedding = nn.Embedding(words, WORD)
-        self.reading = nn.GRU(WORD, HIDDEN, batch_first=True)
-        self.turning = nn.Linear(HIDDEN, 2 * WIDTH)
-        self.saying = nn.Sequential(
-            nn.Linear(self.look.size + HIDDEN, 128), nn.ReLU(), nn.Linear(128, answers)
+        self.question_gru = nn.GRU(WORD, HIDDEN, batch_first=True)
+        self.modulation = nn.Linear(HIDDEN, 2 * WIDTH)
+        self.head = nn.Sequential(
+            nn.Linear(self.encoder.size + HIDDEN, 128), nn.ReLU(), nn.Linear(128, answers)
         )
 
     def forward(self, images: Images, questions: Words) -> Float[Tensor, "batch answers"]:
         """Scores of all answers."""
-        return self.answer(self.sight(images), questions)
+        return self.answer(self.backbone(images), questions)
 
     def answer(self, features: Activations, questions: Words) -> Float[Tensor, "batch answers"]:
         """The same from features."""
-        _, last = self.reading(self.embedding(questions))
-        meaning = last[0]
-        scale, shift = self.turning(meaning).chunk(2, dim=1)
-        seen = self.look(features, scale, shift)
-        return self.saying(torch.cat([seen, meaning], 1))  # type: ignore[no-any-return]
+        _, states = self.question_gru(self.embedding(questions))
+        question_vector = states[0]
+        scale, shift = self.modulation(question_vector).chunk(2, dim=1)
+        encoded = self.encoder(features, scale, shift)
+        return self.head(torch.cat([encoded, question_vector], 1))  # type: ignore[no-any-return]
 
 
-class About(nn.Module):
+class SingleQuestionNetwork(nn.Module):
     """An answering network that was asked one question: what it takes is images alone.
 
     Its output is a dict, as such networks give more than one thing: a score must take it apart.
     """
 
-    def __init__(self, network: Answerer, question: Int[Tensor, "6"]) -> None:
+    def __init__(self, network: VQANetwork, question: Int[Tensor, "6"]) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("question", question, persistent=False)
@@ -76,50 +87,50 @@ class About(nn.Module):
         return {"answers": self.network(images, question)}
 
 
-def answerer(lab: Lab) -> Answerer:
+def train_vqa_network(setup: ClaimSetup) -> VQANetwork:
     """A network that was taught true answers."""
-    language = Language(lab.shapes.class_names)
+    language = Language(setup.shapes.class_names)
 
-    def build() -> Answerer:
-        sight = Sight(copy.deepcopy(lab.student))
-        return Answerer(sight, len(language.words), len(language.answers))
+    def build() -> VQANetwork:
+        backbone = FeatureExtractor(copy.deepcopy(setup.student))
+        return VQANetwork(backbone, len(language.words), len(language.answers))
 
     def examples() -> Examples:
-        scenes = lessons(lab, IMAGES)
-        features = features_of(Sight(lab.student), scenes.images)
-        whole = [one for kind in all_asked(language, scenes).values() for one in kind]
-        columns = [torch.stack(part, 1) for part in zip(*whole, strict=True)]
+        scenes = draw_training_scenes(setup, IMAGES)
+        features = features_of(FeatureExtractor(setup.student), scenes.images)
+        entries = [entry for kind in all_questions(language, scenes).values() for entry in kind]
+        columns = [torch.stack(part, 1) for part in zip(*entries, strict=True)]
         questions, answers, _, sensible = columns
         return features, questions, torch.where(sensible, answers, -1)
 
-    known = language.spelled(language.questions).to(lab.device)
-    return fitted(
-        lab,
+    question_words = language.encode(language.questions).to(setup.device)
+    return fit_or_load(
+        setup,
         "answerer",
         build,
         examples,
-        lambda network, some: _loss(network, some, known),
+        lambda network, batch: _loss(network, batch, question_words),
         recipe=RECIPE,
         settings={
-            "shapes": taught(lab, IMAGES, objects=2).fingerprint,
-            "student": weights_digest(lab.student),
+            "shapes": training_shapes(setup, IMAGES, objects=2).fingerprint,
+            "student": weights_digest(setup.student),
             "apart": APART,
         },
     )
 
 
-def _loss(network: Answerer, examples: Examples, known: Words) -> PerImage:
+def _loss(network: VQANetwork, examples: Examples, question_words: Words) -> PerImage:
     """Of one question of each image, drawn: the look at an image is the same for all."""
     features, questions, answers = examples
-    network.sight.eval()
+    network.backbone.eval()
     # By the CPU's generator, which is seeded for the training.
-    drawn = torch.randint(questions.shape[1], (len(features), 1)).to(features.device)
-    question, answer = (one.gather(1, drawn)[:, 0] for one in (questions, answers))
-    scores = network.answer(features.float(), known[question])
+    picks = torch.randint(questions.shape[1], (len(features), 1)).to(features.device)
+    question, answer = (column.gather(1, picks)[:, 0] for column in (questions, answers))
+    scores = network.answer(features.float(), question_words[question])
     return F.cross_entropy(scores.float(), answer, reduction="none", ignore_index=-1)
 
 
-class Explained(NamedTuple):
+class QuestionScores(NamedTuple):
     """What was measured of a question about each image.
 
     Attributes:
@@ -133,44 +144,58 @@ class Explained(NamedTuple):
     energy: Float[Tensor, "n 2"]
 
 
-def answers(lab: Lab) -> Row:
+def run_vqa(setup: ClaimSetup) -> ClaimResult:
     """Row 20: maps of an answer agree with occlusion, and lie on what the question is about."""
-    network, scenes, language = answerer(lab), held_out(lab), Language(lab.shapes.class_names)
-    ours: list[Measured] = []
+    network, scenes, language = (
+        train_vqa_network(setup),
+        draw_test_scenes(setup),
+        Language(setup.shapes.class_names),
+    )
+    ours: list[ClaimMeasurement] = []
     correlations: dict[str, list[PerImage]] = {name: [] for name in METHODS}
     moves: list[PerImage] = []
-    for kind, asked in all_asked(language, scenes).items():
-        lab.tell(f"questions about {kind}")
-        found = [explained(network, language, scenes, one) for one in asked[:2]]
-        told = [
-            torch.where(one.sensible, each.right, torch.nan)
-            for one, each in zip(asked, found, strict=False)
+    for kind, batches in all_questions(language, scenes).items():
+        setup.announce(f"questions about {kind}")
+        scores_by_question = [
+            score_question(network, language, scenes, entry) for entry in batches[:2]
         ]
-        ours.append(mean(kind, torch.stack(told).nanmean(0), lab, RIGHT))
-        for name, known in correlations.items():
-            known.append(_where_right(told, [each.correlation[name] for each in found]))
-            ours.append(mean(f"{kind}: {name}", known[-1], lab, CORRELATION))
-        moves.append(moved(asked[:2], found, told))
-        ours.append(mean(kind, moves[-1], lab, MOVE))
-    whole = {name: torch.stack(known).nanmean(0) for name, known in correlations.items()}
-    overall = [mean(f"all: {name}", one, lab, CORRELATION) for name, one in whole.items()]
-    beyond = gain(
+        correct = [
+            torch.where(entry.sensible, scores.right, torch.nan)
+            for entry, scores in zip(batches, scores_by_question, strict=False)
+        ]
+        ours.append(mean(kind, torch.stack(correct).nanmean(0), setup, RIGHT))
+        for name, values in correlations.items():
+            values.append(
+                _mean_where_correct(
+                    correct, [scores.correlation[name] for scores in scores_by_question]
+                )
+            )
+            ours.append(mean(f"{kind}: {name}", values[-1], setup, CORRELATION))
+        moves.append(energy_shift(batches[:2], scores_by_question, correct))
+        ours.append(mean(kind, moves[-1], setup, MOVE))
+    mean_correlations = {
+        name: torch.stack(values).nanmean(0) for name, values in correlations.items()
+    }
+    overall = [
+        mean(f"all: {name}", entry, setup, CORRELATION) for name, entry in mean_correlations.items()
+    ]
+    difference = gain(
         "all: grad_cam - guided_backprop",
-        whole["grad_cam"],
-        whole["guided_backprop"],
-        lab,
+        mean_correlations["grad_cam"],
+        mean_correlations["guided_backprop"],
+        setup,
         CORRELATION,
     )
-    follow = mean("all", torch.stack(moves).nanmean(0), lab, MOVE)
-    return Row(
+    mean_shift = mean("all", torch.stack(moves).nanmean(0), setup, MOVE)
+    return ClaimResult(
         number="20",
         claim="Of a network that answers questions, Grad-CAM agrees with occlusion more than "
         "guided backpropagation does, and shows what the question is about",
         paper="rank correlation with occlusion: Grad-CAM 0.60, guided backpropagation 0.42",
-        ours=(*ours, *overall, beyond, follow),
+        ours=(*ours, *overall, difference, mean_shift),
         criterion="over all questions the rank correlation of grad_cam is above that of "
         "guided_backprop, and its energy moves to the object that is asked about (whole intervals)",
-        passed=beyond.above and follow.above,
+        passed=difference.above_zero and mean_shift.above_zero,
         note="where the answers are true; the log odds of the answer are explained, at the last "
         f"convolutional layer; occlusion is of {PATCH} pixels every {STRIDE}. Energy on an object "
         "when it is asked about, less when the other one is. hires_cam is Grad-CAM whose gradients "
@@ -185,24 +210,32 @@ RIGHT, CORRELATION, MOVE = (
 )
 
 
-def explained(network: Answerer, language: Language, scenes: Scenes, asked: Asked) -> Explained:
+def score_question(
+    network: VQANetwork, language: Language, scenes: Scenes, batch: QuestionBatch
+) -> QuestionScores:
     """Explains the own answers to a question about each image, those that are alike at once."""
     device = scenes.images.device
-    known = language.spelled(language.questions).to(device)
+    question_words = language.encode(language.questions).to(device)
     with torch.no_grad():
-        own = network(scenes.images, known[asked.questions]).argmax(1)
-    count = len(own)
+        predictions = network(scenes.images, question_words[batch.questions]).argmax(1)
+    count = len(predictions)
     correlation = {name: torch.empty(count, device=device) for name in METHODS}
     energy = torch.empty(count, 2, device=device)
-    for question, answer in sorted(set(zip(asked.questions.tolist(), own.tolist(), strict=True))):
-        rows = ((asked.questions == question) & (own == answer)).nonzero()[:, 0]
-        maps = answer_maps(About(network, known[question]).eval(), scenes.images[rows], answer)
-        hidden = maps.pop("occlusion")
+    for question, answer in sorted(
+        set(zip(batch.questions.tolist(), predictions.tolist(), strict=True))
+    ):
+        rows = ((batch.questions == question) & (predictions == answer)).nonzero()[:, 0]
+        maps = answer_maps(
+            SingleQuestionNetwork(network, question_words[question]).eval(),
+            scenes.images[rows],
+            answer,
+        )
+        occlusion_maps = maps.pop("occlusion")
         for name, values in maps.items():
-            correlation[name][rows] = spearman(_cells(values), _cells(hidden))
-        for one in (0, 1):
-            energy[rows, one] = energy_pointing_game(maps["grad_cam"], scenes.masks[rows, one])
-    return Explained((own == asked.answers).float(), correlation, energy)
+            correlation[name][rows] = spearman(_cells(values), _cells(occlusion_maps))
+        for which in (0, 1):
+            energy[rows, which] = energy_pointing_game(maps["grad_cam"], scenes.masks[rows, which])
+    return QuestionScores((predictions == batch.answers).float(), correlation, energy)
 
 
 def answer_maps(network: nn.Module, images: Images, answer: int) -> dict[str, Maps]:
@@ -223,22 +256,29 @@ def answer_maps(network: nn.Module, images: Images, answer: int) -> dict[str, Ma
     }
 
 
-def moved(pair: Sequence[Asked], found: Sequence[Explained], told: Sequence[Tensor]) -> PerImage:
+def energy_shift(
+    pair: Sequence[QuestionBatch],
+    scores_by_question: Sequence[QuestionScores],
+    correct: Sequence[Tensor],
+) -> PerImage:
     """Energy on an object when it is asked about, less when the other one is."""
     first, second = (
-        each.energy.gather(1, one.about[:, None])[:, 0]
-        - other.energy.gather(1, one.about[:, None])[:, 0]
-        for one, each, other in zip(pair, found, reversed(found), strict=True)
+        scores.energy.gather(1, batch.about[:, None])[:, 0]
+        - other_scores.energy.gather(1, batch.about[:, None])[:, 0]
+        for batch, scores, other_scores in zip(
+            pair, scores_by_question, reversed(scores_by_question), strict=True
+        )
     )
-    both = (told[0] == 1) & (told[1] == 1)
+    both = (correct[0] == 1) & (correct[1] == 1)
     return torch.where(both, (first + second) / 2, torch.nan)
 
 
-def _where_right(told: Sequence[Tensor], values: Sequence[PerImage]) -> PerImage:
-    kept = [
-        torch.where(right == 1, one, torch.nan) for right, one in zip(told, values, strict=True)
+def _mean_where_correct(correct: Sequence[Tensor], values: Sequence[PerImage]) -> PerImage:
+    masked = [
+        torch.where(right == 1, entry, torch.nan)
+        for right, entry in zip(correct, values, strict=True)
     ]
-    return torch.stack(kept).nanmean(0)
+    return torch.stack(masked).nanmean(0)
 
 
 def _cells(maps: Maps) -> Float[Tensor, "batch rows columns"]:

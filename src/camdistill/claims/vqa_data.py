@@ -48,13 +48,13 @@ class Language:
         """Of questions, in the order of their first use."""
         return tuple(dict.fromkeys(" ".join(self.questions).split()))
 
-    def spelled(self, questions: Sequence[str]) -> Words:
+    def encode(self, questions: Sequence[str]) -> Words:
         """Questions as numbers of words."""
-        number = {word: place for place, word in enumerate(self.words)}
-        return torch.tensor([[number[word] for word in one.split()] for one in questions])
+        number = {word: index for index, word in enumerate(self.words)}
+        return torch.tensor([[number[word] for word in question.split()] for question in questions])
 
 
-class Asked(NamedTuple):
+class QuestionBatch(NamedTuple):
     """A question about each image, with its true answer.
 
     Attributes:
@@ -70,39 +70,43 @@ class Asked(NamedTuple):
     sensible: Bool[Tensor, "n"]
 
 
-def asked_of_side(scenes: Scenes, side: int) -> Asked:
+def questions_about_side(scenes: Scenes, side: int) -> QuestionBatch:
     """Which shape is on a side."""
     axis = 1 if SIDES[side] in ("left", "right") else 0
-    places = scenes.places[:, :, axis]
+    places = scenes.centers[:, :, axis]
     last = SIDES[side] in ("right", "bottom")
     about = places.argmax(1) if last else places.argmin(1)
     apart = (places[:, 0] - places[:, 1]).abs() >= APART
     answers = scenes.classes.gather(1, about[:, None])[:, 0]
-    return Asked(torch.full_like(answers, side), answers, about, apart)
+    return QuestionBatch(torch.full_like(answers, side), answers, about, apart)
 
 
-def asked_of_object(language: Language, scenes: Scenes, kind: str, which: int) -> Asked:
+def questions_about_object(
+    language: Language, scenes: Scenes, kind: str, which: int
+) -> QuestionBatch:
     """The brightness or the side of one of the objects, named by its shape."""
     shapes, classes = len(language.shapes), scenes.classes[:, which]
     about = torch.full_like(classes, which)
     if kind == "brightness":
         dark = (~scenes.bright[:, which]).long()
         sensible = torch.ones_like(dark, dtype=torch.bool)
-        return Asked(len(SIDES) + classes, shapes + dark, about, sensible)
-    across = scenes.places[:, :, 1]
+        return QuestionBatch(len(SIDES) + classes, shapes + dark, about, sensible)
+    across = scenes.centers[:, :, 1]
     right = (across[:, which] > across[:, 1 - which]).long()
     apart = (across[:, 0] - across[:, 1]).abs() >= APART
     first = shapes + len(TONES)
-    return Asked(len(SIDES) + shapes + classes, first + right, about, apart)
+    return QuestionBatch(len(SIDES) + shapes + classes, first + right, about, apart)
 
 
-def all_asked(language: Language, scenes: Scenes) -> dict[str, list[Asked]]:
+def all_questions(language: Language, scenes: Scenes) -> dict[str, list[QuestionBatch]]:
     """By type: of shapes four questions an image, of the others one of each object.
 
     The first two of a type are about different objects.
     """
     return {
-        "shape": [asked_of_side(scenes, side) for side in range(len(SIDES))],
-        "brightness": [asked_of_object(language, scenes, "brightness", one) for one in (0, 1)],
-        "side": [asked_of_object(language, scenes, "side", one) for one in (0, 1)],
+        "shape": [questions_about_side(scenes, side) for side in range(len(SIDES))],
+        "brightness": [
+            questions_about_object(language, scenes, "brightness", which) for which in (0, 1)
+        ],
+        "side": [questions_about_object(language, scenes, "side", which) for which in (0, 1)],
     }

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from camdistill.commands.progress import (
-    at_once,
-    chosen_device,
-    processes,
+    callback_for_unused,
     progress_bar,
-    teller,
-    unused_teller,
+    progress_callback,
+    resolve_device,
+    stack_size,
     weights_sha256,
+    worker_count,
 )
 from camdistill.data.modules import ImageData
 from camdistill.experiments.adaptation.adaptation_report import (
@@ -79,30 +79,30 @@ def adapt(
         device: Where; auto takes a GPU if there is one.
         trust: Packages from which functions may be called.
     """
-    start = time.monotonic()
+    start_time = time.monotonic()
     study = Study(
         teacher=teacher, data=data, methods=["grad_cam"], students=students, n=n, seeds=seeds,
         controls=controls, shares=(), tuning=tuning, recipe=recipe, seed=seed, trust=trust,
         folder=out,
     )  # fmt: skip
-    where = chosen_device(device)
+    torch_device = resolve_device(device)
     with progress_bar() as bar:
-        found = adapt_study(
+        comparison = adapt_study(
             study,
             adaptation,
             also=methods,
-            workers=processes(workers, where),
-            stack=at_once(stack, where),
-            device=where,
-            on_progress=teller(bar),
-            on_unused=unused_teller(bar, out / LEDGER),
+            workers=worker_count(workers, torch_device),
+            stack=stack_size(stack, torch_device),
+            device=torch_device,
+            on_progress=progress_callback(bar),
+            on_unused=callback_for_unused(bar, out / LEDGER),
         )
-    text = f"{adaptation_text(found)}\n"
+    text = f"{adaptation_text(comparison)}\n"
     write_atomically(out / "table.txt", text.encode())
-    results = adaptation_results(found)
+    results = adaptation_results(comparison)
     sha256 = {"teacher": weights_sha256(teacher), "explainer": sha256_of(out / ADAPTED)}
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - start_time
     path = write_results(out / "results.json", results, seconds=seconds, sha256=sha256)
-    picture = save_png(out / "gains.png", chart(found))
+    picture = save_png(out / "gains.png", chart(comparison))
     print(f"\n{text}\nExplainer: {out / ADAPTED}   Results: {path}   Chart: {picture}")
     return results

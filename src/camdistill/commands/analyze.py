@@ -12,9 +12,9 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import nn
 
-from camdistill.commands.image_sources import Source, source_from
-from camdistill.commands.networks import Shown, networks_from, side_of
-from camdistill.commands.progress import chosen_device
+from camdistill.commands.image_sources import ImageSource, load_image_source
+from camdistill.commands.networks import NetworkSelection, image_side, load_networks
+from camdistill.commands.progress import resolve_device
 from camdistill.data.concepts import shape_concepts
 from camdistill.errors import UserError
 from camdistill.layers.sweep.layer_selection import all_layers, find_layers
@@ -80,56 +80,56 @@ def analyze(
         trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
             paths may come from.
     """
-    started = time.monotonic()
+    start_time = time.monotonic()
     for name, number in {"cards": cards, "steps": steps, "pictures": pictures}.items():
         if number < 0:
             raise UserError(f"{name} is {number}; give 0 (none) or more")
-    shown = networks_from(checkpoint, teacher, weights, trust)
-    networks = shown.by_name
+    selection = load_networks(checkpoint, teacher, weights, trust)
+    networks = selection.by_name
     if list_layers:
-        return _listed(networks, side_of(size, shown.size), shown.channels)
-    source = source_from(
-        images, data, count=count, size=side_of(size, shown.size), carving=shown.carving
+        return _list_layers(networks, image_side(size, selection.size), selection.channels)
+    source = load_image_source(
+        images, data, count=count, size=image_side(size, selection.size), carving=selection.carving
     )
-    where = chosen_device(device)
+    torch_device = resolve_device(device)
     for network in networks.values():
-        network.to(where)
-    subject = _subject(source, shown, where)
-    opening = Opening(
-        networks, subject, LayerReport(out, tuple(networks)), layers, _chosen_units(units)
+        network.to(torch_device)
+    subject = _subject(source, selection, torch_device)
+    analysis = Opening(
+        networks, subject, LayerReport(out, tuple(networks)), layers, _parse_units(units)
     )
     with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
-        opening.on_step = _shown_in(progress)
+        analysis.on_step = _progress_step(progress)
         try:
-            opening.sweep(probes=probes)
-            opening.filters()
-            opening.through_depth(pictures)
+            analysis.sweep(probes=probes)
+            analysis.filters()
+            analysis.through_depth(pictures)
             if cards or units:
-                opening.close_up(Closeness(cards, steps))
+                analysis.close_up(Closeness(cards, steps))
             if cards:
-                opening.pairs(cards)
-        except (KeyboardInterrupt, UserError) as reason:
-            if opening.found is None:
+                analysis.pairs(cards)
+        except (KeyboardInterrupt, UserError) as error:
+            if analysis.found is None:
                 raise
-            opening.stopped()
+            analysis.stopped()
             # What was computed until then may have taken hours.
-            _finish(opening, shown, started)
-            if isinstance(reason, KeyboardInterrupt):
-                _tell(opening, out)
+            _finish(analysis, selection, start_time)
+            if isinstance(error, KeyboardInterrupt):
+                _print_summary(analysis, out)
             raise
-    results = _finish(opening, shown, started)
-    _tell(opening, out)
+    results = _finish(analysis, selection, start_time)
+    _print_summary(analysis, out)
     return results
 
 
-def _finish(opening: Opening, shown: Shown, started: float) -> dict[str, object]:
-    assert opening.found is not None, "swept"
-    seconds = time.monotonic() - started
-    return opening.report.finish(opening.found, seconds=seconds, sha256=shown.sha256)
+def _finish(analysis: Opening, selection: NetworkSelection, start_time: float) -> dict[str, object]:
+    assert analysis.found is not None, "swept"
+    seconds = time.monotonic() - start_time
+    return analysis.report.finish(analysis.found, seconds=seconds, sha256=selection.sha256)
 
 
-def _subject(source: Source, shown: Shown, device: str) -> Subject:
-    fitting = len(source.images.classes) == head_size(shown.teacher.network)
+def _subject(source: ImageSource, selection: NetworkSelection, device: str) -> Subject:
+    classes_match = len(source.images.classes) == head_size(selection.teacher.network)
     masks = None
     if source.shapes is not None:
         masks = functools.partial(shape_concepts, source.shapes)
@@ -138,24 +138,24 @@ def _subject(source: Source, shown: Shown, device: str) -> Subject:
         source.order,
         source.name,
         masks,
-        shown.classes or (source.images.classes if fitting else ()),
-        shown.channels,
+        selection.classes or (source.images.classes if classes_match else ()),
+        selection.channels,
         device,
     )
 
 
-def _chosen_units(words: Sequence[str]) -> dict[str, list[int]]:
+def _parse_units(words: Sequence[str]) -> dict[str, list[int]]:
     """`stage3:17` as a layer and a unit."""
-    chosen: dict[str, list[int]] = {}
+    units_by_layer: dict[str, list[int]] = {}
     for word in words:
         layer, mark, unit = word.rpartition(":")
         if not mark or not unit.isdecimal():
             raise UserError(f"unit '{word}': give a layer and a number, such as stage3:17")
-        chosen.setdefault(layer, []).append(int(unit))
-    return chosen
+        units_by_layer.setdefault(layer, []).append(int(unit))
+    return units_by_layer
 
 
-def _shown_in(progress: Progress) -> Step:
+def _progress_step(progress: Progress) -> Step:
     tasks: dict[str, TaskID] = {}
 
     def step(stage: str, done: int, total: int) -> None:
@@ -166,41 +166,41 @@ def _shown_in(progress: Progress) -> Step:
     return step
 
 
-def _listed(networks: Mapping[str, nn.Module], size: int, channels: int) -> dict[str, object]:
+def _list_layers(networks: Mapping[str, nn.Module], size: int, channels: int) -> dict[str, object]:
     """Prints the layers that there are; those that are looked at by default have a star."""
-    found: dict[str, object] = {}
+    names_by_network: dict[str, object] = {}
     for name, network in networks.items():
         example = torch.zeros(1, channels, size, size)
         demand_runs({name: network}, example, numbers=False)
-        chosen = {layer.key for layer in find_layers(network, example)}
+        default_keys = {layer.key for layer in find_layers(network, example)}
         rows: dict[str, dict[str, Cell]] = {}
         for layer in all_layers(network, example):
             units, height, width = layer.shape
             rows[layer.name] = {
                 "units": units,
                 "grid": f"{height}x{width}",
-                "by default": "yes" if layer.key in chosen else "",
+                "by default": "yes" if layer.key in default_keys else "",
             }
         print(f"{text_table(rows, corner=name)}\n")
-        found[name] = list(rows)
-    return found
+        names_by_network[name] = list(rows)
+    return names_by_network
 
 
-def _tell(opening: Opening, out: Path) -> None:
+def _print_summary(analysis: Opening, out: Path) -> None:
     """Prints what stands out, and where everything is."""
-    found = opening.found
-    assert found is not None, "swept"
-    if found.unfinished:
+    findings = analysis.found
+    assert findings is not None, "swept"
+    if findings.unfinished:
         print(
-            f"Partial report: {found.unfinished}. The same command goes on with what was swept.\n"
+            f"Partial report: {findings.unfinished}. The same command goes on with what was swept.\n"
         )
-    if opening.restored:
-        kept = f"{opening.restored:,} images were looked at before ({out / SWEEP}"
-        print(f"{kept}; delete it to look anew).\n")
-    if found.findings:
-        print(f"What stands out ({found.sweep.images:,} images of {found.data}):")
-        print("\n".join(f"  {one.text}" for one in found.findings))
+    if analysis.restored:
+        note = f"{analysis.restored:,} images were looked at before ({out / SWEEP}"
+        print(f"{note}; delete it to look anew).\n")
+    if findings.findings:
+        print(f"What stands out ({findings.sweep.images:,} images of {findings.data}):")
+        print("\n".join(f"  {finding.text}" for finding in findings.findings))
     else:
-        print(f"Nothing stands out ({found.sweep.images:,} images of {found.data}).")
+        print(f"Nothing stands out ({findings.sweep.images:,} images of {findings.data}).")
     print(f"\n{out / 'report.md'} explains every card; beside it {NUMBERS}")
     print(f"TensorBoard: camdistill report --run {shlex.quote(str(out))}")

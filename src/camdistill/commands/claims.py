@@ -7,11 +7,11 @@ from typing import Literal
 import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from camdistill.claims.claim import Lab
-from camdistill.claims.claims_index import PHOTOGRAPHS, chosen
-from camdistill.claims.claims_report import block, verdict, write_pictures
-from camdistill.claims.claims_run import Outcome, outcomes, run_claims
-from camdistill.commands.progress import chosen_device
+from camdistill.claims.claim import ClaimSetup
+from camdistill.claims.claims_index import PHOTOGRAPHS, select_claims
+from camdistill.claims.claims_report import claim_text, claims_verdict, write_claim_pictures
+from camdistill.claims.claims_run import Outcome, read_outcomes, run_claims
+from camdistill.commands.progress import resolve_device
 from camdistill.data.shapes import Shapes
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
@@ -19,7 +19,7 @@ from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.report.tensorboard import how_to_look
 
-LEAST = 16  # images: fewer and an interval says nothing
+MIN_IMAGES = 16  # images: fewer and an interval says nothing
 
 
 def claims(
@@ -48,9 +48,9 @@ def claims(
         device: cpu or cuda. Default: a GPU where there is one.
         out: Folder for results.json, table.txt, charts and the little networks.
     """
-    demand_photographs(rows, boxes)
-    asked = chosen(rows, photographs=boxes is not None)
-    lab, sha256 = _lab(teacher, student, boxes, count, seed, device, out)
+    check_photographs(rows, boxes)
+    experiments = select_claims(rows, photographs=boxes is not None)
+    setup, sha256 = _build_setup(teacher, student, boxes, count, seed, device, out)
     settings = {
         "count": count, "seed": seed, "boxes": str(boxes) if boxes else None, **sha256,
     }  # fmt: skip
@@ -58,23 +58,25 @@ def claims(
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("claims", total=None)
 
-        def tell(words: str) -> None:
-            progress.update(task, description=words)
+        def announce(description: str) -> None:
+            progress.update(task, description=description)
 
         def on_row(number: str, outcome: Outcome) -> None:
-            told = f"{block(number, outcome)}\n"
-            progress.console.print(told, highlight=False, markup=False, soft_wrap=True)
+            text = f"{claim_text(number, outcome)}\n"
+            progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-        busy = dataclasses.replace(lab, tell=tell)
-        found = run_claims(busy, asked, out / "results.json", settings, sha256, on_row)
-    write_pictures(outcomes(out / "results.json"), out)
-    print(verdict(found))
+        announcing_setup = dataclasses.replace(setup, announce=announce)
+        outcome_by_number = run_claims(
+            announcing_setup, experiments, out / "results.json", settings, sha256, on_row
+        )
+    write_claim_pictures(read_outcomes(out / "results.json"), out)
+    print(claims_verdict(outcome_by_number))
     print(f"{out / 'results.json'}; table.txt and charts of all its rows beside it")
     print(how_to_look(out))
-    return {number: outcome.row for number, outcome in found.items()}
+    return {number: outcome.row for number, outcome in outcome_by_number.items()}
 
 
-def demand_photographs(rows: list[str], boxes: Path | None) -> None:
+def check_photographs(rows: list[str], boxes: Path | None) -> None:
     """Checks what row 5c needs, before the other rows are made.
 
     Raises:
@@ -93,7 +95,7 @@ def demand_photographs(rows: list[str], boxes: Path | None) -> None:
         raise UserError(f"no boxes.csv in '{boxes}'; it names each image's box beside the folders")
 
 
-def _lab(
+def _build_setup(
     teacher: Path,
     student: Path,
     boxes: Path | None,
@@ -101,42 +103,45 @@ def _lab(
     seed: int,
     device: Literal["cpu", "cuda"] | None,
     out: Path,
-) -> tuple[Lab, dict[str, str | None]]:
-    if count < LEAST:
-        raise UserError(f"count is {count}; give {LEAST} or more images")
+) -> tuple[ClaimSetup, dict[str, str | None]]:
+    if count < MIN_IMAGES:
+        raise UserError(f"count is {count}; give {MIN_IMAGES} or more images")
     if seed < 0:
         raise UserError(f"seed is {seed}; give 0 or more")
-    where = chosen_device(device)
+    torch_device = resolve_device(device)
     shapes = Shapes("test", count, seed=seed)
-    found = {"teacher": _network(teacher, shapes), "student": _network(student, shapes)}
-    lab = Lab(
-        teacher=_ready(found["teacher"], where),
-        student=_ready(found["student"], where),
+    explainers = {
+        "teacher": _load_network(teacher, shapes),
+        "student": _load_network(student, shapes),
+    }
+    setup = ClaimSetup(
+        teacher=_freeze(explainers["teacher"], torch_device),
+        student=_freeze(explainers["student"], torch_device),
         shapes=shapes,
         ids=np.arange(count, dtype=np.int64),
         seed=seed,
-        device=where,
+        device=torch_device,
         folder=out / "networks",
         boxes=boxes,
     )
-    return lab, {name: one.sha256 for name, one in found.items()}
+    return setup, {name: explainer.sha256 for name, explainer in explainers.items()}
 
 
-def _network(path: Path, shapes: Shapes) -> Explainer:
+def _load_network(path: Path, shapes: Shapes) -> Explainer:
     if not path.exists():
         raise UserError(
             f"no file '{path}': start the command where the project's checkpoints/ is, or name the "
             "networks with --teacher FILE and --student FILE"
         )
-    found = load(path)
-    classes = head_size(found.network.network)
+    explainer = load(path)
+    classes = head_size(explainer.network.network)
     if classes != shapes.classes:
         raise UserError(
             f"'{path}' tells {classes} classes apart, Shapes has {shapes.classes}: give a network "
             "of Shapes, such as checkpoints/shapes-resnet20.safetensors"
         )
-    return found
+    return explainer
 
 
-def _ready(found: Explainer, device: str) -> Preprocessed:
-    return found.network.eval().requires_grad_(False).to(device)
+def _freeze(explainer: Explainer, device: str) -> Preprocessed:
+    return explainer.network.eval().requires_grad_(False).to(device)

@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from camdistill.commands.explainer_specs import explainers_of, networks_of
-from camdistill.commands.image_sources import source_from
-from camdistill.commands.networks import networks_from, side_of
-from camdistill.commands.progress import chosen_device, progress_bar
+from camdistill.commands.explainer_specs import parse_explainers, select_networks
+from camdistill.commands.image_sources import load_image_source
+from camdistill.commands.networks import image_side, load_networks
+from camdistill.commands.progress import progress_bar, resolve_device
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images, as_taken
 from camdistill.errors import UserError
@@ -26,7 +26,7 @@ from camdistill.measure.metrics import (
     DEFAULT_WITH_MASKS,
     FILE,
     OF_WEIGHTS,
-    demand_metrics,
+    check_metrics,
     metric_of,
 )
 from camdistill.networks.capture import demand_runs
@@ -36,7 +36,7 @@ from camdistill.report.results import write_results
 from camdistill.report.tensorboard import how_to_look
 from camdistill.store.atomic_files import write_atomically
 
-MEASURED_AS = 3  # goes up when the same settings would give other values
+MEASUREMENT_VERSION = 3  # goes up when the same settings would give other values
 
 
 def evaluate(
@@ -91,39 +91,48 @@ def evaluate(
         trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
             paths may come from.
     """
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     if batch < 1:
         raise UserError(f"batch is {batch}; give 1 or more images")
     if seed < 0:
         raise UserError(f"seed is {seed}; give 0 or more")
-    shown = networks_from(checkpoint, teacher, weights, trust)
-    networks = networks_of(shown, of, layer)
-    networks.explained.to(chosen_device(device))
-    found = source_from(
-        images, data, count=count, size=side_of(size, networks.size), carving=shown.carving
+    selection = load_networks(checkpoint, teacher, weights, trust)
+    networks = select_networks(selection, of, layer)
+    networks.explained.to(resolve_device(device))
+    source = load_image_source(
+        images, data, count=count, size=image_side(size, networks.size), carving=selection.carving
     )
-    looked_at = found.images.subset(np.sort(found.order))
-    first = as_images(looked_at.batch([0]).pixels)
-    demand_runs(shown.by_name, as_taken(first, networks.channels))
-    subject = Subject(networks.explained, looked_at, found.shapes, networks.channels)
-    compared = explainers_of(explainers, networks, subject, trust)
-    chosen = _chosen(metrics, subject, meta, live=any(one.explain for one in compared))
+    image_set = source.images.subset(np.sort(source.order))
+    first = as_images(image_set.batch([0]).pixels)
+    demand_runs(selection.by_name, as_taken(first, networks.channels))
+    subject = Subject(networks.explained, image_set, source.shapes, networks.channels)
+    compared_explainers = parse_explainers(explainers, networks, subject, trust)
+    chosen_metrics = _select_metrics(
+        metrics, subject, meta, has_live=any(explainer.explain for explainer in compared_explainers)
+    )
     other_classes = head_size(networks.explained.network) > 1
-    left_out = {} if metrics else _left_out(compared, other_classes=other_classes)
-    chosen = tuple(name for name in chosen if name not in left_out)
-    _demand_weights(metrics, compared)
+    omitted = {} if metrics else _metrics_to_omit(compared_explainers, other_classes=other_classes)
+    chosen_metrics = tuple(name for name in chosen_metrics if name not in omitted)
+    _check_weight_metrics(metrics, compared_explainers)
     settings = {
-        "measured_as": MEASURED_AS,
+        "measured_as": MEASUREMENT_VERSION,
         "checkpoint": networks.sha256,
         "network": weights_digest(networks.explained),
         "explainers": [
-            {"name": one.name, "kind": one.kind, "digest": one.digest} for one in compared
+            {"name": explainer.name, "kind": explainer.kind, "digest": explainer.digest}
+            for explainer in compared_explainers
         ],
-        "metrics": [_told_apart(name) for name in chosen],
-        "images": [_fingerprint(looked_at), looked_at.ids.tolist(), *_truth(looked_at)],
+        "metrics": [_identify_metric(name) for name in chosen_metrics],
+        "images": [
+            _fingerprint(image_set),
+            image_set.ids.tolist(),
+            *_annotation_fingerprint(image_set),
+        ],
         **{"of": of, "layer": networks.layer, "batch": batch, "seed": seed, "meta": meta},
     }
-    evaluation = Evaluation(subject, compared, chosen, seed, batch, meta, settings)
+    evaluation = Evaluation(
+        subject, compared_explainers, chosen_metrics, seed, batch, meta, settings
+    )
     with progress_bar() as progress:
         task = progress.add_task("evaluate", total=None)
 
@@ -137,46 +146,50 @@ def evaluate(
     write_results(
         out / "results.json",
         {**results, "command": {"of": of, "layer": networks.layer, "batch": batch, "seed": seed}},
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - start_time,
         sha256=networks.sha256,
     )
     write_atomically(out / "table.txt", text.encode())
     print(text)
-    for name, reason in left_out.items():
+    for name, reason in omitted.items():
         print(f"{name} is left out: {reason}.")
     print(f"{out / 'results.json'}, values.npz and pictures beside it")
     print(how_to_look(out))
     return results
 
 
-def _left_out(compared: Sequence[Explainer], *, other_classes: bool) -> dict[str, str]:
+def _metrics_to_omit(explainers: Sequence[Explainer], *, other_classes: bool) -> dict[str, str]:
     """Metrics of the default that say nothing here, and why."""
-    found = {}
+    reasons = {}
     if not other_classes:
-        found["random_logit"] = "the network has a single logit, so no other class"
-    live = [one for one in compared if one.explain is not None]
-    if live and all(one.apart for one in live):
-        found["randomisation"] = "it would be 0 by construction, as all maps are another network's"
-    return found
+        reasons["random_logit"] = "the network has a single logit, so no other class"
+    live_explainers = [explainer for explainer in explainers if explainer.explain is not None]
+    if live_explainers and all(explainer.apart for explainer in live_explainers):
+        reasons["randomisation"] = (
+            "it would be 0 by construction, as all maps are another network's"
+        )
+    return reasons
 
 
-def _demand_weights(metrics: Sequence[str], compared: Sequence[Explainer]) -> None:
+def _check_weight_metrics(metrics: Sequence[str], explainers: Sequence[Explainer]) -> None:
     """Refuse a named metric that would be the same whatever was learned."""
-    asked = [name for name in metrics if name in OF_WEIGHTS]
-    if asked and all(one.apart or one.explain is None for one in compared):
+    weight_metrics = [name for name in metrics if name in OF_WEIGHTS]
+    if weight_metrics and all(
+        explainer.apart or explainer.explain is None for explainer in explainers
+    ):
         raise UserError(
-            f"metric '{asked[0]}' redraws the weights of the explained network, and all of these "
-            f"maps are another network's, so it would be {OF_WEIGHTS[asked[0]]} by construction: "
+            f"metric '{weight_metrics[0]}' redraws the weights of the explained network, and all of these "
+            f"maps are another network's, so it would be {OF_WEIGHTS[weight_metrics[0]]} by construction: "
             "leave it out, or compare a method too"
         )
 
 
-def _told_apart(metric: str) -> str:
+def _identify_metric(metric: str) -> str:
     """A learned metric's file may change under its name."""
     return f"{metric} {sha256_of(Path(metric))}" if metric.endswith(FILE) else metric
 
 
-def _truth(images: ImageSet) -> list[str]:
+def _annotation_fingerprint(images: ImageSet) -> list[str]:
     """What says where objects are, where that can change without the images."""
     return [images.truth] if images.truth else []
 
@@ -188,11 +201,13 @@ def _fingerprint(images: ImageSet) -> str:
     return hashlib.sha256(images.pixels[np.arange(len(images))].tobytes()).hexdigest()
 
 
-def _chosen(names: Sequence[str], subject: Subject, meta: bool, *, live: bool) -> tuple[str, ...]:
+def _select_metrics(
+    names: Sequence[str], subject: Subject, meta: bool, *, has_live: bool
+) -> tuple[str, ...]:
     """The metrics; what can't be measured of these images and explainers is refused."""
-    demand_metrics(names)
+    check_metrics(names)
     gates = [name for name in (names or DEFAULT) if metric_of(name).use == "gate" or name == "adcc"]
-    if names and gates and not live:
+    if names and gates and not has_live:
         raise UserError(
             f"metric '{gates[0]}' asks for more maps, and all of these are stored: leave it out, "
             "or compare a method or a network too"
@@ -202,15 +217,15 @@ def _chosen(names: Sequence[str], subject: Subject, meta: bool, *, live: bool) -
             "metric 'deletion_rerendered' draws images again without their objects, which Shapes "
             "alone can: leave it out, or give --data shapes"
         )
-    chosen = [name for name in (names or DEFAULT) if live or name not in gates]
+    selected = [name for name in (names or DEFAULT) if has_live or name not in gates]
     if not names and subject.located:
-        chosen += DEFAULT_WITH_MASKS
-    masked = [name for name in chosen if metric_of(name).use == "mask"]
+        selected += DEFAULT_WITH_MASKS
+    masked = [name for name in selected if metric_of(name).use == "mask"]
     if masked and not subject.located:
         raise UserError(
             f"metric '{masked[0]}' needs masks, and these images have none: leave it out, or put a "
             "masks/ folder or a boxes.csv beside the images"
         )
     if meta and subject.shapes is not None:
-        chosen += [name for name in REFERENCES if name not in chosen]
-    return tuple(dict.fromkeys(chosen))
+        selected += [name for name in REFERENCES if name not in selected]
+    return tuple(dict.fromkeys(selected))

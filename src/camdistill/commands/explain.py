@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from camdistill.commands.image_sources import ShownImages, images_from
+from camdistill.commands.image_sources import ImageSelection, load_images
 from camdistill.commands.methods import maps_by_method, method_scores, write_methods
-from camdistill.commands.networks import Shown, networks_from, side_of
+from camdistill.commands.networks import NetworkSelection, image_side, load_networks
 from camdistill.distill.training import as_taken
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import Explanation, last_layer
-from camdistill.explain.gradcam import explain as explain_network
+from camdistill.explain.gradcam import explain_images as explain_network
 from camdistill.measure.scores import map_scores
 from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
@@ -33,7 +33,7 @@ CHUNK = 32  # images in one forward
 
 
 @dataclass(frozen=True)
-class Pair:
+class LayerPairMaps:
     """One class of one image at one pair of layers."""
 
     layers: tuple[str, str]
@@ -43,7 +43,7 @@ class Pair:
     scores: dict[str, float]
 
     @property
-    def place(self) -> str:
+    def label(self) -> str:
         """The layers as `--layers` takes them: stage3:layer2, or layer2 of a network alone."""
         return ":".join(layer for layer in reversed(self.layers) if layer)
 
@@ -86,100 +86,119 @@ def explain(
         trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
             paths may come from.
     """
-    shown = networks_from(checkpoint, teacher, weights, trust)
-    found = images_from(
-        images, data, count=count, size=side_of(size, shown.size), carving=shown.carving
+    selection = load_networks(checkpoint, teacher, weights, trust)
+    source = load_images(
+        images, data, count=count, size=image_side(size, selection.size), carving=selection.carving
     )
-    taken = as_taken(found.images, shown.channels)
-    demand_runs(shown.by_name, taken[:1])
-    shown = replace(shown, pairs=_pairs(shown, layers, taken[:1]))
-    fitting = len(found.classes) == head_size(shown.teacher.network)
-    names = shown.classes or (found.classes if fitting else ())
-    chosen = [_class_number(name, names) for name in classes]
-    told, own = _explanations(shown, taken, chosen)
+    inputs = as_taken(source.images, selection.channels)
+    demand_runs(selection.by_name, inputs[:1])
+    selection = replace(selection, pairs=_layer_pairs(selection, layers, inputs[:1]))
+    classes_match = len(source.classes) == head_size(selection.teacher.network)
+    names = selection.classes or (source.classes if classes_match else ())
+    class_numbers = [_class_number(name, names) for name in classes]
+    teacher_explanation, student_explanation = _explain_networks(selection, inputs, class_numbers)
     if method:
-        return _by_method(shown, found, told, own, names, method, out)
+        return _by_method(
+            selection, source, teacher_explanation, student_explanation, names, method, out
+        )
     rows: dict[str, dict[str, object]] = {}
     overview: list[Row] = []
-    for index, name in enumerate(found.names):
-        pairs = list(_pairs_of_image(index, shown, told, own, names))
-        said = _said(index, told, own, names, shown.first)
-        path = _path(out, index, name)
-        panel = _write_image(path, name, found.images[index].numpy(), pairs, said, shown.first)
+    for index, name in enumerate(source.names):
+        pairs = list(
+            _pairs_of_image(index, selection, teacher_explanation, student_explanation, names)
+        )
+        predictions = _describe_predictions(
+            index, teacher_explanation, student_explanation, names, selection.first
+        )
+        path = _path_stem(out, index, name)
+        panel = _write_image(
+            path, name, source.images[index].numpy(), pairs, predictions, selection.first
+        )
         overview.append(panel[0]._replace(caption=[Path(name).name[-20:], *panel[0].caption[1:]]))
-        maps = {f"{pair.place}/{pair.class_name}": pair.scores for pair in pairs if pair.scores}
-        rows[name] = {**said, **({"maps": maps} if maps else {})}
+        maps = {f"{pair.label}/{pair.class_name}": pair.scores for pair in pairs if pair.scores}
+        rows[name] = {**predictions, **({"maps": maps} if maps else {})}
     abreast = 2 if len(overview) > 1 else 1
-    save_png(out / "overview.png", map_panel(overview, abreast=abreast, first=shown.first))
+    save_png(out / "overview.png", map_panel(overview, abreast=abreast, first=selection.first))
     results: dict[str, object] = {"n": len(rows), "images": rows}
-    write_results(out / "results.json", results, sha256=shown.sha256)
-    print(text_table({name: _flat(row) for name, row in rows.items()}, corner="image"))
+    write_results(out / "results.json", results, sha256=selection.sha256)
+    print(text_table({name: _table_line(row) for name, row in rows.items()}, corner="image"))
     print(f"\n{out / 'overview.png'} shows all; panels, raw maps (.npz), results.json beside it")
     return results
 
 
 def _by_method(
-    shown: Shown,
-    images: ShownImages,
-    told: Explanation,
-    own: Explanation | None,
+    selection: NetworkSelection,
+    images: ImageSelection,
+    teacher_explanation: Explanation,
+    student_explanation: Explanation | None,
     names: Sequence[str],
     methods: Sequence[str],
     out: Path,
 ) -> dict[str, object]:
     """Panels, raw maps and results of several methods."""
-    taken = as_taken(images.images, shown.channels)
-    maps = maps_by_method(shown, taken, told.classes, methods)
+    inputs = as_taken(images.images, selection.channels)
+    maps = maps_by_method(selection, inputs, teacher_explanation.classes, methods)
     rows: dict[str, dict[str, object]] = {}
-    alike: dict[str, list[float]] = {}
+    similarities: dict[str, list[float]] = {}
     for index, name in enumerate(images.names):
-        said = _said(index, told, own, names, shown.first)
-        path, title = _path(out, index, name), f"{name}   {_heading(said)}"
+        predictions = _describe_predictions(
+            index, teacher_explanation, student_explanation, names, selection.first
+        )
+        path, title = _path_stem(out, index, name), f"{name}   {_heading(predictions)}"
         image = images.images[index].numpy()
-        panel = write_methods(path, title, image, maps, index, names, shown.first)
+        panel = write_methods(path, title, image, maps, index, names, selection.first)
         save_png(path.with_name(f"{path.name}.png"), panel)
         scores = method_scores(maps, index, names)
-        for key, one in scores.items():
-            alike.setdefault(key.rpartition("/")[0], []).append(one["pearson"])
-        rows[name] = {**said, **({"maps": scores} if scores else {})}
+        for key, entry in scores.items():
+            similarities.setdefault(key.rpartition("/")[0], []).append(entry["pearson"])
+        rows[name] = {**predictions, **({"maps": scores} if scores else {})}
     results: dict[str, object] = {
         "n": len(rows),
         "methods": list(dict.fromkeys(method for method, _, _ in maps.pairs)),
         "refused": maps.refused,
         "images": rows,
     }
-    write_results(out / "results.json", results, sha256=shown.sha256)
-    if alike:
-        means = {key: {"Pearson": float(np.nanmean(one))} for key, one in alike.items()}
-        print(text_table({key: {**row, "n": len(alike[key])} for key, row in means.items()}))
+    write_results(out / "results.json", results, sha256=selection.sha256)
+    if similarities:
+        means = {key: {"Pearson": float(np.nanmean(entry))} for key, entry in similarities.items()}
+        print(text_table({key: {**row, "n": len(similarities[key])} for key, row in means.items()}))
     for name, reason in maps.refused.items():
         print(f"{name} is left out: {reason}")
     print(f"\n{out} has a panel of each image, raw maps (.npz), results.json")
     return results
 
 
-def _path(out: Path, index: int, name: str) -> Path:
+def _path_stem(out: Path, index: int, name: str) -> Path:
     """Where an image's files go, without their endings."""
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).with_suffix("").as_posix())
     return out / f"{index:03d}_{stem[-60:]}"
 
 
-def _heading(said: dict[str, object]) -> str:
-    return "   ".join(f"{who}: {_flat({who: what})[who]}" for who, what in said.items())
+def _heading(predictions: dict[str, object]) -> str:
+    return "   ".join(
+        f"{network}: {_table_line({network: prediction})[network]}"
+        for network, prediction in predictions.items()
+    )
 
 
-def _pairs(shown: Shown, layers: Sequence[str], image: Images) -> list[tuple[str, str]]:
+def _layer_pairs(
+    selection: NetworkSelection, layers: Sequence[str], image: Images
+) -> list[tuple[str, str]]:
     """The layers to show, as (teacher's, student's)."""
-    if shown.student is None:
-        return [(name, "") for name in layers or [last_layer(shown.teacher, image)]]
+    if selection.student is None:
+        return [(name, "") for name in layers or [last_layer(selection.teacher, image)]]
     if not layers:
-        return shown.pairs or [(last_layer(shown.teacher, image), last_layer(shown.student, image))]
+        return selection.pairs or [
+            (last_layer(selection.teacher, image), last_layer(selection.student, image))
+        ]
     split = [layer.split(":") for layer in layers]
-    wrong = next((layer for layer, parts in zip(layers, split, strict=True) if len(parts) != 2), "")
-    if wrong:
+    malformed = next(
+        (layer for layer, parts in zip(layers, split, strict=True) if len(parts) != 2), ""
+    )
+    if malformed:
         raise UserError(
-            f"layer '{wrong}': name the student's and the teacher's, such as stage3:layer2; the "
-            f"checkpoint's own are {', '.join(f'{own}:{other}' for other, own in shown.pairs)}"
+            f"layer '{malformed}': name the student's and the teacher's, such as stage3:layer2; the "
+            f"checkpoint's own are {', '.join(f'{student_layer}:{teacher_layer}' for teacher_layer, student_layer in selection.pairs)}"
         )
     return [(teacher, student) for student, teacher in split]
 
@@ -197,25 +216,27 @@ def _class_name(number: int, names: Sequence[str]) -> str:
     return names[number] if number < len(names) else str(number)
 
 
-def _explanations(
-    shown: Shown, images: Images, chosen: Sequence[int]
+def _explain_networks(
+    selection: NetworkSelection, images: Images, class_numbers: Sequence[int]
 ) -> tuple[Explanation, Explanation | None]:
     """Both networks on all images, maps being [B, C, h, w] for the classes shown."""
-    told, own = [], []
+    teacher_parts, student_parts = [], []
     for part in torch.split(images, CHUNK):
         with torch.no_grad():
-            top = shown.teacher(part).argmax(1)[:, None]
-        classes = torch.tensor([chosen]).expand(len(part), -1) if chosen else top
-        told.append(
-            explain_network(shown.teacher, part, [pair[0] for pair in shown.pairs], classes)
+            top = selection.teacher(part).argmax(1)[:, None]
+        classes = torch.tensor([class_numbers]).expand(len(part), -1) if class_numbers else top
+        teacher_parts.append(
+            explain_network(selection.teacher, part, [pair[0] for pair in selection.pairs], classes)
         )
-        if shown.student is not None:
-            layers = [pair[1] for pair in shown.pairs]
-            own.append(explain_network(shown.student, part, layers, classes))
-    return _joined(told), _joined(own) if own else None
+        if selection.student is not None:
+            layers = [pair[1] for pair in selection.pairs]
+            student_parts.append(explain_network(selection.student, part, layers, classes))
+    return _join_explanations(teacher_parts), _join_explanations(
+        student_parts
+    ) if student_parts else None
 
 
-def _joined(parts: Sequence[Explanation]) -> Explanation:
+def _join_explanations(parts: Sequence[Explanation]) -> Explanation:
     return Explanation(
         torch.cat([part.logits for part in parts]),
         torch.cat([part.classes for part in parts]),
@@ -225,54 +246,65 @@ def _joined(parts: Sequence[Explanation]) -> Explanation:
 
 
 def _pairs_of_image(
-    index: int, shown: Shown, told: Explanation, own: Explanation | None, names: Sequence[str]
-) -> Iterator[Pair]:
-    for layers in shown.pairs:
-        for place, number in enumerate(told.classes[index].tolist()):
-            teacher = told.maps[layers[0]][index, place]
-            student = None if own is None else own.maps[layers[1]][index, place]
+    index: int,
+    selection: NetworkSelection,
+    teacher_explanation: Explanation,
+    student_explanation: Explanation | None,
+    names: Sequence[str],
+) -> Iterator[LayerPairMaps]:
+    for layers in selection.pairs:
+        for position, number in enumerate(teacher_explanation.classes[index].tolist()):
+            teacher = teacher_explanation.maps[layers[0]][index, position]
+            student = (
+                None
+                if student_explanation is None
+                else student_explanation.maps[layers[1]][index, position]
+            )
             scores = {}
             if student is not None:
-                found = map_scores(student[None], teacher[None])
-                scores = {name: float(value) for name, value in found._asdict().items()}
+                similarity = map_scores(student[None], teacher[None])
+                scores = {name: float(value) for name, value in similarity._asdict().items()}
             grid = None if student is None else student.numpy()
-            yield Pair(layers, _class_name(number, names), teacher.numpy(), grid, scores)
+            yield LayerPairMaps(layers, _class_name(number, names), teacher.numpy(), grid, scores)
 
 
-def _said(
+def _describe_predictions(
     index: int,
-    told: Explanation,
-    own: Explanation | None,
+    teacher_explanation: Explanation,
+    student_explanation: Explanation | None,
     names: Sequence[str],
     first: str,
 ) -> dict[str, object]:
     """What each network takes the image for."""
-    said: dict[str, object] = {}
-    for who, found in ((first, told), ("student", own)):
-        if found is not None:
-            probability, top = probabilities(found.logits[index : index + 1])[0].max(0)
-            said[who] = {"class": _class_name(int(top), names), "probability": float(probability)}
-    return said
+    predictions: dict[str, object] = {}
+    for network, explanation in ((first, teacher_explanation), ("student", student_explanation)):
+        if explanation is not None:
+            probability, top = probabilities(explanation.logits[index : index + 1])[0].max(0)
+            predictions[network] = {
+                "class": _class_name(int(top), names),
+                "probability": float(probability),
+            }
+    return predictions
 
 
 def _write_image(
     path: Path,
     name: str,
     image: Float[np.ndarray, "channels height width"],
-    pairs: Sequence[Pair],
-    said: dict[str, object],
+    pairs: Sequence[LayerPairMaps],
+    predictions: dict[str, object],
     first: str,
 ) -> list[Row]:
     """Writes an image's panel and its raw maps; returns the panel's rows."""
     rows, arrays = [], {}
     for pair in pairs:
-        caption = [pair.place, pair.class_name]
+        caption = [pair.label, pair.class_name]
         caption += [f"Pearson {pair.scores['pearson']:.2f}"] if pair.scores else []
         rows.append(Row(image, pair.teacher, pair.student, caption))
         arrays[f"{first}/{pair.layers[0]}/{pair.class_name}"] = pair.teacher
         if pair.student is not None:
             arrays[f"student/{pair.layers[1]}/{pair.class_name}"] = pair.student
-    panel = map_panel(rows, title=f"{name}   {_heading(said)}", first=first)
+    panel = map_panel(rows, title=f"{name}   {_heading(predictions)}", first=first)
     save_png(path.with_name(f"{path.name}.png"), panel)
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
@@ -280,16 +312,16 @@ def _write_image(
     return rows
 
 
-def _flat(row: dict[str, object]) -> dict[str, Cell]:
+def _table_line(row: dict[str, object]) -> dict[str, Cell]:
     """An image's numbers as a line of the table."""
     line: dict[str, Cell] = {}
-    for who, said in row.items():
-        if not isinstance(said, dict):
+    for network, entry in row.items():
+        if not isinstance(entry, dict):
             continue
-        if who == "maps":
+        if network == "maps":
             line |= {
-                f"Pearson {key.split('/')[0]}": scores["pearson"] for key, scores in said.items()
+                f"Pearson {key.split('/')[0]}": scores["pearson"] for key, scores in entry.items()
             }
         else:
-            line[who] = f"{said['class']} {said['probability']:.2f}"
+            line[network] = f"{entry['class']} {entry['probability']:.2f}"
     return line

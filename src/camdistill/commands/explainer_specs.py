@@ -13,16 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camdistill.commands.networks import Shown
+from camdistill.commands.networks import NetworkSelection
 from camdistill.distill.checkpoints import load
-from camdistill.errors import UserError, check_each_once, nearest, shortened
+from camdistill.errors import UserError, check_each_once, nearest, shorten
 from camdistill.experiments.evaluation.evaluation_run import Explainer, Subject
 from camdistill.experiments.evaluation.evaluation_values import CONTROLS, LADDER, UNREADABLE
 from camdistill.experiments.evaluation.pooling import demand_pairs
 from camdistill.experiments.ranking.map_sources import call_function, code_sha256
 from camdistill.explain.learnable import holds_explainer, load_explainer
 from camdistill.explain.maps import upsample
-from camdistill.explain.methods import METHODS, at_image
+from camdistill.explain.methods import METHODS, image_explainer
 from camdistill.networks.class_paths import resolve
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
@@ -30,12 +30,12 @@ from camdistill.networks.weights import read_weights, weights_digest
 from camdistill.store.atomic_files import expand_home, printable, read_arrays
 from camdistill.types import Explain, Images, Labels
 
-_BESIDE = {"teacher": "student", "student": "teacher"}
+_OTHER_ROLE = {"teacher": "student", "student": "teacher"}
 RawMaps = Float[Tensor, "batch rows columns"]
 
 
 @dataclass(frozen=True)
-class Networks:
+class EvaluationNetworks:
     """The network whose decisions are explained, and the one beside it.
 
     Attributes:
@@ -43,7 +43,7 @@ class Networks:
         layer: Of the explained network; None is its last spatial layer.
         other: Its student or its teacher; None where it is alone.
         other_layer: Likewise.
-        of: "teacher" or "student": what the explained network is.
+        role: "teacher" or "student": what the explained network is.
         size: Height and width of the images that it was trained on, in pixels.
         sha256: Of the files that were read.
         channels: Of the images that the networks take: 3, or 1 for their mean.
@@ -53,72 +53,84 @@ class Networks:
     layer: str | None
     other: Preprocessed | None
     other_layer: str | None
-    of: str
+    role: str
     size: tuple[int, int]
     sha256: dict[str, str | None]
     channels: int = 3
 
 
-def networks_of(found: Shown, of: Literal["teacher", "student"], layer: str | None) -> Networks:
+def select_networks(
+    selection: NetworkSelection, role: Literal["teacher", "student"], layer: str | None
+) -> EvaluationNetworks:
     """Which of a command's networks is explained, at which layer."""
-    if of == "student" and found.student is None and found.first != "student":
+    if role == "student" and selection.student is None and selection.first != "student":
         raise UserError("there is no student: leave out --of, or give a student's --checkpoint")
-    if of == "teacher" and found.first == "student":
+    if role == "teacher" and selection.first == "student":
         raise UserError("the teacher is missing: give --of student, or the teacher's --weights")
-    told, student = found.pairs[-1] if found.pairs else (None, None)
-    if found.student is None:
-        size, sha256 = found.size, found.sha256
-        return Networks(found.teacher, layer, None, None, of, size, sha256, found.channels)
-    both = [(found.teacher, told), (found.student, student)]
-    (explained, own), (other, beside) = both if of == "teacher" else both[::-1]
-    return Networks(explained, layer or own, other, beside, of, found.size, found.sha256)
+    teacher_layer, student_layer = selection.pairs[-1] if selection.pairs else (None, None)
+    if selection.student is None:
+        size, sha256 = selection.size, selection.sha256
+        return EvaluationNetworks(
+            selection.teacher, layer, None, None, role, size, sha256, selection.channels
+        )
+    sides = [(selection.teacher, teacher_layer), (selection.student, student_layer)]
+    (explained, explained_layer), (other, other_layer) = sides if role == "teacher" else sides[::-1]
+    return EvaluationNetworks(
+        explained,
+        layer or explained_layer,
+        other,
+        other_layer,
+        role,
+        selection.size,
+        selection.sha256,
+    )
 
 
-def explainers_of(
-    words: Sequence[str], networks: Networks, subject: Subject, trust: Sequence[str]
+def parse_explainers(
+    specs: Sequence[str], networks: EvaluationNetworks, subject: Subject, trust: Sequence[str]
 ) -> list[Explainer]:
     """The explainers that words name; several of one name are numbered."""
-    check_each_once("--explainers", words)
-    beside = _BESIDE[networks.of]
-    default = ["grad_cam"] if networks.other is None else ["grad_cam", beside]
-    found = [
-        (name, _explainer(what, beside, networks, subject, trust))
-        for name, what in map(_named, words or default)
+    check_each_once("--explainers", specs)
+    other_name = _OTHER_ROLE[networks.role]
+    default = ["grad_cam"] if networks.other is None else ["grad_cam", other_name]
+    parsed = [
+        (name, _parse_explainer(spec, other_name, networks, subject, trust))
+        for name, spec in map(_split_name, specs or default)
     ]
-    counts = Counter(name or one.name for name, one in found)
-    seen: Counter[str] = Counter()
-    compared = []
-    for name, one in found:
-        called = name or one.name
-        if len(called) > 100:
-            raise UserError(f"'{shortened(called)}' is too long a name; give another: NAME=...")
-        if "#" in called:
-            raise UserError(f"'{called}' can't name an explainer, because of #: give NAME={called}")
-        if called in CONTROLS or called.startswith(LADDER):
-            raise UserError(f"'{called}' is the name of a control; give another: NAME={called}...")
-        if counts[called] > 1 and not name:
+    counts = Counter(name or explainer.name for name, explainer in parsed)
+    used: Counter[str] = Counter()
+    explainers = []
+    for name, explainer in parsed:
+        label = name or explainer.name
+        if len(label) > 100:
+            raise UserError(f"'{shorten(label)}' is too long a name; give another: NAME=...")
+        if "#" in label:
+            raise UserError(f"'{label}' can't name an explainer, because of #: give NAME={label}")
+        if label in CONTROLS or label.startswith(LADDER):
+            raise UserError(f"'{label}' is the name of a control; give another: NAME={label}...")
+        if counts[label] > 1 and not name:
             raise UserError(
-                f"{counts[called]} explainers are called '{called}': name each, NAME=..., the same "
+                f"{counts[label]} explainers are called '{label}': name each, NAME=..., the same "
                 "name for seeds of the same"
             )
-        seen[called] += 1
-        several = f"#{seen[called]}" if counts[called] > 1 else ""
-        compared.append(replace(one, name=f"{called}{several}"))
-    demand_pairs([one.name for one in compared])
-    return compared
+        used[label] += 1
+        suffix = f"#{used[label]}" if counts[label] > 1 else ""
+        explainers.append(replace(explainer, name=f"{label}{suffix}"))
+    demand_pairs([explainer.name for explainer in explainers])
+    return explainers
 
 
-def _named(word: str) -> tuple[str, str]:
+def _split_name(argument: str) -> tuple[str, str]:
     """NAME=WHAT; a file's name may hold the sign too."""
-    name, sign, what = word.partition("=")
-    if not sign or _is_file(word):
-        return "", word
+    name, equals, spec = argument.partition("=")
+    if not equals or _is_file(argument):
+        return "", argument
     if re.fullmatch(r"[\w.@ -]{1,60}", name) is None or not name.strip(". "):
         raise UserError(
-            f"{shortened(name)!r} can't name an explainer: NAME=... takes letters, digits, _ - . @ "
+            f"{shorten(name)!r} can't name an explainer: NAME=... takes letters, digits, _ - . @ "
             "(60 at most)"
         )
-    return name, what
+    return name, spec
 
 
 def _is_file(word: str) -> bool:
@@ -128,31 +140,31 @@ def _is_file(word: str) -> bool:
         return False
 
 
-def _explainer(
-    word: str, beside: str, networks: Networks, subject: Subject, trust: Sequence[str]
+def _parse_explainer(
+    spec: str, other_name: str, networks: EvaluationNetworks, subject: Subject, trust: Sequence[str]
 ) -> Explainer:
-    if word == beside and networks.other is not None:
-        return _of_other(word, networks)
-    if word.partition("@")[0] in METHODS:
-        method, _, layer = word.partition("@")
+    if spec == other_name and networks.other is not None:
+        return _other_network_explainer(spec, networks)
+    if spec.partition("@")[0] in METHODS:
+        method, _, layer = spec.partition("@")
         layer = layer or networks.layer or ""
-        return Explainer(word, at_image(method, layer or None), kind=f"{method}@{layer}")
-    if word.endswith(".npz"):
-        return _stored(expand_home(word), subject)
-    if word.endswith((".safetensors", ".ckpt")):
-        return _of_checkpoint(expand_home(word), networks, trust)
-    if _is_file(word):
-        raise UserError(f"'{word}' is a file, but neither .safetensors, .ckpt nor .npz")
-    if "." in word:
-        return _callable(word)
-    known = [*METHODS, *([beside] if networks.other is not None else [])]
+        return Explainer(spec, image_explainer(method, layer or None), kind=f"{method}@{layer}")
+    if spec.endswith(".npz"):
+        return _load_stored_maps(expand_home(spec), subject)
+    if spec.endswith((".safetensors", ".ckpt")):
+        return _checkpoint_explainer(expand_home(spec), networks, trust)
+    if _is_file(spec):
+        raise UserError(f"'{spec}' is a file, but neither .safetensors, .ckpt nor .npz")
+    if "." in spec:
+        return _function_explainer(spec)
+    known = [*METHODS, *([other_name] if networks.other is not None else [])]
     raise UserError(
-        f"no explainer '{word}'; {nearest(word, known)}, or give package.module.function, "
+        f"no explainer '{spec}'; {nearest(spec, known)}, or give package.module.function, "
         "FILE.safetensors or FILE.npz"
     )
 
 
-def _of_other(name: str, networks: Networks) -> Explainer:
+def _other_network_explainer(name: str, networks: EvaluationNetworks) -> Explainer:
     """The map that the other network has for the class: whatever the explained one is."""
     assert networks.other is not None, "asked before"
     return Explainer(
@@ -164,35 +176,39 @@ def _of_other(name: str, networks: Networks) -> Explainer:
     )
 
 
-def _of_checkpoint(path: Path, networks: Networks, trust: Sequence[str]) -> Explainer:
+def _checkpoint_explainer(
+    path: Path, networks: EvaluationNetworks, trust: Sequence[str]
+) -> Explainer:
     """What a file explains with: an adapted explainer, or another student's map for the class."""
     if path.suffix == ".safetensors" and holds_explainer(weights := read_weights(path)):
-        return Explainer(path.stem, _adapted(path), kind="adapted", digest=weights.sha256)
-    found = load(path, trust=trust)
-    own, explained = (head_size(one.network) for one in (found.network, networks.explained))
-    if own != explained:
+        return Explainer(path.stem, _load_adapted(path), kind="adapted", digest=weights.sha256)
+    student = load(path, trust=trust)
+    class_count, explained_count = (
+        head_size(network.network) for network in (student.network, networks.explained)
+    )
+    if class_count != explained_count:
         raise UserError(
-            f"'{path}' tells {own} classes apart, the network that is explained {explained}: give "
+            f"'{path}' tells {class_count} classes apart, the network that is explained {explained_count}: give "
             "a student of the same classes"
         )
-    layer = found.pairs[-1][0] if found.pairs else None
-    made_by = weights_digest(found.network)
-    kind = f"{_BESIDE[networks.of]}@{layer or ''}"
-    explain = _grad_cam_of(found.network, layer)
-    return Explainer(path.stem, explain, kind=kind, digest=made_by, apart=True)
+    layer = student.pairs[-1][0] if student.pairs else None
+    digest = weights_digest(student.network)
+    kind = f"{_OTHER_ROLE[networks.role]}@{layer or ''}"
+    explain = _grad_cam_of(student.network, layer)
+    return Explainer(path.stem, explain, kind=kind, digest=digest, apart=True)
 
 
 def _grad_cam_of(other: nn.Module, layer: str | None) -> Explain:
     """Its own Grad-CAM, whatever network is asked about."""
-    show = at_image("grad_cam", layer)
+    grad_cam = image_explainer("grad_cam", layer)
 
     def explain(network: nn.Module, images: Images, classes: Labels) -> RawMaps:
-        return show(other.to(images.device), images, classes)
+        return grad_cam(other.to(images.device), images, classes)
 
     return explain
 
 
-def _adapted(path: Path) -> Explain:
+def _load_adapted(path: Path) -> Explain:
     explainer = load_explainer(path)
 
     def explain(network: nn.Module, images: Images, classes: Labels) -> RawMaps:
@@ -203,7 +219,7 @@ def _adapted(path: Path) -> Explain:
     return explain
 
 
-def _callable(path: str) -> Explainer:
+def _function_explainer(path: str) -> Explainer:
     function = resolve(path, what="a function of (network, images, classes)")
     digest = code_sha256(function) or ""
 
@@ -219,7 +235,7 @@ def _callable(path: str) -> Explainer:
     return Explainer(path, explain, kind=path, digest=digest)
 
 
-def _stored(path: Path, subject: Subject) -> Explainer:
+def _load_stored_maps(path: Path, subject: Subject) -> Explainer:
     count, size = len(subject.images), subject.images.size
 
     def check(name: str, shape: tuple[int, ...]) -> None:
@@ -241,8 +257,8 @@ def _stored(path: Path, subject: Subject) -> Explainer:
     except UserError:
         raise
     except FileNotFoundError:
-        beside = [str(file) for file in path.parent.glob("*.npz")]
-        raise UserError(f"no file '{path}'; {nearest(str(path), beside)}") from None
+        neighbors = [str(file) for file in path.parent.glob("*.npz")]
+        raise UserError(f"no file '{path}'; {nearest(str(path), neighbors)}") from None
     except UNREADABLE as error:
         raise UserError(f"'{path}' is no .npz of arrays ({error}); save it again") from None
     maps = arrays.get("maps")

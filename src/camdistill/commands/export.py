@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from camdistill.commands.networks import side_of, trained_size
+from camdistill.commands.networks import image_side, training_size
 from camdistill.distill.checkpoints import Explainer, load
 from camdistill.errors import UserError
 from camdistill.explain.exporting import ClosedExplainer
@@ -27,7 +27,7 @@ Differences = dict[str, dict[str, float]]
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 BATCHES = (1, 7)
 # Of the largest difference to PyTorch; relative where logits or maps are larger than 1.
-BOUND = 1e-4
+MAX_DIFFERENCE = 1e-4
 
 
 def export(
@@ -53,42 +53,46 @@ def export(
         trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
             paths may come from.
     """
-    start = time.monotonic()
+    start_time = time.monotonic()
     if format != "torch":
-        _demand_extra()
-    found = load(checkpoint, trust=trust)
-    side = side_of(size, trained_size(found))
+        _check_extra()
+    student = load(checkpoint, trust=trust)
+    side = image_side(size, training_size(student))
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(max(BATCHES), 3, side, side, generator=generator)
-    explainer = ClosedExplainer(found.network.eval().requires_grad_(False), images[:2], layer)
+    explainer = ClosedExplainer(student.network.eval().requires_grad_(False), images[:2], layer)
     program = torch.export.export(
         explainer, (images[:2],), dynamic_shapes=({0: Dim("batch")},), strict=False
     )
     files: dict[str, object] = {}
     rows: dict[str, dict[str, Cell]] = {}
     for name in ("onnx", "torch") if format == "both" else (format,):
-        content = _onnx(program, found, explainer.layer, side) if name == "onnx" else _pt2(program)
+        content = (
+            _onnx(program, student, explainer.layer, side) if name == "onnx" else _pt2(program)
+        )
         run = _onnx_runner(content) if name == "onnx" else _pt2_runner(content)
-        apart = _compared(run, explainer, images, name)
+        differences = _check_against_pytorch(run, explainer, images, name)
         path = out / ("explainer.onnx" if name == "onnx" else "explainer.pt2")
         write_atomically(path, content)
-        files[name] = {"file": path.name, "bytes": len(content), "max_difference": apart}
-        rows[path.name] = {"kB": len(content) // 1000, **_row(apart)}
+        files[name] = {"file": path.name, "bytes": len(content), "max_difference": differences}
+        rows[path.name] = {"kB": len(content) // 1000, **_row(differences)}
     results: dict[str, object] = {
         "layer": explainer.layer,
         "head": explainer.head,
         "size": side,
-        "classes": list(found.classes),
+        "classes": list(student.classes),
         **files,
     }
-    sha256 = {"checkpoint": found.sha256}
-    write_results(out / "results.json", results, seconds=time.monotonic() - start, sha256=sha256)
+    sha256 = {"checkpoint": student.sha256}
+    write_results(
+        out / "results.json", results, seconds=time.monotonic() - start_time, sha256=sha256
+    )
     print(text_table(rows, corner="largest difference to PyTorch"))
     print(f"\nMaps of layer {explainer.layer}; {out / 'results.json'} says more")
     return results
 
 
-def _demand_extra() -> None:
+def _check_extra() -> None:
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -98,7 +102,7 @@ def _demand_extra() -> None:
         )
 
 
-def _onnx(program: ExportedProgram, found: Explainer, layer: str, size: int) -> bytes:
+def _onnx(program: ExportedProgram, student: Explainer, layer: str, size: int) -> bytes:
     """The graph as an ONNX file, with what a user must know in its metadata."""
     import onnx
 
@@ -115,13 +119,13 @@ def _onnx(program: ExportedProgram, found: Explainer, layer: str, size: int) -> 
         f"images: float32 RGB in [0, 1], [batch, 3, {size}, {size}]; logits: [batch, classes]; "
         f"maps: raw, signed Grad-CAM of {layer}, [batch, classes, h, w]"
     )
-    told = {
+    properties = {
         "layer": layer,
         "size": str(size),
-        "classes": json.dumps(list(found.classes)),
-        "checkpoint_sha256": found.sha256,
+        "classes": json.dumps(list(student.classes)),
+        "checkpoint_sha256": student.sha256,
     }
-    onnx.helper.set_model_props(model, told)
+    onnx.helper.set_model_props(model, properties)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
 
@@ -149,30 +153,34 @@ def _pt2_runner(content: bytes) -> Run:
     return run
 
 
-def _compared(run: Run, explainer: ClosedExplainer, images: Images, name: str) -> Differences:
+def _check_against_pytorch(
+    run: Run, explainer: ClosedExplainer, images: Images, name: str
+) -> Differences:
     """The largest differences to PyTorch, by batch size; refuses a file that isn't the same."""
-    apart: Differences = {}
+    differences: Differences = {}
     for count in BATCHES:
         with torch.no_grad():
             expected = explainer(images[:count])
-            given = run(images[:count])
-        one = {}
-        for what, ours, theirs in zip(("logits", "maps"), expected, given, strict=True):
-            one[what] = float((ours - theirs).abs().max())
-            allowed = BOUND * max(1.0, float(ours.abs().max()))
-            if not one[what] < allowed:
+            exported = run(images[:count])
+        largest = {}
+        for output_name, expected_tensor, exported_tensor in zip(
+            ("logits", "maps"), expected, exported, strict=True
+        ):
+            largest[output_name] = float((expected_tensor - exported_tensor).abs().max())
+            allowed = MAX_DIFFERENCE * max(1.0, float(expected_tensor.abs().max()))
+            if not largest[output_name] < allowed:
                 raise UserError(
-                    f"the {name} file gives {what} that are up to {one[what]:.1e} from PyTorch's "
+                    f"the {name} file gives {output_name} that are up to {largest[output_name]:.1e} from PyTorch's "
                     f"at batch {count}, where {allowed:.1e} is allowed; nothing was written for "
                     "it: try another --format"
                 )
-        apart[f"batch_{count}"] = one
-    return apart
+        differences[f"batch_{count}"] = largest
+    return differences
 
 
-def _row(apart: Differences) -> dict[str, Cell]:
+def _row(differences: Differences) -> dict[str, Cell]:
     return {
-        f"{what}, batch {count}": f"{apart[f'batch_{count}'][what]:.1e}"
+        f"{output_name}, batch {count}": f"{differences[f'batch_{count}'][output_name]:.1e}"
         for count in BATCHES
-        for what in ("logits", "maps")
+        for output_name in ("logits", "maps")
     }

@@ -10,7 +10,13 @@ from typing import Literal, NamedTuple, get_origin
 
 from docstring_parser import parse as parse_docstring
 
-from camdistill.commands.options import Parameter, default_of, inside, parameters_of, word_of
+from camdistill.commands.options import (
+    Parameter,
+    default_text,
+    group_parameters,
+    option_parameters,
+    type_word,
+)
 from camdistill.errors import UserError, nearest
 from camdistill.experiments.training.config_errors import CLASSES, read_config
 
@@ -60,33 +66,39 @@ def command_help(name: str, command: Callable[..., object], group: str | None = 
         UserError: There is no such group.
     """
     usage = f"usage: camdistill {name} [-c CONFIG] [--OPTION VALUE ...]"
-    groups = {one.name: one for one in parameters_of(command) if one.group is not None}
+    groups = {
+        parameter.name: parameter
+        for parameter in option_parameters(command)
+        if parameter.group is not None
+    }
     if group is not None:
         if group not in groups:
             cure = nearest(group, groups) if groups else "it has none"
             raise UserError(f"{name} has no group of options '{group}'; {cure}")
-        return "\n".join([usage, "", *_rows(list(_whole(groups[group])))])
+        return "\n".join([usage, "", *_rows(list(_expand_option(groups[group])))])
     parsed = parse_docstring(command.__doc__ or "")
-    said = [parsed.short_description or "", *(parsed.long_description or "").split("\n\n")]
-    alone = [_option(one) for one in parameters_of(command) if one.group is None]
+    paragraphs = [parsed.short_description or "", *(parsed.long_description or "").split("\n\n")]
+    options = [
+        _option(parameter) for parameter in option_parameters(command) if parameter.group is None
+    ]
     lines = [
         usage,
         "",
-        *(textwrap.fill(part, WIDTH) for part in said if part),
+        *(textwrap.fill(part, WIDTH) for part in paragraphs if part),
         "",
-        *_rows([*(Option(*row) for row in _COMMON.items()), *alone]),
+        *_rows([*(Option(*row) for row in _COMMON.items()), *options]),
     ]
-    for one in groups.values():
-        title = f"{one.name}: {one.text} All of it: camdistill {name} --help {one.name}"
+    for parameter in groups.values():
+        title = f"{parameter.name}: {parameter.text} All of it: camdistill {name} --help {parameter.name}"
         lines += ["", *textwrap.wrap(title, WIDTH)]
-        lines += [line for inner in inside(one) for line in _short(inner)]
+        lines += [line for inner in group_parameters(parameter) for line in _short_rows(inner)]
     return "\n".join(lines)
 
 
 def loop_help(arguments: Sequence[str]) -> str:
     """The help of `fit`, `validate`, `test` or `predict`, for the classes of a given config."""
     name = arguments[0]
-    model, data = _classes(arguments)
+    model, data = _model_and_data(arguments)
     checkpoint = _CHECKPOINT.get(name, _CHECKPOINT["test"])
     options = [
         Option(usage, text.format(checkpoint=checkpoint))
@@ -94,9 +106,9 @@ def loop_help(arguments: Sequence[str]) -> str:
     ]
     sections = [_usage(name), "options", *_rows(options)]
     if name == "fit":
-        sections += ["", f"model: {model.__name__} ({_others('model', model)})"]
+        sections += ["", f"model: {model.__name__} ({_alternatives('model', model)})"]
         sections += _rows(list(options_of(model, "model.", ("seed",))))
-    sections += ["", f"data: {data.__name__} ({_others('data', data)})"]
+    sections += ["", f"data: {data.__name__} ({_alternatives('data', data)})"]
     sections += _rows(list(options_of(data, "data.", ("seed",))))
     sections += ["", "trainer: these and every other option of pytorch_lightning.Trainer"]
     sections += _rows([Option(*row) for row in _TRAINER.items()])
@@ -116,31 +128,31 @@ def _usage(name: str) -> str:
     return "\n".join([usage, "", *rows, ""])
 
 
-def _classes(arguments: Sequence[str]) -> tuple[type, type]:
+def _model_and_data(arguments: Sequence[str]) -> tuple[type, type]:
     """Model and data of the config on the command line; the usual ones without."""
     paths = {"model": CLASSES["model"][0], "data": CLASSES["data"][-1]}
-    for place, word in enumerate(arguments[:-1]):
+    for index, word in enumerate(arguments[:-1]):
         if word in ("-c", "--config"):
-            config = read_config(Path(arguments[place + 1]))
+            config = read_config(Path(arguments[index + 1]))
             for part in paths:
-                chosen = config.get(part)
-                if isinstance(chosen, dict):
-                    paths[part] = str(chosen.get("class_path", paths[part]))
+                section = config.get(part)
+                if isinstance(section, dict):
+                    paths[part] = str(section.get("class_path", paths[part]))
     return _class_at(paths["model"], CLASSES["model"]), _class_at(paths["data"], CLASSES["data"])
 
 
 def _class_at(path: str, usual: Sequence[str]) -> type:
     """A class by its path or by its bare name; the first usual one if it can't be found."""
-    whole = next((known for known in usual if known.rpartition(".")[2] == path), path)
-    module, _, name = whole.rpartition(".")
+    full_path = next((known for known in usual if known.rpartition(".")[2] == path), path)
+    module, _, name = full_path.rpartition(".")
     try:
-        found: type = getattr(importlib.import_module(module), name)
+        class_type: type = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         return _class_at(usual[0], ())
-    return found
+    return class_type
 
 
-def _others(part: str, chosen: type) -> str:
+def _alternatives(part: str, chosen: type) -> str:
     names = [path.rpartition(".")[2] for path in CLASSES[part]]
     others = [name for name in names if name != chosen.__name__]
     return f"a config may name {' or '.join(others)} too: see --help with -c"
@@ -150,76 +162,88 @@ def options_of(
     factory: Callable[..., object], prefix: str = "", hidden: Sequence[str] = ()
 ) -> Iterator[Option]:
     """What a function or class takes; the fields of a dataclass among it, dotted."""
-    shown = dict[type, str]()
-    for one in parameters_of(factory, prefix):
-        if one.name.removeprefix(prefix) in hidden:
+    listed_groups = dict[type, str]()
+    for parameter in option_parameters(factory, prefix):
+        if parameter.name.removeprefix(prefix) in hidden:
             continue
-        if one.group in shown:
-            again = f"{one.text} Its options are those of {shown[one.group]}."
-            yield Option(f"--{one.name}.*", again)
+        if parameter.group in listed_groups:
+            text = f"{parameter.text} Its options are those of {listed_groups[parameter.group]}."
+            yield Option(f"--{parameter.name}.*", text)
             continue
-        yield from _whole(one)
-        if one.group is not None:
-            shown[one.group] = one.name
+        yield from _expand_option(parameter)
+        if parameter.group is not None:
+            listed_groups[parameter.group] = parameter.name
 
 
-def _whole(one: Parameter) -> Iterator[Option]:
+def _expand_option(parameter: Parameter) -> Iterator[Option]:
     """An option, or a group and all that is in it."""
-    if one.group is None:
-        yield _option(one)
+    if parameter.group is None:
+        yield _option(parameter)
         return
-    yield Option(f"--{one.name}.*", one.text)
-    for inner in inside(one):
-        yield from _whole(inner)
+    yield Option(f"--{parameter.name}.*", parameter.text)
+    for inner in group_parameters(parameter):
+        yield from _expand_option(inner)
 
 
-def _option(one: Parameter) -> Option:
-    text, default = one.text, default_of(one)
-    if one.default is inspect.Parameter.empty:
+def _option(parameter: Parameter) -> Option:
+    text, default = parameter.text, default_text(parameter)
+    if parameter.default is inspect.Parameter.empty:
         text += " Required."
     elif default and "Default:" not in text:
         text += f" Default: {default}."
-    return Option(f"--{one.name} {word_of(one.kind)}", text)
+    return Option(f"--{parameter.name} {type_word(parameter.kind)}", text)
 
 
-def _short(one: Parameter) -> list[str]:
+def _short_rows(parameter: Parameter) -> list[str]:
     """An option in a line, with its default; two where its choices need them."""
-    said = re.split(r"(?<=\.) |; ", one.text)[0].rstrip(".")
-    room = WIDTH - COLUMN
-    if one.group is not None:
-        names = ", ".join(inspect.signature(one.group).parameters)
-        both = f"{said} ({names})"
-        return _rows([Option(f"--{one.name}.*", both if len(both) <= room else names)])
-    usage, default = f"--{one.name} {word_of(one.kind)}", default_of(one, room // 2)
-    end = f". Default: {default}." if default else ""
-    if one.default is inspect.Parameter.empty:
-        end = ". Required."
-    elif "Default:" in one.text:
-        end = f". {one.text[one.text.index('Default:') :]}"
+    summary = re.split(r"(?<=\.) |; ", parameter.text)[0].rstrip(".")
+    width = WIDTH - COLUMN
+    if parameter.group is not None:
+        names = ", ".join(inspect.signature(parameter.group).parameters)
+        summary_with_names = f"{summary} ({names})"
+        return _rows(
+            [
+                Option(
+                    f"--{parameter.name}.*",
+                    summary_with_names if len(summary_with_names) <= width else names,
+                )
+            ]
+        )
+    usage, default = (
+        f"--{parameter.name} {type_word(parameter.kind)}",
+        default_text(parameter, width // 2),
+    )
+    ending = f". Default: {default}." if default else ""
+    if parameter.default is inspect.Parameter.empty:
+        ending = ". Required."
+    elif "Default:" in parameter.text:
+        ending = f". {parameter.text[parameter.text.index('Default:') :]}"
     if len(usage) + 4 > COLUMN:
-        usage = f"--{one.name}"
-        if get_origin(one.kind) is Literal:
-            choices = word_of(one.kind)
-            fits = len(choices + end) <= room
-            return _rows([Option(usage, (choices if fits else choices.replace("|", " | ")) + end)])
-    return _rows([Option(usage, _cut(said, end, room))])
+        usage = f"--{parameter.name}"
+        if get_origin(parameter.kind) is Literal:
+            choices = type_word(parameter.kind)
+            fits = len(choices + ending) <= width
+            return _rows(
+                [Option(usage, (choices if fits else choices.replace("|", " | ")) + ending)]
+            )
+    return _rows([Option(usage, _cut_text(summary, ending, width))])
 
 
-def _cut(text: str, end: str, room: int) -> str:
+def _cut_text(text: str, ending: str, width: int) -> str:
     """A text with its end in so many letters, as far as words can be left out."""
-    if len(text + end) <= room or " " not in text:
-        return text + end
-    kept = text[: max(room - len(end) - 2, 12)].rpartition(" ")[0].rstrip(",:(")
-    return f"{kept}...{end.removeprefix('.')}"
+    if len(text + ending) <= width or " " not in text:
+        return text + ending
+    beginning = text[: max(width - len(ending) - 2, 12)].rpartition(" ")[0].rstrip(",:(")
+    return f"{beginning}...{ending.removeprefix('.')}"
 
 
 def _rows(options: Sequence[Option]) -> list[str]:
     lines = []
     for usage, text in options:
-        told = textwrap.wrap(text, WIDTH - COLUMN) or [""]
+        wrapped = textwrap.wrap(text, WIDTH - COLUMN) or [""]
         if len(usage) + 4 > COLUMN:
             lines.append(f"  {usage}")
         else:
-            lines.append(f"  {usage:<{COLUMN - 2}}{told.pop(0)}".rstrip())
-        lines += [f"{'':<{COLUMN}}{line}" for line in told if line]
+            lines.append(f"  {usage:<{COLUMN - 2}}{wrapped.pop(0)}".rstrip())
+        lines += [f"{'':<{COLUMN}}{line}" for line in wrapped if line]
     return lines

@@ -23,7 +23,7 @@ from camdistill.types import Images
 CIFAR_SIDE = 32
 
 
-class ShownImages(NamedTuple):
+class ImageSelection(NamedTuple):
     """Images in [0, 1] with their names and the names of their classes, where known."""
 
     images: Images
@@ -31,27 +31,29 @@ class ShownImages(NamedTuple):
     classes: tuple[str, ...]
 
 
-def images_from(
+def load_images(
     paths: Sequence[Path],
     data: str | None,
     *,
     count: int,
     size: int,
     carving: Carving = Carving(),  # noqa: B008  (a tuple)
-) -> ShownImages:
+) -> ImageSelection:
     """At most `count` images of files and folders or of a data set's test split, spread evenly."""
     if bool(paths) == (data is not None):
         raise UserError("give either --images FILE_OR_FOLDER ... or --data shapes|cifar10|FOLDER")
     if count < 1:
         raise UserError(f"count is {count}; give 1 or more images")
     if data is not None:
-        return _of_set(_test_set(data, size, carving)[0], count)
+        return _select_from_set(_test_set(data, size, carving)[0], count)
     files = _all_files(paths)
-    chosen = [files[place] for place in _spread(len(files), count)]
-    return ShownImages(as_images(torch.from_numpy(_decoded(chosen, size))), _names(chosen), ())
+    chosen_files = [files[position] for position in _spread_positions(len(files), count)]
+    return ImageSelection(
+        as_images(torch.from_numpy(_decode_files(chosen_files, size))), _names(chosen_files), ()
+    )
 
 
-class Source(NamedTuple):
+class ImageSource(NamedTuple):
     """A set of images for a command that looks at many.
 
     Attributes:
@@ -68,7 +70,7 @@ class Source(NamedTuple):
     shapes: Shapes | None = None
 
 
-def source_from(
+def load_image_source(
     paths: Sequence[Path],
     data: str | None,
     *,
@@ -76,7 +78,7 @@ def source_from(
     size: int,
     carving: Carving = Carving(),  # noqa: B008  (a tuple)
     seed: int = 0,
-) -> Source:
+) -> ImageSource:
     """At most `count` images of files and folders or of a data set's test split, spread evenly.
 
     Args:
@@ -99,18 +101,18 @@ def source_from(
         name = f"{Path(data).name} (test)"
     else:
         files = _all_files(paths)
-        files = [files[place] for place in _spread(len(files), count)]
-        images, shapes = _set_of(files, size), None
+        files = [files[position] for position in _spread_positions(len(files), count)]
+        images, shapes = _image_set(files, size), None
         name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files and folders"
-    places = np.arange(len(images), dtype=np.int64)
+    positions = np.arange(len(images), dtype=np.int64)
     # A set's ids may be those of a larger one; here an id shall find its image.
-    images = dataclasses.replace(images, ids=places)
-    order = np.random.default_rng(seed).permutation(_spread(len(images), count))
-    return Source(images, order, name, shapes)
+    images = dataclasses.replace(images, ids=positions)
+    order = np.random.default_rng(seed).permutation(_spread_positions(len(images), count))
+    return ImageSource(images, order, name, shapes)
 
 
-def _set_of(files: Sequence[Path], size: int) -> ImageSet:
-    pixels, count = _decoded(files, size), len(files)
+def _image_set(files: Sequence[Path], size: int) -> ImageSet:
+    pixels, count = _decode_files(files, size), len(files)
     return ImageSet(
         pixels=pixels,
         labels=np.full(count, -1, np.int64),
@@ -130,7 +132,7 @@ def _names(files: Sequence[Path]) -> list[str]:
     return [printable(name) for name in names]
 
 
-def _decoded(files: Sequence[Path], size: int) -> NDArray[np.uint8]:
+def _decode_files(files: Sequence[Path], size: int) -> NDArray[np.uint8]:
     """The images of some files, which have to fit into memory."""
     check_side("--size", size)
     check_memory(len(files) * 3 * size**2, f"{len(files)} images of {size}x{size} pixels")
@@ -150,18 +152,18 @@ def _files(path: Path) -> list[Path]:
     if path.exists() and not path.is_dir():
         raise UserError(f"'{path}' is a pipe, a socket or a device; give files or folders")
     if path.is_symlink() and not path.exists():
-        raise UserError(f"'{path}' is a link {_broken(path)}; give the files themselves")
+        raise UserError(f"'{path}' is a link {_describe_broken(path)}; give the files themselves")
     if not path.is_dir():
         parent = path.parent
-        beside = sorted(one.name for one in parent.iterdir()) if parent.is_dir() else []
-        cure = f"in '{parent}' {nearest(path.name, beside)}" if beside else "check the path"
+        neighbors = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
+        cure = f"in '{parent}' {nearest(path.name, neighbors)}" if neighbors else "check the path"
         raise UserError(f"no file or folder '{path}'; {cure}")
-    found = scan(path)
-    demand_images(path, found)
-    return [found.path(position) for position in range(len(found))]
+    image_files = scan(path)
+    demand_images(path, image_files)
+    return [image_files.path(position) for position in range(len(image_files))]
 
 
-def _broken(link: Path) -> str:
+def _describe_broken(link: Path) -> str:
     """Why a link leads to nothing."""
     try:
         link.stat()
@@ -197,12 +199,12 @@ def _test_set(data: str, size: int, carving: Carving) -> tuple[ImageSet, Shapes 
     return module.test_set, shapes
 
 
-def _of_set(images: ImageSet, count: int) -> ShownImages:
-    places = _spread(len(images), count)
-    batch = images.batch(places)
-    names = [str(images.names[place]) for place in places.tolist()]
-    return ShownImages(as_images(batch.pixels), names, images.classes)
+def _select_from_set(images: ImageSet, count: int) -> ImageSelection:
+    positions = _spread_positions(len(images), count)
+    batch = images.batch(positions)
+    names = [str(images.names[position]) for position in positions.tolist()]
+    return ImageSelection(as_images(batch.pixels), names, images.classes)
 
 
-def _spread(length: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _spread_positions(length: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.unique(np.linspace(0, length - 1, min(length, count)).astype(np.int64))

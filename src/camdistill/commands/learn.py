@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from camdistill.commands.progress import (
-    at_once,
-    chosen_device,
-    processes,
+    callback_for_unused,
     progress_bar,
-    teller,
-    unused_teller,
+    progress_callback,
+    resolve_device,
+    stack_size,
+    worker_count,
 )
 from camdistill.errors import UserError, check_folder_name
 from camdistill.experiments.learned_metric.metric_baselines import by_hand
@@ -41,7 +41,7 @@ from camdistill.report.results import write_results
 from camdistill.store.atomic_files import write_atomically
 
 METRIC = "metric.safetensors"
-Tell = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 
 
 def learn(
@@ -70,7 +70,7 @@ def learn(
         stack: Students that train as one. Default: 1, on a GPU 32.
         device: Where; auto takes a GPU if there is one.
     """
-    start = time.monotonic()
+    start_time = time.monotonic()
     if not studies or images < 2:
         raise UserError(
             f"there are {len(studies)} studies and {images} images; give at least one ranking "
@@ -79,63 +79,73 @@ def learn(
     for name, study in studies.items():
         check_folder_name("the ranking", name)
         demand_kinds(name, study)
-    where = chosen_device(device)
+    torch_device = resolve_device(device)
     with progress_bar() as bar:
-        tell = teller(bar)
-        found = {
+        on_progress = progress_callback(bar)
+        rankings = {
             name: ranked(
                 replace(study, folder=out / name),
-                workers=processes(workers, where),
-                stack=at_once(stack, where),
-                device=where,
-                on_progress=_named(name, tell),
-                on_unused=unused_teller(bar, out / name / LEDGER),
+                workers=worker_count(workers, torch_device),
+                stack=stack_size(stack, torch_device),
+                device=torch_device,
+                on_progress=_with_prefix(name, on_progress),
+                on_unused=callback_for_unused(bar, out / name / LEDGER),
             )
             for name, study in studies.items()
         }
         teachers = {name: Teacher(study.teacher) for name, study in studies.items()}
-        halves = halves_of({name: images_of(found[name]) for name in studies}, fit.seed)
-        lessons = {name: lessons_of(found[name], teachers[name], halves[name]) for name in studies}
-        methods = unseen_methods(lessons, fit, lambda *done: tell("unseen methods", *done))
-        networks = unseen_networks(lessons, fit, lambda *done: tell("unseen networks", *done))
-        others = {
-            name: by_hand(
-                found[name], teachers[name], one, images, _step(tell, f"{name}: metrics by hand")
-            )
-            for name, one in lessons.items()
+        halves = halves_of({name: images_of(rankings[name]) for name in studies}, fit.seed)
+        lessons = {
+            name: lessons_of(rankings[name], teachers[name], halves[name]) for name in studies
         }
-    whole = answers(lessons, {"method": methods, "network": networks}, others)
-    return _written(out, lessons, fit, whole, images, time.monotonic() - start)
+        methods = unseen_methods(lessons, fit, lambda *done: on_progress("unseen methods", *done))
+        networks = unseen_networks(
+            lessons, fit, lambda *done: on_progress("unseen networks", *done)
+        )
+        hand_made_metrics = {
+            name: by_hand(
+                rankings[name],
+                teachers[name],
+                network_lessons,
+                images,
+                _step(on_progress, f"{name}: metrics by hand"),
+            )
+            for name, network_lessons in lessons.items()
+        }
+    answers_by_title = answers(lessons, {"method": methods, "network": networks}, hand_made_metrics)
+    return _write_results(
+        out, lessons, fit, answers_by_title, images, time.monotonic() - start_time
+    )
 
 
-def _written(
+def _write_results(
     out: Path,
     lessons: Mapping[str, Lessons],
     fit: Recipe,
-    whole: Mapping[str, Answer],
+    answers_by_title: Mapping[str, Answer],
     images: int,
     seconds: float,
 ) -> dict[str, object]:
     metric = fitted(lessons, lambda _name, _bag: True, fit)
-    about = {"fit": asdict(fit), "networks": list(lessons), "beats": beats(whole)}
-    sha256 = metric.save(out / METRIC, about)
-    text = f"{answer_text(whole, lessons, images)}\n"
+    metadata = {"fit": asdict(fit), "networks": list(lessons), "beats": beats(answers_by_title)}
+    sha256 = metric.save(out / METRIC, metadata)
+    text = f"{answer_text(answers_by_title, lessons, images)}\n"
     write_atomically(out / "table.txt", text.encode())
-    told = results(lessons, whole, images)
-    path = write_results(out / "results.json", told, seconds=seconds, sha256={"metric": sha256})
+    summary = results(lessons, answers_by_title, images)
+    path = write_results(out / "results.json", summary, seconds=seconds, sha256={"metric": sha256})
     print(f"\n{text}\nMetric: {out / METRIC}   Results: {path}")
-    return told
+    return summary
 
 
-def _named(name: str, tell: Tell) -> Tell:
-    def told(what: str, done: int, total: int) -> None:
-        tell(f"{name}: {what}", done, total)
+def _with_prefix(name: str, on_progress: ProgressCallback) -> ProgressCallback:
+    def show(task: str, done: int, total: int) -> None:
+        on_progress(f"{name}: {task}", done, total)
 
-    return told
+    return show
 
 
-def _step(tell: Tell, what: str) -> Callable[[int, int], None]:
-    def told(done: int, total: int) -> None:
-        tell(what, done, total)
+def _step(on_progress: ProgressCallback, task: str) -> Callable[[int, int], None]:
+    def show(done: int, total: int) -> None:
+        on_progress(task, done, total)
 
-    return told
+    return show

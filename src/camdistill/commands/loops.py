@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from camdistill.commands.command_parser import OF_LOOPS, demand_config_of
+from camdistill.commands.command_parser import LOOP_OPTIONS, check_config_of
 from camdistill.commands.help import loop_help
 from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.errors import UserError
@@ -25,7 +25,7 @@ from camdistill.report.tensorboard import how_to_look
 from camdistill.store.atomic_files import read_arrays, write_atomically
 
 # What a validation measures: the last words of its tags, as the test's table calls them.
-_VALIDATED = {
+_VALIDATION_NAMES = {
     "accuracy_val": "accuracy",
     "accuracy_student": "accuracy",
     "agreement": "agreement",
@@ -35,7 +35,7 @@ _VALIDATED = {
 }
 
 
-class _Told(Experiment):
+class _ReportingExperiment(Experiment):
     """An experiment that says where its results are."""
 
     def after_fit(self) -> None:
@@ -47,19 +47,19 @@ class _Told(Experiment):
             return
         path = self.save_network()
         last = self.folder / LAST
-        told = "Trained" if self.trainer.global_step else "Nothing was trained (0 steps)"
-        whole_too = f" and {last} (whole, to go on from)" if last.is_file() else ""
-        print(f"\n{told}: {path} (small, for use){whole_too}")
-        if measured := _measured(self.trainer.callback_metrics):
-            print(f"\n{text_table({'last validation': measured})}\n")
-        tested = last if last.is_file() else path
-        config, whole, small = (
-            shlex.quote(str(one)) for one in (self.folder / "config.yaml", tested, path)
+        status = "Trained" if self.trainer.global_step else "Nothing was trained (0 steps)"
+        last_note = f" and {last} (whole, to go on from)" if last.is_file() else ""
+        print(f"\n{status}: {path} (small, for use){last_note}")
+        if measures := _validation_measures(self.trainer.callback_metrics):
+            print(f"\n{text_table({'last validation': measures})}\n")
+        test_checkpoint = last if last.is_file() else path
+        config_quoted, full_quoted, small_quoted = (
+            shlex.quote(str(file)) for file in (self.folder / "config.yaml", test_checkpoint, path)
         )
         if (self.folder / "config.yaml").is_file():
-            print(f"  test it:     camdistill test -c {config} --ckpt_path {whole}")
+            print(f"  test it:     camdistill test -c {config_quoted} --ckpt_path {full_quoted}")
         if isinstance(self.model, DistilledExplainer):
-            print(f"  look at it:  camdistill explain --checkpoint {small} --images FOLDER")
+            print(f"  look at it:  camdistill explain --checkpoint {small_quoted} --images FOLDER")
         events = any(self.folder.glob("events.out.tfevents.*"))
         if events:
             print(f"  its curves:  camdistill report --run {shlex.quote(str(self.folder))}")
@@ -69,16 +69,18 @@ class _Told(Experiment):
         """Writes what was trained, and says what was removed because it was of an earlier one."""
         path = super().save_network()
         if self.removed:
-            gone = ", ".join(self.removed)
-            print(f"\nRemoved from {self.folder}, as it was of the earlier {path.stem}: {gone}")
+            removed_names = ", ".join(self.removed)
+            print(
+                f"\nRemoved from {self.folder}, as it was of the earlier {path.stem}: {removed_names}"
+            )
         return path
 
     def after_validate(self) -> None:
         """Prints what was measured."""
         if not self.trainer.is_global_zero:
             return
-        found = self.trainer.callback_metrics.items()
-        row = {name.rpartition("/")[2]: float(value) for name, value in found}
+        metrics = self.trainer.callback_metrics.items()
+        row = {name.rpartition("/")[2]: float(value) for name, value in metrics}
         print(f"\n{text_table({str(self.folder): row}, corner='validation images')}")
 
     def predict(self, **options: Any) -> None:
@@ -88,7 +90,7 @@ class _Told(Experiment):
         options["return_predictions"] = True
         parts: dict[str, list[np.ndarray]] = {}
         for batch in self.trainer.predict(**options) or []:
-            for name, values in _arrays(batch).items():
+            for name, values in _arrays_by_name(batch).items():
                 parts.setdefault(name, []).append(values)
         arrays = {name: np.concatenate(values) for name, values in parts.items()}
         count = len(next(iter(arrays.values()), []))
@@ -98,11 +100,13 @@ class _Told(Experiment):
         content = io.BytesIO()
         np.savez_compressed(content, allow_pickle=False, **arrays)
         path = self.folder / PREDICTIONS
-        part = _partly(self.trainer.num_predict_batches, self.trainer.predict_dataloaders)
+        part = _describe_part(self.trainer.num_predict_batches, self.trainer.predict_dataloaders)
         trial = _batches_of_trial(self.trainer)
-        if trial or (part and count < (kept := _kept_predictions(path))):
-            why = "it was a trial run" if trial else f"{path} is of {kept} images and stays"
-            print(f"\nPredictions of {count} images ({part or 'all'}) are not written: {why}")
+        if trial or (part and count < (earlier_count := _count_predictions(path))):
+            reason = (
+                "it was a trial run" if trial else f"{path} is of {earlier_count} images and stays"
+            )
+            print(f"\nPredictions of {count} images ({part or 'all'}) are not written: {reason}")
             return
         write_atomically(path, content.getvalue())
         print(f"\n{', '.join(arrays)} of {count} images: {path}")
@@ -111,7 +115,7 @@ class _Told(Experiment):
         """Writes and prints what was measured."""
         if not self.trainer.is_global_zero:
             return
-        part = _partly(self.trainer.num_test_batches, self.trainer.test_dataloaders)
+        part = _describe_part(self.trainer.num_test_batches, self.trainer.test_dataloaders)
         results = self.model.results() if part else self.write_results()
         table = text_table(result_rows(results), corner=f"{results['n']} test images")
         print(f"\n{table}")
@@ -127,34 +131,36 @@ def _batches_of_trial(trainer: object) -> str:
     return f"{count} batch{'es' if count > 1 else ''}" if count else ""
 
 
-def _partly(counts: Sequence[int | float], loaders: object) -> str:
+def _describe_part(counts: Sequence[int | float], loaders: object) -> str:
     """Which part of its batches a loop took, as words; none where it took all.
 
     Args:
         counts: Of batches that it took, by loader.
         loaders: Lightning's: one, or several.
     """
-    several = loaders if isinstance(loaders, list | tuple) else [loaders]
-    whole = sum(len(one) for one in several if isinstance(one, Sized))
-    taken = int(sum(counts))
-    return f"{taken} of {whole} batches" if taken < whole else ""
+    all_loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+    total = sum(len(loader) for loader in all_loaders if isinstance(loader, Sized))
+    done_count = int(sum(counts))
+    return f"{done_count} of {total} batches" if done_count < total else ""
 
 
-def _kept_predictions(path: Path) -> int:
+def _count_predictions(path: Path) -> int:
     """Of how many images a file of predictions is; 0 where there is none that can be read."""
     try:
-        return max((len(one) for one in read_arrays(path).values()), default=0)
+        return max((len(array) for array in read_arrays(path).values()), default=0)
     except (UserError, OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
         return 0
 
 
-def _measured(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+def _validation_measures(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     """The measures of the last validation, by name, in the order of the test's table."""
-    found = {tag.rpartition("/")[2]: float(value) for tag, value in metrics.items()}
-    return {name: found[tag] for tag, name in _VALIDATED.items() if tag in found}
+    value_by_tag = {tag.rpartition("/")[2]: float(value) for tag, value in metrics.items()}
+    return {
+        name: value_by_tag[tag] for tag, name in _VALIDATION_NAMES.items() if tag in value_by_tag
+    }
 
 
-def _arrays(values: object, name: str = "") -> dict[str, np.ndarray]:
+def _arrays_by_name(values: object, name: str = "") -> dict[str, np.ndarray]:
     """What a step predicts, by name: `student_maps_by_layer/stage5`; nothing where it is None.
 
     Numbers with a fraction become float32. A bare tensor is called `logits`.
@@ -162,19 +168,19 @@ def _arrays(values: object, name: str = "") -> dict[str, np.ndarray]:
     if values is None:
         return {}
     if isinstance(values, Tensor):
-        whole = values.detach().cpu()
-        whole = whole.float() if whole.is_floating_point() else whole
-        return {name or "logits": np.atleast_1d(whole.numpy())}
+        tensor = values.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        return {name or "logits": np.atleast_1d(tensor.numpy())}
     if isinstance(values, tuple) and hasattr(values, "_asdict"):
         values = values._asdict()
     elif isinstance(values, list | tuple):
-        values = {str(place): value for place, value in enumerate(values)}
+        values = {str(index): value for index, value in enumerate(values)}
     if not isinstance(values, Mapping):
         return {name or "values": np.atleast_1d(np.asarray(values))}
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for key, value in values.items():
-        found |= _arrays(value, f"{name}/{key}" if name else str(key))
-    return found
+        arrays |= _arrays_by_name(value, f"{name}/{key}" if name else str(key))
+    return arrays
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -184,6 +190,6 @@ def run(arguments: Sequence[str]) -> None:
         return
     check_words(arguments)
     if {"base", "arms"} & {key for path in config_files(arguments) for key in read_config(path)}:
-        demand_config_of(arguments[0], OF_LOOPS, arguments)
+        check_config_of(arguments[0], LOOP_OPTIONS, arguments)
     with translated():
-        _Told(list(arguments))
+        _ReportingExperiment(list(arguments))

@@ -16,7 +16,7 @@ from camdistill.networks.training_facts import TrainingFacts
 
 
 @dataclass(frozen=True)
-class Shown:
+class NetworkSelection:
     """The networks that are explained.
 
     Attributes:
@@ -48,9 +48,9 @@ class Shown:
         return first if self.student is None else first | {"student": self.student}
 
 
-def networks_from(
+def load_networks(
     checkpoint: Path | None, teacher: str | None, weights: str | None, trust: Sequence[str]
-) -> Shown:
+) -> NetworkSelection:
     """The networks that a command line names.
 
     Raises:
@@ -63,45 +63,45 @@ def networks_from(
             "give either --checkpoint FILE (a student with its teacher), or --teacher NAME, with "
             "--weights if it is trained (a network alone)"
         )
-    alone = Teacher(NetworkSpec(teacher, weights))
-    facts, usual = alone.facts, _usual_size(alone)
+    network = Teacher(NetworkSpec(teacher, weights))
+    facts, usual_size = network.facts, _usual_size(network)
     if weights is None:
         print(f"{teacher} has random weights; for trained ones give --weights FILE or DEFAULT\n")
-    elif assumed := _assumptions(facts, usual):
+    elif assumed := _assumptions(facts, usual_size):
         print(f"'{weights}' doesn't tell how its images were: {assumed}\n")
-    channels, sha256 = _channels(alone.network), {"teacher": alone.sha256}
+    channels, sha256 = _channels(network.network), {"teacher": network.sha256}
     if channels == 1:
         # The spec has three numbers, of red, green and blue.
-        mean, std = (float(value.mean()) for value in (alone.mean, alone.std))
-        alone = Teacher.of(alone.network, [mean], [std])
-    return Shown(
-        alone,
+        mean, std = (float(value.mean()) for value in (network.mean, network.std))
+        network = Teacher.of(network.network, [mean], [std])
+    return NetworkSelection(
+        network,
         None,
         [],
         facts.class_names,
-        facts.size or usual,
+        facts.size or usual_size,
         sha256,
         channels=channels,
         carving=_carving(facts.carving),
     )
 
 
-def _assumptions(facts: TrainingFacts, usual: tuple[int, int]) -> str:
+def _assumptions(facts: TrainingFacts, usual_size: tuple[int, int]) -> str:
     """What is taken for granted where the weights' file doesn't say it."""
     assumed = []
     if facts.size is None:
-        assumed.append(f"{usual[0]}x{usual[1]} pixels (--size N takes others)")
+        assumed.append(f"{usual_size[0]}x{usual_size[1]} pixels (--size N takes others)")
     if facts.mean is None:
         assumed.append("ImageNet's mean and standard deviation")
     verb = "are" if facts.mean is None else "is"
     return f"{' and '.join(assumed)} {verb} assumed" if assumed else ""
 
 
-def _carving(told: Mapping[str, float]) -> Carving:
-    return Carving(int(told.get("split_seed", 0)), float(told.get("test_fraction", 0.1)))
+def _carving(facts: Mapping[str, float]) -> Carving:
+    return Carving(int(facts.get("split_seed", 0)), float(facts.get("test_fraction", 0.1)))
 
 
-def side_of(size: int | None, usual: tuple[int, int]) -> int:
+def image_side(size: int | None, usual_size: tuple[int, int]) -> int:
     """Side of the images in pixels: as the user wants it, or the usual one.
 
     Raises:
@@ -110,7 +110,7 @@ def side_of(size: int | None, usual: tuple[int, int]) -> int:
     if size is not None:
         check_side("size", size)
         return size
-    height, width = usual
+    height, width = usual_size
     if height != width:
         raise UserError(
             f"the network was trained on {height}x{width} images, which this command doesn't show "
@@ -119,10 +119,10 @@ def side_of(size: int | None, usual: tuple[int, int]) -> int:
     return height
 
 
-def trained_size(found: Explainer) -> tuple[int, int]:
+def training_size(explainer: Explainer) -> tuple[int, int]:
     """Height and width of a checkpoint's images; the usual ones where it doesn't tell."""
-    told = found.settings.get("size")
-    return (int(told[0]), int(told[1])) if told and all(told) else _usual_size(found.network)
+    size = explainer.settings.get("size")
+    return (int(size[0]), int(size[1])) if size and all(size) else _usual_size(explainer.network)
 
 
 def _channels(network: nn.Module) -> int:
@@ -137,19 +137,29 @@ def _channels(network: nn.Module) -> int:
     return channels
 
 
-def _of_checkpoint(found: Explainer) -> Shown:
-    told = found.settings.get("carving", {})
-    carving = _carving({str(name): float(value) for name, value in told.items()})
-    size = trained_size(found)
-    sha256: dict[str, str | None] = {"checkpoint": found.sha256}
-    if found.teacher is None:
-        if found.teacher_missing:
-            print(f"No teacher, so the student alone: {found.teacher_missing}\n")
-        first = "student" if "student" in found.settings else "network"
-        return Shown(found.network, None, [], found.classes, size, sha256, first, carving=carving)
-    pairs = [(teacher, student) for student, teacher, _ in found.pairs]
-    sha256["teacher"] = found.teacher.sha256
-    return Shown(found.teacher, found.network, pairs, found.classes, size, sha256, carving=carving)
+def _of_checkpoint(explainer: Explainer) -> NetworkSelection:
+    carving_facts = explainer.settings.get("carving", {})
+    carving = _carving({str(name): float(value) for name, value in carving_facts.items()})
+    size = training_size(explainer)
+    sha256: dict[str, str | None] = {"checkpoint": explainer.sha256}
+    if explainer.teacher is None:
+        if explainer.teacher_missing:
+            print(f"No teacher, so the student alone: {explainer.teacher_missing}\n")
+        first = "student" if "student" in explainer.settings else "network"
+        return NetworkSelection(
+            explainer.network, None, [], explainer.classes, size, sha256, first, carving=carving
+        )
+    pairs = [(teacher, student) for student, teacher, _ in explainer.pairs]
+    sha256["teacher"] = explainer.teacher.sha256
+    return NetworkSelection(
+        explainer.teacher,
+        explainer.network,
+        pairs,
+        explainer.classes,
+        size,
+        sha256,
+        carving=carving,
+    )
 
 
 def _usual_size(network: Preprocessed) -> tuple[int, int]:

@@ -22,46 +22,46 @@ class Parameter(NamedTuple):
     group: type | None
 
 
-def parameters_of(
-    factory: Callable[..., object], prefix: str = "", made: object = None
+def option_parameters(
+    factory: Callable[..., object], prefix: str = "", instance: object = None
 ) -> Iterator[Parameter]:
     """What a function or class takes, with what stands for each where nothing is given.
 
     Args:
         factory: The function or class.
         prefix: Before the names.
-        made: What the class would be if nothing were given; None for its own defaults.
+        instance: What the class would be if nothing were given; None for its own defaults.
     """
     texts = _texts(factory)
-    own = dataclasses.fields(factory) if dataclasses.is_dataclass(factory) else ()
+    fields = dataclasses.fields(factory) if dataclasses.is_dataclass(factory) else ()
     fresh = {
         field.name: field.default_factory()
-        for field in own
+        for field in fields
         if field.default_factory is not dataclasses.MISSING
     }
     for name, parameter in inspect.signature(factory).parameters.items():
         kind = _without_none(parameter.annotation)
         default = fresh.get(name, parameter.default)
-        default = default if made is None else getattr(made, name)
+        default = default if instance is None else getattr(instance, name)
         group = kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
         yield Parameter(prefix + name, kind, texts.get(name, ""), default, group)
 
 
-def inside(group: Parameter) -> Iterator[Parameter]:
+def group_parameters(group: Parameter) -> Iterator[Parameter]:
     """The options of a group."""
     assert group.group is not None, "it is one"
-    made = group.default if isinstance(group.default, group.group) else None
-    return parameters_of(group.group, f"{group.name}.", made)
+    instance = group.default if isinstance(group.default, group.group) else None
+    return option_parameters(group.group, f"{group.name}.", instance)
 
 
-def default_of(one: Parameter, longest: int | None = None) -> str:
+def default_text(parameter: Parameter, longest: int | None = None) -> str:
     """What stands for an option that isn't given, as it is written; empty for nothing.
 
     Args:
-        one: The option.
+        parameter: The option.
         longest: Leave out the middle of a list that would have more letters.
     """
-    value = one.default
+    value = parameter.default
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float | str | Path):
@@ -70,15 +70,15 @@ def default_of(one: Parameter, longest: int | None = None) -> str:
         return ""
     between, ends = (" ", ("", "")) if isinstance(value, list) else (", ", ("[", "]"))
     words = [str(entry) for entry in value]
-    whole = between.join(words)
-    if longest is not None and len(whole) > longest:
-        whole = between.join([*words[:2], "...", words[-1]])
-    return f"{ends[0]}{whole}{ends[1]}"
+    text = between.join(words)
+    if longest is not None and len(text) > longest:
+        text = between.join([*words[:2], "...", words[-1]])
+    return f"{ends[0]}{text}{ends[1]}"
 
 
 def _texts(factory: Callable[..., object]) -> dict[str, str]:
     parsed = parse_docstring(factory.__doc__ or "")
-    return {one.arg_name: " ".join((one.description or "").split()) for one in parsed.params}
+    return {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
 
 
 def _without_none(kind: object) -> object:
@@ -87,7 +87,7 @@ def _without_none(kind: object) -> object:
     return kind
 
 
-def word_of(kind: object) -> str:
+def type_word(kind: object) -> str:
     """A type as one word."""
     if get_origin(kind) is Literal:
         return "|".join(str(choice) for choice in get_args(kind))
@@ -95,7 +95,7 @@ def word_of(kind: object) -> str:
         inner = get_args(kind)[0]
         if get_origin(inner) is Literal:
             return "NAME ..."
-        return f"{word_of(inner)} ..." if inner in _KINDS else "[{...}, ...]"
+        return f"{type_word(inner)} ..." if inner in _KINDS else "[{...}, ...]"
     if get_origin(kind) is tuple:
         if get_args(kind)[-1] is ...:
             return "[A, B, ...]"

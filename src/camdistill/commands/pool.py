@@ -31,22 +31,22 @@ def pool(
         seed: Of the resampling of images.
         out: Folder for the results.
     """
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     if seed < 0:
         raise UserError(f"seed is {seed}; give 0 or more")
     if out.resolve() in [folder.resolve() for folder in runs]:
         raise UserError(
             f"--out '{out}' is one of the runs, and would be written over: name another"
         )
-    found, settings = read_pool(runs)
-    meta = all(one.rungs for one in found.runs)
-    results, table, text = told(found, seed, meta=meta)
-    write_cards(charts(found, table), text, out)
-    told_apart = [{name: one[name] for name in one if name != "images"} for one in settings]
+    pooled, settings = read_pool(runs)
+    meta = all(entry.rungs for entry in pooled.runs)
+    results, table, text = told(pooled, seed, meta=meta)
+    write_cards(charts(pooled, table), text, out)
+    run_settings = [{name: entry[name] for name in entry if name != "images"} for entry in settings]
     write_results(
         out / "results.json",
-        {**results, "runs": runs, "settings": told_apart},
-        seconds=time.perf_counter() - begun,
+        {**results, "runs": runs, "settings": run_settings},
+        seconds=time.perf_counter() - start_time,
         sha256={str(folder): sha256_of(folder / FILE) for folder in runs},
     )
     write_atomically(out / "table.txt", text.encode())

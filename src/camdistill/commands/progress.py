@@ -21,14 +21,14 @@ from camdistill.report.results import available_cores
 STACK = 32  # students that train as one on a GPU
 
 
-def chosen_device(name: str | None) -> str:
+def resolve_device(name: str | None) -> str:
     """What --device stands for here: nothing, or auto, is a GPU where there is one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but torch finds no GPU: leave out --device, or give cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def processes(workers: int | None, device: str) -> int:
+def worker_count(workers: int | None, device: str) -> int:
     """What --workers stands for on a device: nothing is the cores, on a GPU this process alone."""
     if workers is not None and workers < 0:
         raise UserError(f"workers is {workers}; give 0 (this process alone) or more")
@@ -37,7 +37,7 @@ def processes(workers: int | None, device: str) -> int:
     return available_cores() if device == "cpu" else 0
 
 
-def at_once(stack: int | None, device: str) -> int:
+def stack_size(stack: int | None, device: str) -> int:
     """What --stack stands for on a device: nothing is one student, on a GPU many."""
     if stack is not None and stack < 1:
         raise UserError(f"stack is {stack}; give 1 or more students")
@@ -57,24 +57,24 @@ def progress_bar() -> Progress:
     )
 
 
-def teller(bar: Progress) -> Callable[[str, int, int], None]:
+def progress_callback(bar: Progress) -> Callable[[str, int, int], None]:
     """Shows what is done: one line for each thing."""
-    lines: dict[str, TaskID] = {}
+    task_by_name: dict[str, TaskID] = {}
 
-    def tell(what: str, done: int, total: int) -> None:
-        if what not in lines:
-            lines[what] = bar.add_task(what, total=total)
-        bar.update(lines[what], completed=done, total=total)
+    def show(task: str, done: int, total: int) -> None:
+        if task not in task_by_name:
+            task_by_name[task] = bar.add_task(task, total=total)
+        bar.update(task_by_name[task], completed=done, total=total)
 
-    return tell
+    return show
 
 
-def unused_teller(bar: Progress, runs: Path) -> Callable[[int], None]:
+def callback_for_unused(bar: Progress, runs: Path) -> Callable[[int], None]:
     """Says that some of a folder's finished runs are not this study's."""
 
-    def tell(count: int) -> None:
-        said = f"{count} finished run{'s' if count > 1 else ''} of other settings in {runs}"
+    def show(count: int) -> None:
+        message = f"{count} finished run{'s' if count > 1 else ''} of other settings in {runs}"
         cure = "not used and kept; another --out keeps studies apart"
-        bar.console.print(f"{said}: {cure}", highlight=False, markup=False, soft_wrap=True)
+        bar.console.print(f"{message}: {cure}", highlight=False, markup=False, soft_wrap=True)
 
-    return tell
+    return show

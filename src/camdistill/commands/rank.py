@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from camdistill.commands.progress import (
-    at_once,
-    chosen_device,
-    processes,
+    callback_for_unused,
     progress_bar,
-    teller,
-    unused_teller,
+    progress_callback,
+    resolve_device,
+    stack_size,
     weights_sha256,
+    worker_count,
 )
 from camdistill.data.modules import ImageData
 from camdistill.experiments.ranking.ranking_analysis import blanks, leaks
@@ -88,38 +88,38 @@ def rank(
         device: Where; auto takes a GPU if there is one.
         trust: Packages from which functions may be called.
     """
-    start = time.monotonic()
+    start_time = time.monotonic()
     study = Study(
         teacher, data, methods, students, n, seeds, controls, controls_of, controls_n, shares,
         tuning, recipe, seed, trust, out,
     )  # fmt: skip
-    where = chosen_device(device)
+    torch_device = resolve_device(device)
     with progress_bar() as bar:
-        found = ranked(
+        ranking = ranked(
             study,
-            workers=processes(workers, where),
-            stack=at_once(stack, where),
-            device=where,
-            on_progress=teller(bar),
-            on_unused=unused_teller(bar, out / LEDGER),
-            on_gates=lambda early: bar.console.print(
-                f"\n{gate_text(early)}\n", highlight=False, markup=False, soft_wrap=True
+            workers=worker_count(workers, torch_device),
+            stack=stack_size(stack, torch_device),
+            device=torch_device,
+            on_progress=progress_callback(bar),
+            on_unused=callback_for_unused(bar, out / LEDGER),
+            on_gates=lambda partial: bar.console.print(
+                f"\n{gate_text(partial)}\n", highlight=False, markup=False, soft_wrap=True
             ),
         )
-    return _written(found, time.monotonic() - start)
+    return _write_results(ranking, time.monotonic() - start_time)
 
 
-def _written(found: Found, seconds: float) -> dict[str, object]:
+def _write_results(ranking: Found, seconds: float) -> dict[str, object]:
     """Writes and prints what was found."""
-    out, leaked = found.study.folder, leaks(found)
-    whole = results(found, leaked, blanks(found))
-    parts = [gate_text(found), ranking_text(found, leaked), one_class_text(found)]
+    out, leakage = ranking.study.folder, leaks(ranking)
+    summary = results(ranking, leakage, blanks(ranking))
+    parts = [gate_text(ranking), ranking_text(ranking, leakage), one_class_text(ranking)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_atomically(out / "table.txt", text.encode())
-    sha256 = {"teacher": weights_sha256(found.study.teacher)}
-    path = write_results(out / "results.json", whole, seconds=seconds, sha256=sha256)
-    picture = save_png(out / "gains.png", chart(found))
-    board = log_scalars(found, out)
+    sha256 = {"teacher": weights_sha256(ranking.study.teacher)}
+    path = write_results(out / "results.json", summary, seconds=seconds, sha256=sha256)
+    picture = save_png(out / "gains.png", chart(ranking))
+    board = log_scalars(ranking, out)
     print(f"\n{text}\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
     print(how_to_look(board))
-    return whole
+    return summary

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from camdistill.commands.progress import (
-    chosen_device,
-    processes,
+    callback_for_unused,
     progress_bar,
-    teller,
-    unused_teller,
+    progress_callback,
+    resolve_device,
+    worker_count,
 )
 from camdistill.data.modules import ImageData
 from camdistill.distill.refinement_targets import ARMS, Arm, Objective
@@ -83,35 +83,35 @@ def refine(
         device: Where; auto takes a GPU if there is one.
         trust: Packages that class paths in checkpoints may come from.
     """
-    begun = time.monotonic()
+    start_time = time.monotonic()
     plan = Plan(
         data, objective, checkpoints, network, seeds, arms, also, start, recipe, judging, students,
         seed, trust, out,
     )  # fmt: skip
-    where = chosen_device(device)
+    torch_device = resolve_device(device)
     with progress_bar() as bar:
-        found = refined(
+        refinement = refined(
             plan,
-            workers=processes(workers, where),
-            device=where,
-            on_progress=teller(bar),
-            on_unused=unused_teller(bar, out / LEDGER),
+            workers=worker_count(workers, torch_device),
+            device=torch_device,
+            on_progress=progress_callback(bar),
+            on_unused=callback_for_unused(bar, out / LEDGER),
         )
-    return _written(found, Workshop(plan, where), time.monotonic() - begun)
+    return _write_results(refinement, Workshop(plan, torch_device), time.monotonic() - start_time)
 
 
-def _written(found: Found, workshop: Workshop, seconds: float) -> dict[str, object]:
+def _write_results(refinement: Found, worker: Workshop, seconds: float) -> dict[str, object]:
     """Writes and prints what was found."""
-    out, whole, text = found.plan.folder, results(found), refinement_text(found)
+    out, summary, text = refinement.plan.folder, results(refinement), refinement_text(refinement)
     write_atomically(out / "table.txt", f"{text}\n".encode())
-    path = write_results(out / "results.json", whole, seconds=seconds)
-    parts = chart(found)
+    path = write_results(out / "results.json", summary, seconds=seconds)
+    parts = chart(refinement)
     picture = save_png(out / "map_parts.png", parts)
-    panels = pictures(found, workshop)
+    panels = pictures(refinement, worker)
     for number, panel in enumerate(panels):
         save_png(out / f"maps-{number}.png", panel)
-    board = log_board(found, out, parts, panels, text)
+    board = log_board(refinement, out, parts, panels, text)
     print(f"\n{text}\n\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
     print(f"Networks, for --checkpoint: {out / 'networks'}")
     print(how_to_look(board))
-    return whole
+    return summary

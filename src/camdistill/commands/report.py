@@ -33,9 +33,9 @@ def report(
     try:
         socket.getaddrinfo(host, port)
     except (OSError, UnicodeError) as error:
-        said = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"host is '{host}', which isn't known ({said}); give localhost, or 0.0.0.0 for all"
+            f"host is '{host}', which isn't known ({reason}); give localhost, or 0.0.0.0 for all"
         ) from None
     options = ["--logdir", str(run), "--host", host, "--samples_per_plugin", "images=100,text=100"]
     server = program.TensorBoard()
@@ -56,13 +56,13 @@ def report(
 def _training_page(run: Path, base: str) -> str:
     """Of a training run, or of several: the scalars that matter, and the maps of the first."""
     folders = sorted({file.parent for file in run.rglob("events.out.tfevents.*")})
-    known = {folder.relative_to(run).as_posix(): written(folder) for folder in folders}
-    told = {tag for found in known.values() for tag in found}
-    cards = [tag for tag in (*tags.STUDENT_CARDS, *tags.CLASSIFIER_CARDS) if tag in told]
+    kinds_by_folder = {folder.relative_to(run).as_posix(): written(folder) for folder in folders}
+    written_tags = {tag for kind_by_tag in kinds_by_folder.values() for tag in kind_by_tag}
+    cards = [tag for tag in (*tags.STUDENT_CARDS, *tags.CLASSIFIER_CARDS) if tag in written_tags]
     maps = [
         (tag, name)
-        for name, found in known.items()
-        for tag, kind in found.items()
+        for name, kind_by_tag in kinds_by_folder.items()
+        for tag, kind in kind_by_tag.items()
         if kind == "images"
     ]
     return front_page_url(scalars=cards, pictures=maps[:2], base=base)

@@ -32,8 +32,8 @@ def study(
         out: Folder of the runs, `results.json`, `table.txt` and a chart.
         overrides: Further options for all arms, as on the command line: --trainer.max_epochs=1.
     """
-    whole = Study(base, arms, seeds, out, overrides)
-    results = run_study(whole, on_run=_announce)
+    training_study = Study(base, arms, seeds, out, overrides)
+    results = run_study(training_study, on_run=_announce)
     rows = {"student": results["student"], **results["controls"]}
     over = "seeds" if len(seeds) > 1 else "test images"
     table = text_table(say_definitions(rows), corner=f"n = {results['n']}")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from camdistill.data import decode
 from camdistill.data.folders import BOXES, MASKS, scan
-from camdistill.errors import UserError, nearest, shortened
+from camdistill.errors import UserError, nearest, shorten
 from camdistill.store.atomic_files import check_regular
 
 COLUMNS = ["path", "xmin", "ymin", "xmax", "ymax"]
@@ -94,7 +94,7 @@ def boxes_of(
             boxes[index] = decode.Frame(width, height, size).stored_box(box)
         elif not os.path.isfile(root / path):  # noqa: PTH113  (a name may be too long for a file)
             raise UserError(
-                f"{root / BOXES}, line {line}: no image {shortened(path)!r}; {nearest(path, names)}"
+                f"{root / BOXES}, line {line}: no image {shorten(path)!r}; {nearest(path, names)}"
             )
     return boxes
 

@@ -15,7 +15,7 @@ from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.distill.refiner import Refiner
 from camdistill.errors import UserError, check_number
 from camdistill.explain.engine.request import Classes, Grad, Score
-from camdistill.explain.gradcam import Explanation, explain
+from camdistill.explain.gradcam import Explanation, explain_images
 from camdistill.networks.class_paths import SAFE_PACKAGES
 from camdistill.networks.fitting import load_state
 from camdistill.networks.heads import head_size
@@ -94,8 +94,8 @@ class Explainer(nn.Module):
         score: Score = "logit",
         grad: Grad = "none",
     ) -> Explanation:
-        """Logits and maps of the network itself; see `camdistill.explain.gradcam.explain`."""
-        return explain(self.network, images, layers, classes, score=score, grad=grad)
+        """Logits and maps of the network itself; see `camdistill.explain.gradcam.explain_images`."""
+        return explain_images(self.network, images, layers, classes, score=score, grad=grad)
 
 
 def save(module: DistilledExplainer | Classifier | Refiner, path: Path) -> str:

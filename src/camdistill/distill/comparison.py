@@ -11,7 +11,7 @@ from torch import Tensor
 from camdistill import tags
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images
-from camdistill.explain.gradcam import Explanation, Top, explain
+from camdistill.explain.gradcam import Explanation, TopClasses, explain_images
 from camdistill.explain.maps import relu
 from camdistill.measure.fidelity import FidelityMeter, StudentSummary
 from camdistill.networks.teachers import Preprocessed, Teacher
@@ -82,9 +82,9 @@ def compare(
         pairs: Layers.
         runner_up: Whether maps of the teacher's second class are compared too, where it has one.
     """
-    asked = Top(2) if runner_up and teacher.classes > 1 else None
-    told = explain(teacher, images, [layer for _, layer, _ in pairs], asked)
-    shown = explain(student, images, [layer for layer, _, _ in pairs], told.classes)
+    asked = TopClasses(2) if runner_up and teacher.classes > 1 else None
+    told = explain_images(teacher, images, [layer for _, layer, _ in pairs], asked)
+    shown = explain_images(student, images, [layer for layer, _, _ in pairs], told.classes)
     return compared(told.logits, told.classes, told.maps, shown)
 
 
@@ -163,7 +163,7 @@ def mean_maps(
     total: dict[str, Tensor] = {}
     for start in range(0, len(images), BATCH):
         pixels = images.batch(np.arange(start, min(start + BATCH, len(images)))).pixels
-        found = explain(teacher, as_images(pixels.to(teacher.mean.device)), list(layers))
+        found = explain_images(teacher, as_images(pixels.to(teacher.mean.device)), list(layers))
         for layer, maps in found.maps.items():
             total[layer] = total.get(layer, torch.zeros(())).to(maps.device) + relu(maps).sum(0)
     return {layer: (maps / len(images)).cpu() for layer, maps in total.items()}

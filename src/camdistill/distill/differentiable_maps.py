@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from camdistill.explain.engine.request import wide
-from camdistill.explain.gradcam import explain
+from camdistill.explain.engine.request import upcast
+from camdistill.explain.gradcam import explain_images
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Images, Labels, Logits
 
@@ -31,15 +31,15 @@ def explained(
     """
     layers = None if layer is None else [layer]
     if cam == "grad_cam":
-        found = explain(network, images, layers, classes, grad="full")
+        found = explain_images(network, images, layers, classes, grad="full")
         (maps,) = found.maps.values()
         return found.logits, found.classes, maps
-    found = explain(network, images, layers, classes, grad="full", maps=False)
+    found = explain_images(network, images, layers, classes, grad="full", maps=False)
     (activations,) = found.activations.values()
     with torch.autocast(images.device.type, enabled=False):
         scores = found.logits.float().gather(1, found.classes[:, None]).sum()
         (gradient,) = torch.autograd.grad(scores, activations, create_graph=True)
-        maps = (wide(activations) * wide(gradient)).sum(1)
+        maps = (upcast(activations) * upcast(gradient)).sum(1)
     return found.logits, found.classes, maps
 
 

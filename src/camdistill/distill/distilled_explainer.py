@@ -32,7 +32,7 @@ from camdistill.distill.teacher_maps_plan import likeliest
 from camdistill.distill.training import Training, as_images, in_float32, plain, seeded
 from camdistill.distill.transfer import Transfer, named_pairs, quantity_maps, transfer_distance
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import explain
+from camdistill.explain.gradcam import explain_images
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, intervals, summary
 from camdistill.networks.capture import demand_runs
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build
@@ -181,7 +181,7 @@ class DistilledExplainer(Training):
             return
         logits, maps = cache.lookup(batch.ids, identity_view(len(images)).flip)
         classes = likeliest(logits, cache.plan.classes)
-        shown = explain(self.student, images, [own for own, _, _ in self.pairs], classes)
+        shown = explain_images(self.student, images, [own for own, _, _ in self.pairs], classes)
         self._score(batch, compared(logits, classes, maps, shown))
 
     def test_step(self, batch: Batch, batch_index: int) -> None:

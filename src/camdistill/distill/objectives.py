@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from camdistill.explain.maps import relu
 from camdistill.measure.faithfulness import faithfulness_correlation
 from camdistill.perturb.bank import Bank
-from camdistill.perturb.batched_forward import in_parts
+from camdistill.perturb.batched_forward import forward_in_chunks
 from camdistill.perturb.probability import log_probabilities
 from camdistill.types import Images, Labels, Logits, Maps, PerImage
 
@@ -110,7 +110,7 @@ def insertion_deletion(
         changed.append(torch.lerp(images[:, None], shown[:, None], masks).flatten(0, 1))
         if form == "log":
             changed.append(images)
-    likely = log_probabilities(_wide(in_parts(ask, torch.cat(changed))))
+    likely = log_probabilities(_wide(forward_in_chunks(ask, torch.cat(changed))))
     count = len(images) * len(shares)
 
     def of(rows: Tensor) -> Tensor:

@@ -22,9 +22,15 @@ from camdistill.errors import UserError, check_each_once, check_number
 from camdistill.explain.compare import pearson
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
-from camdistill.measure.learned import OF_NETWORK, Context, context, load_metric, standardised
+from camdistill.measure.learned import (
+    OF_NETWORK,
+    Context,
+    image_context,
+    load_metric,
+    standardize_planes,
+)
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher
-from camdistill.perturb.bank import Plan, bank
+from camdistill.perturb.bank import BankPlan, build_bank
 from camdistill.perturb.imputers import baseline
 from camdistill.types import Images, Labels, Maps, Masks, PerImage
 
@@ -200,10 +206,10 @@ class Refinement:
 
     def _faithfulness(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
         wanted = self.objective
-        plan = Plan(cells=wanted.cells, subsets={0.25: wanted.subsets}, occluders=())
+        plan = BankPlan(cells=wanted.cells, subsets={0.25: wanted.subsets}, occluders=())
         shown = baseline(seen.images, wanted.shown)
         drawn = torch.Generator().manual_seed((self.seed << 32) + step)
-        asked = bank(network, seen.images, shown, drawn, classes=seen.classes, plan=plan)
+        asked = build_bank(network, seen.images, shown, drawn, classes=seen.classes, plan=plan)
         maps = upsample(seen.maps, _size(seen.images))
         if self.arm == "shuffled":
             maps = maps.roll(1, 0)
@@ -252,7 +258,7 @@ class Refinement:
     def _learned(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
         metric = self.metric
         assert metric is not None, "it is loaded with the objective"
-        known = context(network, seen.images, seen.classes)
+        known = image_context(network, seen.images, seen.classes)
         if self.arm == "shuffled":
             known = known.roll(1, 0)
         if self.arm == "random":
@@ -264,7 +270,7 @@ class Refinement:
 
     def _of_chance(self, known: Context, seen: Seen) -> Context:
         """A context whose planes of the network are smooth random maps; the image's stay."""
-        drawn = [standardised(self._random(seen, number)) for number in range(OF_NETWORK)]
+        drawn = [standardize_planes(self._random(seen, number)) for number in range(OF_NETWORK)]
         return torch.cat([torch.stack(drawn, 1).to(known), known[:, OF_NETWORK:]], 1)
 
     def _random(self, seen: Seen, number: int = 0) -> LayerMaps:

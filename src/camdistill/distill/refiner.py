@@ -33,7 +33,7 @@ from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, preprocessed
 from camdistill.networks.weights import sha256_of
-from camdistill.perturb.batched_forward import in_parts
+from camdistill.perturb.batched_forward import forward_in_chunks
 from camdistill.perturb.probability import label_count, predict_labels
 from camdistill.types import Batch, Images, Labels, Logits, Masks, PerImage
 
@@ -185,17 +185,20 @@ class Refiner(Training):
         """
         images, ids = as_images(batch.pixels), tuple(batch.ids.tolist())
         if ids not in self._said:
-            self._said[ids] = predict_labels(in_parts(self.start, images))
+            self._said[ids] = predict_labels(forward_in_chunks(self.start, images))
         self._evaluate(batch, images, self._said[ids])
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32."""
         images = as_images(batch.pixels)
         with in_float32(self.device):
-            self._evaluate(batch, images, predict_labels(in_parts(self.start, images)))
+            self._evaluate(batch, images, predict_labels(forward_in_chunks(self.start, images)))
 
     def _evaluate(self, batch: Batch, images: Images, before: Labels) -> None:
-        top, counted = predict_labels(in_parts(self.network, images)), batch.counted.float()
+        top, counted = (
+            predict_labels(forward_in_chunks(self.network, images)),
+            batch.counted.float(),
+        )
         if self.labelled:
             self.accuracy.update((top == batch.labels).float(), counted)
         self.agreement.update((top == before).float(), counted)

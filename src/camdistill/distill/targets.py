@@ -16,7 +16,7 @@ from camdistill.distill.teacher_cache import TeacherCache
 from camdistill.distill.teacher_maps_plan import Precision, Quantity, likeliest
 from camdistill.distill.transfer import quantity_maps
 from camdistill.errors import UserError
-from camdistill.explain.gradcam import Top, last_layer
+from camdistill.explain.gradcam import TopClasses, last_layer
 from camdistill.networks.teachers import Teacher
 from camdistill.types import Images, Labels, Logits
 
@@ -47,7 +47,7 @@ def live_targets(
     p: float,
 ) -> Targets:
     """What the teacher says of augmented images when it is asked."""
-    asked = Top(classes) if classes > 1 else None
+    asked = TopClasses(classes) if classes > 1 else None
     logits, maps = quantity_maps(teacher, images, layers, asked, quantity=quantity, p=p)
     return Targets(logits, likeliest(logits, classes), maps)
 

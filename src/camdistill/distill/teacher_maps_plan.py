@@ -12,8 +12,8 @@ from torch import Tensor
 
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.losses import attention_map
-from camdistill.explain.engine.request import Classes, columns
-from camdistill.explain.gradcam import Top, explain
+from camdistill.explain.engine.request import Classes, class_columns
+from camdistill.explain.gradcam import TopClasses, explain_images
 from camdistill.networks.teachers import Teacher
 from camdistill.store.array_files import Key
 from camdistill.types import Logits, Pixels
@@ -103,19 +103,21 @@ def answers(
     every = "class_maps" in plan.quantities
     asked: Classes = classes if classes is None else classes.to(device)
     if asked is None and plan.classes > 1:
-        asked = Top(plan.classes)
+        asked = TopClasses(plan.classes)
     if every:
         asked = torch.arange(teacher.classes, device=device).expand(len(images), -1)
     bfloat16 = plan.precision == "bfloat16"
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        found = explain(teacher, images, list(plan.layers), asked)
+        found = explain_images(teacher, images, list(plan.layers), asked)
     values = {"logits": found.logits.float().cpu()}
     top = likeliest(values["logits"], plan.classes) if classes is None else classes
     for number, layer in enumerate(plan.layers):
         maps = found.maps[layer].float().cpu()
         if every:
             values[f"class_maps/{number}"] = maps
-            maps = maps.gather(1, columns(top)[:, :, None, None].expand(-1, -1, *maps.shape[2:]))
+            maps = maps.gather(
+                1, class_columns(top)[:, :, None, None].expand(-1, -1, *maps.shape[2:])
+            )
             maps = maps if top.dim() == 2 else maps[:, 0]
         values[f"grad_cam/{number}"] = maps
         if "attention" in plan.quantities:

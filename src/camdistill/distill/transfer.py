@@ -20,7 +20,7 @@ from camdistill.distill.losses import (
 from camdistill.distill.teacher_maps_plan import Quantity
 from camdistill.errors import UserError, check_number
 from camdistill.explain.engine.request import Classes, Grad
-from camdistill.explain.gradcam import explain, last_layer
+from camdistill.explain.gradcam import explain_images, last_layer
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Images, Logits, PerImage
@@ -147,7 +147,9 @@ def quantity_maps(
     if quantity == "class_maps":
         count = head_size(network.network)
         classes = torch.arange(count, device=images.device).expand(len(images), count)
-    found = explain(network, images, layers, classes, grad=grad, maps=quantity != "attention")
+    found = explain_images(
+        network, images, layers, classes, grad=grad, maps=quantity != "attention"
+    )
     if quantity == "attention":
         return found.logits, {layer: attention_map(found.activations[layer], p) for layer in layers}
     return found.logits, dict(found.maps)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from camdistill.errors import UserError
 from camdistill.explain.engine.closed_form import TOLERANCE
 from camdistill.explain.engine.memory import footprint
-from camdistill.explain.engine.request import Classes, Score, wide
-from camdistill.explain.engine.tokens import Layout, cells_of
-from camdistill.explain.gradcam import explain, last_layer
-from camdistill.explain.masked_forward import Questions, questions, scores_of
+from camdistill.explain.engine.request import Classes, Score, upcast
+from camdistill.explain.engine.tokens import Layout, cell_transform
+from camdistill.explain.gradcam import explain_images, last_layer
+from camdistill.explain.masked_forward import BatchedScorer, make_scorer, score_images
 from camdistill.networks.capture import tensor, visiting
 from camdistill.types import Images
 
@@ -43,7 +43,7 @@ def ablation_cam(
     `memory`, where what follows allows that.
 
     Args:
-        network: As for `explain.gradcam.explain`, like all that isn't named here.
+        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
         images: Likewise.
         layers: Likewise.
         classes: Likewise.
@@ -60,91 +60,97 @@ def ablation_cam(
         )
     if layers is None:
         layers = [last_layer(network, images, score=score, logits=logits)]
-    asked = questions(network, images, classes, score=score, logits=logits, memory=memory)
-    found = explain(network, images, layers, score=score, layout=layout, logits=logits, maps=False)
-    calls = _calls(asked, list(found.activations))
+    scorer = make_scorer(network, images, classes, score=score, logits=logits, memory=memory)
+    explanation = explain_images(
+        network, images, layers, score=score, layout=layout, logits=logits, maps=False
+    )
+    calls = _last_calls(scorer, list(explanation.activations))
     maps = {}
-    for name, values in found.activations.items():
-        activations = wide(values)
-        size = asked.scores.abs()[..., None]
-        drops = asked.scores[..., None] - _without_units(
-            asked, calls[name], layout, values.shape[1]
+    for name, values in explanation.activations.items():
+        activations = upcast(values)
+        score_sizes = scorer.scores.abs()[..., None]
+        drops = scorer.scores[..., None] - _scores_without_units(
+            scorer, calls[name], layout, values.shape[1]
         )
-        weights = torch.where(size > 0, drops / torch.where(size > 0, size, 1), 0)
+        weights = torch.where(
+            score_sizes > 0, drops / torch.where(score_sizes > 0, score_sizes, 1), 0
+        )
         with torch.autocast(images.device.type, enabled=False):
             rows = torch.bmm(weights.to(activations), activations.flatten(2))
-        maps[name] = asked.shaped(rows.view(*rows.shape[:2], *activations.shape[2:]))
+        maps[name] = scorer.match_classes(rows.view(*rows.shape[:2], *activations.shape[2:]))
     return maps
 
 
-def _calls(asked: Questions, names: Sequence[str]) -> dict[str, str]:
+def _last_calls(scorer: BatchedScorer, names: Sequence[str]) -> dict[str, str]:
     """Each name with the number of the call that it means, which is the last one."""
-    seen = dict.fromkeys(names, 0)
+    call_counts = dict.fromkeys(names, 0)
 
     def count(name: str, output: object) -> None:
-        seen[name] += 1
+        call_counts[name] += 1
 
-    with visiting(asked.ask.network, names, count):
-        asked.ask.network(asked.ask.images[:1])
-    return {name: name if "#" in name else f"{name}#{seen[name] - 1}" for name in names}
+    with visiting(scorer.request.network, names, count):
+        scorer.request.network(scorer.request.images[:1])
+    return {name: name if "#" in name else f"{name}#{call_counts[name] - 1}" for name in names}
 
 
-def _without_units(
-    asked: Questions, name: str, layout: Layout, units: int
+def _scores_without_units(
+    scorer: BatchedScorer, name: str, layout: Layout, units: int
 ) -> Float[Tensor, "batch asked units"]:
     """The score of every image without each unit."""
     shared = True
     rows = []
-    for image in range(len(asked.ask.images)):
-        scores = _after_one_trunk(asked, name, layout, units, image) if shared else None
+    for image in range(len(scorer.request.images)):
+        scores = _score_after_shared_trunk(scorer, name, layout, units, image) if shared else None
         if scores is None:
             shared = False
-            scores = _whole(asked, name, layout, units, image)
+            scores = _score_by_full_forwards(scorer, name, layout, units, image)
         rows.append(scores.T)
     return torch.stack(rows)
 
 
-def _after_one_trunk(
-    asked: Questions, name: str, layout: Layout, units: int, image: int
+def _score_after_shared_trunk(
+    scorer: BatchedScorer, name: str, layout: Layout, units: int, image: int
 ) -> Float[Tensor, "units asked"] | None:
     """The image goes in once, and comes out of the layer once for each unit; None if it can't.
 
     What follows the layer may read something from before it, that has one row: sums of the two are
     right, concatenations fail. So each forward has the whole image too, whose score is known.
     """
-    rows = asked.memory // footprint(asked.ask.network, asked.ask.images).behind(name)
-    one = asked.ask.images[image : image + 1]
-    truth = asked.scores[image]
-    allowed = TOLERANCE.get(one.dtype, 0.0) * (1 + truth.abs().max())
-    found = []
-    for numbers in torch.split(torch.arange(units, device=one.device), max(1, rows - 1)):
-        classes = asked.classes[image : image + 1].expand(
-            len(numbers) + 1, *asked.classes.shape[1:]
+    rows = scorer.memory // footprint(scorer.request.network, scorer.request.images).behind(name)
+    single_image = scorer.request.images[image : image + 1]
+    known_scores = scorer.scores[image]
+    tolerance = TOLERANCE.get(single_image.dtype, 0.0) * (1 + known_scores.abs().max())
+    score_chunks = []
+    for numbers in torch.split(torch.arange(units, device=single_image.device), max(1, rows - 1)):
+        classes = scorer.classes[image : image + 1].expand(
+            len(numbers) + 1, *scorer.classes.shape[1:]
         )
         try:
-            scores = _scores(asked, one, classes, name, layout, numbers)
+            scores = _score_ablated_rows(scorer, single_image, classes, name, layout, numbers)
         except UNFITTING:
             return None
-        if bool((scores[0] - truth).abs().max() > allowed):
+        if bool((scores[0] - known_scores).abs().max() > tolerance):
             return None
-        found.append(scores[1:])
-    return torch.cat(found)
+        score_chunks.append(scores[1:])
+    return torch.cat(score_chunks)
 
 
-def _whole(
-    asked: Questions, name: str, layout: Layout, units: int, image: int
+def _score_by_full_forwards(
+    scorer: BatchedScorer, name: str, layout: Layout, units: int, image: int
 ) -> Float[Tensor, "units asked"]:
     """The whole network runs for every unit."""
-    found = []
-    for numbers in torch.split(torch.arange(units, device=asked.ask.images.device), asked.at_once):
+    score_chunks = []
+    for numbers in torch.split(
+        torch.arange(units, device=scorer.request.images.device), scorer.chunk_size
+    ):
         rows = torch.full_like(numbers, image)
-        images, classes = asked.ask.images[rows], asked.classes[rows]
-        found.append(_scores(asked, images, classes, name, layout, numbers))
-    return torch.cat(found)
+        images, classes = scorer.request.images[rows], scorer.classes[rows]
+        score_chunks.append(_score_ablated_rows(scorer, images, classes, name, layout, numbers))
+    return torch.cat(score_chunks)
 
 
-def _scores(
-    asked: Questions,
+def _score_ablated_rows(
+    scorer: BatchedScorer,
     images: Images,
     classes: Tensor,
     name: str,
@@ -152,20 +158,20 @@ def _scores(
     numbers: Tensor,
 ) -> Tensor:
     """Scores where each row lacks a unit; a first row is whole if there is one class row more."""
-    whole = len(classes) - len(numbers)
+    intact_rows = len(classes) - len(numbers)
 
-    def without(at: str, output: object) -> Tensor:
-        values = tensor(at, output)
+    def remove_units(layer: str, output: object) -> Tensor:
+        values = tensor(layer, output)
         size = (images.shape[-2], images.shape[-1])
-        axis = 1 if cells_of(at, values, size, layout) is None else values.dim() - 1
-        kept = torch.ones(
+        axis = 1 if cell_transform(layer, values, size, layout) is None else values.dim() - 1
+        keep_mask = torch.ones(
             len(classes), values.shape[axis], device=values.device, dtype=values.dtype
         )
-        kept[torch.arange(len(numbers), device=values.device) + whole, numbers] = 0
+        keep_mask[torch.arange(len(numbers), device=values.device) + intact_rows, numbers] = 0
         shape = [1] * values.dim()
-        shape[0], shape[axis] = kept.shape
+        shape[0], shape[axis] = keep_mask.shape
         # A product would leave what isn't a number.
-        return torch.where(kept.view(shape) > 0, values, 0)
+        return torch.where(keep_mask.view(shape) > 0, values, 0)
 
-    with visiting(asked.ask.network, [name], without):
-        return scores_of(asked.ask, images, classes)
+    with visiting(scorer.request.network, [name], remove_units):
+        return score_images(scorer.request, images, classes)

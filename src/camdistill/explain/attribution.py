@@ -15,9 +15,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.memory import footprint, room
-from camdistill.explain.engine.request import Classes, Request, Score, wide
-from camdistill.explain.gradients import PIXELS, pixel_pass, request, stacked, unreachable
+from camdistill.explain.engine.memory import footprint, memory_budget
+from camdistill.explain.engine.request import Classes, Request, Score, upcast
+from camdistill.explain.gradients import (
+    PIXELS,
+    build_request,
+    no_gradient_error,
+    pixel_pass,
+    stack_classes,
+)
 from camdistill.types import Images
 
 Channels = Literal["sum", "max_abs"]
@@ -26,7 +32,7 @@ PixelMaps = Float[Tensor, "batch *classes height width"]
 Attributions = Float[Tensor, "batch *classes channels height width"]
 
 
-def over_channels(values: Attributions, channels: Channels) -> PixelMaps:
+def reduce_channels(values: Attributions, channels: Channels) -> PixelMaps:
     """One number a pixel."""
     if channels not in ("sum", "max_abs"):
         raise ValueError(f"channels is {channels!r}; it is 'sum' or 'max_abs'")
@@ -44,10 +50,12 @@ def gradient(
 ) -> PixelMaps:
     """dS/dx, a saliency map: Simonyan et al. 2014, section 3, https://arxiv.org/abs/1312.6034.
 
-    Arguments are those of `explain.gradcam.explain`.
+    Arguments are those of `explain.gradcam.explain_images`.
     """
-    found, _ = _gradients(request(network, images, [], classes, score=score, logits=logits))
-    return over_channels(found, channels)
+    gradients, _ = _gradients(
+        build_request(network, images, [], classes, score=score, logits=logits)
+    )
+    return reduce_channels(gradients, channels)
 
 
 def gradient_x_input(
@@ -61,11 +69,15 @@ def gradient_x_input(
 ) -> PixelMaps:
     """Gradient times input, x dS/dx: Shrikumar et al. 2016, https://arxiv.org/abs/1605.01713.
 
-    Arguments are those of `explain.gradcam.explain`. x is the image as it is given: in [0, 1] black
+    Arguments are those of `explain.gradcam.explain_images`. x is the image as it is given: in [0, 1] black
     has no attribution.
     """
-    found, asked = _gradients(request(network, images, [], classes, score=score, logits=logits))
-    return over_channels(found * _beside(wide(images.detach()), asked), channels)
+    gradients, target_classes = _gradients(
+        build_request(network, images, [], classes, score=score, logits=logits)
+    )
+    return reduce_channels(
+        gradients * _broadcast_images(upcast(images.detach()), target_classes), channels
+    )
 
 
 def smooth_grad(
@@ -84,7 +96,7 @@ def smooth_grad(
     """The mean gradient of noisy copies: Smilkov et al. 2017, https://arxiv.org/abs/1706.03825.
 
     Args:
-        network: As for `explain.gradcam.explain`, like all that isn't named here.
+        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
         images: Likewise.
         classes: Likewise; None is the top class of the image without noise.
         samples: Noisy copies; the paper sees little gain above 50.
@@ -97,17 +109,17 @@ def smooth_grad(
         memory: Bytes that one forward and backward may take, about; None is 32 MiB on
             a CPU, 512 MiB elsewhere.
     """
-    _demand_count("samples", samples)
-    ask = _with_classes(request(network, images, [], classes, score=score, logits=logits))
+    _check_count("samples", samples)
+    request = _fix_classes(build_request(network, images, [], classes, score=score, logits=logits))
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(samples, *images.shape[1:], generator=generator)
+    noise_samples = torch.randn(samples, *images.shape[1:], generator=generator)
     spread = noise * (images.amax((1, 2, 3)) - images.amin((1, 2, 3)))[:, None, None, None]
 
     def noisy(image: Tensor, step: Tensor) -> Images:
-        return images[image] + spread[image] * drawn[step.cpu()].to(images)
+        return images[image] + spread[image] * noise_samples[step.cpu()].to(images)
 
     weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
-    return over_channels(_mean_gradient(ask, noisy, weights, memory), channels)
+    return reduce_channels(_mean_gradient(request, noisy, weights, memory), channels)
 
 
 def integrated_gradients(
@@ -129,7 +141,7 @@ def integrated_gradients(
     S(x) - S(x').
 
     Args:
-        network: As for `explain.gradcam.explain`, like all that isn't named here.
+        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
         images: Likewise.
         classes: Likewise.
         baseline: The image that shows nothing: one value, such as black, or images.
@@ -140,63 +152,67 @@ def integrated_gradients(
         memory: Bytes that one forward and backward may take, about; None is 32 MiB on
             a CPU, 512 MiB elsewhere.
     """
-    _demand_count("steps", steps)
-    ask = _with_classes(request(network, images, [], classes, score=score, logits=logits))
+    _check_count("steps", steps)
+    request = _fix_classes(build_request(network, images, [], classes, score=score, logits=logits))
     nodes, weights = np.polynomial.legendre.leggauss(steps)
-    shares = torch.from_numpy((nodes + 1) / 2).to(images.device, wide(images).dtype)
+    shares = torch.from_numpy((nodes + 1) / 2).to(images.device, upcast(images).dtype)
     start = torch.as_tensor(baseline, dtype=images.dtype, device=images.device)
     start = start.expand_as(images)
     path = images.detach() - start
 
     def between(image: Tensor, step: Tensor) -> Images:
-        there = wide(start[image]) + shares[step][:, None, None, None] * wide(path[image])
-        return there.to(images.dtype)
+        point = upcast(start[image]) + shares[step][:, None, None, None] * upcast(path[image])
+        return point.to(images.dtype)
 
-    found = _mean_gradient(ask, between, torch.from_numpy(weights / 2), memory)
-    assert isinstance(ask.classes, Tensor) or ask.classes is None, "they were made so"
-    asked = torch.zeros(len(images)) if ask.classes is None else ask.classes
-    return over_channels(found * _beside(wide(path), asked), channels)
+    mean_gradient = _mean_gradient(request, between, torch.from_numpy(weights / 2), memory)
+    assert isinstance(request.classes, Tensor) or request.classes is None, "they were made so"
+    target_classes = torch.zeros(len(images)) if request.classes is None else request.classes
+    return reduce_channels(
+        mean_gradient * _broadcast_images(upcast(path), target_classes), channels
+    )
 
 
-def _gradients(ask: Request) -> tuple[Attributions, Tensor]:
+def _gradients(request: Request) -> tuple[Attributions, Tensor]:
     """dS/dx of every class asked for, and the classes."""
-    done = pixel_pass(ask)
-    found = []
-    count = done.scores.shape[1]
+    gradient_pass = pixel_pass(request)
+    gradients_by_class = []
+    count = gradient_pass.scores.shape[1]
     for column in range(count):
-        gradients = done.gradients(column, last=column + 1 == count)
+        gradients = gradient_pass.gradients(column, last=column + 1 == count)
         if gradients is None:
-            raise unreachable(ask)
-        found.append(gradients[PIXELS])
-    return stacked(found, done.classes), done.classes
+            raise no_gradient_error(request)
+        gradients_by_class.append(gradients[PIXELS])
+    return stack_classes(gradients_by_class, gradient_pass.classes), gradient_pass.classes
 
 
 def _mean_gradient(
-    ask: Request,
-    changed: Callable[[Tensor, Tensor], Images],
+    request: Request,
+    change_images: Callable[[Tensor, Tensor], Images],
     weights: Tensor,
     memory: int | None,
 ) -> Attributions:
     """The weighted sum of gradients at changed images, in chunks of a stated size.
 
     Args:
-        ask: With fixed classes.
-        changed: Images by numbers of an image and of a step, both [n].
+        request: With fixed classes.
+        change_images: Images by numbers of an image and of a step, both [n].
         weights: Of each step.
         memory: Bytes for one chunk.
     """
-    images, steps = ask.images, len(weights)
-    count = max(1, room(images, memory) // footprint(ask.network, images).with_graph)
-    weights = weights.to(images.device, wide(images).dtype)
+    images, steps = request.images, len(weights)
+    count = max(1, memory_budget(images, memory) // footprint(request.network, images).with_graph)
+    weights = weights.to(images.device, upcast(images).dtype)
     pairs = torch.arange(len(images) * steps, device=images.device)
     total: Tensor | None = None
     for part in torch.split(pairs, count):
         image, step = part % len(images), part // len(images)
-        classes = ask.classes[image] if isinstance(ask.classes, Tensor) else None
-        asked = replace(ask, images=changed(image, step).detach(), classes=classes)
+        classes = request.classes[image] if isinstance(request.classes, Tensor) else None
+        chunk_request = replace(
+            request, images=change_images(image, step).detach(), classes=classes
+        )
         with torch.no_grad():
-            found, _ = _gradients(asked)
-            weighted = found * weights[step].view(-1, *[1] * (found.dim() - 1))
+            gradients, _ = _gradients(chunk_request)
+            weighted = gradients * weights[step].view(-1, *[1] * (gradients.dim() - 1))
             if total is None:
                 total = weighted.new_zeros(len(images), *weighted.shape[1:])
             total.index_add_(0, image, weighted)
@@ -204,18 +220,18 @@ def _mean_gradient(
     return total
 
 
-def _with_classes(ask: Request) -> Request:
+def _fix_classes(request: Request) -> Request:
     """The request with the classes that the unchanged images have; none for a callable score."""
-    if not isinstance(ask.score, str):
-        return ask
-    return replace(ask, classes=pixel_pass(ask).classes)
+    if not isinstance(request.score, str):
+        return request
+    return replace(request, classes=pixel_pass(request).classes)
 
 
-def _beside(images: Images, classes: Tensor) -> Tensor:
+def _broadcast_images(images: Images, classes: Tensor) -> Tensor:
     """Images that multiply attributions [B, ...] or [B, C, ...]."""
     return images[:, None] if classes.dim() == 2 else images
 
 
-def _demand_count(name: str, number: int) -> None:
+def _check_count(name: str, number: int) -> None:
     if number < 1:
         raise UserError(f"{name} is {number}: give 1 or more")

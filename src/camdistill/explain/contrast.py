@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.request import Classes, ClassNumbers, wide
+from camdistill.explain.engine.request import Classes, ClassNumbers, upcast
 from camdistill.explain.engine.tokens import Layout
-from camdistill.explain.gradcam import explain, last_layer
+from camdistill.explain.gradcam import explain_images, last_layer
 from camdistill.types import Images, Labels, Logits, PerImage
 
 
@@ -28,8 +28,8 @@ def counterfactual(
     is linear in the gradient, so the raw map is minus Grad-CAM's, and its positive part is
     Grad-CAM's negative one.
     """
-    found = explain(network, images, layers, classes, layout=layout, logits=logits)
-    return {name: -maps for name, maps in found.maps.items()}
+    explanation = explain_images(network, images, layers, classes, layout=layout, logits=logits)
+    return {name: -maps for name, maps in explanation.maps.items()}
 
 
 def contrast(
@@ -50,7 +50,7 @@ def contrast(
     2025, https://arxiv.org/abs/2501.11309).
 
     Args:
-        network: As for `explain.gradcam.explain`, like all that isn't named here.
+        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
         images: Likewise.
         layers: Likewise.
         classes: c: None is the top class; else one number, or [B].
@@ -66,31 +66,35 @@ def contrast(
         layers = [last_layer(network, images, logits=logits)]
 
     def margin(values: Logits) -> PerImage:
-        known = wide(values.detach())
-        if known.shape[1] == 1:
+        known_logits = upcast(values.detach())
+        if known_logits.shape[1] == 1:
             raise UserError(
                 "the network has a single logit, so there is no other class to contrast with; "
                 "`counterfactual` shows what speaks against it"
             )
-        first = known.argmax(1) if classes is None else _chosen(classes, known)
+        first = known_logits.argmax(1) if classes is None else _class_numbers(classes, known_logits)
         if against is None:
-            second = known.scatter(1, first[:, None], float("-inf")).argmax(1)
+            second = known_logits.scatter(1, first[:, None], float("-inf")).argmax(1)
         else:
-            second = _chosen(against, known)
+            second = _class_numbers(against, known_logits)
         if bool((first == second).any()):
             raise UserError(
                 "a class was contrasted with itself: give another class as against=, or None for "
                 "the likeliest other one"
             )
-        scores = wide(values)
-        own, other = (scores.gather(1, one[:, None])[:, 0] for one in (first, second))
-        return own - gamma * other
+        scores = upcast(values)
+        class_scores, other_scores = (
+            scores.gather(1, chosen[:, None])[:, 0] for chosen in (first, second)
+        )
+        return class_scores - gamma * other_scores
 
-    found = explain(network, images, layers, score=margin, layout=layout, logits=logits)
-    return found.maps
+    explanation = explain_images(
+        network, images, layers, score=margin, layout=layout, logits=logits
+    )
+    return explanation.maps
 
 
-def _chosen(classes: int | Sequence[int] | Tensor, values: Logits) -> Labels:
+def _class_numbers(classes: int | Sequence[int] | Tensor, values: Logits) -> Labels:
     numbers = torch.as_tensor(classes, device=values.device).long()
     if numbers.dim() > 1 or (numbers.dim() == 1 and len(numbers) != len(values)):
         raise UserError(

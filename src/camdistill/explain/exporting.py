@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.engine.closed_form import head_weight
-from camdistill.explain.gradcam import explain, last_layer
+from camdistill.explain.gradcam import explain_images, last_layer
 from camdistill.networks.capture import bare, capture
 from camdistill.types import Images
 
@@ -34,7 +34,7 @@ class ClosedExplainer(nn.Module):
         super().__init__()
         self.network = network
         self.layer = last_layer(network, images) if layer is None else layer
-        head = explain(network, images, [self.layer]).heads[self.layer]
+        head = explain_images(network, images, [self.layer]).heads[self.layer]
         inner = bare(network)
         if head is None:
             raise UserError(
@@ -48,9 +48,9 @@ class ClosedExplainer(nn.Module):
         self, images: Images
     ) -> tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch classes rows columns"]]:
         """Logits, and a raw, signed map of every class at the layer's own resolution."""
-        with capture(self.network, [self.layer]) as found:
+        with capture(self.network, [self.layer]) as activations_by_layer:
             logits = self.network(images)
-        activations = found[self.layer]
+        activations = activations_by_layer[self.layer]
         weight = head_weight(bare(self.network).get_submodule(self.head))
         cells = activations.shape[2] * activations.shape[3]
         return logits, torch.einsum("ck,bkhw->bchw", weight / cells, activations)

@@ -20,19 +20,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.forward import AnotherWayError, Explanation, explained
-from camdistill.explain.engine.hidden_gradients import refusing_reentrant, why_no_gradient
-from camdistill.explain.engine.recording import may_be_last, recordable, spatial_shape
+from camdistill.explain.engine.forward import Explanation, NotLastLayerError, explain_forward
+from camdistill.explain.engine.hidden_gradients import describe_missing_gradient, refuse_reentrant
+from camdistill.explain.engine.recording import clone_if_inference, may_be_last, spatial_shape
 from camdistill.explain.engine.request import (
     Classes,
     Grad,
     Request,
     Score,
-    Top,
-    check_images,
-    demand_explainable,
-    demand_known,
-    demand_separate_images,
+    TopClasses,
+    check_explainable_network,
+    check_image_batch,
+    check_request_options,
+    check_separate_images,
 )
 from camdistill.explain.engine.tokens import Layout
 from camdistill.networks.capture import (
@@ -46,7 +46,7 @@ from camdistill.networks.capture import (
 )
 from camdistill.types import Images
 
-__all__ = ["Explanation", "Top", "explain", "grad_cam", "last_layer"]
+__all__ = ["Explanation", "TopClasses", "explain_images", "grad_cam", "last_layer"]
 
 # The last layer that was found in each network, if it gives a grid; the next forward confirms it.
 _LAST_LAYERS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -65,7 +65,7 @@ def grad_cam(
     memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
     """Raw Grad-CAM maps by layer; `explain` says all, and gives logits and activations too."""
-    found = explain(
+    explanation = explain_images(
         network,
         images,
         layers,
@@ -76,10 +76,10 @@ def grad_cam(
         logits=logits,
         memory=memory,
     )
-    return found.maps
+    return explanation.maps
 
 
-def explain(
+def explain_images(
     network: nn.Module,
     images: Images,
     layers: Sequence[str] | None = None,
@@ -130,47 +130,49 @@ def explain(
     Raises:
         UserError: If a layer, a class or the network can't be explained as asked.
     """
-    demand_known(score, classes, grad, layout)
-    check_images(images)
+    check_request_options(score, classes, grad, layout)
+    check_image_batch(images)
     with exclusive(), torch.inference_mode(False), torch.set_grad_enabled(grad != "none"):
         if grad == "none":
-            demand_separate_images(network, len(images))
+            check_separate_images(network, len(images))
         else:
-            demand_explainable(network)
-        images = recordable(images)
+            check_explainable_network(network)
+        images = clone_if_inference(images)
         if isinstance(classes, Tensor):
-            classes = recordable(classes)
+            classes = clone_if_inference(classes)
         names = (layers,) if isinstance(layers, str) else tuple(dict.fromkeys(layers or ()))
-        ask = Request(network, images, names, classes, score, grad, maps, layout, logits, memory)
-        return _explanation(ask) if layers is not None else _at_last_layer(ask)
+        request = Request(
+            network, images, names, classes, score, grad, maps, layout, logits, memory
+        )
+        return _explain_layers(request) if layers is not None else _explain_last_layer(request)
 
 
-def _explanation(ask: Request, *, is_last: bool = False) -> Explanation:
-    with refusing_reentrant():
-        found = explained(ask, record=ask.grad != "none", is_last=is_last)
-        if found is None and ask.grad == "none":
+def _explain_layers(request: Request, *, is_last: bool = False) -> Explanation:
+    with refuse_reentrant():
+        explanation = explain_forward(request, record=request.grad != "none", is_last=is_last)
+        if explanation is None and request.grad == "none":
             # The network switches the graph off itself somewhere; record all of it.
             with torch.enable_grad():
-                found = explained(ask, record=True, is_last=is_last)
-    if found is None:
-        raise UserError(why_no_gradient(ask.network, ask.images, ask.names))
-    return found
+                explanation = explain_forward(request, record=True, is_last=is_last)
+    if explanation is None:
+        raise UserError(describe_missing_gradient(request.network, request.images, request.names))
+    return explanation
 
 
-def _at_last_layer(ask: Request) -> Explanation:
+def _explain_last_layer(request: Request) -> Explanation:
     """Explains at the layer that is last in this very forward.
 
     The last layer of an earlier forward is tried first, which saves a look at one image; a training
     step, which can't run again, looks every time.
     """
-    remembered = _LAST_LAYERS.get(bare(ask.network))
-    if remembered is not None and ask.grad == "none":
+    known_layer = _LAST_LAYERS.get(bare(request.network))
+    if known_layer is not None and request.grad == "none":
         try:
-            return _explanation(replace(ask, names=(remembered,)), is_last=True)
-        except (AnotherWayError, UserError):
+            return _explain_layers(replace(request, names=(known_layer,)), is_last=True)
+        except (NotLastLayerError, UserError):
             pass  # what is wrong besides is told below
-    layer = last_layer(ask.network, ask.images, score=ask.score, logits=ask.logits)
-    return _explanation(replace(ask, names=(layer,)))
+    layer = last_layer(request.network, request.images, score=request.score, logits=request.logits)
+    return _explain_layers(replace(request, names=(layer,)))
 
 
 def last_layer(
@@ -196,8 +198,8 @@ def last_layer(
     size = (images.shape[-2], images.shape[-1])
 
     def note(module: nn.Module, output: object) -> None:
-        if (shape := spatial_shape(output, size)) is not None:
-            finished.append((module, shape))
+        if (cell_shape := spatial_shape(output, size)) is not None:
+            finished.append((module, cell_shape))
 
     with undisturbed(network), uncompiled(network), watching(may_be_last(parts(inner)), note):
         plain(network)(images[:1])
@@ -211,7 +213,13 @@ def last_layer(
     if len(shape) == 4:
         _LAST_LAYERS[inner] = names[last]
         return names[last]
-    alike = list(dict.fromkeys(names[module] for module, other in finished if other == shape))
+    names_of_same_shape = list(
+        dict.fromkeys(names[module] for module, other_shape in finished if other_shape == shape)
+    )
     with undisturbed(network):
-        maps = explain(network, images[:1], alike, score=score, logits=logits).maps
-    return next((name for name in reversed(alike) if maps[name].count_nonzero()), names[last])
+        maps = explain_images(
+            network, images[:1], names_of_same_shape, score=score, logits=logits
+        ).maps
+    return next(
+        (name for name in reversed(names_of_same_shape) if maps[name].count_nonzero()), names[last]
+    )

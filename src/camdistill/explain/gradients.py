@@ -14,20 +14,25 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.alphas import HALF_SCALE, demand_separate
-from camdistill.explain.engine.graph import Behind
-from camdistill.explain.engine.hidden_gradients import refusing_reentrant, why_no_gradient
-from camdistill.explain.engine.recording import Seen, demand_intact, recordable, recorded_forward
+from camdistill.explain.engine.alphas import HALF_SCALE, check_unmixed_graph
+from camdistill.explain.engine.graph import ScoreGraph
+from camdistill.explain.engine.hidden_gradients import describe_missing_gradient, refuse_reentrant
+from camdistill.explain.engine.recording import (
+    LayerRecord,
+    check_intact_outputs,
+    clone_if_inference,
+    record_forward,
+)
 from camdistill.explain.engine.request import (
     Classes,
     Request,
     Score,
-    asked_classes,
-    check_images,
-    demand_known,
-    demand_separate_images,
+    check_image_batch,
+    check_request_options,
+    check_separate_images,
+    resolve_classes,
     score_columns,
-    wide,
+    upcast,
 )
 from camdistill.explain.engine.tokens import Layout
 from camdistill.explain.gradcam import last_layer
@@ -40,7 +45,7 @@ PIXELS = ""  # stands for the images among names of layers; no layer is called s
 
 
 @dataclass(frozen=True)
-class Pass:
+class GradientPass:
     """One forward with a graph from the first layer, or from the pixels, to the scores.
 
     Attributes:
@@ -53,13 +58,13 @@ class Pass:
 
     classes: Tensor
     scores: Float[Tensor, "batch asked"]
-    layers: dict[str, Seen]
+    layers: dict[str, LayerRecord]
     edges: dict[str, GradientEdge]
     scale: float
 
     def activations(self, name: str) -> Activations:
         """A layer's output [B, K, h, w], in float32 at least."""
-        return wide(self.layers[name].activations.detach())
+        return upcast(self.layers[name].activations.detach())
 
     def gradients(
         self, column: int, names: Sequence[str] | None = None, *, last: bool = False
@@ -76,20 +81,22 @@ class Pass:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            refusing_reentrant(),
+            refuse_reentrant(),
         ):
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 self.scores[:, column].sum(),
                 [self.edges[name] for name in names],
                 retain_graph=not last,
                 allow_unused=True,
             )
         by_name = {}
-        for name, gradient in zip(names, found, strict=True):
+        for name, gradient in zip(names, gradients, strict=True):
             if gradient is None:
                 return None
-            cells = self.layers[name].cells if name in self.layers else None
-            by_name[name] = wide(gradient if cells is None else cells(gradient)) / self.scale
+            to_cells = self.layers[name].to_cells if name in self.layers else None
+            by_name[name] = (
+                upcast(gradient if to_cells is None else to_cells(gradient)) / self.scale
+            )
         return by_name
 
 
@@ -106,35 +113,37 @@ def gradient_maps(
 ) -> dict[str, Float[Tensor, "..."]]:
     """Maps by layer, [B, h, w] or [B, C, h, w], made by a formula of activations and gradients.
 
-    The arguments are those of `explain.gradcam.explain`; nothing is left behind likewise.
+    The arguments are those of `explain.gradcam.explain_images`; nothing is left behind likewise.
 
     Raises:
         UserError: If a layer, a class or the network can't be explained as asked.
     """
-    ask = request(network, images, layers, classes, score=score, layout=layout, logits=logits)
+    request = build_request(
+        network, images, layers, classes, score=score, layout=layout, logits=logits
+    )
     # A network that switches the graph off itself somewhere is recorded whole.
     for record in (False, True):
         with exclusive(), torch.inference_mode(False), torch.set_grad_enabled(record):
-            found = _maps(_recordable(ask), formula, record)
-        if found is not None:
-            return found
-    raise unreachable(ask)
+            maps_by_layer = _maps(_clone_inference_tensors(request), formula, record)
+        if maps_by_layer is not None:
+            return maps_by_layer
+    raise no_gradient_error(request)
 
 
-def pixel_pass(ask: Request) -> Pass:
+def pixel_pass(request: Request) -> GradientPass:
     """A pass whose graph begins at the pixels.
 
     Raises:
         UserError: If the scores don't depend on the pixels or a layer.
     """
     with exclusive(), torch.inference_mode(False), torch.enable_grad():
-        found = forward_pass(_recordable(ask), record=True, pixels=True)
-    if found is None:
-        raise unreachable(ask)
-    return found
+        gradient_pass = forward_pass(_clone_inference_tensors(request), record=True, pixels=True)
+    if gradient_pass is None:
+        raise no_gradient_error(request)
+    return gradient_pass
 
 
-def request(
+def build_request(
     network: nn.Module,
     images: Images,
     layers: Sequence[str] | None,
@@ -145,10 +154,10 @@ def request(
     logits: Callable[..., Tensor] | None = None,
 ) -> Request:
     """What is asked, after refusing what can't be answered."""
-    demand_known(score, classes, "none", layout)
-    check_images(images)
+    check_request_options(score, classes, "none", layout)
+    check_image_batch(images)
     with exclusive():
-        demand_separate_images(network, len(images))
+        check_separate_images(network, len(images))
     if layers is None:
         names: tuple[str, ...] = (last_layer(network, images, score=score, logits=logits),)
     else:
@@ -156,68 +165,72 @@ def request(
     return Request(network, images, names, classes, score, "none", True, layout, logits)
 
 
-def forward_pass(ask: Request, record: bool, *, pixels: bool = False) -> Pass | None:
+def forward_pass(request: Request, record: bool, *, pixels: bool = False) -> GradientPass | None:
     """The forward; None if the scores have no graph, or don't depend on a layer.
 
     Args:
-        ask: With images that can take part in a graph.
+        request: With images that can take part in a graph.
         record: Whether the whole network is recorded, not only what follows the first layer.
         pixels: Whether gradients will be asked at the pixels too.
     """
     if pixels:
-        ask = replace(ask, images=ask.images.detach().requires_grad_())
-    forward = recorded_forward(ask, record)
+        request = replace(request, images=request.images.detach().requires_grad_())
+    forward = record_forward(request, record)
     output, layers = forward.output, forward.layers
-    demand_intact(layers)
+    check_intact_outputs(layers)
     half = any(layer.output.dtype == torch.float16 for layer in layers.values())
-    scale = HALF_SCALE if half or ask.images.dtype == torch.float16 else 1.0
-    with torch.autocast(ask.images.device.type, enabled=False), torch.enable_grad():
-        classes = asked_classes(ask, output)
-        scores = score_columns(ask, output, classes) * scale
+    scale = HALF_SCALE if half or request.images.dtype == torch.float16 else 1.0
+    with torch.autocast(request.images.device.type, enabled=False), torch.enable_grad():
+        classes = resolve_classes(request, output)
+        scores = score_columns(request, output, classes) * scale
         if not scores.requires_grad:
             return None
         edges = {name: _edge(layer) for name, layer in layers.items()}
         if pixels:
-            edges[PIXELS] = get_gradient_edge(ask.images)
-        with refusing_reentrant():
-            if not demand_separate(ask, scores, Behind(scores), edges):
+            edges[PIXELS] = get_gradient_edge(request.images)
+        with refuse_reentrant():
+            if not check_unmixed_graph(request, scores, ScoreGraph(scores), edges):
                 return None
-    return Pass(classes, scores, layers, edges, scale)
+    return GradientPass(classes, scores, layers, edges, scale)
 
 
-def unreachable(ask: Request) -> UserError:
+def no_gradient_error(request: Request) -> UserError:
     """What to say where a score has no gradient."""
-    return UserError(why_no_gradient(ask.network, ask.images, ask.names))
+    return UserError(describe_missing_gradient(request.network, request.images, request.names))
 
 
-def stacked(maps: Sequence[Tensor], classes: Tensor) -> Tensor:
+def stack_classes(maps: Sequence[Tensor], classes: Tensor) -> Tensor:
     """Maps of each class as [B, C, ...]; as [B, ...] where one class an image was asked for."""
     return torch.stack(list(maps), 1) if classes.dim() == 2 else maps[0]
 
 
-def _maps(ask: Request, formula: Formula, record: bool) -> dict[str, Tensor] | None:
-    done = forward_pass(ask, record)
-    if done is None:
+def _maps(request: Request, formula: Formula, record: bool) -> dict[str, Tensor] | None:
+    gradient_pass = forward_pass(request, record)
+    if gradient_pass is None:
         return None
-    parts: dict[str, list[Tensor]] = {name: [] for name in ask.names}
-    activations = {name: done.activations(name) for name in ask.names}
-    with torch.no_grad(), torch.autocast(ask.images.device.type, enabled=False):
-        count = done.scores.shape[1]
+    parts: dict[str, list[Tensor]] = {name: [] for name in request.names}
+    activations = {name: gradient_pass.activations(name) for name in request.names}
+    with torch.no_grad(), torch.autocast(request.images.device.type, enabled=False):
+        count = gradient_pass.scores.shape[1]
         for column in range(count):
-            gradients = done.gradients(column, last=column + 1 == count)
+            gradients = gradient_pass.gradients(column, last=column + 1 == count)
             if gradients is None:
                 return None
-            for name in ask.names:
+            for name in request.names:
                 parts[name].append(formula(activations[name], gradients[name]))
-        return {name: stacked(maps, done.classes) for name, maps in parts.items()}
+        return {name: stack_classes(maps, gradient_pass.classes) for name, maps in parts.items()}
 
 
-def _edge(layer: Seen) -> GradientEdge:
+def _edge(layer: LayerRecord) -> GradientEdge:
     node, number = layer.source
     # A layer that was neither tapped nor has a graph is a leaf of its own.
     return get_gradient_edge(layer.output) if node is None else GradientEdge(node, number)
 
 
-def _recordable(ask: Request) -> Request:
-    classes = recordable(ask.classes) if isinstance(ask.classes, Tensor) else ask.classes
-    return replace(ask, images=recordable(ask.images), classes=classes)
+def _clone_inference_tensors(request: Request) -> Request:
+    classes = (
+        clone_if_inference(request.classes)
+        if isinstance(request.classes, Tensor)
+        else request.classes
+    )
+    return replace(request, images=clone_if_inference(request.images), classes=classes)

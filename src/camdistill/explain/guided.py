@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from camdistill.errors import UserError
-from camdistill.explain.attribution import Channels, over_channels
+from camdistill.explain.attribution import Channels, reduce_channels
 from camdistill.explain.engine.request import Classes, Request, Score
 from camdistill.explain.engine.tokens import Layout
 from camdistill.explain.gradients import (
     PIXELS,
-    Pass,
+    GradientPass,
+    build_request,
+    no_gradient_error,
     pixel_pass,
-    request,
-    stacked,
-    unreachable,
+    stack_classes,
 )
 from camdistill.explain.maps import relu, upsample
 from camdistill.networks.capture import bare
@@ -55,7 +55,7 @@ def guided_gradient(
     """The gradient at the pixels with every ReLU's rule replaced, signed.
 
     Args:
-        network: As for `explain.gradcam.explain`.
+        network: As for `explain.gradcam.explain_images`.
         images: Likewise.
         classes: Likewise; [B, C] gives [B, C, channels, H, W].
         rule: See the module.
@@ -65,11 +65,14 @@ def guided_gradient(
     Raises:
         UserError: If the network has no ReLU on the way from the pixels to the score.
     """
-    ask = request(network, images, [], classes, score=score, logits=logits)
-    done = pixel_pass(ask)
-    with relus_changed(ask, done, rule):
-        found = [_at_pixels(ask, done, column) for column in range(done.scores.shape[1])]
-    return stacked(found, done.classes)
+    request = build_request(network, images, [], classes, score=score, logits=logits)
+    gradient_pass = pixel_pass(request)
+    with replace_relu_rule(request, gradient_pass, rule):
+        gradients = [
+            _pixel_gradient(request, gradient_pass, column)
+            for column in range(gradient_pass.scores.shape[1])
+        ]
+    return stack_classes(gradients, gradient_pass.classes)
 
 
 def guided_backprop(
@@ -83,8 +86,8 @@ def guided_backprop(
     logits: Callable[..., Tensor] | None = None,
 ) -> Float[Tensor, "batch *classes height width"]:
     """One map of `guided_gradient`: the largest magnitude over the channels, or their sum."""
-    found = guided_gradient(network, images, classes, rule=rule, score=score, logits=logits)
-    return over_channels(found, channels)
+    gradients = guided_gradient(network, images, classes, rule=rule, score=score, logits=logits)
+    return reduce_channels(gradients, channels)
 
 
 def deconvnet(
@@ -111,7 +114,7 @@ def guided_grad_cam(
     bilinearly, as there. One forward serves both, and all layers.
 
     Args:
-        network: As for `explain.gradcam.explain`, like all that isn't named here.
+        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
         images: Likewise.
         layers: Likewise.
         classes: Likewise.
@@ -120,67 +123,71 @@ def guided_grad_cam(
         layout: Likewise.
         logits: Likewise.
     """
-    ask = request(network, images, layers, classes, score=score, layout=layout, logits=logits)
-    done = pixel_pass(ask)
+    request = build_request(
+        network, images, layers, classes, score=score, layout=layout, logits=logits
+    )
+    gradient_pass = pixel_pass(request)
     size = (images.shape[-2], images.shape[-1])
-    count = done.scores.shape[1]
-    plain = [done.gradients(column, ask.names) for column in range(count)]
-    with relus_changed(ask, done, "guided"):
-        guided = [_at_pixels(ask, done, column) for column in range(count)]
-    found = {}
-    for name in ask.names:
+    count = gradient_pass.scores.shape[1]
+    layer_gradients = [gradient_pass.gradients(column, request.names) for column in range(count)]
+    with replace_relu_rule(request, gradient_pass, "guided"):
+        pixel_gradients = [
+            _pixel_gradient(request, gradient_pass, column) for column in range(count)
+        ]
+    maps_by_layer = {}
+    for name in request.names:
         parts = []
-        for gradients, pixels in zip(plain, guided, strict=True):
+        for gradients, pixels in zip(layer_gradients, pixel_gradients, strict=True):
             if gradients is None:
-                raise unreachable(ask)
+                raise no_gradient_error(request)
             alpha = gradients[name].mean((2, 3), keepdim=True)
-            cam = upsample(relu((alpha * done.activations(name)).sum(1)), size)
-            parts.append(over_channels(pixels * cam[:, None], channels))
-        found[name] = stacked(parts, done.classes)
-    return found
+            cam = upsample(relu((alpha * gradient_pass.activations(name)).sum(1)), size)
+            parts.append(reduce_channels(pixels * cam[:, None], channels))
+        maps_by_layer[name] = stack_classes(parts, gradient_pass.classes)
+    return maps_by_layer
 
 
-def _at_pixels(ask: Request, done: Pass, column: int) -> Tensor:
-    found = done.gradients(column, [PIXELS])
-    if found is None:
-        raise unreachable(ask)
-    return found[PIXELS]
+def _pixel_gradient(request: Request, gradient_pass: GradientPass, column: int) -> Tensor:
+    gradients = gradient_pass.gradients(column, [PIXELS])
+    if gradients is None:
+        raise no_gradient_error(request)
+    return gradients[PIXELS]
 
 
 @contextmanager
-def relus_changed(ask: Request, done: Pass, rule: Rule) -> Iterator[None]:
+def replace_relu_rule(request: Request, gradient_pass: GradientPass, rule: Rule) -> Iterator[None]:
     """Replace the rule of every ReLU in the graph of a forward."""
     if rule not in ("guided", "deconvnet"):
         raise ValueError(f"rule is {rule!r}; it is 'guided' or 'deconvnet'")
-    relus = [node for node in _nodes(done.scores) if _is_relu(node)]
+    relus = [node for node in _nodes(gradient_pass.scores) if _is_relu(node)]
     if not relus:
         raise UserError(
-            f"{type(bare(ask.network)).__name__} has no ReLU between the pixels and the score, so "
+            f"{type(bare(request.network)).__name__} has no ReLU between the pixels and the score, so "
             "guided backpropagation would be the plain gradient: ask for that"
         )
 
-    def changed(
-        inner: tuple[Tensor | None, ...], outer: tuple[Tensor, ...]
+    def change_gradient(
+        input_gradients: tuple[Tensor | None, ...], output_gradients: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
-        first = inner[0] if rule == "guided" else outer[0]
-        return (None if first is None else first.clamp(min=0), *inner[1:])
+        first = input_gradients[0] if rule == "guided" else output_gradients[0]
+        return (None if first is None else first.clamp(min=0), *input_gradients[1:])
 
     with ExitStack() as stack:
         for node in relus:
-            stack.callback(node.register_hook(changed).remove)
+            stack.callback(node.register_hook(change_gradient).remove)
         yield
 
 
 def _nodes(scores: Tensor) -> set[Node]:
     """Every operation that the scores came from."""
     assert scores.grad_fn is not None, "a pass has a graph"
-    waiting, met = [scores.grad_fn], {scores.grad_fn}
+    waiting, nodes = [scores.grad_fn], {scores.grad_fn}
     while waiting:
         for node, _ in waiting.pop().next_functions:
-            if node is not None and node not in met:
-                met.add(node)
+            if node is not None and node not in nodes:
+                nodes.add(node)
                 waiting.append(node)
-    return met
+    return nodes
 
 
 def _is_relu(node: Node) -> bool:
@@ -188,10 +195,10 @@ def _is_relu(node: Node) -> bool:
     operation = node.name().rstrip("0123456789")
     if operation == "ReluBackward":
         return True
-    place = {
+    bound = {
         "HardtanhBackward": "_saved_min_val",
         "ThresholdBackward": "_saved_threshold",
         "ClampBackward": "_saved_min",
         "ClampMinBackward": "_saved_min",
     }.get(operation)
-    return place is not None and getattr(node, place) == 0
+    return bound is not None and getattr(node, bound) == 0

@@ -62,7 +62,9 @@ class LearnableCAM(nn.Module):
         self.mix = nn.Parameter(torch.eye(count)[-1].clone())
         self.power = nn.Parameter(torch.ones(count))
         self.slope = nn.Parameter(torch.ones(count))
-        self.gates = nn.ParameterList(nn.Parameter(torch.ones(own)) for own in units.values())
+        self.gates = nn.ParameterList(
+            nn.Parameter(torch.ones(unit_count)) for unit_count in units.values()
+        )
 
     @classmethod
     def of(
@@ -70,8 +72,8 @@ class LearnableCAM(nn.Module):
     ) -> "LearnableCAM":
         """For a network's layers, its last spatial one by default; it starts as Grad-CAM."""
         names = list(dict.fromkeys(layers or [last_layer(network, images)]))
-        found = contributions(network, images[:1], names)
-        return cls({name: found[name].shape[1] for name in names})
+        contributions_by_layer = unit_contributions(network, images[:1], names)
+        return cls({name: contributions_by_layer[name].shape[1] for name in names})
 
     def forward(self, network: nn.Module, images: Images, classes: Labels) -> LayerMaps:
         """Raw, signed maps on the grid of the last layer; layers of no weight aren't asked for."""
@@ -83,7 +85,7 @@ class LearnableCAM(nn.Module):
             for place, name in enumerate(self.units)
             if place == last or torch.is_grad_enabled() or float(mix[place]) != 0
         ]
-        return self.maps(contributions(network, images, names, classes))
+        return self.maps(unit_contributions(network, images, names, classes))
 
     def maps(self, contributions_by_layer: UnitsByLayer) -> LayerMaps:
         """Maps from what `contributions` gave; differentiable by the parameters.
@@ -98,29 +100,31 @@ class LearnableCAM(nn.Module):
         for place, name in enumerate(self.units):
             if name not in contributions_by_layer:
                 continue
-            unit, own = self._layer(place, contributions_by_layer[name])
-            shape = shape + mix[place].to(unit) * resize(unit, grid)
-            size = size + mix[place].to(own) * own
+            unit_map, rms = self._layer(place, contributions_by_layer[name])
+            shape = shape + mix[place].to(unit_map) * resize(unit_map, grid)
+            size = size + mix[place].to(rms) * rms
         assert isinstance(shape, Tensor), "the last layer is there"
         return shape * size
 
     def _grid(self, contributions_by_layer: UnitsByLayer) -> tuple[int, int]:
         for name, count in self.units.items():
-            found = contributions_by_layer.get(name)
-            if found is not None and found.shape[1] != count:
+            contributions = contributions_by_layer.get(name)
+            if contributions is not None and contributions.shape[1] != count:
                 raise UserError(
                     f"the explainer has {count} gates for layer '{name}', where the network has "
-                    f"{found.shape[1]} units: take an explainer of this network"
+                    f"{contributions.shape[1]} units: take an explainer of this network"
                 )
         last = contributions_by_layer[list(self.units)[-1]]
         return last.shape[-2], last.shape[-1]
 
-    def _layer(self, place: int, own: Units) -> tuple[LayerMaps, Float[Tensor, "batch 1 1"]]:
+    def _layer(
+        self, place: int, contributions: Units
+    ) -> tuple[LayerMaps, Float[Tensor, "batch 1 1"]]:
         """A layer's map with root mean square 1, and what its root mean square was."""
-        raw = torch.einsum("k,bkhw->bhw", self.gates[place].to(own), own)
-        bent = torch.where(raw > 0, raw, self.slope[place].to(raw) * raw)
-        unit, size = _unit(bent)
-        powered = unit * (unit.abs() + SOFT) ** (self.power[place].to(unit) - 1)
+        raw = torch.einsum("k,bkhw->bhw", self.gates[place].to(contributions), contributions)
+        rectified = torch.where(raw > 0, raw, self.slope[place].to(raw) * raw)
+        unit_map, size = _unit(rectified)
+        powered = unit_map * (unit_map.abs() + SOFT) ** (self.power[place].to(unit_map) - 1)
         return _unit(powered)[0], size
 
     @torch.no_grad()
@@ -157,13 +161,13 @@ def load_explainer(path: str | Path) -> LearnableCAM:
         raise UserError(f"'{path}' holds no explainer; give a file that `camdistill adapt` wrote")
     try:
         units = json.loads(weights.metadata[SETTINGS])["units"]
-        found = LearnableCAM({str(name): int(count) for name, count in units.items()})
-        found.load_state_dict(weights.state)
+        explainer = LearnableCAM({str(name): int(count) for name, count in units.items()})
+        explainer.load_state_dict(weights.state)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"the explainer in '{path}' can't be read ({type(error).__name__}); write it again"
         ) from error
-    return found.requires_grad_(False).eval()
+    return explainer.requires_grad_(False).eval()
 
 
 def holds_explainer(weights: WeightFile) -> bool:
@@ -171,7 +175,7 @@ def holds_explainer(weights: WeightFile) -> bool:
     return SETTINGS in weights.metadata
 
 
-def contributions(
+def unit_contributions(
     network: nn.Module,
     images: Images,
     layers: Sequence[str] | None = None,

@@ -39,18 +39,20 @@ def normalise(maps: AnyMaps, kind: Normalisation = "minmax", *, epsilon: float =
     """
     if kind not in ("minmax", "max"):
         raise ValueError(f"kind is {kind!r}; it is 'minmax' or 'max'")
-    wide = maps if maps.dtype == torch.float64 else maps.float()
-    size = wide.abs().amax((-2, -1), keepdim=True)
+    float_maps = maps if maps.dtype == torch.float64 else maps.float()
+    size = float_maps.abs().amax((-2, -1), keepdim=True)
     if kind == "minmax":
-        low = wide.amin((-2, -1), keepdim=True)
-        wide = wide - low
-        span = wide.amax((-2, -1), keepdim=True)
+        low = float_maps.amin((-2, -1), keepdim=True)
+        float_maps = float_maps - low
+        span = float_maps.amax((-2, -1), keepdim=True)
         # A few units in the last place of the largest value are rounding, not a picture.
         blank = span <= 8 * torch.finfo(maps.dtype).eps * size
     else:
         span = size
         blank = span == 0
-    return torch.where(blank, 0, wide / (torch.where(blank, 1, span) + epsilon)).to(maps.dtype)
+    return torch.where(blank, 0, float_maps / (torch.where(blank, 1, span) + epsilon)).to(
+        maps.dtype
+    )
 
 
 def upsample(maps: AnyMaps, size: tuple[int, int]) -> OnGrid:
@@ -70,13 +72,17 @@ def resize(maps: AnyMaps, size: tuple[int, int]) -> OnGrid:
     """
     height, width = maps.shape[-2:]
     smaller = (min(size[0], height), min(size[1], width))
-    wide = maps if maps.dtype == torch.float64 else maps.float()
+    float_maps = maps if maps.dtype == torch.float64 else maps.float()
     with torch.autocast(maps.device.type, enabled=False):  # a matrix product would be in bf16
         if smaller[0] < height:
-            wide = _averaging(height, smaller[0], wide.dtype, wide.device) @ wide
+            float_maps = (
+                _averaging(height, smaller[0], float_maps.dtype, float_maps.device) @ float_maps
+            )
         if smaller[1] < width:
-            wide = wide @ _averaging(width, smaller[1], wide.dtype, wide.device).T
-    return _interpolate(wide, size).to(maps.dtype)
+            float_maps = (
+                float_maps @ _averaging(width, smaller[1], float_maps.dtype, float_maps.device).T
+            )
+    return _interpolate(float_maps, size).to(maps.dtype)
 
 
 def fuse(

@@ -10,70 +10,78 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.engine.closed_form import TOLERANCE
-from camdistill.explain.engine.memory import footprint, room
-from camdistill.explain.engine.recording import recordable
+from camdistill.explain.engine.memory import footprint, memory_budget
+from camdistill.explain.engine.recording import clone_if_inference
 from camdistill.explain.engine.request import (
     Classes,
     Request,
     Score,
-    asked_classes,
-    columns,
+    class_columns,
+    resolve_classes,
     score_columns,
-    wide,
+    upcast,
 )
-from camdistill.explain.gradients import request
+from camdistill.explain.gradients import build_request
 from camdistill.networks.capture import bare, plain
 from camdistill.networks.teachers import Preprocessed
-from camdistill.perturb.batched_forward import demand_settled
+from camdistill.perturb.batched_forward import check_eval_mode
 from camdistill.perturb.imputers import Baseline, baseline
 from camdistill.types import Images
 
 Fill = Literal["zero"] | Baseline
 """What stands where an image is removed: "zero" is 0 after the network's own normalisation."""
-Masks = Callable[[Int[Tensor, "asked"], Int[Tensor, "asked"]], Float[Tensor, "asked height width"]]
+MaskFunction = Callable[
+    [Int[Tensor, "asked"], Int[Tensor, "asked"]], Float[Tensor, "asked height width"]
+]
 """Masks by numbers of an image and of a mask: 1 keeps a pixel, 0 removes it."""
 
 
 @dataclass(frozen=True)
-class Questions:
+class BatchedScorer:
     """Images about which a network will be asked, for fixed classes.
 
     Attributes:
-        ask: With the images; no layer.
+        request: With the images; no layer.
         classes: [B] or [B, C].
         scores: Of the unchanged images.
         memory: Bytes that one forward may take, about.
     """
 
-    ask: Request
+    request: Request
     classes: Tensor
     scores: Float[Tensor, "batch asked"]
     memory: int
 
-    def through(self, masks: Masks, count: int, fill: Fill) -> Float[Tensor, "batch asked count"]:
+    def score_masks(
+        self, masks: MaskFunction, count: int, fill: Fill
+    ) -> Float[Tensor, "batch asked count"]:
         """The scores of every image through every mask."""
-        images = self.ask.images
-        shown = filling(self.ask.network, images, fill)
+        images = self.request.images
+        replacement = make_replacement(self.request.network, images, fill)
         pairs = torch.arange(len(images) * count, device=images.device)
-        found = []
-        for part in torch.split(pairs, self.at_once):
+        score_chunks = []
+        for part in torch.split(pairs, self.chunk_size):
             image, number = part // count, part % count
             keep = masks(image, number)[:, None].to(images.dtype)
-            changed = images[image] * keep + shown[image] * (1 - keep)
-            found.append(scores_of(self.ask, changed, self.classes[image]))
-        return torch.cat(found).view(len(images), count, -1).movedim(1, 2)
+            changed = images[image] * keep + replacement[image] * (1 - keep)
+            score_chunks.append(score_images(self.request, changed, self.classes[image]))
+        return torch.cat(score_chunks).view(len(images), count, -1).movedim(1, 2)
 
     @property
-    def at_once(self) -> int:
+    def chunk_size(self) -> int:
         """Images in one forward."""
-        return max(1, self.memory // footprint(self.ask.network, self.ask.images).without_graph)
+        return max(
+            1, self.memory // footprint(self.request.network, self.request.images).without_graph
+        )
 
-    def shaped(self, maps: Float[Tensor, "batch asked height width"]) -> Float[Tensor, "..."]:
+    def match_classes(
+        self, maps: Float[Tensor, "batch asked height width"]
+    ) -> Float[Tensor, "..."]:
         """Maps as the classes were asked for: [B, h, w] or [B, C, h, w]."""
         return maps if self.classes.dim() == 2 else maps[:, 0]
 
 
-def questions(
+def make_scorer(
     network: nn.Module,
     images: Images,
     classes: Classes,
@@ -81,79 +89,90 @@ def questions(
     score: Score,
     logits: Callable[..., Tensor] | None,
     memory: int | None,
-) -> Questions:
+) -> BatchedScorer:
     """Fixes the classes by one forward of the unchanged images; call it without a graph.
 
     Raises:
         UserError: If the network answers by chance or mixes images, or there is no such class.
     """
-    demand_settled(network)
-    ask = request(network, images, [], classes, score=score, logits=logits)
-    ask = replace(ask, network=plain(network), images=recordable(images))
-    memory = room(images, memory)
+    check_eval_mode(network)
+    request = build_request(network, images, [], classes, score=score, logits=logits)
+    request = replace(request, network=plain(network), images=clone_if_inference(images))
+    memory = memory_budget(images, memory)
     count = max(1, memory // footprint(network, images).without_graph)
-    parts = [ask.network(part) for part in torch.split(ask.images, count)]
-    taken = [part if logits is None else logits(part) for part in parts]
+    chunks = [request.network(part) for part in torch.split(request.images, count)]
+    output_chunks = [part if logits is None else logits(part) for part in chunks]
     if isinstance(score, str):
-        whole = torch.cat(taken) if all(isinstance(part, Tensor) for part in taken) else taken[0]
-        asked = asked_classes(ask, whole)
-        scores = score_columns(ask, whole, asked)
+        outputs = (
+            torch.cat(output_chunks)
+            if all(isinstance(part, Tensor) for part in output_chunks)
+            else output_chunks[0]
+        )
+        target_classes = resolve_classes(request, outputs)
+        scores = score_columns(request, outputs, target_classes)
     else:
-        asked = asked_classes(ask, None)
-        rows = torch.split(ask.images, count)
-        parts = [
-            score_columns(replace(ask, images=some), part, asked)
-            for some, part in zip(rows, taken, strict=True)
+        target_classes = resolve_classes(request, None)
+        rows = torch.split(request.images, count)
+        chunks = [
+            score_columns(replace(request, images=chunk_images), part, target_classes)
+            for chunk_images, part in zip(rows, output_chunks, strict=True)
         ]
-        scores = torch.cat(parts)
-    _demand_same_alone(ask, asked, scores, beside=min(count, len(images)) > 1)
-    return Questions(ask, asked, scores, memory)
+        scores = torch.cat(chunks)
+    _check_same_alone(request, target_classes, scores, in_one_batch=min(count, len(images)) > 1)
+    return BatchedScorer(request, target_classes, scores, memory)
 
 
-def _demand_same_alone(ask: Request, classes: Tensor, known: Tensor, *, beside: bool) -> None:
+def _check_same_alone(
+    request: Request, classes: Tensor, expected_scores: Tensor, *, in_one_batch: bool
+) -> None:
     """Refuse a network whose score of an image depends on what else is in the batch.
 
     Args:
-        ask: With the images.
+        request: With the images.
         classes: Of all images.
-        known: Their scores.
-        beside: Whether several images were asked about together. Then the first and the last are
+        expected_scores: Their scores.
+        in_one_batch: Whether several images were asked about together. Then the first and the last are
             asked about alone, else the first one between two others.
     """
-    images = ask.images
-    if beside:
+    images = request.images
+    if in_one_batch:
         places = [0, len(images) - 1]
-        again = [scores_of(ask, images[[one]], classes[[one]]) for one in places]
+        scores_alone = [
+            score_images(request, images[[index]], classes[[index]]) for index in places
+        ]
     else:
         places = [0]
         other = 0.5 * images[:1].flip(-1) + 0.25
-        three, asked = torch.cat([other, images[:1], other]), classes[:1].repeat_interleave(3, 0)
-        again = [scores_of(ask, three, asked)[1:2]]
-    for place, scores in zip(places, again, strict=True):
-        largest = torch.maximum(known[place].abs(), scores[0].abs()).max()
-        apart = (known[place] - scores[0]).abs()
+        triplet, repeated_classes = (
+            torch.cat([other, images[:1], other]),
+            classes[:1].repeat_interleave(3, 0),
+        )
+        scores_alone = [score_images(request, triplet, repeated_classes)[1:2]]
+    for place, scores in zip(places, scores_alone, strict=True):
+        largest = torch.maximum(expected_scores[place].abs(), scores[0].abs()).max()
+        difference = (expected_scores[place] - scores[0]).abs()
         # What isn't a number would not be one in any batch.
-        if bool((apart > TOLERANCE.get(images.dtype, 0.0) * largest).any()):
+        if bool((difference > TOLERANCE.get(images.dtype, 0.0) * largest).any()):
             raise UserError(
-                f"{type(bare(ask.network)).__name__} mixes the images of a batch: an image's score "
+                f"{type(bare(request.network)).__name__} mixes the images of a batch: an image's score "
                 "alone is another one, and changed images are asked about together; give a "
                 "network (or score=, logits=) that keeps them apart"
             )
 
 
-def scores_of(ask: Request, images: Images, classes: Tensor) -> Float[Tensor, "rows asked"]:
+def score_images(request: Request, images: Images, classes: Tensor) -> Float[Tensor, "rows asked"]:
     """One forward's scores, in float32 at least.
 
     One image may stand for many rows of classes, if the network makes it many on its way.
     """
-    output = ask.network(images)
-    output = output if ask.logits is None else ask.logits(output)
+    output = request.network(images)
+    output = output if request.logits is None else request.logits(output)
     rows = images.expand(len(classes), *images.shape[1:])
     with torch.autocast(images.device.type, enabled=False):
-        return wide(score_columns(replace(ask, images=rows), output, columns(classes)))
+        return upcast(score_columns(replace(request, images=rows), output, class_columns(classes)))
 
 
-def filling(network: nn.Module, images: Images, fill: Fill) -> Images:
+def make_replacement(network: nn.Module, images: Images, fill: Fill) -> Images:
     """The picture that shows where an image is removed."""
     if fill != "zero":
         return baseline(images, fill)

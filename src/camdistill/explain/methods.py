@@ -17,8 +17,8 @@ from camdistill.explain.attribution import (
     smooth_grad,
 )
 from camdistill.explain.contrast import contrast, counterfactual
-from camdistill.explain.engine.request import Classes, Top
-from camdistill.explain.gradcam import explain as engine
+from camdistill.explain.engine.request import Classes, TopClasses
+from camdistill.explain.gradcam import explain_images as engine
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.guided import deconvnet, guided_backprop, guided_grad_cam
 from camdistill.explain.maps import upsample
@@ -74,7 +74,7 @@ AT_PIXELS: frozenset[Method] = frozenset(
 
 
 @runtime_checkable
-class Explainer(Protocol):
+class ExplanationMethod(Protocol):
     """Raw maps by layer.
 
     They have the layer's resolution; guided_grad_cam's, and those of `INPUT`, the images'.
@@ -90,25 +90,25 @@ class Explainer(Protocol):
         """Maps [B, h, w]; of classes [B, C] maps [B, C, h, w]."""
 
 
-def explainer(method: str) -> Explainer:
+def find_method(method: str) -> ExplanationMethod:
     """A method by its name, with its defaults.
 
     Raises:
         UserError: If there is none of that name.
     """
-    found = _BY_NAME.get(cast(Method, method))
-    if found is None:
+    explain_layers = _BY_NAME.get(cast(Method, method))
+    if explain_layers is None:
         raise UserError(f"no method '{method}'; {nearest(method, METHODS)}")
-    return found
+    return explain_layers
 
 
-def at_image(method: str, layer: str | None = None) -> Explain:
+def image_explainer(method: str, layer: str | None = None) -> Explain:
     """A method at one layer as metrics ask for it: maps at the images' resolution."""
-    found = explainer(method)
+    explain_layers = find_method(method)
 
     def explain(network: nn.Module, images: Images, classes: Labels) -> Maps:
         layers = None if layer is None else [layer]
-        (maps,) = found(network, images, layers, classes).values()
+        (maps,) = explain_layers(network, images, layers, classes).values()
         return upsample(maps, (images.shape[-2], images.shape[-1]))
 
     return explain
@@ -116,7 +116,7 @@ def at_image(method: str, layer: str | None = None) -> Explain:
 
 def _at_pixels(
     method: Callable[[nn.Module, Images, Classes], Float[Tensor, "..."]],
-) -> Explainer:
+) -> ExplanationMethod:
     @functools.wraps(method, assigned=(), updated=())  # stored maps know the method's own file
     def explain(
         network: nn.Module,
@@ -136,16 +136,20 @@ def _contrast(
     classes: Classes = None,
 ) -> dict[str, Float[Tensor, "..."]]:
     """Against the likeliest other class; [B, C] asks for each of the C."""
-    if isinstance(classes, Top):
+    if isinstance(classes, TopClasses):
         classes = engine(network, images, [], classes).classes
-    given = None if classes is None else torch.as_tensor(classes)
-    if given is None or given.dim() < 2:
-        return contrast(network, images, layers, given)
-    columns = [contrast(network, images, layers, column) for column in given.unbind(1)]
-    return {name: torch.stack([maps[name] for maps in columns], 1) for name in columns[0]}
+    class_numbers = None if classes is None else torch.as_tensor(classes)
+    if class_numbers is None or class_numbers.dim() < 2:
+        return contrast(network, images, layers, class_numbers)
+    maps_by_column = [
+        contrast(network, images, layers, column) for column in class_numbers.unbind(1)
+    ]
+    return {
+        name: torch.stack([maps[name] for maps in maps_by_column], 1) for name in maps_by_column[0]
+    }
 
 
-_BY_NAME: dict[Method, Explainer] = {
+_BY_NAME: dict[Method, ExplanationMethod] = {
     "grad_cam": grad_cam,
     "cam": cam,
     "hires_cam": hires_cam,

@@ -2,7 +2,7 @@
 
 They need no gradient, and many forwards: each says how many an image. Forwards are as large as
 `memory` allows (an estimate from the sizes of the layers' outputs, `explain.footprint`). Other
-arguments are those of `explain.gradcam.explain`.
+arguments are those of `explain.gradcam.explain_images`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.request import Classes, Score, wide
+from camdistill.explain.engine.request import Classes, Score, upcast
 from camdistill.explain.engine.tokens import Layout
-from camdistill.explain.gradcam import explain
+from camdistill.explain.gradcam import explain_images
 from camdistill.explain.maps import normalise, upsample
-from camdistill.explain.masked_forward import Fill, questions
+from camdistill.explain.masked_forward import Fill, make_scorer
 from camdistill.types import Images
 
 Logits = Callable[..., Tensor] | None
@@ -43,7 +43,7 @@ def occlusion(
     defaults there are 225 forwards an image.
 
     Args:
-        network: As for `explain.gradcam.explain`, like all that isn't named here.
+        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
         images: Likewise.
         classes: Likewise.
         patch: Side of the square in pixels; None is an eighth of the shorter side.
@@ -62,16 +62,20 @@ def occlusion(
             f"patch is {patch} and stride {stride} for images of {height}x{width}: give a patch "
             f"of 1 to {min(height, width)} and a stride of 1 or more"
         )
-    asked = questions(network, images, classes, score=score, logits=logits, memory=memory)
+    scorer = make_scorer(network, images, classes, score=score, logits=logits, memory=memory)
     tops, lefts = (_starts(side, patch, stride, images.device) for side in (height, width))
 
-    def covered(number: Tensor) -> Tensor:
+    def cover(number: Tensor) -> Tensor:
         rows = _inside(tops[number // len(lefts)], patch, height)
         return rows[:, :, None] & _inside(lefts[number % len(lefts)], patch, width)[:, None]
 
     count = len(tops) * len(lefts)
-    seen = asked.through(lambda _, number: 1 - covered(number).to(images.dtype), count, fill)
-    drops = (asked.scores[..., None] - seen).view(*seen.shape[:2], len(tops), len(lefts))
+    covered_scores = scorer.score_masks(
+        lambda _, number: 1 - cover(number).to(images.dtype), count, fill
+    )
+    drops = (scorer.scores[..., None] - covered_scores).view(
+        *covered_scores.shape[:2], len(tops), len(lefts)
+    )
     # A square is a row's interval times a column's, and so are sums over squares.
     rows, columns = (
         _inside(starts, patch, side).to(drops.dtype)
@@ -80,7 +84,7 @@ def occlusion(
     covering = rows.sum(0)[:, None] * columns.sum(0)
     with torch.autocast(images.device.type, enabled=False):
         total = rows.T @ drops @ columns
-    return asked.shaped(torch.where(covering > 0, total / covering.clamp(min=1), 0))
+    return scorer.match_classes(torch.where(covering > 0, total / covering.clamp(min=1), 0))
 
 
 @torch.no_grad()
@@ -105,7 +109,7 @@ def rise(
     the paper, S is a probability and masked pixels are 0 after normalisation. N forwards an image.
 
     Args:
-        network: As for `explain.gradcam.explain`, like all that isn't named here.
+        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
         images: Likewise.
         classes: Likewise.
         masks: N, the same for all images; the paper takes 4000 and 8000, less is noisier.
@@ -123,15 +127,19 @@ def rise(
             f"masks is {masks}, cells {cells}, keep {keep}: give 1 or more masks and cells, and a "
             "share between 0 and 1"
         )
-    asked = questions(network, images, classes, score=score, logits=logits, memory=memory)
+    scorer = make_scorer(network, images, classes, score=score, logits=logits, memory=memory)
     size = (images.shape[-2], images.shape[-1])
-    drawn = _RandomGrids(masks, cells, keep, size, seed, images.device)
-    seen = asked.through(lambda _, number: drawn(number), masks, fill)
-    total = seen.new_zeros(*seen.shape[:2], *size)
-    for part in torch.split(torch.arange(masks, device=images.device), asked.at_once):
+    random_masks = _RandomMasks(masks, cells, keep, size, seed, images.device)
+    masked_scores = scorer.score_masks(lambda _, number: random_masks(number), masks, fill)
+    total = masked_scores.new_zeros(*masked_scores.shape[:2], *size)
+    for part in torch.split(torch.arange(masks, device=images.device), scorer.chunk_size):
         with torch.autocast(images.device.type, enabled=False):
-            total += torch.einsum("bnm,mhw->bnhw", seen[..., part], drawn(part).to(seen.dtype))
-    return asked.shaped(total / (masks * keep))
+            total += torch.einsum(
+                "bnm,mhw->bnhw",
+                masked_scores[..., part],
+                random_masks(part).to(masked_scores.dtype),
+            )
+    return scorer.match_classes(total / (masks * keep))
 
 
 @torch.no_grad()
@@ -156,7 +164,7 @@ def score_cam(
     forwards an image as it has units.
 
     Args:
-        network: As for `explain.gradcam.explain`, like all that isn't named here.
+        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
         images: Likewise.
         layers: Likewise.
         classes: Likewise.
@@ -167,25 +175,29 @@ def score_cam(
         memory: Bytes that one forward may take, about; None is 32 MiB on
             a CPU, 512 MiB elsewhere.
     """
-    found = explain(network, images, layers, score=score, layout=layout, logits=logits, maps=False)
-    asked = questions(network, images, classes, score=score, logits=logits, memory=memory)
+    explanation = explain_images(
+        network, images, layers, score=score, layout=layout, logits=logits, maps=False
+    )
+    scorer = make_scorer(network, images, classes, score=score, logits=logits, memory=memory)
     size = (images.shape[-2], images.shape[-1])
     maps = {}
-    for name, values in found.activations.items():
-        activations = wide(values)
+    for name, values in explanation.activations.items():
+        activations = upcast(values)
         units = activations.shape[1]
 
-        def unit(image: Tensor, number: Tensor, of: Tensor = activations) -> Tensor:
-            return normalise(upsample(of[image, number], size))
+        def unit_mask(
+            image: Tensor, number: Tensor, layer_activations: Tensor = activations
+        ) -> Tensor:
+            return normalise(upsample(layer_activations[image, number], size))
 
-        seen = asked.through(unit, units, fill)
+        unit_scores = scorer.score_masks(unit_mask, units, fill)
         varies = activations.flatten(2).amax(2) > activations.flatten(2).amin(2)
-        shown = torch.where(varies[:, None], seen, -torch.inf)
+        varying_scores = torch.where(varies[:, None], unit_scores, -torch.inf)
         # Where every unit is constant the softmax is of nothing.
-        weights = shown.softmax(2).nan_to_num()
+        weights = varying_scores.softmax(2).nan_to_num()
         with torch.autocast(images.device.type, enabled=False):
             combined = torch.einsum("bnk,bkhw->bnhw", weights.to(activations), activations)
-        maps[name] = asked.shaped(combined)
+        maps[name] = scorer.match_classes(combined)
     return maps
 
 
@@ -202,7 +214,7 @@ def _inside(starts: Tensor, patch: int, side: int) -> Tensor:
     return (places >= starts[:, None]) & (places < starts[:, None] + patch)
 
 
-class _RandomGrids:
+class _RandomMasks:
     """RISE's masks; grids and places are kept, pixels are made when asked for."""
 
     def __init__(
@@ -219,8 +231,8 @@ class _RandomGrids:
         self.cell = tuple(-(-side // cells) for side in size)
         grids = torch.rand(masks, 1, cells, cells, generator=generator) < keep
         self.grids = grids.float().to(device)
-        drawn = [torch.randint(side, (masks,), generator=generator) for side in self.cell]
-        self.tops, self.lefts = (one.to(device) for one in drawn)
+        offsets = [torch.randint(side, (masks,), generator=generator) for side in self.cell]
+        self.tops, self.lefts = (offset.to(device) for offset in offsets)
 
     def __call__(self, number: Tensor) -> Tensor:
         cells = self.grids.shape[-1]

@@ -2,7 +2,7 @@
 
 A is a layer's output with units k and cells ij, Z its number of cells, S the score, G = dS/dA. All
 maps are raw and signed, at the layer's resolution, in float32 at least; where a paper ends with a
-ReLU that is `explain.maps.relu`. Arguments are those of `explain.gradcam.explain`: any layers, and
+ReLU that is `explain.maps.relu`. Arguments are those of `explain.gradcam.explain_images`: any layers, and
 classes None, one number, [B], or [B, C] for maps [B, C, h, w].
 """
 
@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.request import Classes, Score, wide
+from camdistill.explain.engine.request import Classes, Score, upcast
 from camdistill.explain.engine.tokens import Layout
-from camdistill.explain.gradcam import explain
+from camdistill.explain.gradcam import explain_images
 from camdistill.explain.gradients import gradient_maps
 from camdistill.networks.capture import bare
 from camdistill.types import Activations, Images, Maps
@@ -151,14 +151,14 @@ def eigen_cam(
     which makes the maps of rectified layers positive everywhere. pytorch-grad-cam takes each unit's
     mean away first, which the paper doesn't.
     """
-    found = explain(
+    explanation = explain_images(
         network, images, layers, classes, score=score, layout=layout, logits=logits, maps=False
     )
-    maps = {name: _principal(wide(values)) for name, values in found.activations.items()}
-    if found.classes.dim() == 1:
+    maps = {name: _principal(upcast(values)) for name, values in explanation.activations.items()}
+    if explanation.classes.dim() == 1:
         return maps
-    count = found.classes.shape[1]
-    return {name: one[:, None].repeat(1, count, 1, 1) for name, one in maps.items()}
+    count = explanation.classes.shape[1]
+    return {name: class_map[:, None].repeat(1, count, 1, 1) for name, class_map in maps.items()}
 
 
 def cam(
@@ -177,15 +177,15 @@ def cam(
     Raises:
         UserError: If they aren't.
     """
-    found = explain(network, images, layers, classes, logits=logits)
-    for name, head in found.heads.items():
+    explanation = explain_images(network, images, layers, classes, logits=logits)
+    for name, head in explanation.heads.items():
         if head is None:
             raise UserError(
                 f"CAM has no weights for layer '{name}' of {type(bare(network)).__name__}: its "
                 "logits are not a linear map of that layer's spatial mean; grad_cam has no such "
                 "condition"
             )
-    return {name: maps * maps.shape[-2] * maps.shape[-1] for name, maps in found.maps.items()}
+    return {name: maps * maps.shape[-2] * maps.shape[-1] for name, maps in explanation.maps.items()}
 
 
 def _weighted(weights: Tensor, activations: Activations) -> Maps:

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.hidden_gradients import refusing_reentrant
-from camdistill.explain.engine.request import Classes, wide
-from camdistill.explain.gradcam import explain
+from camdistill.explain.engine.hidden_gradients import refuse_reentrant
+from camdistill.explain.engine.request import Classes, upcast
+from camdistill.explain.gradcam import explain_images
 from camdistill.types import Images, Labels
 
 
@@ -72,10 +72,10 @@ def contributions(
     with torch.inference_mode(False), torch.enable_grad():
         # Frozen weights alone would record no graph.
         asked = images.detach().clone().requires_grad_()
-        found = explain(network, asked, layers, classes, grad="activations", maps=False)
+        found = explain_images(network, asked, layers, classes, grad="activations", maps=False)
         chosen = found.logits.gather(1, found.classes.view(-1, 1)).sum()
         outputs = [found.activations[layer] for layer in layers]
-        with refusing_reentrant():
+        with refuse_reentrant():
             gradients = torch.autograd.grad(chosen, outputs, allow_unused=True) if outputs else ()
     by_layer = {}
     for layer, output, gradient in zip(layers, outputs, gradients, strict=True):
@@ -85,6 +85,6 @@ def contributions(
                 "computed from"
             )
         by_layer[layer] = Contribution(
-            wide(output.detach()).float().cpu(), wide(gradient.detach()).float().cpu()
+            upcast(output.detach()).float().cpu(), upcast(gradient.detach()).float().cpu()
         )
     return found.logits.detach().float().cpu(), found.classes.detach().cpu(), by_layer

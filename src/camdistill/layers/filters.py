@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.request import wide
+from camdistill.explain.engine.request import upcast
 from camdistill.layers.sweep.statistics.histograms import HistogramCounts, rebinned
 from camdistill.layers.sweep.sweep_summary import Histogram, Point
 from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
@@ -40,7 +40,7 @@ class FilterBank:
     @property
     def norms(self) -> Float[Tensor, "units"]:
         """Length of each filter as a vector."""
-        norms: Tensor = wide(self.weights).flatten(1).norm(dim=1)
+        norms: Tensor = upcast(self.weights).flatten(1).norm(dim=1)
         return norms
 
 
@@ -137,7 +137,7 @@ def summarised(weights: Float[Tensor, "units *rest"], point: Point) -> WeightSum
         weights: Numbers that are not finite count in the histograms alone, and in a norm.
         point: What the histograms are called.
     """
-    rows = wide(weights).flatten(1).double().cpu()
+    rows = upcast(weights).flatten(1).double().cpu()
     finite = rows[torch.isfinite(rows)]
     return WeightSummary(
         count=rows.numel(),

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from camdistill.perturb.ranks import demand_finite
+from camdistill.perturb.ranks import check_finite
 from camdistill.types import Maps, Masks, PerImage
 
 Boxes = Float[Tensor, "batch 4"]
@@ -22,20 +22,20 @@ def box_of(maps: Maps, threshold: float = 0.15) -> Boxes:
         maps: Raw; the negative part doesn't count.
         threshold: Share of each map's own maximum.
     """
-    demand_finite(maps)
+    check_finite(maps)
     peak = maps.amax((1, 2), keepdim=True)
     return box_around(_largest_part((maps >= threshold * peak) & (peak > 0)))
 
 
 def box_around(masks: Masks) -> Boxes:
     """The smallest box that holds a mask; NaN for an empty one."""
-    found = []
+    bounds = []
     for along in (masks.any(1), masks.any(2)):
         ticks = torch.arange(along.shape[1], device=along.device).float()
         low = torch.where(along, ticks, torch.inf).amin(1)
         high = torch.where(along, ticks, -torch.inf).amax(1)
-        found.append(torch.stack([low, high], 1))
-    (xmin, xmax), (ymin, ymax) = (pair.unbind(1) for pair in found)
+        bounds.append(torch.stack([low, high], 1))
+    (xmin, xmax), (ymin, ymax) = (limits.unbind(1) for limits in bounds)
     boxes = torch.stack([xmin, ymin, xmax, ymax], 1)
     return torch.where(masks.flatten(1).any(1)[:, None], boxes, torch.nan)
 
@@ -52,9 +52,9 @@ def box_iou(boxes: Boxes, others: Boxes) -> PerImage:
     """Intersection over union of two boxes, in [0, 1]; NaN where one is."""
     low = torch.maximum(boxes[:, :2], others[:, :2])
     high = torch.minimum(boxes[:, 2:], others[:, 2:])
-    both = (high - low + 1).clamp(min=0).prod(1)
+    intersection = (high - low + 1).clamp(min=0).prod(1)
     areas = [(box[:, 2:] - box[:, :2] + 1).prod(1) for box in (boxes, others)]
-    return both / (areas[0] + areas[1] - both)
+    return intersection / (areas[0] + areas[1] - intersection)
 
 
 def localisation_error(
@@ -80,8 +80,8 @@ def localisation_error(
 def _largest_part(masks: Masks) -> Masks:
     """Of the parts that touch by sides or corners, the one of most pixels (the first of equals)."""
     count, height, width = masks.shape
-    own = torch.arange(1, height * width + 1, device=masks.device, dtype=torch.float32)
-    marks = own.view(1, height, width) * masks
+    numbers = torch.arange(1, height * width + 1, device=masks.device, dtype=torch.float32)
+    marks = numbers.view(1, height, width) * masks
     # Each part takes over its highest number, one pixel further at each step.
     while True:
         spread = F.max_pool2d(marks[:, None], 3, stride=1, padding=1)[:, 0] * masks

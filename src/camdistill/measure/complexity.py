@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camdistill.explain.maps import normalise
-from camdistill.perturb.ranks import demand_finite
+from camdistill.perturb.ranks import check_finite
 from camdistill.types import Maps, PerImage
 
 
@@ -47,7 +47,7 @@ def mean_size(maps: Maps) -> PerImage:
     Poppi et al. 2021, https://arxiv.org/abs/2104.10252, eq. 3. A constant map has no range: 1, the
     worst.
     """
-    demand_finite(maps)
+    check_finite(maps)
     share = normalise(maps)
     constant = (share == 0).flatten(1).all(1)
     return torch.where(constant, 1, share.mean((1, 2)))
@@ -55,6 +55,6 @@ def mean_size(maps: Maps) -> PerImage:
 
 def _sizes(maps: Maps) -> Float[Tensor, "batch pixels"]:
     """Absolute values as shares of each map's largest, so that sums don't overflow."""
-    demand_finite(maps)
-    wide = maps if maps.dtype == torch.float64 else maps.float()
-    return normalise(wide, "max").abs().flatten(1)
+    check_finite(maps)
+    float_maps = maps if maps.dtype == torch.float64 else maps.float()
+    return normalise(float_maps, "max").abs().flatten(1)

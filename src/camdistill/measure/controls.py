@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from camdistill.perturb.imputers import blurred
+from camdistill.perturb.imputers import gaussian_blur
 from camdistill.types import Images, Maps, Masks
 
 RUNGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -26,12 +26,12 @@ def random_maps(images: Images, generator: torch.Generator) -> Maps:
 def smooth_random_maps(images: Images, generator: torch.Generator, cells: int = 4) -> Maps:
     """Noise as smooth as a map of 4 x 4 cells: what a coarse layer without knowledge would give."""
     shape = (len(images), 1, cells, cells)
-    drawn = torch.rand(shape, generator=generator, device=generator.device).to(images.device)
+    coarse_noise = torch.rand(shape, generator=generator, device=generator.device).to(images.device)
     size = (images.shape[2], images.shape[3])
-    return F.interpolate(drawn, size=size, mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(coarse_noise, size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def edges(images: Images) -> Maps:
+def sobel_edges(images: Images) -> Maps:
     """Sobel's gradient magnitude of the mean over channels: a map of the image alone."""
     grey = (images if images.dtype == torch.float64 else images.float()).mean(1, keepdim=True)
     padded = F.pad(grey, (1, 1, 1, 1), mode="replicate")
@@ -49,17 +49,17 @@ def centre(images: Images) -> Maps:
     return bump.expand(len(images), -1, -1)
 
 
-def inverted(maps: Maps) -> Maps:
+def invert(maps: Maps) -> Maps:
     """The map with its sign turned: worse than chance wherever the map is better."""
     return -maps
 
 
-def blurred_copy(maps: Maps) -> Maps:
+def blur_maps(maps: Maps) -> Maps:
     """The map blurred, sigma an eighth of its side: no new information.
 
     Removal metrics that leave a smooth border like it better than the map.
     """
-    return blurred(maps[:, None])[:, 0]
+    return gaussian_blur(maps[:, None])[:, 0]
 
 
 def mask_maps(masks: Masks) -> Maps:
@@ -81,12 +81,12 @@ def ladder(
         rungs: Share of the noise, from 0, the map itself, to 1, noise alone.
     """
     noise = smooth_random_maps(maps[:, None], generator, cells=8)
-    own, other = _standard(maps), _standard(noise)
-    return torch.stack([(1 - rung) * own + rung * other for rung in rungs])
+    standard_maps, standard_noise = _standardize(maps), _standardize(noise)
+    return torch.stack([(1 - rung) * standard_maps + rung * standard_noise for rung in rungs])
 
 
-def _standard(maps: Maps) -> Maps:
-    wide = maps if maps.dtype == torch.float64 else maps.float()
-    centred = wide - wide.mean((1, 2), keepdim=True)
+def _standardize(maps: Maps) -> Maps:
+    float_maps = maps if maps.dtype == torch.float64 else maps.float()
+    centred = float_maps - float_maps.mean((1, 2), keepdim=True)
     spread = centred.square().mean((1, 2), keepdim=True).sqrt()
     return centred / torch.where(spread > 0, spread, 1)

@@ -12,35 +12,37 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camdistill.explain.compare import pearson, spearman
-from camdistill.perturb.bank import Bank, Probe
-from camdistill.perturb.ranks import demand_finite
+from camdistill.perturb.bank import Bank, PerturbationSet
+from camdistill.perturb.ranks import check_finite
 from camdistill.types import Maps, PerImage
 
-Watched = Literal["logit", "probability"]
+WatchedScore = Literal["logit", "probability"]
 
 
-def faithfulness_correlation(maps: Maps, bank: Bank, score: Watched = "logit") -> PerImage:
+def faithfulness_correlation(maps: Maps, bank: Bank, score: WatchedScore = "logit") -> PerImage:
     """Pearson correlation of a map's sums over random subsets with the score's drops; higher.
 
     Bhatt et al. 2020, https://arxiv.org/abs/2005.00631, eq. 1, with subsets of whole cells, as
     single pixels hardly move a network. In [-1, 1]. Of the bank's shares the first is taken.
     """
-    _demand_fitting(maps, bank)
+    _check_maps_fit(maps, bank)
     return _correlation(maps, next(iter(bank.subsets.values())), score)
 
 
-def sensitivity_n(maps: Maps, bank: Bank, score: Watched = "logit") -> PerImage:
+def sensitivity_n(maps: Maps, bank: Bank, score: WatchedScore = "logit") -> PerImage:
     """The same correlation for several sizes of the subset, averaged over them; higher.
 
     Ancona et al. 2018, https://arxiv.org/abs/1711.06104, section 4, where n is the subsets' size:
     the bank's plan says which sizes there are.
     """
-    _demand_fitting(maps, bank)
-    each = [_correlation(maps, probe, score) for probe in bank.subsets.values()]
-    return torch.stack(each).mean(0)
+    _check_maps_fit(maps, bank)
+    correlations = [
+        _correlation(maps, perturbations, score) for perturbations in bank.subsets.values()
+    ]
+    return torch.stack(correlations).mean(0)
 
 
-def infidelity(maps: Maps, bank: Bank, score: Watched = "logit") -> PerImage:
+def infidelity(maps: Maps, bank: Bank, score: WatchedScore = "logit") -> PerImage:
     """Share of the drops' energy that no positive multiple of the map explains; lower, in [0, 1].
 
     Yeh et al. 2019, https://arxiv.org/abs/1901.09392: E (I a - drop)^2 for square removals, the
@@ -48,18 +50,20 @@ def infidelity(maps: Maps, bank: Bank, score: Watched = "logit") -> PerImage:
     multiplied by the best beta (their section 4), as the raw form measures its scale; then divided
     by E drop^2. beta is held at 0 or above, or an inverted map would be as good as the map.
     """
-    _demand_fitting(maps, bank)
-    sums = torch.cat([probe.sums(maps) for probe in bank.occluders.values()], 1)
-    drops = torch.cat([_drops(probe, score) for probe in bank.occluders.values()], 1).to(sums)
-    sums, drops = _scaled(sums), _scaled(drops)
-    told = (sums * drops).sum(1).clamp(min=0)
+    _check_maps_fit(maps, bank)
+    sums = torch.cat([perturbations.sums(maps) for perturbations in bank.occluders.values()], 1)
+    drops = torch.cat(
+        [_drops(perturbations, score) for perturbations in bank.occluders.values()], 1
+    ).to(sums)
+    sums, drops = _rescale(sums), _rescale(drops)
+    overlap = (sums * drops).sum(1).clamp(min=0)
     energy = sums.square().sum(1) * drops.square().sum(1)
-    share = torch.where(energy > 0, told.square() / torch.where(energy > 0, energy, 1), 0)
+    share = torch.where(energy > 0, overlap.square() / torch.where(energy > 0, energy, 1), 0)
     return (1 - share).clamp(0, 1)
 
 
 def occlusion_correlation(
-    maps: Maps, bank: Bank, side: int = 1, score: Watched = "logit"
+    maps: Maps, bank: Bank, side: int = 1, score: WatchedScore = "logit"
 ) -> PerImage:
     """Spearman correlation of the map with the occlusion map of the same squares; higher.
 
@@ -71,33 +75,33 @@ def occlusion_correlation(
         side: In cells.
         score: Of which the drop is.
     """
-    _demand_fitting(maps, bank)
-    probe = bank.occluders[side]
-    sums = probe.sums(maps)
-    return spearman(sums[:, None], _drops(probe, score).to(sums)[:, None])
+    _check_maps_fit(maps, bank)
+    perturbations = bank.occluders[side]
+    sums = perturbations.sums(maps)
+    return spearman(sums[:, None], _drops(perturbations, score).to(sums)[:, None])
 
 
-def _correlation(maps: Maps, probe: Probe, score: Watched) -> PerImage:
-    sums = probe.sums(maps)
-    return pearson(sums[:, None], _drops(probe, score).to(sums)[:, None])
+def _correlation(maps: Maps, perturbations: PerturbationSet, score: WatchedScore) -> PerImage:
+    sums = perturbations.sums(maps)
+    return pearson(sums[:, None], _drops(perturbations, score).to(sums)[:, None])
 
 
-def _drops(probe: Probe, score: Watched) -> Float[Tensor, "batch changes"]:
+def _drops(perturbations: PerturbationSet, score: WatchedScore) -> Float[Tensor, "batch changes"]:
     if score not in ("logit", "probability"):
         raise ValueError(f"score is {score!r}; it is 'logit' or 'probability'")
-    return probe.logit_drops if score == "logit" else probe.probability_drops
+    return perturbations.logit_drops if score == "logit" else perturbations.probability_drops
 
 
-def _scaled(values: Float[Tensor, "batch changes"]) -> Float[Tensor, "batch changes"]:
+def _rescale(values: Float[Tensor, "batch changes"]) -> Float[Tensor, "batch changes"]:
     """By the largest, so that squares of tiny maps don't underflow."""
     largest = values.abs().amax(1, keepdim=True)
     return values / torch.where(largest > 0, largest, 1)
 
 
-def _demand_fitting(maps: Maps, bank: Bank) -> None:
+def _check_maps_fit(maps: Maps, bank: Bank) -> None:
     if tuple(maps.shape[1:]) != bank.size or len(maps) != len(bank.classes):
         raise ValueError(
             f"maps {list(maps.shape)} for a bank of {len(bank.classes)} images of "
             f"{bank.size[0]}x{bank.size[1]}: `explain.maps.upsample` them first"
         )
-    demand_finite(maps)
+    check_finite(maps)

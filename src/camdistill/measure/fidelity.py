@@ -22,8 +22,8 @@ from torch import Tensor, distributed
 from camdistill.measure.intervals import (
     FloatArray,
     Interval,
-    percentiles,
-    resampled_means,
+    bootstrap_means,
+    percentile_interval,
     skill_of_means,
 )
 from camdistill.measure.scores import agreement, correct, divergence, map_scores, signed_pearson
@@ -164,8 +164,8 @@ class FidelityMeter:
                 columns += map_scores(mean.expand(len(teacher_maps), -1, -1), teacher_maps)
             if runner_up is not None:
                 second = runner_up[1][teacher_layer]
-                for drawn in (runner_up[0], student_maps_by_layer):
-                    columns.append(signed_pearson(drawn[student_layer], second))
+                for class_maps in (runner_up[0], student_maps_by_layer):
+                    columns.append(signed_pearson(class_maps[student_layer], second))
         # Selecting by a mask waits for the device; a training loop's validation can afford it.
         self._rows.append(torch.stack([column.detach().float() for column in columns], 1)[counted])
         self._ids.append(ids.detach()[counted])
@@ -218,13 +218,13 @@ def summary(table: FidelityTable) -> FidelitySummary:
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, float | int]:
     """Numbers of a nested mapping by dotted key; None is left out."""
-    found: dict[str, float | int] = {}
+    flat: dict[str, float | int] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         elif isinstance(value, int | float):
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def intervals(
@@ -238,19 +238,27 @@ def intervals(
     if not len(table):
         return {}
     matrix = np.stack(list(columns.values()), 1)
-    drawn = dict(zip(columns, resampled_means(matrix, seed, resamples).T, strict=True))
+    resampled = dict(zip(columns, bootstrap_means(matrix, seed, resamples).T, strict=True))
     means = {key: float(np.nanmean(value, dtype=np.float64)) for key, value in columns.items()}
     for layer in table.layers:
-        own, base = (f"{who}.layers.{layer}.cosine" for who in ("student", "controls.mean_map"))
-        if own in means and base in means and means[base] < 1:
+        student_key, baseline_key = (
+            f"{source}.layers.{layer}.cosine" for source in ("student", "controls.mean_map")
+        )
+        if student_key in means and baseline_key in means and means[baseline_key] < 1:
             key = f"student.layers.{layer}.skill"
-            means[key] = float(skill_of_means(np.float64(means[own]), np.float64(means[base])))
-            drawn[key] = skill_of_means(drawn[own], drawn[base])
-    found = {key: percentiles(means[key], drawn[key], level) for key in means}
+            means[key] = float(
+                skill_of_means(np.float64(means[student_key]), np.float64(means[baseline_key]))
+            )
+            resampled[key] = skill_of_means(resampled[student_key], resampled[baseline_key])
+    intervals_by_key = {
+        key: percentile_interval(means[key], resampled[key], level) for key in means
+    }
     if table.layers:
         last = f".layers.{table.layers[-1]}."
-        found |= {key.replace(last, "."): value for key, value in found.items() if last in key}
-    return found
+        intervals_by_key |= {
+            key.replace(last, "."): value for key, value in intervals_by_key.items() if last in key
+        }
+    return intervals_by_key
 
 
 def _column_names(layers: list[str], with_mean_map: bool, runner_up: bool) -> tuple[str, ...]:
@@ -260,29 +268,29 @@ def _column_names(layers: list[str], with_mean_map: bool, runner_up: bool) -> tu
         if with_mean_map:
             names += [f"controls.mean_map.layers.{layer}.{measure}" for measure in MEASURES]
         if runner_up:
-            names += [f"{who}.layers.{layer}.{RUNNER_UP}" for who in ("student", SAME_MAP)]
+            names += [f"{source}.layers.{layer}.{RUNNER_UP}" for source in ("student", SAME_MAP)]
     return tuple(names)
 
 
-def _map_summary(table: FidelityTable, who: str, layer: str) -> MapSummary:
-    nothing = np.full(len(table), np.nan, np.float32)
+def _map_summary(table: FidelityTable, source: str, layer: str) -> MapSummary:
+    missing = np.full(len(table), np.nan, np.float32)
     values = {
-        measure: table.columns.get(f"{who}.layers.{layer}.{measure}", nothing)
+        measure: table.columns.get(f"{source}.layers.{layer}.{measure}", missing)
         for measure in (*MEASURES, RUNNER_UP)
     }
-    own = values["cosine"]
+    cosines = values["cosine"]
     baseline = table.columns.get(f"controls.mean_map.layers.{layer}.cosine")
-    known = ~np.isnan(own)
-    gain = None
+    known = ~np.isnan(cosines)
+    skill = None
     if baseline is not None and known.any() and float(baseline[known].mean(dtype=float)) < 1:
-        gain = float(
-            skill_of_means(own[known].mean(dtype=float), baseline[known].mean(dtype=float))
+        skill = float(
+            skill_of_means(cosines[known].mean(dtype=float), baseline[known].mean(dtype=float))
         )
     return MapSummary(
         pearson=_mean(values["pearson"]),
         spearman=_mean(values["spearman"]),
-        cosine=_mean(own),
-        skill=gain,
+        cosine=_mean(cosines),
+        skill=skill,
         runner_up=_mean(values[RUNNER_UP]),
         scored=int(known.sum()),
     )

@@ -19,21 +19,21 @@ class Interval(NamedTuple):
     high: float
 
 
-def interval(
+def bootstrap_interval(
     values: FloatArray, seed: int = 0, *, level: float = 0.95, resamples: int = 2000
 ) -> Interval:
     """Percentile bootstrap interval of a mean over images (Efron 1979); NaN rows are left out.
 
     The bounds of a single value are NaN.
     """
-    kept = np.asarray(values, np.float64)
-    kept = kept[~np.isnan(kept)]
-    if not len(kept):
+    sample = np.asarray(values, np.float64)
+    sample = sample[~np.isnan(sample)]
+    if not len(sample):
         raise ValueError("no value to take the interval of")
-    if len(kept) == 1:
-        return Interval(float(kept[0]), float("nan"), float("nan"))
-    drawn = resampled_means(kept[:, None], seed, resamples)[:, 0]
-    return percentiles(float(kept.mean()), drawn, level)
+    if len(sample) == 1:
+        return Interval(float(sample[0]), float("nan"), float("nan"))
+    means = bootstrap_means(sample[:, None], seed, resamples)[:, 0]
+    return percentile_interval(float(sample.mean()), means, level)
 
 
 def paired_interval(
@@ -48,7 +48,7 @@ def paired_interval(
     if np.shape(first) != np.shape(second):
         raise ValueError(f"{np.shape(first)} values against {np.shape(second)}: other images")
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    return interval(difference, seed, level=level, resamples=resamples)
+    return bootstrap_interval(difference, seed, level=level, resamples=resamples)
 
 
 def seed_interval(values: FloatArray | list[float], *, level: float = 0.95) -> Interval:
@@ -63,7 +63,7 @@ def seed_interval(values: FloatArray | list[float], *, level: float = 0.95) -> I
     return Interval(mean, mean - half, mean + half)
 
 
-def crossed_interval(values: FloatArray, seed: int = 0, *, level: float = 0.95) -> Interval:
+def two_way_interval(values: FloatArray, seed: int = 0, *, level: float = 0.95) -> Interval:
     """Interval of a mean over seeds and images, [seeds, images]: every seed judged every image.
 
     Both are samples. Each factor's mean square of the two-way layout gives its part of the half
@@ -84,20 +84,22 @@ def crossed_interval(values: FloatArray, seed: int = 0, *, level: float = 0.95) 
     if not known.size:
         raise ValueError("no image has a value by every seed")
     if seeds == 1:
-        return interval(known[0], seed, level=level)
+        return bootstrap_interval(known[0], seed, level=level)
     if images == 1:
         return seed_interval(known[:, 0], level=level)
     mean = float(known.mean())
     by_factor = [known.mean(1), known.mean(0)]
     parts = [
-        stdtrit(len(one) - 1, (1 + level) / 2) ** 2 * one.var(ddof=1) / len(one)
-        for one in by_factor
+        stdtrit(len(factor_means) - 1, (1 + level) / 2) ** 2
+        * factor_means.var(ddof=1)
+        / len(factor_means)
+        for factor_means in by_factor
     ]
     half = float(np.sqrt(sum(parts)))
     return Interval(mean, mean - half, mean + half)
 
 
-def resampled_means(values: FloatArray, seed: int, resamples: int) -> FloatArray:
+def bootstrap_means(values: FloatArray, seed: int, resamples: int) -> FloatArray:
     """Column means of bootstrap resamples of the rows, NaN left out: [resamples, columns]."""
     count = len(values)
     known = ~np.isnan(values)
@@ -111,10 +113,10 @@ def resampled_means(values: FloatArray, seed: int, resamples: int) -> FloatArray
         rows = generator.integers(0, count, (size, count))
         rows += np.arange(size)[:, None] * count
         weights = np.bincount(rows.ravel(), minlength=size * count).reshape(size, count)
-        drawn = weights.astype(np.float64)
-        total = drawn @ known if not complete else float(count)
+        row_counts = weights.astype(np.float64)
+        total = row_counts @ known if not complete else float(count)
         with np.errstate(invalid="ignore"):
-            means.append(drawn @ filled / total)
+            means.append(row_counts @ filled / total)
     return np.concatenate(means)
 
 
@@ -125,7 +127,7 @@ def skill_of_means(
     return np.asarray(1 - (1 - cosine_mean) / (1 - baseline_mean))
 
 
-def percentiles(mean: float, drawn: FloatArray, level: float) -> Interval:
+def percentile_interval(mean: float, resampled: FloatArray, level: float) -> Interval:
     """The central interval of resampled values around the value itself."""
-    low, high = np.nanpercentile(drawn, [50 * (1 - level), 50 * (1 + level)])
+    low, high = np.nanpercentile(resampled, [50 * (1 - level), 50 * (1 + level)])
     return Interval(mean, float(low), float(high))

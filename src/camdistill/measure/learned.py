@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.request import wide
-from camdistill.explain.gradcam import explain, last_layer
+from camdistill.explain.engine.request import upcast
+from camdistill.explain.gradcam import explain_images, last_layer
 from camdistill.explain.maps import relu, resize
 from camdistill.networks.weights import WeightFile, read_weights, save_safetensors
 from camdistill.types import Images, Labels, PerImage
@@ -31,7 +31,7 @@ Context = Float[Tensor, "batch planes 8 8"]
 
 
 @torch.no_grad()
-def context(
+def image_context(
     network: nn.Module, images: Images, classes: Labels, layer: str | None = None
 ) -> Context:
     """What is known of images without a map, on a grid of 8 x 8; it carries no graph.
@@ -50,19 +50,22 @@ def context(
         layer: Its last spatial one by default.
     """
     name = layer or last_layer(network, images)
-    found = explain(network, images, [name], classes)
-    activations = wide(found.activations[name])
-    evidence = resize(wide(found.maps[name]), (GRID, GRID))
+    explanation = explain_images(network, images, [name], classes)
+    activations = upcast(explanation.activations[name])
+    evidence = resize(upcast(explanation.maps[name]), (GRID, GRID))
     size = evidence.square().mean((1, 2), keepdim=True).sqrt()
     energy = activations.square().sum(1).sqrt()
     typical = F.cosine_similarity(activations, activations.mean((2, 3), keepdim=True), dim=1)
-    grey = wide(images).mean(1)
+    grey = upcast(images).mean(1)
     light = resize(grey, (GRID, GRID))
     contrast = (resize(grey.square(), (GRID, GRID)) - light.square()).clamp_min(0).sqrt()
     line = torch.linspace(-1, 1, GRID, device=images.device, dtype=grey.dtype)
     radius = (line[:, None].square() + line[None].square()).sqrt().expand_as(light)
     others = [resize(energy, (GRID, GRID)), resize(typical, (GRID, GRID)), light, contrast, radius]
-    planes = [evidence / torch.where(size > 0, size, 1), *(standardised(one) for one in others)]
+    planes = [
+        evidence / torch.where(size > 0, size, 1),
+        *(standardize_planes(plane_values) for plane_values in others),
+    ]
     return torch.stack([plane.float() for plane in planes], 1)
 
 
@@ -82,7 +85,7 @@ class LearnedMetric(nn.Module):
         super().__init__()
         if members < 1 or units < 1:
             raise UserError(f"members {members} and units {units}; give 1 or more")
-        self.members = nn.ModuleList(_Reader(units) for _ in range(members))
+        self.members = nn.ModuleList(_MapScorer(units) for _ in range(members))
         self.units = units
 
     def forward(self, maps: AnyMaps, context: Context) -> PerImage:
@@ -96,8 +99,8 @@ class LearnedMetric(nn.Module):
 
     def scores(self, maps: AnyMaps, context: Context) -> Float[Tensor, "members batch"]:
         """What each member says."""
-        shape = resize(relu(wide(maps)), (GRID, GRID))
-        planes = torch.cat([standardised(shape)[:, None], context.to(shape)], 1)
+        shape = resize(relu(upcast(maps)), (GRID, GRID))
+        planes = torch.cat([standardize_planes(shape)[:, None], context.to(shape)], 1)
         total = shape.sum((1, 2), keepdim=True)
         share = shape / torch.where(total > 0, total, 1)
         return torch.stack([member(planes, share) for member in self.members])
@@ -114,7 +117,7 @@ class LearnedMetric(nn.Module):
         return save_safetensors(path, self.state_dict(), {SETTINGS: settings})
 
 
-class _Reader(nn.Module):
+class _MapScorer(nn.Module):
     def __init__(self, units: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(1 + len(PLANES), units, 3, padding=1)
@@ -139,13 +142,13 @@ def load_metric(path: str | Path) -> LearnedMetric:
         raise UserError(f"'{path}' holds no metric; give a file that `camdistill learn` wrote")
     try:
         size = json.loads(weights.metadata[SETTINGS])
-        found = LearnedMetric(int(size["members"]), int(size["units"]))
-        found.load_state_dict(weights.state)
+        metric = LearnedMetric(int(size["members"]), int(size["units"]))
+        metric.load_state_dict(weights.state)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"the metric in '{path}' can't be read ({type(error).__name__}); write it again"
         ) from error
-    return found.requires_grad_(False).eval()
+    return metric.requires_grad_(False).eval()
 
 
 def holds_metric(weights: WeightFile) -> bool:
@@ -153,7 +156,7 @@ def holds_metric(weights: WeightFile) -> bool:
     return SETTINGS in weights.metadata
 
 
-def standardised(planes: AnyMaps) -> AnyMaps:
+def standardize_planes(planes: AnyMaps) -> AnyMaps:
     """Mean 0 and deviation 1 in each image; a constant plane is 0."""
     centred = planes - planes.mean((1, 2), keepdim=True)
     square = centred.square().mean((1, 2), keepdim=True)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camdistill.explain.maps import normalise, relu
-from camdistill.perturb.ranks import Ranks, demand_finite
+from camdistill.perturb.ranks import Ranks, check_finite
 from camdistill.types import Maps, Masks, PerImage
 
 
@@ -22,7 +22,7 @@ def relevance_rank_accuracy(order: Ranks, masks: Masks) -> PerImage:
     """
     area = masks.flatten(1).sum(1)
     hits = ((order < area[:, None, None]) & masks).flatten(1).sum(1)
-    return _known(hits / area.clamp(min=1), masks)
+    return _nan_without_mask(hits / area.clamp(min=1), masks)
 
 
 def pointing_game(order: Ranks, masks: Masks, tolerance: float | int = 0) -> PerImage:
@@ -42,7 +42,7 @@ def pointing_game(order: Ranks, masks: Masks, tolerance: float | int = 0) -> Per
     rows = torch.arange(height, device=masks.device)[None, :, None] - y[:, None, None]
     columns = torch.arange(width, device=masks.device)[None, None, :] - x[:, None, None]
     near = rows.square() + columns.square() <= tolerance**2
-    return _known((near & masks).flatten(1).any(1).float(), masks)
+    return _nan_without_mask((near & masks).flatten(1).any(1).float(), masks)
 
 
 def energy_pointing_game(maps: Maps, masks: Masks) -> PerImage:
@@ -51,11 +51,13 @@ def energy_pointing_game(maps: Maps, masks: Masks) -> PerImage:
     Wang et al. 2020, https://arxiv.org/abs/1910.01279, section 4.3. Chance is the mask's share of
     the image: see `energy_lift`.
     """
-    demand_finite(maps)
-    positive = relu(normalise(_wide(maps), "max"))
+    check_finite(maps)
+    positive = relu(normalise(_upcast_maps(maps), "max"))
     total = positive.sum((1, 2))
     inside = (positive * masks).sum((1, 2))
-    return _known(torch.where(total > 0, inside / torch.where(total > 0, total, 1), 0), masks)
+    return _nan_without_mask(
+        torch.where(total > 0, inside / torch.where(total > 0, total, 1), 0), masks
+    )
 
 
 def energy_lift(maps: Maps, masks: Masks) -> PerImage:
@@ -73,15 +75,15 @@ def iou(maps: Maps, masks: Masks, threshold: float | None = 0.5) -> PerImage:
         threshold: Of the min-max normalised map; None takes each image's best of 0.05, 0.1, ...,
             0.95, which flatters every map alike.
     """
-    demand_finite(maps)
-    share = normalise(_wide(maps))
+    check_finite(maps)
+    share = normalise(_upcast_maps(maps))
     steps = [step / 20 for step in range(1, 20)] if threshold is None else [threshold]
-    found = []
+    scores = []
     for step in steps:
-        taken = share > step
-        both = (taken & masks).flatten(1).sum(1)
-        found.append(both / (taken | masks).flatten(1).sum(1).clamp(min=1))
-    return _known(torch.stack(found).amax(0), masks)
+        thresholded = share > step
+        intersection = (thresholded & masks).flatten(1).sum(1)
+        scores.append(intersection / (thresholded | masks).flatten(1).sum(1).clamp(min=1))
+    return _nan_without_mask(torch.stack(scores).amax(0), masks)
 
 
 def average_precision(maps: Maps, masks: Masks) -> PerImage:
@@ -90,18 +92,20 @@ def average_precision(maps: Maps, masks: Masks) -> PerImage:
     Equal values form one step, as in scikit-learn; chance is the mask's share. It tells maps apart
     where the area under the ROC, which most pixels decide, is high for all.
     """
-    demand_finite(maps)
-    values, inside = _wide(maps).flatten(1), masks.flatten(1)
+    check_finite(maps)
+    values, inside = _upcast_maps(maps).flatten(1), masks.flatten(1)
     rising, order = values.sort(1)
     count = values.shape[1]
     # Of each value: how many pixels are at least as large, and how many of them are inside.
-    taken = count - torch.searchsorted(rising, rising)
+    at_least_as_large = count - torch.searchsorted(rising, rising)
     below = torch.cumsum(inside.gather(1, order).to(values.dtype), 1)
     area = inside.sum(1, keepdim=True)
-    before = torch.cat([torch.zeros_like(below[:, :1]), below], 1).gather(1, count - taken)
-    precision = (area - before) / taken
+    before = torch.cat([torch.zeros_like(below[:, :1]), below], 1).gather(
+        1, count - at_least_as_large
+    )
+    precision = (area - before) / at_least_as_large
     hits = (precision * inside.gather(1, order)).sum(1)
-    return _known(hits / area[:, 0].clamp(min=1), masks)
+    return _nan_without_mask(hits / area[:, 0].clamp(min=1), masks)
 
 
 def inside_outside(maps: Maps, masks: Masks) -> PerImage:
@@ -110,17 +114,17 @@ def inside_outside(maps: Maps, masks: Masks) -> PerImage:
     Selvaraju et al. 2017, section 8.1, of captions. Infinite where all of it is inside; 0 for a
     blank map.
     """
-    demand_finite(maps)
-    positive = relu(normalise(_wide(maps), "max"))
+    check_finite(maps)
+    positive = relu(normalise(_upcast_maps(maps), "max"))
     inside = (positive * masks).sum((1, 2)) / masks.flatten(1).sum(1).clamp(min=1)
     outside = (positive * ~masks).sum((1, 2)) / (~masks).flatten(1).sum(1).clamp(min=1)
-    return _known(torch.where(inside > 0, inside / outside, 0), masks)
+    return _nan_without_mask(torch.where(inside > 0, inside / outside, 0), masks)
 
 
-def _known(values: Tensor, masks: Masks) -> PerImage:
-    told = masks.flatten(1).any(1)
-    return torch.where(told, values.to(torch.get_default_dtype()), torch.nan)
+def _nan_without_mask(values: Tensor, masks: Masks) -> PerImage:
+    has_mask = masks.flatten(1).any(1)
+    return torch.where(has_mask, values.to(torch.get_default_dtype()), torch.nan)
 
 
-def _wide(maps: Maps) -> Float[Tensor, "batch height width"]:
+def _upcast_maps(maps: Maps) -> Float[Tensor, "batch height width"]:
     return maps if maps.dtype == torch.float64 else maps.float()

@@ -19,11 +19,11 @@ from camdistill.explain.compare import pearson
 from camdistill.explain.maps import normalise
 from camdistill.perturb.batched_forward import logits_of
 from camdistill.perturb.probability import probabilities
-from camdistill.perturb.ranks import demand_finite
+from camdistill.perturb.ranks import check_finite
 from camdistill.types import Explain, Images, Labels, Maps, PerImage
 
 
-class Masked(NamedTuple):
+class MaskingScores(NamedTuple):
     """What the map lets through, and what it leaves.
 
     Attributes:
@@ -41,7 +41,9 @@ class Masked(NamedTuple):
     drop_in_deletion: PerImage
 
 
-def masked(network: nn.Module, images: Images, classes: Labels, maps: Maps) -> Masked:
+def masking_scores(
+    network: nn.Module, images: Images, classes: Labels, maps: Maps
+) -> MaskingScores:
     """Average drop, increase, gain and drop in deletion; the module says why not to trust them.
 
     Args:
@@ -52,13 +54,13 @@ def masked(network: nn.Module, images: Images, classes: Labels, maps: Maps) -> M
     """
     share = _share(maps, images)
     before = _probability(network, images, classes)
-    through = _probability(network, images * share, classes)
-    left = _probability(network, images * (1 - share), classes)
-    return Masked(
-        average_drop=(before - through).clamp(min=0) / before,
-        increase=(through > before).to(before),
-        average_gain=(through - before).clamp(min=0) / (1 - before).clamp(min=1e-12),
-        drop_in_deletion=(before - left) / before,
+    through_map = _probability(network, images * share, classes)
+    without = _probability(network, images * (1 - share), classes)
+    return MaskingScores(
+        average_drop=(before - through_map).clamp(min=0) / before,
+        increase=(through_map > before).to(before),
+        average_gain=(through_map - before).clamp(min=0) / (1 - before).clamp(min=1e-12),
+        drop_in_deletion=(before - without) / before,
     )
 
 
@@ -73,16 +75,16 @@ def adcc(
     0 where any of the three is.
     """
     share = _share(maps, images)
-    again = explain(network, images * share, classes)
-    demand_finite(again)
-    coherency = (1 + pearson(maps, again)) / 2
+    maps_of_masked = explain(network, images * share, classes)
+    check_finite(maps_of_masked)
+    coherency = (1 + pearson(maps, maps_of_masked)) / 2
     before = _probability(network, images, classes)
-    through = _probability(network, images * share, classes)
-    drop = (before - through).clamp(min=0) / before
+    through_map = _probability(network, images * share, classes)
+    drop = (before - through_map).clamp(min=0) / before
     simplicity = 1 - share.mean((1, 2, 3))
     parts = torch.stack([coherency.to(drop), simplicity.to(drop), 1 - drop])
-    some = (parts > 0).all(0)
-    return torch.where(some, 3 / (1 / parts.clamp(min=1e-12)).sum(0), 0)
+    all_positive = (parts > 0).all(0)
+    return torch.where(all_positive, 3 / (1 / parts.clamp(min=1e-12)).sum(0), 0)
 
 
 def _share(maps: Maps, images: Images) -> Float[Tensor, "batch 1 height width"]:
@@ -91,10 +93,12 @@ def _share(maps: Maps, images: Images) -> Float[Tensor, "batch 1 height width"]:
             f"maps {list(maps.shape)} for images {list(images.shape)}: "
             "`explain.maps.upsample` them first"
         )
-    demand_finite(maps)
+    check_finite(maps)
     return normalise(maps).to(images.dtype)[:, None]
 
 
 def _probability(network: nn.Module, images: Images, classes: Labels) -> PerImage:
-    likely = probabilities(logits_of(network, images)).gather(1, classes[:, None])[:, 0]
-    return likely.clamp(min=torch.finfo(likely.dtype).tiny)
+    class_probabilities = probabilities(logits_of(network, images)).gather(1, classes[:, None])[
+        :, 0
+    ]
+    return class_probabilities.clamp(min=torch.finfo(class_probabilities.dtype).tiny)

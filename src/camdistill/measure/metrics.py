@@ -89,7 +89,7 @@ DEFAULT_WITH_MASKS = (
 )
 
 
-def demand_metrics(names: Sequence[str]) -> None:
+def check_metrics(names: Sequence[str]) -> None:
     """Refuse names that mean nothing, before anything runs."""
     for name in names:
         if name.endswith(FILE):

@@ -21,9 +21,9 @@ from camdistill.measure import (
     removal,
     robustness,
 )
-from camdistill.measure.learned import Context, LearnedMetric, context, load_metric
+from camdistill.measure.learned import Context, LearnedMetric, image_context, load_metric
 from camdistill.measure.metrics import FILE, metric_of
-from camdistill.perturb.bank import Bank, Plan, bank
+from camdistill.perturb.bank import Bank, BankPlan, build_bank
 from camdistill.perturb.batched_forward import logits_of
 from camdistill.perturb.imputers import BASELINES, baseline
 from camdistill.perturb.ranks import Ranks, ranks
@@ -33,7 +33,7 @@ _MORE_SHARES = {0.25: 64, 0.1: 32, 0.5: 32, 0.75: 32}  # where sensitivity-n is 
 
 
 @dataclass(frozen=True)
-class Scene:
+class EvaluationBatch:
     """Images, and all that is known of them before there is a map.
 
     Attributes:
@@ -43,7 +43,7 @@ class Scene:
         logits: Of the images.
         seed: Of every random choice; all explainers get the same ones.
         bank: Answers to changes that no explainer chose; None where no metric needs it.
-        shown: What stands where something is removed, by kind; "rerendered" is the image drawn
+        replacements: What stands where something is removed, by kind; "rerendered" is the image drawn
             again without its objects.
         masks: The objects'; empty ones where there is none.
         learned: Metrics that were learnt, by their file.
@@ -56,7 +56,7 @@ class Scene:
     logits: Logits
     seed: str
     bank: Bank | None = None
-    shown: dict[str, Images] = field(default_factory=dict)
+    replacements: dict[str, Images] = field(default_factory=dict)
     masks: Masks | None = None
     learned: dict[str, LearnedMetric] = field(default_factory=dict)
     context: Context | None = None
@@ -68,7 +68,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricValues:
     """One explainer's values on a scene.
 
     Attributes:
@@ -82,15 +82,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class _Shot:
-    scene: Scene
+class _MetricInputs:
+    batch: EvaluationBatch
     maps: Maps
     order: Ranks
     explain: Explain | None
     curves: dict[str, Float[Tensor, "batch levels"]]
 
 
-def scene(
+def prepare_batch(
     network: nn.Module,
     images: Images,
     metrics: Sequence[str],
@@ -99,7 +99,7 @@ def scene(
     masks: Masks | None = None,
     rerendered: Images | None = None,
     fill: Literal["blur", "mean", "grey", "black"] = "grey",
-) -> Scene:
+) -> EvaluationBatch:
     """Asks the network what every explainer needs to know: once.
 
     Args:
@@ -113,39 +113,41 @@ def scene(
     """
     families = {metric_of(name).family for name in metrics}
     logits = logits_of(network, images)
-    shown: dict[str, Images] = {
+    replacements: dict[str, Images] = {
         kind: baseline(images, kind)
         for kind in BASELINES
         if {f"insertion_{kind}", f"deletion_{kind}"} & families
     }
     if rerendered is not None:
-        shown["rerendered"] = rerendered
+        replacements["rerendered"] = rerendered
     classes = logits.argmax(1)
-    whole = Scene(network, images, classes, logits, seed, shown=shown, masks=masks)
+    batch = EvaluationBatch(
+        network, images, classes, logits, seed, replacements=replacements, masks=masks
+    )
     if learned := [family for family in families if family.endswith(FILE)]:
         by_file = {name: load_metric(name).to(images.device) for name in sorted(learned)}
-        whole = replace(whole, learned=by_file, context=context(network, images, classes))
+        batch = replace(batch, learned=by_file, context=image_context(network, images, classes))
     if "bank" not in families:
-        return whole
-    plan = Plan(subsets=_MORE_SHARES) if "sensitivity_n" in metrics else Plan()
-    asked = bank(
+        return batch
+    plan = BankPlan(subsets=_MORE_SHARES) if "sensitivity_n" in metrics else BankPlan()
+    perturbation_bank = build_bank(
         network,
         images,
         baseline(images, fill),
-        whole.generator("bank"),
-        classes=whole.classes,
+        batch.generator("bank"),
+        classes=batch.classes,
         plan=plan,
     )
-    return replace(whole, bank=asked)
+    return replace(batch, bank=perturbation_bank)
 
 
 def measure(
-    scene: Scene, maps: Maps, metrics: Sequence[str], explain: Explain | None = None
-) -> Measured:
+    batch: EvaluationBatch, maps: Maps, metrics: Sequence[str], explain: Explain | None = None
+) -> MetricValues:
     """One explainer's values.
 
     Args:
-        scene: Of the same images.
+        batch: Of the same images.
         maps: Raw, at the images' resolution, of the scene's classes. A map with NaN in it is a
             failure: NaN by every metric.
         metrics: Names; one whose ground truth or explainer is missing is left out.
@@ -154,101 +156,111 @@ def measure(
     sound = torch.isfinite(maps).flatten(1).all(1)
     usable = torch.where(sound[:, None, None], maps, 0)
     broken = torch.zeros_like(sound)
-    live = None if explain is None else _watched(explain, broken)
-    shot = _Shot(scene, usable, ranks(usable, scene.generator("ties")), live, {})
+    noting_explain = None if explain is None else _note_broken_maps(explain, broken)
+    inputs = _MetricInputs(
+        batch, usable, ranks(usable, batch.generator("ties")), noting_explain, {}
+    )
     values: dict[str, PerImage] = {}
     for family in dict.fromkeys(metric_of(name).family for name in metrics):
-        if _possible(family, shot):
+        if _can_measure(family, inputs):
             broken.zero_()
-            computed = _computed(family, shot)
-            values |= {n: torch.where(broken, torch.nan, one) for n, one in computed.items()}
-    kept = {
+            family_values = _measure_family(family, inputs)
+            values |= {
+                n: torch.where(broken, torch.nan, per_image)
+                for n, per_image in family_values.items()
+            }
+    requested_values = {
         name: torch.where(sound, values[name].float(), torch.nan)
         for name in metrics
         if name in values
     }
-    known = sound[:, None]
-    curves = {name: torch.where(known, one, torch.nan) for name, one in shot.curves.items()}
-    return Measured(kept, curves)
+    has_map = sound[:, None]
+    curves = {
+        name: torch.where(has_map, per_image, torch.nan)
+        for name, per_image in inputs.curves.items()
+    }
+    return MetricValues(requested_values, curves)
 
 
-def _watched(explain: Explain, broken: Bool[Tensor, "batch"]) -> Explain:
+def _note_broken_maps(explain: Explain, broken: Bool[Tensor, "batch"]) -> Explain:
     """An explainer whose broken maps are noted, in place, where a metric asks for more maps."""
 
-    def watched(network: nn.Module, images: Images, classes: Labels) -> Maps:
+    def explain_and_note(network: nn.Module, images: Images, classes: Labels) -> Maps:
         maps = explain(network, images, classes)
         sound = torch.isfinite(maps).flatten(1).all(1)
         broken.logical_or_(~sound)
         return torch.where(sound[:, None, None], maps, 0)
 
-    return watched
+    return explain_and_note
 
 
-def _possible(family: str, shot: _Shot) -> bool:
+def _can_measure(family: str, inputs: _MetricInputs) -> bool:
     if family in ("adcc", *_GATES):
-        return shot.explain is not None
+        return inputs.explain is not None
     if family == "localisation":
-        return shot.scene.masks is not None
-    return family != "deletion_rerendered" or "rerendered" in shot.scene.shown
+        return inputs.batch.masks is not None
+    return family != "deletion_rerendered" or "rerendered" in inputs.batch.replacements
 
 
-def _computed(family: str, shot: _Shot) -> dict[str, PerImage]:
-    if family in shot.scene.learned:
-        return {family: _learned(family, shot)}
+def _measure_family(family: str, inputs: _MetricInputs) -> dict[str, PerImage]:
+    if family in inputs.batch.learned:
+        return {family: _score_learned(family, inputs)}
     if family in _GATES:
-        return {family: _GATES[family](shot)}
+        return {family: _GATES[family](inputs)}
     if family.startswith(("insertion_", "deletion_")):
-        return {family: _removal(family, shot)}
-    return _FAMILIES[family](shot)
+        return {family: _removal(family, inputs)}
+    return _FAMILIES[family](inputs)
 
 
-def _of_bank(shot: _Shot) -> dict[str, PerImage]:
-    asked = shot.scene.bank
-    assert asked is not None, "the scene was made for these metrics"
+def _bank_metrics(inputs: _MetricInputs) -> dict[str, PerImage]:
+    bank = inputs.batch.bank
+    assert bank is not None, "the scene was made for these metrics"
     return {
-        "faithfulness_correlation": faithfulness.faithfulness_correlation(shot.maps, asked),
-        "sensitivity_n": faithfulness.sensitivity_n(shot.maps, asked),
-        "infidelity": faithfulness.infidelity(shot.maps, asked),
-        "occlusion_1": faithfulness.occlusion_correlation(shot.maps, asked, 1),
-        "occlusion_2": faithfulness.occlusion_correlation(shot.maps, asked, 2),
+        "faithfulness_correlation": faithfulness.faithfulness_correlation(inputs.maps, bank),
+        "sensitivity_n": faithfulness.sensitivity_n(inputs.maps, bank),
+        "infidelity": faithfulness.infidelity(inputs.maps, bank),
+        "occlusion_1": faithfulness.occlusion_correlation(inputs.maps, bank, 1),
+        "occlusion_2": faithfulness.occlusion_correlation(inputs.maps, bank, 2),
     }
 
 
-def _removal(name: str, shot: _Shot) -> PerImage:
-    way, _, kind = name.partition("_")
-    ask = removal.insertion if way == "insertion" else removal.deletion
-    given = shot.scene
-    curve = ask(given.network, given.images, given.classes, shot.order, given.shown[kind])
-    shot.curves[name] = curve.probabilities
+def _removal(name: str, inputs: _MetricInputs) -> PerImage:
+    direction, _, kind = name.partition("_")
+    trace_curve = removal.insertion if direction == "insertion" else removal.deletion
+    batch = inputs.batch
+    curve = trace_curve(
+        batch.network, batch.images, batch.classes, inputs.order, batch.replacements[kind]
+    )
+    inputs.curves[name] = curve.probabilities
     return curve.area()
 
 
-def _road(shot: _Shot) -> dict[str, PerImage]:
-    given = shot.scene
-    found = removal.road(
-        given.network, given.images, given.classes, shot.order, given.generator("road")
+def _road(inputs: _MetricInputs) -> dict[str, PerImage]:
+    batch = inputs.batch
+    curves = removal.road(
+        batch.network, batch.images, batch.classes, inputs.order, batch.generator("road")
     )
     return {
-        "road": found.combined(),
-        "road_morf": found.morf.mean(),
-        "road_lerf": found.lerf.mean(),
+        "road": curves.combine(),
+        "road_morf": curves.morf.mean(),
+        "road_lerf": curves.lerf.mean(),
     }
 
 
-def _masking(shot: _Shot) -> dict[str, PerImage]:
-    given = shot.scene
-    return masking.masked(given.network, given.images, given.classes, shot.maps)._asdict()
+def _masking(inputs: _MetricInputs) -> dict[str, PerImage]:
+    batch = inputs.batch
+    return masking.masking_scores(batch.network, batch.images, batch.classes, inputs.maps)._asdict()
 
 
-def _adcc(shot: _Shot) -> dict[str, PerImage]:
-    given = shot.scene
-    assert shot.explain is not None, "asked before"
-    found = masking.adcc(given.network, given.images, given.classes, shot.maps, shot.explain)
-    return {"adcc": found}
+def _adcc(inputs: _MetricInputs) -> dict[str, PerImage]:
+    batch = inputs.batch
+    assert inputs.explain is not None, "asked before"
+    scores = masking.adcc(batch.network, batch.images, batch.classes, inputs.maps, inputs.explain)
+    return {"adcc": scores}
 
 
-def _complexity(shot: _Shot) -> dict[str, PerImage]:
-    evidence = relu(shot.maps)
+def _complexity(inputs: _MetricInputs) -> dict[str, PerImage]:
+    evidence = relu(inputs.maps)
     return {
         "gini": complexity.gini(evidence),
         "entropy": complexity.entropy(evidence),
@@ -256,70 +268,70 @@ def _complexity(shot: _Shot) -> dict[str, PerImage]:
     }
 
 
-def _learned(name: str, shot: _Shot) -> PerImage:
-    known = shot.scene.context
-    assert known is not None, "the scene was made for this metric"
+def _score_learned(name: str, inputs: _MetricInputs) -> PerImage:
+    context = inputs.batch.context
+    assert context is not None, "the scene was made for this metric"
     with torch.no_grad():
-        return shot.scene.learned[name](shot.maps, known)  # type: ignore[no-any-return]
+        return inputs.batch.learned[name](inputs.maps, context)  # type: ignore[no-any-return]
 
 
-def _localisation(shot: _Shot) -> dict[str, PerImage]:
-    masks = shot.scene.masks
+def _localisation(inputs: _MetricInputs) -> dict[str, PerImage]:
+    masks = inputs.batch.masks
     assert masks is not None, "asked before"
-    pixels = shot.maps.shape[1]
+    pixels = inputs.maps.shape[1]
     near = 2 * pixels / 32  # TorchRay's 15 pixels of 224, at this size
     return {
-        "rank_accuracy": localization.relevance_rank_accuracy(shot.order, masks),
-        "energy_share": localization.energy_pointing_game(shot.maps, masks),
-        "energy_lift": localization.energy_lift(shot.maps, masks),
-        "pointing_game": localization.pointing_game(shot.order, masks, near),
-        "iou": localization.iou(shot.maps, masks),
-        "average_precision": localization.average_precision(shot.maps, masks),
-        "box_error": boxes.localisation_error(shot.maps, boxes.box_around(masks)),
+        "rank_accuracy": localization.relevance_rank_accuracy(inputs.order, masks),
+        "energy_share": localization.energy_pointing_game(inputs.maps, masks),
+        "energy_lift": localization.energy_lift(inputs.maps, masks),
+        "pointing_game": localization.pointing_game(inputs.order, masks, near),
+        "iou": localization.iou(inputs.maps, masks),
+        "average_precision": localization.average_precision(inputs.maps, masks),
+        "box_error": boxes.localisation_error(inputs.maps, boxes.box_around(masks)),
     }
 
 
-def _robust(metric: Callable[..., PerImage], shot: _Shot) -> PerImage:
-    given = shot.scene
-    nearby = given.generator("nearby")
-    return metric(shot.explain, given.network, given.images, given.classes, nearby)
+def _robust(metric: Callable[..., PerImage], inputs: _MetricInputs) -> PerImage:
+    batch = inputs.batch
+    nearby = batch.generator("nearby")
+    return metric(inputs.explain, batch.network, batch.images, batch.classes, nearby)
 
 
-def _random_logit(shot: _Shot) -> PerImage:
-    given, explain = shot.scene, shot.explain
+def _random_logit(inputs: _MetricInputs) -> PerImage:
+    batch, explain = inputs.batch, inputs.explain
     assert explain is not None, "asked before"
-    other = given.generator("other class")
+    other = batch.generator("other class")
     return randomization.random_logit(
-        explain, given.network, given.images, given.classes, given.logits, other
+        explain, batch.network, batch.images, batch.classes, batch.logits, other
     )
 
 
-def _randomisation(shot: _Shot) -> PerImage:
-    given, explain = shot.scene, shot.explain
+def _randomisation(inputs: _MetricInputs) -> PerImage:
+    batch, explain = inputs.batch, inputs.explain
     assert explain is not None, "asked before"
     return randomization.efficient_randomisation(
-        explain, given.network, given.images, given.classes, given.generator("weights")
+        explain, batch.network, batch.images, batch.classes, batch.generator("weights")
     )
 
 
-def _smooth_randomisation(shot: _Shot) -> PerImage:
-    given, explain = shot.scene, shot.explain
+def _smooth_randomisation(inputs: _MetricInputs) -> PerImage:
+    batch, explain = inputs.batch, inputs.explain
     assert explain is not None, "asked before"
-    found = randomization.smooth_randomisation(
-        explain, given.network, given.images, given.classes, given.generator("weights")
+    correlations_by_layer = randomization.smooth_randomisation(
+        explain, batch.network, batch.images, batch.classes, batch.generator("weights")
     )
-    return torch.stack(list(found.values())).mean(0)
+    return torch.stack(list(correlations_by_layer.values())).mean(0)
 
 
-_GATES: dict[str, Callable[[_Shot], PerImage]] = {
+_GATES: dict[str, Callable[[_MetricInputs], PerImage]] = {
     "max_sensitivity": partial(_robust, robustness.max_sensitivity),
     "local_lipschitz": partial(_robust, robustness.local_lipschitz),
     "random_logit": _random_logit,
     "randomisation": _randomisation,
     "smooth_randomisation": _smooth_randomisation,
 }
-_FAMILIES: dict[str, Callable[[_Shot], dict[str, PerImage]]] = {
-    "bank": _of_bank,
+_FAMILIES: dict[str, Callable[[_MetricInputs], dict[str, PerImage]]] = {
+    "bank": _bank_metrics,
     "road": _road,
     "masking": _masking,
     "adcc": _adcc,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from camdistill.errors import UserError
 from camdistill.explain.compare import spearman
 from camdistill.networks.capture import bare
-from camdistill.perturb.ranks import demand_finite
+from camdistill.perturb.ranks import check_finite
 from camdistill.types import Explain, Images, Labels, Logits, Maps, PerImage
 
 BINS = 100
@@ -48,18 +48,18 @@ def smooth_randomisation(
     """
     span = float(images.max() - images.min())
     shape = (samples, *images.shape)
-    drawn = torch.randn(shape, generator=generator, device=generator.device)
-    noisy = images + noise * span * drawn.to(images)
+    noise_samples = torch.randn(shape, generator=generator, device=generator.device)
+    noisy = images + noise * span * noise_samples.to(images)
 
-    def mean_map(asked: nn.Module) -> Maps:
-        total = torch.stack([explain(asked, copies, classes) for copies in noisy]).mean(0)
-        demand_finite(total)
+    def mean_map(candidate: nn.Module) -> Maps:
+        total = torch.stack([explain(candidate, copies, classes) for copies in noisy]).mean(0)
+        check_finite(total)
         return total
 
     trained = mean_map(network)
     return {
-        layer: spearman(mean_map(changed), trained)
-        for layer, changed in _randomised(network, generator)
+        layer: spearman(mean_map(randomized), trained)
+        for layer, randomized in _randomize_layers(network, generator)
     }
 
 
@@ -76,8 +76,8 @@ def efficient_randomisation(
     NaN where the trained network's map is constant.
     """
     before = _histogram_entropy(explain(network, images, classes))
-    *_, (_, changed) = _randomised(network, generator)
-    after = _histogram_entropy(explain(changed, images, classes))
+    *_, (_, randomized) = _randomize_layers(network, generator)
+    after = _histogram_entropy(explain(randomized, images, classes))
     return torch.where(before > 0, (after - before) / torch.where(before > 0, before, 1), torch.nan)
 
 
@@ -101,23 +101,25 @@ def random_logit(
     shift = torch.randint(
         1, number, classes.shape, generator=generator, device=generator.device
     ).to(classes.device)
-    own = explain(network, images, classes)
-    other = explain(network, images, (classes + shift) % number)
-    for maps in (own, other):
-        demand_finite(maps)
-    return spearman(own, other)
+    class_maps = explain(network, images, classes)
+    other_maps = explain(network, images, (classes + shift) % number)
+    for maps in (class_maps, other_maps):
+        check_finite(maps)
+    return spearman(class_maps, other_maps)
 
 
-def _randomised(network: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, nn.Module]]:
+def _randomize_layers(
+    network: nn.Module, generator: torch.Generator
+) -> Iterator[tuple[str, nn.Module]]:
     """One copy whose layers are drawn again one after the other, from the input on.
 
     Convolutions and linear layers get torch's initial distribution, normalisations their initial
     scale and shift; running statistics are no parameters and stay.
     """
-    changed = copy.deepcopy(network)
+    randomized = copy.deepcopy(network)
     layers = {
         name: module
-        for name, module in bare(changed).named_modules()
+        for name, module in bare(randomized).named_modules()
         if next(module.parameters(recurse=False), None) is not None
     }
     if not layers:
@@ -125,7 +127,7 @@ def _randomised(network: nn.Module, generator: torch.Generator) -> Iterator[tupl
     for name, module in layers.items():
         with torch.no_grad():
             _redraw(module, generator)
-        yield name, changed
+        yield name, randomized
 
 
 def _redraw(module: nn.Module, generator: torch.Generator) -> None:
@@ -136,12 +138,12 @@ def _redraw(module: nn.Module, generator: torch.Generator) -> None:
             parameter.fill_(1.0 if name == "weight" else 0.0)
         else:
             bound = weight[0].numel() ** -0.5
-            drawn = torch.rand(parameter.shape, generator=generator, device=generator.device)
-            parameter.copy_(bound * (2 * drawn - 1))
+            uniform = torch.rand(parameter.shape, generator=generator, device=generator.device)
+            parameter.copy_(bound * (2 * uniform - 1))
 
 
 def _histogram_entropy(maps: Maps) -> PerImage:
-    demand_finite(maps)
+    check_finite(maps)
     values = (maps if maps.dtype == torch.float64 else maps.float()).flatten(1)
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     span = torch.where(high > low, high - low, 1)

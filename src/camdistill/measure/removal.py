@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camdistill.perturb.batched_forward import Shown, changed_scores
+from camdistill.perturb.batched_forward import Replacement, score_changes
 from camdistill.perturb.imputers import noisy_linear
 from camdistill.perturb.ranks import Ranks, first_pixels, level_counts
 from camdistill.types import Images, Labels, PerImage
@@ -49,7 +49,7 @@ def deletion(
     images: Images,
     classes: Labels,
     order: Ranks,
-    shown: Shown,
+    replacement: Replacement,
     fractions: Sequence[float] = LEVELS,
 ) -> Curve:
     """Most relevant pixels removed first; the smaller the area, the better.
@@ -61,14 +61,14 @@ def deletion(
         images: In [0, 1] for a network that normalises them itself.
         classes: Whose probability is watched: the network's own top class needs no label.
         order: `ranks` of the maps.
-        shown: What stands where something is removed. It decides what is measured: with black, at
+        replacement: What stands where something is removed. It decides what is measured: with black, at
             32 pixels, hardly the map.
         fractions: Removed at each level.
     """
     counts = level_counts(fractions, order[0].numel())
     removed = first_pixels(order, counts)
-    found = changed_scores(network, images, classes, removed, shown)
-    return Curve(tuple(fractions), found.probabilities)
+    scores = score_changes(network, images, classes, removed, replacement)
+    return Curve(tuple(fractions), scores.probabilities)
 
 
 def insertion(
@@ -76,17 +76,17 @@ def insertion(
     images: Images,
     classes: Labels,
     order: Ranks,
-    shown: Shown,
+    replacement: Replacement,
     fractions: Sequence[float] = LEVELS,
 ) -> Curve:
-    """Most relevant pixels put in first, in place of `shown`; the larger the area, the better.
+    """Most relevant pixels put in first, in place of `replacement`; the larger the area, the better.
 
     Petsiuk et al. 2018, section 4.1, who put pixels into a blurred image. See `deletion`.
     """
     counts = level_counts(fractions, order[0].numel())
     removed = ~first_pixels(order, counts)
-    found = changed_scores(network, images, classes, removed, shown)
-    return Curve(tuple(fractions), found.probabilities)
+    scores = score_changes(network, images, classes, removed, replacement)
+    return Curve(tuple(fractions), scores.probabilities)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Road:
     morf: Curve
     lerf: Curve
 
-    def combined(self) -> PerImage:
+    def combine(self) -> PerImage:
         """(LeRF - MoRF) / 2 of the curves' means; higher, in [-0.5, 0.5]."""
         return (self.lerf.mean() - self.morf.mean()) / 2
 
@@ -133,7 +133,7 @@ def road(
     """
     counts = level_counts(fractions, order[0].numel())
     fill = partial(noisy_linear, noise=noise, generator=generator)
-    both = (first_pixels(order, counts), first_pixels(order, counts, least=True))
-    found = changed_scores(network, images, classes, torch.cat(both, 1), fill)
-    morf, lerf = torch.split(found.probabilities, len(counts), 1)
+    removals = (first_pixels(order, counts), first_pixels(order, counts, least=True))
+    scores = score_changes(network, images, classes, torch.cat(removals, 1), fill)
+    morf, lerf = torch.split(scores.probabilities, len(counts), 1)
     return Road(Curve(tuple(fractions), morf), Curve(tuple(fractions), lerf))

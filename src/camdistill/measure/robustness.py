@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camdistill.measure.scores import constant
-from camdistill.perturb.ranks import demand_finite
+from camdistill.measure.scores import is_constant
+from camdistill.perturb.ranks import check_finite
 from camdistill.types import Explain, Images, Labels, Maps, PerImage
 
 
@@ -38,12 +38,12 @@ def max_sensitivity(
         radius: Largest change of a pixel, in the images' units.
         samples: Nearby images of each image.
     """
-    maps, largest = _maps(explain, network, images, classes), None
+    maps, largest = _finite_maps(explain, network, images, classes), None
     for nearby in _nearby(images, radius, samples, generator):
-        change = _norm(_maps(explain, network, nearby, classes) - maps)
+        change = _norm(_finite_maps(explain, network, nearby, classes) - maps)
         largest = change if largest is None else torch.maximum(largest, change)
     assert largest is not None, "there is at least one sample"
-    return _of_speaking(largest / _norm(maps), maps)
+    return _nan_where_constant(largest / _norm(maps), maps)
 
 
 def local_lipschitz(
@@ -61,18 +61,18 @@ def local_lipschitz(
     Alvarez-Melis and Jaakkola 2018, https://arxiv.org/abs/1806.08049, eq. 2. Each map is first
     divided by ||a(x)||, or the number would be the map's unit.
     """
-    maps, largest = _maps(explain, network, images, classes), None
+    maps, largest = _finite_maps(explain, network, images, classes), None
     for nearby in _nearby(images, radius, samples, generator):
-        change = _norm(_maps(explain, network, nearby, classes) - maps)
+        change = _norm(_finite_maps(explain, network, nearby, classes) - maps)
         ratio = change / _norm(nearby - images).clamp(min=1e-12)
         largest = ratio if largest is None else torch.maximum(largest, ratio)
     assert largest is not None, "there is at least one sample"
-    return _of_speaking(largest / _norm(maps), maps)
+    return _nan_where_constant(largest / _norm(maps), maps)
 
 
-def _maps(explain: Explain, network: nn.Module, images: Images, classes: Labels) -> Maps:
+def _finite_maps(explain: Explain, network: nn.Module, images: Images, classes: Labels) -> Maps:
     maps = explain(network, images, classes)
-    demand_finite(maps)
+    check_finite(maps)
     return maps if maps.dtype == torch.float64 else maps.float()
 
 
@@ -82,8 +82,8 @@ def _nearby(
     if radius <= 0 or samples < 1:
         raise ValueError(f"radius {radius} and samples {samples}: both must be above 0")
     for _ in range(samples):
-        drawn = torch.rand(images.shape, generator=generator, device=generator.device)
-        yield images + radius * (2 * drawn - 1).to(images)
+        uniform = torch.rand(images.shape, generator=generator, device=generator.device)
+        yield images + radius * (2 * uniform - 1).to(images)
 
 
 def _norm(values: Float[Tensor, "batch ..."]) -> PerImage:
@@ -91,5 +91,5 @@ def _norm(values: Float[Tensor, "batch ..."]) -> PerImage:
     return norm
 
 
-def _of_speaking(values: PerImage, maps: Maps) -> PerImage:
-    return torch.where(constant(maps), torch.nan, values)
+def _nan_where_constant(values: PerImage, maps: Maps) -> PerImage:
+    return torch.where(is_constant(maps), torch.nan, values)

@@ -51,13 +51,15 @@ def correct(logits: Logits, labels: Labels) -> PerImage:
 def map_scores(student_maps: Maps, teacher_maps: Float[Tensor, "batch rows columns"]) -> MapScores:
     """Fidelity of a student's raw maps to a teacher's, by the module's rules."""
     student, teacher = relu(student_maps.float()), relu(teacher_maps.float())
-    blank, told = constant(student), ~constant(teacher)
+    blank, has_shape = is_constant(student), ~is_constant(teacher)
     if student.shape[-2:] != teacher.shape[-2:]:
         student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
-        blank = blank | constant(student)
+        blank = blank | is_constant(student)
     values = [measure(student, teacher) for measure in (pearson, spearman, cosine)]
     nan = torch.full_like(values[0], torch.nan)
-    return MapScores(*(torch.where(told, value.masked_fill(blank, 0), nan) for value in values))
+    return MapScores(
+        *(torch.where(has_shape, value.masked_fill(blank, 0), nan) for value in values)
+    )
 
 
 def signed_pearson(
@@ -67,20 +69,20 @@ def signed_pearson(
     student, teacher = student_maps.float(), teacher_maps.float()
     if student.shape[-2:] != teacher.shape[-2:]:
         student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
-    value = pearson(student, teacher).masked_fill(constant(student), 0)
-    return value.masked_fill(constant(teacher), torch.nan)
+    value = pearson(student, teacher).masked_fill(is_constant(student), 0)
+    return value.masked_fill(is_constant(teacher), torch.nan)
 
 
-def constant(maps: Maps) -> Bool[Tensor, "batch"]:
+def is_constant(maps: Maps) -> Bool[Tensor, "batch"]:
     """Whether a map is blank: it varies by no more than rounding, as after an interpolation."""
     high, low = maps.amax((1, 2)), maps.amin((1, 2))
     return high - low <= FLAT * high.abs().maximum(low.abs())
 
 
-def levelled(maps: Maps) -> Maps:
+def level_constant_maps(maps: Maps) -> Maps:
     """Maps of which those that are constant up to rounding are constant exactly.
 
     Rounding has an order, and a metric that removes pixels in a map's order would follow it.
     """
-    flat = constant(maps) & torch.isfinite(maps).flatten(1).all(1)
+    flat = is_constant(maps) & torch.isfinite(maps).flatten(1).all(1)
     return torch.where(flat[:, None, None], maps.amax((1, 2), keepdim=True), maps)

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum
 
-from camdistill.errors import UserError, nearest, shortened
+from camdistill.errors import UserError, nearest, shorten
 from camdistill.store.atomic_files import check_memory
 
 Argument = bool | int | float | str | list[int] | list[float] | list[str] | None
@@ -230,7 +230,7 @@ def _check_room(name: str, factory: Factory, args: Mapping[str, object]) -> None
         return  # what is wrong is told when it is built
     if isinstance(network, nn.Module):
         size = sum(one.numel() * one.element_size() for one in network.parameters())
-        check_memory(size, f"the weights of {name} with {shortened(str(dict(args)))}")
+        check_memory(size, f"the weights of {name} with {shorten(str(dict(args)))}")
 
 
 def parameters_of(factory: Factory) -> dict[str, inspect.Parameter]:

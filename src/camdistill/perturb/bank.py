@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.perturb.batched_forward import Shown, changed_scores, logits_of
+from camdistill.perturb.batched_forward import Replacement, logits_of, score_changes
 from camdistill.perturb.probability import probabilities
 from camdistill.types import Images, Labels, Maps, PerImage
 
@@ -21,7 +21,7 @@ _MASK_BYTES = 2**26  # of the masks that are held at once
 
 
 @dataclass(frozen=True)
-class Plan:
+class BankPlan:
     """What a bank asks about.
 
     Attributes:
@@ -41,7 +41,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Probe:
+class PerturbationSet:
     """Changes of one kind, and what they took from each image's score.
 
     Attributes:
@@ -56,11 +56,11 @@ class Probe:
 
     def sums(self, maps: Maps) -> Float[Tensor, "batch changes"]:
         """What a map at the images' resolution assigns to the pixels of each change."""
-        wide = maps if maps.dtype == torch.float64 else maps.float()
-        rows = _in_cell(maps.shape[1], self.cells.shape[2], wide)
-        columns = _in_cell(maps.shape[2], self.cells.shape[3], wide)
-        by_cell = (rows.T @ wide @ columns).flatten(1)
-        chosen = self.cells.flatten(2).to(wide.dtype).expand(len(maps), -1, -1)
+        float_maps = maps if maps.dtype == torch.float64 else maps.float()
+        rows = _cell_indicator(maps.shape[1], self.cells.shape[2], float_maps)
+        columns = _cell_indicator(maps.shape[2], self.cells.shape[3], float_maps)
+        by_cell = (rows.T @ float_maps @ columns).flatten(1)
+        chosen = self.cells.flatten(2).to(float_maps.dtype).expand(len(maps), -1, -1)
         return torch.bmm(chosen, by_cell[..., None])[..., 0]
 
 
@@ -81,60 +81,69 @@ class Bank:
     classes: Labels
     logits: PerImage
     probabilities: PerImage
-    subsets: dict[float, Probe]
-    occluders: dict[int, Probe]
+    subsets: dict[float, PerturbationSet]
+    occluders: dict[int, PerturbationSet]
 
 
-def bank(
+def build_bank(
     network: nn.Module,
     images: Images,
-    shown: Shown,
+    replacement: Replacement,
     generator: torch.Generator,
     *,
     classes: Labels | None = None,
-    plan: Plan | None = None,
+    plan: BankPlan | None = None,
 ) -> Bank:
     """Asks a network about the plan's changes of each image.
 
     Args:
         network: In eval mode.
         images: In [0, 1] for a network that normalises them itself.
-        shown: What stands where something is removed: `imputers.baseline(images, "grey")`.
+        replacement: What stands where something is removed: `imputers.baseline(images, "grey")`.
         generator: Draws the subsets, other ones for each image.
         classes: Whose score is watched; None is the network's own top class.
         plan: What is asked.
     """
-    plan = plan or Plan()
-    own = logits_of(network, images)
-    watched = own.argmax(1) if classes is None else classes
-    logits = own.gather(1, watched[:, None])
-    likely = probabilities(own).gather(1, watched[:, None])
+    plan = plan or BankPlan()
+    all_logits = logits_of(network, images)
+    target_classes = all_logits.argmax(1) if classes is None else classes
+    logits = all_logits.gather(1, target_classes[:, None])
+    class_probabilities = probabilities(all_logits).gather(1, target_classes[:, None])
 
-    def probe(cells: Bool[Tensor, "#batch changes rows columns"]) -> Probe:
-        found = []
-        for rows in torch.split(torch.arange(len(images)), _block(cells, images)):
-            some = slice(int(rows[0]), int(rows[-1]) + 1)
-            removed = _on_pixels(cells[some] if len(cells) > 1 else cells, images)
-            behind = shown[some] if isinstance(shown, Tensor) else shown
-            found.append(changed_scores(network, images[some], watched[some], removed, behind))
-        return Probe(
+    def measure_drops(cells: Bool[Tensor, "#batch changes rows columns"]) -> PerturbationSet:
+        score_chunks = []
+        for rows in torch.split(torch.arange(len(images)), _images_at_once(cells, images)):
+            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
+            removed = _on_pixels(cells[chunk] if len(cells) > 1 else cells, images)
+            chunk_replacement = (
+                replacement[chunk] if isinstance(replacement, Tensor) else replacement
+            )
+            score_chunks.append(
+                score_changes(
+                    network, images[chunk], target_classes[chunk], removed, chunk_replacement
+                )
+            )
+        return PerturbationSet(
             cells,
-            logits - torch.cat([one.logits for one in found]),
-            likely - torch.cat([one.probabilities for one in found]),
+            logits - torch.cat([scores.logits for scores in score_chunks]),
+            class_probabilities - torch.cat([scores.probabilities for scores in score_chunks]),
         )
 
     subsets = {
-        share: probe(_subsets(len(images), number, share, plan.cells, generator).to(images.device))
+        share: measure_drops(
+            _subsets(len(images), number, share, plan.cells, generator).to(images.device)
+        )
         for share, number in plan.subsets.items()
     }
     occluders = {
-        side: probe(_occluders(plan.cells, side).to(images.device)) for side in plan.occluders
+        side: measure_drops(_occluders(plan.cells, side).to(images.device))
+        for side in plan.occluders
     }
     size = (images.shape[2], images.shape[3])
-    return Bank(size, watched, logits[:, 0], likely[:, 0], subsets, occluders)
+    return Bank(size, target_classes, logits[:, 0], class_probabilities[:, 0], subsets, occluders)
 
 
-def _block(cells: Bool[Tensor, "_ changes rows columns"], images: Images) -> int:
+def _images_at_once(cells: Bool[Tensor, "_ changes rows columns"], images: Images) -> int:
     """So many images that their changes' masks stay small."""
     return max(1, _MASK_BYTES // (cells.shape[1] * images[0, 0].numel())) if len(images) else 1
 
@@ -142,9 +151,11 @@ def _block(cells: Bool[Tensor, "_ changes rows columns"], images: Images) -> int
 def _subsets(
     images: int, number: int, share: float, cells: int, generator: torch.Generator
 ) -> Bool[Tensor, "images number cells cells"]:
-    drawn = torch.rand(images, number, cells**2, generator=generator, device=generator.device)
-    taken = drawn.argsort(2).argsort(2) < round(share * cells**2)
-    return taken.view(images, number, cells, cells)
+    random_values = torch.rand(
+        images, number, cells**2, generator=generator, device=generator.device
+    )
+    removed = random_values.argsort(2).argsort(2) < round(share * cells**2)
+    return removed.view(images, number, cells, cells)
 
 
 def _occluders(cells: int, side: int) -> Bool[Tensor, "1 positions cells cells"]:
@@ -164,7 +175,7 @@ def _cell_of(pixels: int, cells: int) -> Tensor:
     return torch.arange(pixels) * cells // pixels
 
 
-def _in_cell(pixels: int, cells: int, like: Tensor) -> Float[Tensor, "pixels cells"]:
+def _cell_indicator(pixels: int, cells: int, like: Tensor) -> Float[Tensor, "pixels cells"]:
     return torch.nn.functional.one_hot(_cell_of(pixels, cells), cells).to(like)
 
 

@@ -16,7 +16,7 @@ from camdistill.types import Images, Labels, Logits
 
 Changes = Bool[Tensor, "#batch changes height width"]
 """True where an image is removed; a first axis of 1 is the same for all images."""
-Shown = Images | Filler
+Replacement = Images | Filler
 """What stands where an image was removed: pictures, one an image, or a callable that fills in."""
 
 # Of one forward: 64 images of 32 x 32, whose activations stay in a processor's cache, or 4096.
@@ -24,7 +24,7 @@ _PIXELS_ON_CPU, _PIXELS_ELSEWHERE = 2**16, 2**22
 _LEAST = 4  # images, however large
 
 
-class Scores(NamedTuple):
+class ClassScores(NamedTuple):
     """Of one class an image, for each of its changes."""
 
     logits: Float[Tensor, "batch changes"]
@@ -37,29 +37,31 @@ def logits_of(network: nn.Module, images: Images) -> Logits:
     Raises:
         UserError: The network is in train mode, or gives no logits.
     """
-    demand_settled(network)
+    check_eval_mode(network)
     with torch.no_grad():
-        parts = [_asked(network, part) for part in torch.split(images, _at_once(images))]
-    return torch.cat(parts)
+        chunks = [_forward(network, part) for part in torch.split(images, _chunk_size(images))]
+    return torch.cat(chunks)
 
 
-def in_parts(ask: Callable[[Images], Logits], images: Images) -> Logits:
+def forward_in_chunks(forward: Callable[[Images], Logits], images: Images) -> Logits:
     """What is answered about many images, with its graph, in forwards of bounded size.
 
     Args:
-        ask: A network whose answer to an image doesn't depend on the others, or what calls one.
+        forward: A network whose answer to an image doesn't depend on the others, or what calls one.
         images: As it takes them.
     """
-    return torch.cat([ask(_laid_out(part)) for part in torch.split(images, _at_once(images))])
+    return torch.cat(
+        [forward(_to_channels_last(part)) for part in torch.split(images, _chunk_size(images))]
+    )
 
 
-def changed_scores(
+def score_changes(
     network: nn.Module,
     images: Images,
     classes: Labels,
     removed: Changes,
-    shown: Shown,
-) -> Scores:
+    replacement: Replacement,
+) -> ClassScores:
     """Asks the network about every change of every image.
 
     Args:
@@ -67,52 +69,56 @@ def changed_scores(
         images: In [0, 1] for a network that normalises them itself.
         classes: Whose score is told, one an image.
         removed: The changes.
-        shown: What stands where an image was removed.
+        replacement: What stands where an image was removed.
     """
-    demand_settled(network)
+    check_eval_mode(network)
     count, changes = len(images), removed.shape[1]
-    logits, likely = [], []
+    logits, class_probabilities = [], []
     pairs = torch.arange(count * changes, device=images.device)
     with torch.no_grad():
-        for part in torch.split(pairs, _at_once(images)):
+        for part in torch.split(pairs, _chunk_size(images)):
             image, change = part // changes, part % changes
             holes = removed[image if len(removed) > 1 else torch.zeros_like(image), change]
             originals = images[image]
-            if isinstance(shown, Tensor):
-                asked = torch.where(holes[:, None], shown[image], originals)
+            if isinstance(replacement, Tensor):
+                changed_images = torch.where(holes[:, None], replacement[image], originals)
             else:
-                asked = shown(originals, holes)
-            answer = _asked(network, asked)
+                changed_images = replacement(originals, holes)
+            chunk_logits = _forward(network, changed_images)
             column = classes[image, None]
-            logits.append(answer.gather(1, column))
-            likely.append(probabilities(answer).gather(1, column))
-    return Scores(torch.cat(logits).view(count, changes), torch.cat(likely).view(count, changes))
+            logits.append(chunk_logits.gather(1, column))
+            class_probabilities.append(probabilities(chunk_logits).gather(1, column))
+    return ClassScores(
+        torch.cat(logits).view(count, changes), torch.cat(class_probabilities).view(count, changes)
+    )
 
 
-def _asked(network: nn.Module, images: Images) -> Logits:
-    output = network(_laid_out(images))
+def _forward(network: nn.Module, images: Images) -> Logits:
+    output = network(_to_channels_last(images))
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
-        gave = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        description = (
+            list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        )
         raise UserError(
-            f"{type(network).__name__} gives {gave}, not logits [{len(images)}, classes]: "
+            f"{type(network).__name__} gives {description}, not logits [{len(images)}, classes]: "
             "wrap it so that it returns its logits"
         )
     return output if output.dtype == torch.float64 else output.float()
 
 
-def _laid_out(images: Images) -> Images:
+def _to_channels_last(images: Images) -> Images:
     """For a CPU channels_last, which is up to 1.5 times faster there."""
     if images.device.type != "cpu":
         return images
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _at_once(images: Images) -> int:
+def _chunk_size(images: Images) -> int:
     pixels = _PIXELS_ON_CPU if images.device.type == "cpu" else _PIXELS_ELSEWHERE
     return max(_LEAST, pixels // images[0, 0].numel()) if len(images) else 1
 
 
-def demand_settled(network: nn.Module) -> None:
+def check_eval_mode(network: nn.Module) -> None:
     """Refuse a network in train mode: it answers by chance, and by what else is in the batch."""
     for name, module in network.named_modules():
         if module.training and isinstance(module, _BatchNorm | _DropoutNd):

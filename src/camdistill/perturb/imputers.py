@@ -38,15 +38,15 @@ def baseline(images: Images, kind: Baseline) -> Images:
             is 0.5; "black" is 0, which at 32 pixels measures the black more than the removal.
     """
     if kind == "blur":
-        return blurred(images)
+        return gaussian_blur(images)
     if kind == "mean":
         return mean_colour(images)
     if kind not in BASELINES:
         raise UserError(f"no baseline '{kind}'; {nearest(kind, BASELINES)}")
-    return constant(images, 0.5 if kind == "grey" else 0.0)
+    return constant_images(images, 0.5 if kind == "grey" else 0.0)
 
 
-def blurred(images: Images, sigma: float | int | None = None) -> Images:
+def gaussian_blur(images: Images, sigma: float | int | None = None) -> Images:
     """Gaussian blur with reflected borders.
 
     Args:
@@ -56,20 +56,20 @@ def blurred(images: Images, sigma: float | int | None = None) -> Images:
     height, width = images.shape[-2:]
     if sigma is None:
         sigma = min(height, width) / 8
-    wide = images if images.dtype == torch.float64 else images.float()
-    rows = _blurring(height, sigma).to(wide)
-    columns = _blurring(width, sigma).to(wide)
+    float_images = images if images.dtype == torch.float64 else images.float()
+    rows = _blur_matrix(height, sigma).to(float_images)
+    columns = _blur_matrix(width, sigma).to(float_images)
     with torch.autocast(images.device.type, enabled=False):
-        return (rows @ wide @ columns.T).to(images.dtype)
+        return (rows @ float_images @ columns.T).to(images.dtype)
 
 
 def mean_colour(images: Images) -> Images:
     """Each image's mean colour, everywhere."""
-    wide = images if images.dtype == torch.float64 else images.float()
-    return wide.mean((2, 3), keepdim=True).to(images.dtype).expand_as(images)
+    float_images = images if images.dtype == torch.float64 else images.float()
+    return float_images.mean((2, 3), keepdim=True).to(images.dtype).expand_as(images)
 
 
-def constant(images: Images, value: float | int) -> Images:
+def constant_images(images: Images, value: float | int) -> Images:
     """One value everywhere."""
     return images.new_full((), value).expand_as(images)
 
@@ -105,19 +105,19 @@ def noisy_linear(
         raise ValueError("noise needs a generator: give one, or noise=0")
     if bool(removed.flatten(1).all(1).any()):
         raise ValueError("an image has nothing left to be filled in from: remove fewer pixels")
-    wide = images.detach() if images.dtype == torch.float64 else images.detach().float()
-    wide = wide.contiguous()
+    float_images = images.detach() if images.dtype == torch.float64 else images.detach().float()
+    float_images = float_images.contiguous()
     hole = removed[:, None]
     with torch.autocast(images.device.type, enabled=False):
-        filled = _solved(wide, hole.to(wide.dtype), tolerance)
+        filled = _solve_holes(float_images, hole.to(float_images.dtype), tolerance)
     if noise:
         assert generator is not None, "asked above"
-        drawn = torch.randn(filled.shape, generator=generator, device=generator.device)
-        filled = filled + noise * drawn.to(filled)
-    return torch.where(hole, filled, wide).to(images.dtype)
+        noise_samples = torch.randn(filled.shape, generator=generator, device=generator.device)
+        filled = filled + noise * noise_samples.to(filled)
+    return torch.where(hole, filled, float_images).to(images.dtype)
 
 
-def _blurring(length: int, sigma: float | int) -> Float[Tensor, "length length"]:
+def _blur_matrix(length: int, sigma: float | int) -> Float[Tensor, "length length"]:
     """A blur along one axis as a matrix; mirrored borders fold its tails back."""
     reach = min(int(4 * sigma + 0.5), length - 1)
     offsets = torch.arange(-reach, reach + 1)
@@ -130,7 +130,7 @@ def _blurring(length: int, sigma: float | int) -> Float[Tensor, "length length"]
     return matrix
 
 
-def _solved(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
+def _solve_holes(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
     """Solves (degree - W) u = W known on the holes, for every image and channel by itself.
 
     The matrix is symmetric and positive definite: every hole touches a known pixel. Images that are
@@ -141,39 +141,39 @@ def _solved(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
     target = hole * _neighbours(known)
     # Beside black pixels the right-hand side is 0: the second term is float32's rounding.
     goal = tolerance * _norm(target) + 1e-6 * _norm(known)
-    found = hole * _guess(known, 1 - hole)
-    left = torch.arange(len(images), device=images.device)
-    guess, inside = found, hole
+    solution = hole * _guess(known, 1 - hole)
+    active = torch.arange(len(images), device=images.device)
+    guess, inside = solution, hole
     residual = target - inside * (degree * guess - _neighbours(guess))
     direction = residual / degree
     energy = _dot(residual, direction)
     # In exact arithmetic there are as many steps as pixels; rounding may take some more.
     for step in range(4 * hole[0].numel()):
         if step % _STEPS_BETWEEN_LOOKS == 0:
-            going = (_norm(residual) > goal).flatten(1).any(1)
-            count = int(going.sum())
-            if count < len(left):
-                found = found.index_copy(0, left, guess)
+            unfinished = (_norm(residual) > goal).flatten(1).any(1)
+            count = int(unfinished.sum())
+            if count < len(active):
+                solution = solution.index_copy(0, active, guess)
                 if count == 0:
-                    return found
-                left, inside, goal = left[going], inside[going], goal[going]
-                guess, residual = guess[going], residual[going]
-                direction, energy = direction[going], energy[going]
-        pushed = _neighbours(direction).neg_().addcmul_(degree, direction).mul_(inside)
-        bend = _dot(direction, pushed)
-        length = torch.where(bend > 0, energy / torch.where(bend > 0, bend, 1), 0)
-        guess.addcmul_(length, direction)
-        residual.addcmul_(length, pushed, value=-1)
+                    return solution
+                active, inside, goal = active[unfinished], inside[unfinished], goal[unfinished]
+                guess, residual = guess[unfinished], residual[unfinished]
+                direction, energy = direction[unfinished], energy[unfinished]
+        product = _neighbours(direction).neg_().addcmul_(degree, direction).mul_(inside)
+        curvature = _dot(direction, product)
+        step_size = torch.where(curvature > 0, energy / torch.where(curvature > 0, curvature, 1), 0)
+        guess.addcmul_(step_size, direction)
+        residual.addcmul_(step_size, product, value=-1)
         scaled = residual / degree
         before, energy = energy, _dot(residual, scaled)
-        turn = torch.where(before > 0, energy / torch.where(before > 0, before, 1), 0)
-        direction = direction.mul_(turn).add_(scaled)
-    return found.index_copy(0, left, guess)
+        beta = torch.where(before > 0, energy / torch.where(before > 0, before, 1), 0)
+        direction = direction.mul_(beta).add_(scaled)
+    return solution.index_copy(0, active, guess)
 
 
-def _dot(one: Tensor, other: Tensor) -> Tensor:
+def _dot(first: Tensor, second: Tensor) -> Tensor:
     """Sum of the products of each channel's pixels."""
-    return (one * other).sum((2, 3), keepdim=True)
+    return (first * second).sum((2, 3), keepdim=True)
 
 
 def _norm(values: Tensor) -> Tensor:
@@ -187,8 +187,8 @@ def _neighbours(values: Tensor) -> Tensor:
     planes = values.shape[0] * values.shape[1]
     # All images as channels of one: twice as fast as a batch on a processor.
     flat = values.reshape(1, planes, *values.shape[2:])
-    found = F.conv2d(flat, kernel.expand(planes, 1, 3, 3), padding=1, groups=planes)
-    return found.view_as(values)
+    sums = F.conv2d(flat, kernel.expand(planes, 1, 3, 3), padding=1, groups=planes)
+    return sums.view_as(values)
 
 
 def _guess(known: Tensor, weight: Tensor) -> Tensor:
@@ -198,6 +198,6 @@ def _guess(known: Tensor, weight: Tensor) -> Tensor:
         return known.sum((2, 3), keepdim=True) / torch.where(total > 0, total, 1)
     share = F.avg_pool2d(weight, 2, ceil_mode=True)
     mean = F.avg_pool2d(known, 2, ceil_mode=True) / torch.where(share > 0, share, 1)
-    seen = (share > 0).to(known.dtype)
-    coarse = mean * seen + _guess(mean * seen, seen) * (1 - seen)
+    filled = (share > 0).to(known.dtype)
+    coarse = mean * filled + _guess(mean * filled, filled) * (1 - filled)
     return F.interpolate(coarse, size=known.shape[-2:], mode="bilinear", align_corners=False)

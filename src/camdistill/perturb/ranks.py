@@ -26,10 +26,10 @@ def ranks(maps: Maps, generator: torch.Generator) -> Ranks:
     Raises:
         ValueError: A map has NaN or infinity in it: there is no order.
     """
-    demand_finite(maps)
+    check_finite(maps)
     values = maps.detach().flatten(1)
-    drawn = torch.rand(values.shape, generator=generator, device=generator.device)
-    shuffled = drawn.to(values.device).argsort(1)
+    random_values = torch.rand(values.shape, generator=generator, device=generator.device)
+    shuffled = random_values.to(values.device).argsort(1)
     order = values.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
     order = shuffled.gather(1, order)
     places = torch.arange(values.shape[1], device=values.device).expand_as(order)
@@ -59,7 +59,7 @@ def first_pixels(
     return order[:, None] < limits[None, :, None, None]
 
 
-def demand_finite(maps: Maps) -> None:
+def check_finite(maps: Maps) -> None:
     """Refuse maps that can't be measured; a NaN would pass through a mean unseen."""
     broken = ~torch.isfinite(maps).flatten(1).all(1)
     if bool(broken.any()):

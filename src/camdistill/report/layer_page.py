@@ -76,7 +76,7 @@ def report_page(
     """
     parts = ["# What the layers do", "", findings_page(found), "", layers_page(found)]
     for tag, files in pictures.items():
-        parts += [f"## {tags.short(tag).replace('_', ' ')}", "", tags.describe(tag), ""]
+        parts += [f"## {tags.short(tag).replace('_', ' ')}", "", tags.describe_card(tag), ""]
         parts += [f"![{tags.short(tag)}]({file})" for file in files]
         parts.append("")
     return "\n".join([*parts, "## Every card", "", tags.how_to_read(cards=cards), ""])

@@ -135,7 +135,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
             if tag != "epoch":
                 number = float(value.item() if isinstance(value, Tensor) else value)
                 content = make_tensor_proto(np.float32(number))
-                self._write(tag, content, scalar_metadata(None, tags.describe(tag)), step)
+                self._write(tag, content, scalar_metadata(None, tags.describe_card(tag)), step)
 
     @rank_zero_only
     def log_hyperparams(
@@ -181,7 +181,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         height, width, _ = picture.shape
         sizes = [str(width).encode(), str(height).encode()]
         proto = make_tensor_proto(np.array([*sizes, content.getvalue()], dtype=object))
-        self._write(tag, proto, image_metadata(None, tags.describe(tag)), step)
+        self._write(tag, proto, image_metadata(None, tags.describe_card(tag)), step)
         self.experiment.flush()
 
     @rank_zero_only
@@ -203,7 +203,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         used = np.flatnonzero(kept[:, 2])
         kept = kept[used[0] : used[-1] + 1] if len(used) else np.zeros((1, 3))
         self._write(
-            tag, make_tensor_proto(kept), histogram_metadata(None, tags.describe(tag)), step
+            tag, make_tensor_proto(kept), histogram_metadata(None, tags.describe_card(tag)), step
         )
 
     @rank_zero_only
@@ -224,7 +224,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
     def log_text(self, tag: str, markdown: str, step: int = 0) -> None:
         """Writes a Markdown page."""
         proto = make_tensor_proto(np.array([markdown.encode()], dtype=object))
-        self._write(tag, proto, text_metadata(None, tags.describe(tag)), step)
+        self._write(tag, proto, text_metadata(None, tags.describe_card(tag)), step)
         self.experiment.flush()
 
     @rank_zero_only

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from camdistill.errors import LONGEST_NAME, UserError, mistake_of_system, shortened, writing_mistake
+from camdistill.errors import LONGEST_NAME, UserError, mistake_of_system, shorten, writing_mistake
 
 
 def printable(name: str) -> str:
@@ -25,7 +25,9 @@ def printable(name: str) -> str:
 
 def folder_name(text: str) -> str:
     """A text as the name of a folder; one that would be too long is cut, with its digest."""
-    name = "".join(one if one.isalnum() or one in "._-@" else "_" for one in printable(text))
+    name = "".join(
+        letter if letter.isalnum() or letter in "._-@" else "_" for letter in printable(text)
+    )
     if len(name.encode()) <= LONGEST_NAME:
         return name
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -50,7 +52,7 @@ def expand_home(path: str | Path) -> Path:
             return path  # the name of a file, ~backup.png, which isn't there
         whose = f"there is no user '{path.parts[0][1:]}'" if len(path.parts[0]) > 1 else "no HOME"
         raise UserError(
-            f"'{shortened(str(path), 120)}' begins with {path.parts[0]}, but {whose} with a home "
+            f"'{shorten(str(path), 120)}' begins with {path.parts[0]}, but {whose} with a home "
             "folder here; write the whole path"
         ) from None
 
@@ -77,10 +79,10 @@ def check_memory(size: int, what: str) -> None:
     """
     if not hasattr(os, "sysconf"):
         return
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > whole / 4:
+    total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > total_memory / 4:
         raise UserError(
-            f"{what} take {size / 1e9:,.1f} GB, and this machine has {whole / 1e9:,.1f} GB of "
+            f"{what} take {size / 1e9:,.1f} GB, and this machine has {total_memory / 1e9:,.1f} GB of "
             "memory; give fewer or smaller ones"
         )
 
@@ -102,7 +104,7 @@ def read_arrays(
     """
     try:
         check_regular(path)
-        return _arrays(path, check)
+        return _load_arrays(path, check)
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and (
             mistake := mistake_of_system(error)
@@ -116,24 +118,24 @@ def read_arrays(
         raise ValueError(str(error) or "too large") from error
 
 
-def _arrays(
+def _load_arrays(
     path: Path, check: Callable[[str, tuple[int, ...]], object] | None
 ) -> dict[str, np.ndarray]:
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
-            shape, stored = _announced(archive, entry)
-            if stored > entry.file_size:
+            shape, needed_bytes = _read_header(archive, entry)
+            if needed_bytes > entry.file_size:
                 raise ValueError(f"'{entry.filename}' announces more than it holds")
             if check is not None:
                 check(entry.filename.removesuffix(".npy"), shape)
         total = sum(entry.file_size for entry in archive.infolist())
         check_memory(total, f"the arrays of '{path}'")
         file.seek(0)
-        with np.load(file, allow_pickle=False) as found:
-            return dict(found)
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
 
 
-def _announced(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], int]:
+def _read_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], int]:
     """The shape that an array's header tells, and the bytes that it needs."""
     with archive.open(entry) as member:
         version = np.lib.format.read_magic(member)
@@ -186,12 +188,12 @@ def lock_folder(folder: Path, cure: str = "wait for it, or name another --out") 
     Raises:
         UserError: Another process works there, or the folder can't be made.
     """
-    made = make_folders(folder)
+    created = make_folders(folder)
     lock = take_lock(folder, cure)
     try:
         yield
     finally:
-        remove_empty(made)  # while it is locked: afterward it may be another process's
+        remove_empty(created)  # while it is locked: afterward it may be another process's
         release_lock(lock)
 
 
@@ -201,7 +203,7 @@ def make_folders(folder: Path) -> list[Path]:
     Raises:
         UserError: One can't be made.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     for path in reversed((folder, *folder.parents)):
         if path.exists():
             continue
@@ -210,10 +212,10 @@ def make_folders(folder: Path) -> list[Path]:
         except FileExistsError:  # another process was faster
             continue
         except OSError as error:
-            remove_empty(made)
+            remove_empty(created)
             raise writing_mistake(error, "make the folder", path, "name another") from None
-        made.insert(0, path)
-    return made
+        created.insert(0, path)
+    return created
 
 
 def remove_empty(folders: list[Path]) -> None:
@@ -245,14 +247,14 @@ def take_lock(folder: Path, cure: str) -> int | None:
         if isinstance(error, BlockingIOError):
             raise UserError(busy) from None
         return None  # a file system that can't lock folders
-    if not _lies_at(lock, folder):  # removed by the one that had the lock until a moment ago
+    if not _is_at(lock, folder):  # removed by the one that had the lock until a moment ago
         os.close(lock)
         raise UserError(busy)
     _LOCKS.add(lock)
     return lock
 
 
-def _lies_at(descriptor: int, path: Path) -> bool:
+def _is_at(descriptor: int, path: Path) -> bool:
     """Whether what was opened is still what lies there."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())

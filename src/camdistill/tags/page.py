@@ -15,14 +15,14 @@ def short(tag: str) -> str:
     return tag.partition("/")[2]
 
 
-def describe(tag: str) -> str:
+def describe_card(tag: str) -> str:
     """What the card means, in Markdown; empty for a tag that isn't ours."""
     if tag in MEANINGS:
         return MEANINGS[tag]
     if tag.startswith(f"{TEST}/"):
         twin = next((known for known in MEANINGS if on_test(known) == tag), None)
         twin = twin or f"{MAPS}/{short(tag)}"
-        return f"On test images: {meaning}" if (meaning := describe(twin)) else ""
+        return f"On test images: {meaning}" if (meaning := describe_card(twin)) else ""
     stem = _stem_of(tag)
     return "" if stem is None else f"Layer {tag.removeprefix(stem)}. {MEANINGS_OF_LAYERS[stem]}"
 
@@ -39,24 +39,24 @@ def how_to_read(groups: Collection[str] = (), cards: Collection[str] | None = No
         groups: Which; empty for all.
         cards: Tags that were written, where no others shall be told.
     """
-    told = MEANINGS | {f"{stem}<layer>": text for stem, text in MEANINGS_OF_LAYERS.items()}
+    meanings = MEANINGS | {f"{stem}<layer>": text for stem, text in MEANINGS_OF_LAYERS.items()}
     if cards is not None:
-        known = {tag if tag in MEANINGS else f"{_stem_of(tag)}<layer>" for tag in cards}
-        told = {tag: text for tag, text in told.items() if tag in known}
+        written_names = {tag if tag in MEANINGS else f"{_stem_of(tag)}<layer>" for tag in cards}
+        meanings = {tag: text for tag, text in meanings.items() if tag in written_names}
     rows = [
         f"| `{tag}` | {text} |"
-        for tag, text in told.items()
+        for tag, text in meanings.items()
         if not groups or tag.partition("/")[0] in groups
     ]
     words = "A **map** says where in the image a network finds evidence for a class (Grad-CAM)."
     if any("student" in row for row in rows):
         words += " The **student** learns to classify like the **teacher** and to have its maps."
-    smoothed = (
+    smoothing_note = (
         "Charts are smoothed by 0.6 unless told otherwise: set *Smoothing* to 0 to see what was"
         " measured."
     )
     if cards is None or any(card.startswith(f"{TEST}/") for card in cards):
-        smoothed += f" `{TEST}/...` are the same quantities on test images."
+        smoothing_note += f" `{TEST}/...` are the same quantities on test images."
     return "\n".join(
         [
             words,
@@ -65,6 +65,6 @@ def how_to_read(groups: Collection[str] = (), cards: Collection[str] | None = No
             "|---|---|",
             *sorted(rows),
             "",
-            smoothed,
+            smoothing_note,
         ]
     )

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from camdistill.claims.claim import Lab
-from camdistill.claims.networks.claim_training import trained
+from camdistill.claims.claim import ClaimSetup
+from camdistill.claims.networks.claim_training import train_or_load
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment
 from camdistill.distill.classifier import Classifier
@@ -23,13 +23,13 @@ def data() -> ShapesData:
     return ShapesData(train=64, val=8, test=8, batch_size=32)
 
 
-def test_network_is_trained_once_for_each_setting(lab: Callable[..., Lab]) -> None:
+def test_network_is_trained_once_for_each_setting(lab: Callable[..., ClaimSetup]) -> None:
     place, told = lab(), []
-    place = Lab(**{**vars(place), "tell": told.append})
-    first = trained(place, "small", module(), data(), epochs=1)
-    again = trained(place, "small", module(), data(), epochs=1)
-    other = trained(place, "small", module(seed=1), data(), epochs=1)
-    longer = trained(place, "small", module(), data(), epochs=2)
+    place = ClaimSetup(**{**vars(place), "tell": told.append})
+    first = train_or_load(place, "small", module(), data(), epochs=1)
+    again = train_or_load(place, "small", module(), data(), epochs=1)
+    other = train_or_load(place, "small", module(seed=1), data(), epochs=1)
+    longer = train_or_load(place, "small", module(), data(), epochs=2)
     assert told == ["training small"] * 3
     assert len(list(place.folder.glob("small-*.safetensors"))) == 3
     images = torch.rand(4, 3, 32, 32)
@@ -41,7 +41,7 @@ def test_network_is_trained_once_for_each_setting(lab: Callable[..., Lab]) -> No
 
 
 def test_interrupted_training_leaves_no_network(
-    lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+    lab: Callable[..., ClaimSetup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -49,5 +49,5 @@ def test_interrupted_training_leaves_no_network(
     monkeypatch.setattr(Classifier, "on_train_epoch_end", interrupt)
     place = lab()
     with pytest.raises(KeyboardInterrupt):
-        trained(place, "small", module(), data(), epochs=1)
+        train_or_load(place, "small", module(), data(), epochs=1)
     assert not list(place.folder.rglob("*"))

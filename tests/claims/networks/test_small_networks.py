@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from camdistill.claims.claim import Lab
-from camdistill.claims.networks.small_networks import Batches, Recipe, fitted
+from camdistill.claims.claim import ClaimSetup
+from camdistill.claims.networks.small_networks import Batches, SmallNetworkRecipe, fit_or_load
 from camdistill.distill.optimization import Optimisation
 from camdistill.networks.weights import weights_digest
 
 
-def line(lab: Lab, asked: list[str], slope: float = 3.0) -> nn.Linear:
+def line(lab: ClaimSetup, asked: list[str], slope: float = 3.0) -> nn.Linear:
     """Least squares of y = slope x, whose solution is known."""
 
     def examples() -> tuple[Tensor, ...]:
@@ -22,18 +22,18 @@ def line(lab: Lab, asked: list[str], slope: float = 3.0) -> nn.Linear:
     def loss(network: nn.Linear, examples: tuple[Tensor, ...]) -> Tensor:
         return (network(examples[0])[:, 0].float() - examples[1]).square()
 
-    return fitted(
+    return fit_or_load(
         lab,
         "line",
         lambda: nn.Linear(1, 1),
         examples,
         loss,
-        recipe=Recipe(60, 64, Optimisation("adamw", lr=0.1, weight_decay=0.0)),
+        recipe=SmallNetworkRecipe(60, 64, Optimisation("adamw", lr=0.1, weight_decay=0.0)),
         settings={"slope": slope},
     )
 
 
-def test_fitted_once_and_read_after(lab: Callable[..., Lab]) -> None:
+def test_fitted_once_and_read_after(lab: Callable[..., ClaimSetup]) -> None:
     asked: list[str] = []
     here = lab()
     first, second = line(here, asked), line(here, asked)
@@ -45,7 +45,7 @@ def test_fitted_once_and_read_after(lab: Callable[..., Lab]) -> None:
     assert not first.weight.requires_grad
 
 
-def test_other_settings_are_another_network(lab: Callable[..., Lab]) -> None:
+def test_other_settings_are_another_network(lab: Callable[..., ClaimSetup]) -> None:
     asked: list[str] = []
     here = lab()
     line(here, asked)
@@ -54,7 +54,7 @@ def test_other_settings_are_another_network(lab: Callable[..., Lab]) -> None:
     assert abs(float(other.weight) + 1) < 0.05
 
 
-def test_a_damaged_file_is_made_again(lab: Callable[..., Lab]) -> None:
+def test_a_damaged_file_is_made_again(lab: Callable[..., ClaimSetup]) -> None:
     asked: list[str] = []
     here = lab()
     line(here, asked)

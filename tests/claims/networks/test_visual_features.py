@@ -5,8 +5,13 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from camdistill.claims.claim import Lab
-from camdistill.claims.networks.visual_features import Look, Sight, features_of, log_odds
+from camdistill.claims.claim import ClaimSetup
+from camdistill.claims.networks.visual_features import (
+    FeatureEncoder,
+    FeatureExtractor,
+    features_of,
+    log_odds,
+)
 
 
 def test_log_odds_are_of_the_own_answers_and_have_log_p_s_direction() -> None:
@@ -27,9 +32,9 @@ def test_log_odds_keep_a_gradient_where_p_is_one_to_rounding() -> None:
     assert slope.tolist() == [[1.0, -0.5, -0.5]]
 
 
-def test_sight_is_pixels_and_two_stages_on_the_last_grid(lab: Callable[..., Lab]) -> None:
+def test_sight_is_pixels_and_two_stages_on_the_last_grid(lab: Callable[..., ClaimSetup]) -> None:
     student = lab().student
-    sight = Sight(student)
+    sight = FeatureExtractor(student)
     images = torch.rand(2, 3, 32, 32)
     found = sight(images)
     normal = student.normalise(images)
@@ -43,7 +48,7 @@ def test_sight_is_pixels_and_two_stages_on_the_last_grid(lab: Callable[..., Lab]
 
 
 def test_look_without_a_question_is_convolutions_and_with_one_changes() -> None:
-    look = Look(5).eval()
+    look = FeatureEncoder(5).eval()
     features = torch.rand(2, 5, 8, 8)
     plain = look(features)
     none = torch.zeros(2, 64)

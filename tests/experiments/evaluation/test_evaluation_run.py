@@ -19,7 +19,7 @@ from camdistill.experiments.evaluation.evaluation_run import (
     maps_of,
     pictures,
 )
-from camdistill.measure.panel import measure, scene
+from camdistill.measure.panel import measure, prepare_batch
 from camdistill.types import Explain
 
 METRICS = ("infidelity", "deletion_grey", "iou", "deletion_rerendered")
@@ -66,7 +66,7 @@ def test_values_are_those_of_each_batch(tmp_path: Path) -> None:
         *("distractor", "oracle"),
     )
     images = pictures(given, 3)
-    asked = scene(
+    asked = prepare_batch(
         network,
         images,
         METRICS,

@@ -17,7 +17,7 @@ from camdistill.experiments.evaluation.pooling import (
     over_seeds,
     read_pool,
 )
-from camdistill.measure.intervals import interval
+from camdistill.measure.intervals import bootstrap_interval
 
 ENTRIES = ("grad_cam", "student#1", "student#2", "random", *(f"ladder_{n}" for n in range(6)))
 MEANS = (0.5, 0.4, 0.3, 0.0, *np.linspace(1, 0, 6))
@@ -86,7 +86,7 @@ def test_differences_are_taken_image_by_image_within_each_evaluation() -> None:
     # Two seeds whose means differ by 0.1: their spread decides, not the images'.
     assert found["road"].high - found["road"].low > 0.5
     alone = means(Pool((values(0),)), 0)
-    assert alone["grad_cam"]["road"] == interval(values(0).table[0, 0])
+    assert alone["grad_cam"]["road"] == bootstrap_interval(values(0).table[0, 0])
 
 
 def test_controls_stand_above_only_beyond_the_interval_over_seeds_and_images() -> None:
@@ -182,7 +182,7 @@ def test_a_seed_without_a_value_takes_no_other_with_it() -> None:
     found.table[2, 0, :5] = np.nan
     pool = Pool((found,))
     told_of = means(pool, 0)["student"]["road"]
-    assert told_of == interval(found.table[2, 0, 5:].astype(np.float64))
+    assert told_of == bootstrap_interval(found.table[2, 0, 5:].astype(np.float64))
     _, _, text = told(pool, 0, meta=False)
     assert "student: 1 of 2 seeds have no value of road" in text
     assert "student: road is over 55 of 60 images" in text

@@ -45,9 +45,9 @@ from camdistill.experiments.refinement.refinement_report import refinement_text,
 from camdistill.experiments.refinement.refinement_run import LEDGER, Found, matched_jobs, refined
 from camdistill.experiments.refinement.refinement_training import Chosen
 from camdistill.experiments.refinement.refinement_worker import Workshop
-from camdistill.explain.methods import at_image
+from camdistill.explain.methods import image_explainer
 from camdistill.measure.learned import LearnedMetric
-from camdistill.measure.panel import measure, scene
+from camdistill.measure.panel import measure, prepare_batch
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Preprocessed
 from camdistill.networks.weights import sha256_of
@@ -344,8 +344,8 @@ def test_a_judge_measures_what_the_panel_measures() -> None:
     assert images.masks is not None
     masks = torch.from_numpy(np.asarray(images.masks[np.arange(12)]) > 0)
     names = ["insertion_blur", "deletion_blur", "rank_accuracy", "energy_share"]
-    asked = scene(net, pictures, names, "any", masks=masks)
-    maps = at_image("grad_cam")(net, pictures, asked.classes)
+    asked = prepare_batch(net, pictures, names, "any", masks=masks)
+    maps = image_explainer("grad_cam")(net, pictures, asked.classes)
     expected = measure(asked, maps, names).values
     for name in names:
         own = found[Column("map", "own", name).name]
@@ -362,9 +362,9 @@ def test_a_judge_tells_the_learned_score_that_the_panel_tells(tmp_path: Path) ->
     wanted = Objective(kind="learned", file=file)
     found = Judge(images, wanted, Judging(held_out=(), road=(0.5,)), 0)(net, network(1))
     pictures = as_images(images.batch(np.arange(12)).pixels)
-    asked = scene(net, pictures, [file], "any")
+    asked = prepare_batch(net, pictures, [file], "any")
     for whose, explained in (("own", net), ("before", network(1))):
-        maps = at_image("grad_cam")(explained, pictures, asked.classes)
+        maps = image_explainer("grad_cam")(explained, pictures, asked.classes)
         expected = measure(asked, maps, [file]).values[file]
         own = found[Column("map", whose, "learned").name]
         np.testing.assert_allclose(own, expected.numpy(), atol=1e-5)
@@ -389,8 +389,8 @@ def test_start_maps_are_the_starts_asked_of_the_new_network() -> None:
     new, start = network(0), network(1)
     found = Judge(images, Objective(), Judging(held_out=()), 0)(new, start)
     pictures = as_images(images.batch(np.arange(12)).pixels)
-    asked = scene(new, pictures, ["insertion_blur"], "any")
-    maps = at_image("grad_cam")(start, pictures, asked.classes)
+    asked = prepare_batch(new, pictures, ["insertion_blur"], "any")
+    maps = image_explainer("grad_cam")(start, pictures, asked.classes)
     expected = measure(asked, maps, ["insertion_blur"]).values["insertion_blur"]
     own = found[Column("map", "before", "insertion_blur").name]
     np.testing.assert_allclose(own, expected.numpy(), atol=1e-3)  # rounding turns near ties

@@ -20,7 +20,7 @@ from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.distill.losses import cross_entropy, map_distance, soft_targets_kl
 from camdistill.distill.optimization import Optimisation
 from camdistill.experiments.training.lightning_cli import read_table
-from camdistill.explain.gradcam import explain
+from camdistill.explain.gradcam import explain_images
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.tensorboard import scalars
 
@@ -59,8 +59,8 @@ def by_halves(teacher_file: Path) -> tuple[dict[str, Tensor], list[float]]:
             buffers = {name: value.clone() for name, value in student.named_buffers()}
             for half in (slice(0, BATCH // 2), slice(BATCH // 2, BATCH)):
                 student.load_state_dict(student.state_dict() | buffers, strict=False)
-                told = explain(module.teacher, images[half], ["layer3"])
-                own = explain(student, images[half], ["stage2"], told.classes, grad="full")
+                told = explain_images(module.teacher, images[half], ["layer3"])
+                own = explain_images(student, images[half], ["stage2"], told.classes, grad="full")
                 loss = (
                     0.1 * cross_entropy(own.logits, batch.labels[half]).mean()
                     + 0.9 * soft_targets_kl(own.logits, told.logits, 4.0).mean()

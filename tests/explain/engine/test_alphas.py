@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from camdistill.errors import UserError
 from camdistill.explain.engine.forward import alphas
-from camdistill.explain.gradcam import explain, grad_cam
+from camdistill.explain.gradcam import explain_images, grad_cam
 
 TABLE = torch.tensor([[3, 0, 1], [1, 2, 0], [2, 2, 3]])
 
@@ -258,7 +258,7 @@ def test_code_that_begins_to_overwrite_is_noticed(small: Tensor) -> None:
     network[1].overwrites = True
     for _ in range(2):
         close(grad_cam(network, small, ["0"], TABLE[:, 0])["0"], true)
-        maps = explain(network, small, ["0"], TABLE[:, 0], grad="full").maps["0"]
+        maps = explain_images(network, small, ["0"], TABLE[:, 0], grad="full").maps["0"]
         close(maps.detach(), true)
 
 
@@ -325,7 +325,7 @@ def test_logits_are_taken_out_of_a_tuple_or_a_dict(small: Tensor) -> None:
     network = Pair().eval()
     names = ["inner.stage1", "inner.stage3"]
     for _ in range(2):
-        found = explain(network, small, names, TABLE, logits=lambda output: output["out"][0])
+        found = explain_images(network, small, names, TABLE, logits=lambda output: output["out"][0])
         assert found.logits.shape == (3, 4)
         true = grad_cam(inner, small, ["stage1", "stage3"], TABLE)
         for name in names:

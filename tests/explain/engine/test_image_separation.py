@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from camdistill.explain.engine.graph import Behind
+from camdistill.explain.engine.graph import ScoreGraph
 from camdistill.explain.engine.image_separation import keeps_images_apart
 from camdistill.networks.cifar_resnet import CifarResNet
 
@@ -35,7 +35,7 @@ def scores_of(values: Tensor) -> Tensor:
 
 
 def is_shown(scores: Tensor, source: Tensor) -> bool:
-    return keeps_images_apart(Behind(scores), [get_gradient_edge(source)], BATCH)
+    return keeps_images_apart(ScoreGraph(scores), [get_gradient_edge(source)], BATCH)
 
 
 def is_apart(scores: Tensor, source: Tensor) -> bool:

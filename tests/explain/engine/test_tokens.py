@@ -7,7 +7,7 @@ from cam_oracles import close, head_of, reference, seeded
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.tokens import cells_of
+from camdistill.explain.engine.tokens import cell_transform
 from camdistill.explain.gradcam import grad_cam, last_layer
 
 CLASSES = torch.tensor([1, 3])
@@ -110,7 +110,7 @@ def test_sizes_are_inferred(
     shape: tuple[int, ...], size: tuple[int, int], cells: tuple[int, int]
 ) -> None:
     output = torch.zeros(shape)
-    found = cells_of("a", output, size)
+    found = cell_transform("a", output, size)
     grid = output if found is None else found(output)
     assert tuple(grid.shape[2:]) == cells
     assert grid.data_ptr() != 0
@@ -122,9 +122,9 @@ def test_layers_that_are_no_grid_are_refused_by_name_and_shape() -> None:
     with pytest.raises(UserError, match=r"'heads' gives \[2, 5\], which has no spatial size"):
         grad_cam(network, pixels(), ["heads"])
     with pytest.raises(UserError, match=r"'a' gives \[2, 14, 8\], which has no spatial size: as t"):
-        cells_of("a", torch.zeros(2, 14, 8), (224, 224))
+        cell_transform("a", torch.zeros(2, 14, 8), (224, 224))
     with pytest.raises(UserError, match=r"'a' gives \[2, 8, 4, 4\], which has no spatial size: as"):
-        cells_of("a", torch.zeros(2, 8, 4, 4), (32, 32), "tokens")
+        cell_transform("a", torch.zeros(2, 8, 4, 4), (32, 32), "tokens")
     with pytest.raises(UserError, match=r"gives \[2, 17, 24\], as cells \[2, 24\], which has no"):
         grad_cam(network, pixels(), ["encoder.layers.encoder_layer_1"], layout=lambda t: t.mean(1))
 

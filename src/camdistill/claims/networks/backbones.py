@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from camdistill.claims.claim import Lab
-from camdistill.claims.networks.claim_training import trained
+from camdistill.claims.claim import ClaimSetup
+from camdistill.claims.networks.claim_training import train_or_load
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment
 from camdistill.distill.classifier import Classifier
@@ -65,33 +65,35 @@ class FlattenedCNN(ShallowCNN):
         return self.linear(hidden)  # type: ignore[no-any-return]
 
 
-def flattened(lab: Lab, run: int = 0) -> Preprocessed:
+def fully_connected_network(setup: ClaimSetup, run: int = 0) -> Preprocessed:
     """The student's trunk with fully connected layers behind it, as VGG-16 and AlexNet have."""
     path = f"{FlattenedCNN.__module__}.{FlattenedCNN.__qualname__}"
-    return _trained(lab, f"flattened{run}", run, path, {"size": lab.shapes.size})
+    return _train_network(setup, f"flattened{run}", run, path, {"size": setup.shapes.size})
 
 
-def pooled(lab: Lab, run: int = 0) -> Preprocessed:
+def pooling_network(setup: ClaimSetup, run: int = 0) -> Preprocessed:
     """The same trunk with pooling and a linear layer: what CAM asks for."""
-    return _trained(lab, f"pooled{run}", run, "shallow_cnn", {})
+    return _train_network(setup, f"pooled{run}", run, "shallow_cnn", {})
 
 
-def _trained(lab: Lab, name: str, run: int, path: str, more: dict[str, int]) -> Preprocessed:
-    trunk = bare(lab.student)
+def _train_network(
+    setup: ClaimSetup, name: str, run: int, path: str, extra_args: dict[str, int]
+) -> Preprocessed:
+    trunk = bare(setup.student)
     if not isinstance(trunk, ShallowCNN):
         raise UserError(
             f"the student is a {type(trunk).__name__}, and this row gives a shallow_cnn other "
             "heads: name one with --student, such as checkpoints/shapes-student.safetensors"
         )
-    seed = RUNS * lab.seed + run
+    seed = RUNS * setup.seed + run
     numbers = range(1, trunk.stages + 1)
     weights = [trunk.get_parameter(f"stage{number}.conv.weight") for number in numbers]
-    strides = [one.stride[0] for one in trunk.modules() if isinstance(one, nn.Conv2d)]
+    strides = [layer.stride[0] for layer in trunk.modules() if isinstance(layer, nn.Conv2d)]
     args: dict[str, int | float | str | list[int] | list[float] | list[str] | None] = {
-        "classes": lab.shapes.classes,
+        "classes": setup.shapes.classes,
         "channels": [len(weight) for weight in weights],
         "strides": strides,
-        **more,
+        **extra_args,
     }
     spec = NetworkSpec(path, args=args)
     module = Classifier(
@@ -101,7 +103,9 @@ def _trained(lab: Lab, name: str, run: int, path: str, more: dict[str, int]) -> 
         seed=seed,
     )
     module.network = seeded(seed, lambda: preprocessed(spec))
-    kept = {key: value for key, value in trunk.state_dict().items() if key.startswith("stage")}
-    module.network.network.load_state_dict(kept, strict=False)
-    data = ShapesData(lab.shapes.classes, train=IMAGES, val=1, test=1, seed=seed)
-    return trained(lab, name, module, data, epochs=EPOCHS)
+    trunk_weights = {
+        key: value for key, value in trunk.state_dict().items() if key.startswith("stage")
+    }
+    module.network.network.load_state_dict(trunk_weights, strict=False)
+    data = ShapesData(setup.shapes.classes, train=IMAGES, val=1, test=1, seed=seed)
+    return train_or_load(setup, name, module, data, epochs=EPOCHS)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from pytorch_lightning import LightningModule, Trainer
 
-from camdistill.claims.claim import Lab
+from camdistill.claims.claim import ClaimSetup
 from camdistill.data.modules import ImageData, ShapesData
 from camdistill.distill.checkpoints import load, save
 from camdistill.distill.classifier import Classifier
@@ -16,8 +16,8 @@ from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.networks.teachers import Preprocessed
 
 
-def trained(
-    lab: Lab,
+def train_or_load(
+    setup: ClaimSetup,
     name: str,
     module: Classifier | DistilledExplainer,
     data: ImageData,
@@ -27,7 +27,7 @@ def trained(
     """A network that was fitted to some data: trained once for each setting, then read.
 
     Args:
-        lab: Whose folder keeps it.
+        setup: Whose folder keeps it.
         name: What to call it; with the settings it makes the file's name.
         module: How it is trained: what, with which loss, from which seed.
         data: What on.
@@ -36,12 +36,12 @@ def trained(
     Returns:
         The network, in eval mode, frozen, on the lab's device.
     """
-    path = lab.folder / f"{name}-{_digest(module, data, epochs)}.safetensors"
+    path = setup.folder / f"{name}-{_digest(module, data, epochs)}.safetensors"
     if not path.exists():
-        lab.tell(f"training {name}")
-        fit(lab, module, data, epochs)
+        setup.announce(f"training {name}")
+        fit(setup, module, data, epochs)
         save(module, path)
-    return load(path).network.eval().requires_grad_(False).to(lab.device)
+    return load(path).network.eval().requires_grad_(False).to(setup.device)
 
 
 def _digest(module: Classifier | DistilledExplainer, data: ImageData, epochs: int) -> str:
@@ -51,19 +51,21 @@ def _digest(module: Classifier | DistilledExplainer, data: ImageData, epochs: in
         data.setup("fit")
         images = data.fingerprints["train"]
     order = [data.seed, data.batch_size, data.limit or 0, epochs]
-    known = json.dumps([module.settings, images, order], sort_keys=True, default=str)
-    found = hashlib.sha256(known.encode())
+    settings_json = json.dumps([module.settings, images, order], sort_keys=True, default=str)
+    digest = hashlib.sha256(settings_json.encode())
     if "network" in dict(module.named_children()):  # it starts from weights that were put there
         for value in module.fitted.state_dict().values():
-            found.update(value.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:10]
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:10]
 
 
-def fit(lab: Lab, module: LightningModule, data: ImageData | Iterable[object], epochs: int) -> None:
+def fit(
+    setup: ClaimSetup, module: LightningModule, data: ImageData | Iterable[object], epochs: int
+) -> None:
     """Fits a module on the lab's device, to a data module or to batches."""
     trainer = Trainer(
         max_epochs=epochs,
-        accelerator="gpu" if lab.device != "cpu" else "cpu",
+        accelerator="gpu" if setup.device != "cpu" else "cpu",
         devices=1,
         precision="bf16-mixed",
         limit_val_batches=0,

@@ -13,7 +13,7 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from camdistill.claims.claim import Lab
+from camdistill.claims.claim import ClaimSetup
 from camdistill.claims.networks.claim_training import fit
 from camdistill.data.loading import Order
 from camdistill.distill.optimization import Optimisation
@@ -31,7 +31,7 @@ VERSION = 1  # goes up when the same settings would give other weights
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SmallNetworkRecipe:
     """How a little network is fitted.
 
     Attributes:
@@ -47,21 +47,21 @@ class Recipe:
     )
 
 
-def fitted(
-    lab: Lab,
+def fit_or_load(
+    setup: ClaimSetup,
     name: str,
     build: Callable[[], NetworkT],
     examples: Callable[[], Examples],
     loss: Callable[[NetworkT, Examples], PerImage],
     *,
-    recipe: Recipe,
+    recipe: SmallNetworkRecipe,
     settings: Mapping[str, object],
     seed: int | None = None,
 ) -> NetworkT:
     """A frozen network in eval mode: fitted once for each setting, then read from the folder.
 
     Args:
-        lab: Whose folder keeps it.
+        setup: Whose folder keeps it.
         name: What to call it; with the settings it makes the file's name.
         build: The network before, by torch's global generator, which is seeded for it. What has
             no gradient in it stays as it is.
@@ -71,29 +71,34 @@ def fitted(
         settings: All else that decides the weights: the data's fingerprint, what `loss` uses.
         seed: Of the start and the order; None is the lab's.
     """
-    seed = lab.seed if seed is None else seed
-    known = {"version": VERSION, "recipe": plain(asdict(recipe)), "seed": seed, **plain(settings)}
-    said = json.dumps(known, sort_keys=True)
+    seed = setup.seed if seed is None else seed
+    all_settings = {
+        "version": VERSION,
+        "recipe": plain(asdict(recipe)),
+        "seed": seed,
+        **plain(settings),
+    }
+    settings_json = json.dumps(all_settings, sort_keys=True)
     network = seeded(seed, build)
-    digest = hashlib.sha256(said.encode()).hexdigest()[:10]
-    path = lab.folder / f"{name}-{digest}.safetensors"
-    if not _kept(network, path, said):
-        lab.tell(f"training {name}")
+    digest = hashlib.sha256(settings_json.encode()).hexdigest()[:10]
+    path = setup.folder / f"{name}-{digest}.safetensors"
+    if not _try_load(network, path, settings_json):
+        setup.announce(f"training {name}")
         batches = Batches(examples(), recipe.batch, seed)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of what a loss draws
-            fit(lab, _Fitting(network.train(), loss, recipe), batches, recipe.epochs)
-        save_safetensors(path, network.state_dict(), {"settings": said})
-    return network.to(lab.device).eval().requires_grad_(False)
+            fit(setup, _FitModule(network.train(), loss, recipe), batches, recipe.epochs)
+        save_safetensors(path, network.state_dict(), {"settings": settings_json})
+    return network.to(setup.device).eval().requires_grad_(False)
 
 
-def _kept(network: nn.Module, path: Path, said: str) -> bool:
+def _try_load(network: nn.Module, path: Path, settings_json: str) -> bool:
     """Whether the folder had the weights; a damaged file is made again."""
     if not path.is_file():
         return False
     with contextlib.suppress(UserError):
         weights = read_weights(path)
-        if weights.metadata.get("settings") == said:
+        if weights.metadata.get("settings") == settings_json:
             load_state(network, weights)
             return True
     return False
@@ -117,11 +122,14 @@ class Batches:
             yield tuple(part[rows] for part in self.examples)
 
 
-class _Fitting(LightningModule):
+class _FitModule(LightningModule):
     """One loss, one recipe."""
 
     def __init__(
-        self, network: NetworkT, loss: Callable[[NetworkT, Examples], PerImage], recipe: Recipe
+        self,
+        network: NetworkT,
+        loss: Callable[[NetworkT, Examples], PerImage],
+        recipe: SmallNetworkRecipe,
     ) -> None:
         super().__init__()
         self.network, self.loss, self.recipe = network, loss, recipe

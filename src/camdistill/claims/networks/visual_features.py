@@ -12,7 +12,7 @@ from camdistill.types import Activations, Images, Labels, PerImage
 WIDTH, NARROW, CELLS = 64, 48, 4
 
 
-class Sight(nn.Module):
+class FeatureExtractor(nn.Module):
     """The last stage's units, beside them the middle one's and the pixels, pooled to its grid.
 
     The last alone knows shapes but hardly brightness, which it was taught to ignore.
@@ -34,11 +34,11 @@ class Sight(nn.Module):
             hidden = self.student.network.get_submodule(f"stage{stage}")(hidden)
             middle = hidden if stage == self.middle else middle
         grid = (hidden.shape[-2], hidden.shape[-1])
-        pooled = [F.adaptive_avg_pool2d(one, grid) for one in (pixels, middle)]
+        pooled = [F.adaptive_avg_pool2d(planes, grid) for planes in (pixels, middle)]
         return torch.cat([*pooled, hidden], 1)
 
 
-class Convolved(nn.Module):
+class ConvBlock(nn.Module):
     """A convolution, batch normalisation and ReLU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -52,13 +52,13 @@ class Convolved(nn.Module):
         return self.relu(self.bn(self.conv(activations)))  # type: ignore[no-any-return]
 
 
-class Look(nn.Module):
+class FeatureEncoder(nn.Module):
     """Convolutions that are trained, then few cells whose places are kept, as a vector."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
-        self.first = Convolved(inputs, WIDTH)
-        self.second = Convolved(WIDTH, NARROW)
+        self.first = ConvBlock(inputs, WIDTH)
+        self.second = ConvBlock(WIDTH, NARROW)
 
     @property
     def size(self) -> int:
@@ -78,18 +78,20 @@ class Look(nn.Module):
         return F.adaptive_avg_pool2d(self.second(hidden), CELLS).flatten(1)
 
 
-def log_odds(scores: Float[Tensor, "batch answers"], own: Labels) -> PerImage:
+def log_odds(scores: Float[Tensor, "batch answers"], answers: Labels) -> PerImage:
     """The log odds, log p - log(1 - p), of each image's own answer.
 
     Their gradient is that of log p, which the paper takes for captions, over 1 - p: the same map
     but for its scale, and no blank one where p is 1 to rounding.
     """
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    others = wide.scatter(1, own[:, None], -torch.inf)
-    return wide.gather(1, own[:, None])[:, 0] - others.logsumexp(1)
+    others = wide.scatter(1, answers[:, None], -torch.inf)
+    return wide.gather(1, answers[:, None])[:, 0] - others.logsumexp(1)
 
 
 @torch.no_grad()
-def features_of(sight: Sight, images: Images) -> Float[Tensor, "batch units rows columns"]:
+def features_of(
+    extractor: FeatureExtractor, images: Images
+) -> Float[Tensor, "batch units rows columns"]:
     """Features in half precision: what is frozen is looked through once."""
-    return torch.cat([sight(part).half() for part in torch.split(images, 256)])
+    return torch.cat([extractor(part).half() for part in torch.split(images, 256)])

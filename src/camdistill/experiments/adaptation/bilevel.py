@@ -24,7 +24,7 @@ from camdistill.distill.training import as_images, seeded
 from camdistill.errors import UserError
 from camdistill.experiments.ranking.ranking_arms import Family
 from camdistill.experiments.ranking.student_task import Pool, Recipe, Taught, batch_at
-from camdistill.explain.learnable import LearnableCAM, contributions
+from camdistill.explain.learnable import LearnableCAM, unit_contributions
 from camdistill.explain.maps import relu, resize
 from camdistill.networks.capture import capture
 from camdistill.networks.heads import head_of
@@ -84,7 +84,7 @@ def parts_of(
         for view in range(2):
             pixels = pool.pixels[rows].flip(-1) if view else pool.pixels[rows]
             classes = pool.logits[rows, view].argmax(1).to(device)
-            parts = contributions(teacher, as_images(pixels.to(device)), layers, classes)
+            parts = unit_contributions(teacher, as_images(pixels.to(device)), layers, classes)
             for name, part in parts.items():
                 found[name][view].append(part.float())
         on_progress(min(start + CHUNK, len(pool.pixels)), len(pool.pixels))

@@ -29,8 +29,8 @@ from camdistill.explain.maps import resize
 from camdistill.measure import controls
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.metrics import OF_WEIGHTS
-from camdistill.measure.panel import Scene, measure, scene
-from camdistill.measure.scores import constant, levelled
+from camdistill.measure.panel import EvaluationBatch, measure, prepare_batch
+from camdistill.measure.scores import is_constant, level_constant_maps
 from camdistill.types import Explain, Images, Maps, Masks, Pixels
 
 
@@ -165,7 +165,7 @@ def maps_of(
             f"must give one map an image, [{len(images)}, height, width]"
         )
     size = (images.shape[2], images.shape[3])
-    return levelled(resize(maps.float(), size))
+    return level_constant_maps(resize(maps.float(), size))
 
 
 def pictures(evaluation: Evaluation, start: int) -> Images:
@@ -213,7 +213,7 @@ def _measured_batch(
     subject = evaluation.subject
     images = pictures(evaluation, start)
     masks, distractors, rerendered = _ground_truth(evaluation, start, images)
-    asked = scene(
+    asked = prepare_batch(
         subject.network,
         images,
         evaluation.metrics,
@@ -234,7 +234,7 @@ def _measured_batch(
         found[f"values/{name}"] = torch.stack(columns).float().numpy()
         found[f"seconds/{name}"] = np.full(len(images), seconds / len(images))
         found[f"failed/{name}"] = (~sound).cpu().numpy()
-        found[f"blank/{name}"] = (sound & constant(maps)).cpu().numpy()
+        found[f"blank/{name}"] = (sound & is_constant(maps)).cpu().numpy()
         for metric in set(CURVES) & set(measured.curves):
             found[f"curves/{name}/{metric}"] = measured.curves[metric].float().cpu().numpy()
     return found
@@ -262,7 +262,7 @@ def _ground_truth(
 
 def _entries(
     evaluation: Evaluation,
-    asked: Scene,
+    asked: EvaluationBatch,
     mean: Float[np.ndarray, "height width"],
     distractors: Masks | None,
     start: int,
@@ -289,13 +289,13 @@ def _entries(
         for number, maps in enumerate(
             controls.ladder(torch.nan_to_num(best), asked.generator("ladder"))
         ):
-            rung = levelled(maps)
+            rung = level_constant_maps(maps)
             rung[~known] = torch.nan
             yield f"{LADDER}_{number}", rung, None, float("nan")
 
 
 def _controls(
-    asked: Scene,
+    asked: EvaluationBatch,
     first: Maps,
     mean: Float[np.ndarray, "height width"],
     distractors: Masks | None,
@@ -304,17 +304,17 @@ def _controls(
     found = {
         "random": controls.random_maps(images, asked.generator("random")),
         "smooth_random": controls.smooth_random_maps(images, asked.generator("smooth random")),
-        "edges": controls.edges(images),
+        "edges": controls.sobel_edges(images),
         "centre": controls.centre(images),
         "mean_map": torch.from_numpy(mean).to(images.device).expand(len(images), -1, -1),
-        "inverted": controls.inverted(first),
-        "blurred_copy": controls.blurred_copy(torch.nan_to_num(first)),
+        "inverted": controls.invert(first),
+        "blurred_copy": controls.blur_maps(torch.nan_to_num(first)),
     }
     if distractors is not None:
         found["distractor"] = controls.mask_maps(distractors)
     if asked.masks is not None:
         found[ORACLE] = controls.mask_maps(asked.masks)
-    return {name: levelled(maps) for name, maps in found.items()}
+    return {name: level_constant_maps(maps) for name, maps in found.items()}
 
 
 def _at_image_size(explainer: Explainer) -> Explain:

@@ -20,8 +20,8 @@ from camdistill.experiments.evaluation.evaluation_values import (
 from camdistill.experiments.evaluation.pooling import OF_FIRST, Pool, over_seeds
 from camdistill.measure.intervals import (
     Interval,
-    percentiles,
-    resampled_means,
+    bootstrap_means,
+    percentile_interval,
 )
 from camdistill.measure.metrics import metric_of
 from camdistill.report.results import Cell
@@ -80,7 +80,7 @@ def beaten(pool: Pool, metric: str, seed: int) -> list[str]:
                 single[pair] = gain[0]
     if single:  # one seed: all pairs with the same resamples of the images
         gains = np.stack(list(single.values()), 1)
-        lows = np.nanpercentile(resampled_means(gains, seed, _RESAMPLES), 2.5, axis=0)
+        lows = np.nanpercentile(bootstrap_means(gains, seed, _RESAMPLES), 2.5, axis=0)
         found |= dict(zip(single, lows.tolist(), strict=True))
     return [pair for pair, low in found.items() if low > 0]
 
@@ -156,8 +156,8 @@ def _ladder(values: Values, metric: str, seed: int) -> Interval | None:
     size = np.sqrt((ranks**2).sum(1) * (truth**2).sum())
     # A metric that calls all rungs equal has found no order.
     alike = np.divide(ranks @ truth, size, out=np.zeros_like(size), where=size > 0)
-    drawn = resampled_means(alike[:, None], seed, _RESAMPLES)[:, 0]
-    return percentiles(float(alike.mean()), drawn, 0.95)
+    drawn = bootstrap_means(alike[:, None], seed, _RESAMPLES)[:, 0]
+    return percentile_interval(float(alike.mean()), drawn, 0.95)
 
 
 def _agreement(
@@ -165,10 +165,10 @@ def _agreement(
 ) -> Interval:
     """Kendall's tau-b of two orders of maps by their means; all resamples take the same images."""
     entries = own.shape[1]
-    drawn = resampled_means(np.concatenate([own, truth], 1), seed, _RESAMPLES)
+    drawn = bootstrap_means(np.concatenate([own, truth], 1), seed, _RESAMPLES)
     taus = kendall(drawn[:, :entries], drawn[:, entries:])
     whole = kendall(np.nanmean(own, 0)[None], np.nanmean(truth, 0)[None])
-    return percentiles(float(whole[0]), taus, 0.95)
+    return percentile_interval(float(whole[0]), taus, 0.95)
 
 
 def _reliability(own: Float[np.ndarray, "images entries"], seed: int) -> float:

@@ -15,7 +15,7 @@ from camdistill.experiments.evaluation.evaluation_values import (
     known_mean,
     read_values,
 )
-from camdistill.measure.intervals import FloatArray, Interval, crossed_interval, seed_interval
+from camdistill.measure.intervals import FloatArray, Interval, seed_interval, two_way_interval
 
 Table = dict[str, dict[str, Interval]]
 Scores = Float[np.ndarray, "seeds images"]
@@ -215,7 +215,7 @@ def over_seeds(scores: Scores, seed: int) -> Interval | None:
         return None
     if np.isnan(known).any(0).all():  # no image is common to all
         return seed_interval(np.nanmean(known, 1))
-    return crossed_interval(known, seed)
+    return two_way_interval(known, seed)
 
 
 def _intervals(scores: Mapping[str, Scores], seed: int) -> dict[str, Interval]:

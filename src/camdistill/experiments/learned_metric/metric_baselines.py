@@ -20,9 +20,9 @@ from camdistill.experiments.learned_metric.metric_training import Bag, Lessons, 
 from camdistill.experiments.ranking.ranking_run import Found
 from camdistill.experiments.ranking.teacher_outputs import pool_of
 from camdistill.explain.maps import upsample
-from camdistill.measure.intervals import Interval, percentiles
+from camdistill.measure.intervals import Interval, percentile_interval
 from camdistill.measure.metrics import METRICS
-from camdistill.measure.panel import Scene, measure, scene
+from camdistill.measure.panel import EvaluationBatch, measure, prepare_batch
 from camdistill.networks.teachers import Teacher
 from camdistill.store.atomic_files import write_atomically
 from camdistill.types import Masks
@@ -61,13 +61,13 @@ def by_hand(
     size = (images.shape[-2], images.shape[-1])
     path = found.study.folder / MEASURED
     known = _known(path)
-    asked: Scene | None = None
+    asked: EvaluationBatch | None = None
     values: dict[str, dict[str, float]] = {}
     for number, bag in enumerate(lessons.bags):
         maps = bag.maps[rows]
         key = _key(maps, [VERSION, known_answers.sha256, rows.tolist(), names, *truth])
         if key not in known:
-            asked = asked or scene(teacher, images, names, "learn", masks=masks)
+            asked = asked or prepare_batch(teacher, images, names, "learn", masks=masks)
             means = measure(asked, upsample(maps, size), names).values.items()
             known[key] = {name: float(torch.nanmean(one.double())) for name, one in means}
             write_atomically(path, json.dumps(known).encode())
@@ -162,10 +162,10 @@ def agreements(
         over = None
         if place:
             gap = float(whole[0][0] - whole[0][place])
-            over = percentiles(gap, taus[:, 0] - taus[:, place], 0.95)
+            over = percentile_interval(gap, taus[:, 0] - taus[:, place], 0.95)
         found[name] = Agreement(
-            percentiles(float(whole[0][place]), taus[:, place], 0.95),
-            percentiles(float(whole[1][place]), rhos[:, place], 0.95),
+            percentile_interval(float(whole[0][place]), taus[:, place], 0.95),
+            percentile_interval(float(whole[1][place]), rhos[:, place], 0.95),
             over,
         )
     return dict(sorted(found.items(), key=lambda item: -item[1].tau.mean))

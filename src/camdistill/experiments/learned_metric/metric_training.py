@@ -25,7 +25,7 @@ from camdistill.experiments.ranking.ranking_config import Study
 from camdistill.experiments.ranking.ranking_run import Found
 from camdistill.experiments.ranking.student_task import Pool
 from camdistill.experiments.ranking.teacher_outputs import pool_of
-from camdistill.measure.learned import Context, LearnedMetric, context
+from camdistill.measure.learned import Context, LearnedMetric, image_context
 from camdistill.networks.teachers import Teacher
 from camdistill.types import Labels
 
@@ -168,7 +168,7 @@ def lessons_of(found: Found, teacher: Teacher, halves: tuple[Tensor, Tensor]) ->
             bags.append(Bag(arm.name, group_of(arm), arm.of_method, maps[:, 0].clone(), gains))
     device = teacher.mean.device
     parts = [
-        context(teacher, as_images(pixels.to(device)), of.to(device)).cpu()
+        image_context(teacher, as_images(pixels.to(device)), of.to(device)).cpu()
         for pixels, of in zip(torch.split(pool.pixels, 64), torch.split(classes, 64), strict=True)
     ]
     return Lessons(bags, torch.cat(parts), halves)

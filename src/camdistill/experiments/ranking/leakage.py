@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camdistill.distill.training import seeded
-from camdistill.measure.intervals import Interval, interval
+from camdistill.measure.intervals import Interval, bootstrap_interval
 from camdistill.types import Labels
 
 STEPS = 300
@@ -58,7 +58,9 @@ def leak(maps: Float[Tensor, "images rows columns"], classes: Labels, seed: int 
     with torch.no_grad():
         right = (network(planes[held]).argmax(1) == classes[held]).double()
     frequent = int(classes[train].bincount().argmax())
-    return Leak(interval(right.numpy()), float((classes[held] == frequent).double().mean()))
+    return Leak(
+        bootstrap_interval(right.numpy()), float((classes[held] == frequent).double().mean())
+    )
 
 
 def _reader(classes: int) -> nn.Module:

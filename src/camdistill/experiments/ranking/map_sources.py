@@ -20,7 +20,7 @@ from camdistill.data.modules import ImageData, ShapesData
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import last_layer
 from camdistill.explain.learnable import load_explainer
-from camdistill.explain.methods import AT_PIXELS, METHODS, Explainer, explainer
+from camdistill.explain.methods import AT_PIXELS, METHODS, ExplanationMethod, find_method
 from camdistill.networks.class_paths import FAILURES, SAFE_PACKAGES
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import sha256_of
@@ -92,7 +92,7 @@ def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
     if method in AT_PIXELS and layer:
         raise UserError(f"'{method}' explains at the pixels; leave out '@{layer}'")
     if method in METHODS:
-        return _of_method(name, explainer(method), layer or None)
+        return _of_method(name, find_method(method), layer or None)
     if "." not in method:
         raise UserError(
             f"no method '{method}'; {nearest(method, METHODS)}; or give maps.npz, or "
@@ -105,7 +105,7 @@ def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
     return _of_function(name, _imported(method, trust))
 
 
-def _of_method(name: str, method: Explainer, layer: str | None) -> Source:
+def _of_method(name: str, method: ExplanationMethod, layer: str | None) -> Source:
     def maps(teacher: Teacher, asked: Asked) -> Maps:
         layers = [layer or last_layer(teacher, asked.images)]
         (found,) = method(teacher, asked.images, layers, asked.classes).values()

@@ -21,7 +21,7 @@ from camdistill.experiments.shared.seed_statistics import (
     rank_agreement,
     sign_flip_p,
 )
-from camdistill.measure.intervals import Interval, interval, seed_interval
+from camdistill.measure.intervals import Interval, bootstrap_interval, seed_interval
 
 LEVEL = 0.05
 
@@ -255,7 +255,7 @@ def _row(found: Found, condition: Condition, arm: Arm) -> Row:
 
 
 def _over_seeds(scores: Scores) -> Interval:
-    return seed_interval(scores.mean(1)) if len(scores) > 1 else interval(scores[0])
+    return seed_interval(scores.mean(1)) if len(scores) > 1 else bootstrap_interval(scores[0])
 
 
 def _random_gate(boot: Bootstrap) -> Gate:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camdistill.explain.maps import resize, upsample
-from camdistill.measure.controls import centre, edges
+from camdistill.measure.controls import centre, sobel_edges
 from camdistill.networks.teachers import Teacher
 from camdistill.types import Images, Labels
 
@@ -72,7 +72,7 @@ def control_maps(
     if kind == "centre":
         return resize(centre(images), grid).to(maps).contiguous()
     if kind == "edges":
-        return resize(edges(images), grid).to(maps)
+        return resize(sobel_edges(images), grid).to(maps)
     if kind == "inverted":
         return maps.amax((1, 2), keepdim=True) - maps
     if kind == "blurred":

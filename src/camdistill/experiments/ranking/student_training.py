@@ -20,7 +20,7 @@ from camdistill.distill.losses import map_distance, soft_targets_kl
 from camdistill.distill.training import as_images, seeded
 from camdistill.errors import UserError
 from camdistill.experiments.ranking.student_task import Lesson, Pool, Recipe, batch_at
-from camdistill.explain.gradcam import explain, last_layer
+from camdistill.explain.gradcam import explain_images, last_layer
 from camdistill.explain.maps import relu
 from camdistill.networks.capture import capture, demand_runs
 from camdistill.networks.heads import head_of
@@ -150,7 +150,7 @@ def pooled_layer(family: NetworkSpec, classes: int, images: Images) -> tuple[str
     cure = "give another --data.size, or other students"
     demand_runs({f"student '{family.name}'": network}, images, cure=cure)
     layer = last_layer(network, images)
-    wanted = explain(network, images, [layer])
+    wanted = explain_images(network, images, [layer])
     own = None
     if head_of(network.network)[1].weight.shape[1] == wanted.activations[layer].shape[1]:
         students = Students([network], layer)

@@ -14,7 +14,7 @@ from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.experiments.refinement.refinement_config import CE, Plan
 from camdistill.experiments.refinement.refinement_worker import Workshop
-from camdistill.explain.methods import at_image
+from camdistill.explain.methods import image_explainer
 from camdistill.measure.learned import load_metric
 from camdistill.networks.capture import demand_runs
 from camdistill.networks.heads import head_size
@@ -83,10 +83,10 @@ def _demand_layers(plan: Plan, network: Preprocessed, images: Images) -> None:
     with torch.no_grad():
         top = network(images).argmax(1)
     objective = plan.objective
-    refined = at_image(objective.cam, objective.layer)(network, images, top)
+    refined = image_explainer(objective.cam, objective.layer)(network, images, top)
     for name in plan.judging.held_out:
         method, _, layer = name.partition("@")
-        maps = at_image(method, layer or None)(network, images, top)
+        maps = image_explainer(method, layer or None)(network, images, top)
         if maps.amax() > maps.amin() and _same(maps, refined):
             raise UserError(
                 f"judging.held_out has {name}, which gives this network's {objective.cam}: the "

@@ -12,7 +12,7 @@ from camdistill.distill.refinement_targets import ARMS, Arm, Objective
 from camdistill.distill.refiner import RECIPE
 from camdistill.distill.training import plain
 from camdistill.errors import UserError, check_each_once, check_folder_name, check_number
-from camdistill.explain.methods import AT_PIXELS, explainer
+from camdistill.explain.methods import AT_PIXELS, find_method
 from camdistill.measure.removal import ROAD_LEVELS
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.networks.weights import sha256_of
@@ -135,7 +135,7 @@ class Judging:
         check_each_once("judging.road", self.road)
         for name in self.held_out:
             method, _, layer = name.partition("@")
-            explainer(method)
+            find_method(method)
             if method in AT_PIXELS and layer:
                 raise UserError(f"'{method}' explains at the pixels; leave out '@{layer}'")
 

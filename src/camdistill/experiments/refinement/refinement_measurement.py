@@ -19,10 +19,10 @@ from camdistill.experiments.refinement.refinement_config import Judging
 from camdistill.explain.compare import cosine, pearson
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import relu, resize
-from camdistill.explain.methods import at_image
+from camdistill.explain.methods import image_explainer
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.faithfulness import faithfulness_correlation
-from camdistill.measure.learned import Context, LearnedMetric, context, load_metric
+from camdistill.measure.learned import Context, LearnedMetric, image_context, load_metric
 from camdistill.measure.localization import (
     energy_pointing_game,
     pointing_game,
@@ -31,7 +31,7 @@ from camdistill.measure.localization import (
 from camdistill.measure.removal import deletion, insertion, road
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed, Teacher
-from camdistill.perturb.bank import Bank, Plan, bank
+from camdistill.perturb.bank import Bank, BankPlan, build_bank
 from camdistill.perturb.batched_forward import logits_of
 from camdistill.perturb.imputers import baseline
 from camdistill.perturb.probability import label_count, predict_labels
@@ -41,7 +41,7 @@ from camdistill.types import Explain, Images, Labels, Maps, Masks, PerImage
 VERSION = 2  # goes up when the same judging would give other numbers
 MAP = "map"
 """What tables call the refined explainer."""
-BANK = Plan(occluders=())
+BANK = BankPlan(occluders=())
 Whose = str
 OWN, BEFORE = "own", "before"
 """The judged network's map, and its start's map of the same class, both asked of the former."""
@@ -120,7 +120,7 @@ class Judge:
     @property
     def explain(self) -> Explain:
         """The refined explainer, at the images' resolution."""
-        return at_image(self.objective.cam, self.objective.layer)
+        return image_explainer(self.objective.cam, self.objective.layer)
 
     def _measured(self, scene: "_Scene", maps: Maps, refined: bool) -> dict[str, PerImage]:
         network, images, classes = scene.network, scene.images, scene.classes
@@ -130,7 +130,7 @@ class Judge:
             "faithfulness_correlation": faithfulness_correlation(maps, scene.bank),
             "road": road(
                 network, images, classes, order, noise, fractions=self.judging.road
-            ).combined(),
+            ).combine(),
         }
         if refined:
             kind = self.objective.shown
@@ -212,7 +212,7 @@ def _scene(
     seed = f"{judge.seed} {where}"
     logits = logits_of(network, images)
     classes = logits.argmax(1)
-    asked = bank(
+    asked = build_bank(
         network,
         images,
         baseline(images, "grey"),
@@ -221,7 +221,7 @@ def _scene(
         plan=BANK,
     )
     shown = baseline(images, judge.objective.shown)
-    known = None if judge.objective.file is None else context(network, images, classes)
+    known = None if judge.objective.file is None else image_context(network, images, classes)
     labels = predict_labels(logits)
     return _Scene(network, images, classes, labels, masks, shown, asked, known, seed)
 
@@ -233,7 +233,7 @@ def _generator(text: str) -> torch.Generator:
 
 def _named(name: str) -> Explain:
     method, _, layer = name.partition("@")
-    return at_image(method, layer or None)
+    return image_explainer(method, layer or None)
 
 
 def trained_metrics(objective: Objective) -> tuple[str, ...]:

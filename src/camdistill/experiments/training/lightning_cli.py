@@ -14,7 +14,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from camdistill.distill.checkpoints import is_saved, restore, save
 from camdistill.distill.distilled_explainer import DistilledExplainer
-from camdistill.errors import UserError, check_number, shortened
+from camdistill.errors import UserError, check_number, shorten
 from camdistill.experiments.training.checkpoint_io import (
     LAST,
     LastCheckpoint,
@@ -323,7 +323,7 @@ def _runs_folder(name: str) -> Path:
     else:
         return path
     raise UserError(
-        f"--run is {shortened(name)!r}, which {reason}; give a name for a folder under runs/, or "
+        f"--run is {shorten(name)!r}, which {reason}; give a name for a folder under runs/, or "
         "a path that ends in one"
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from camdistill.errors import UserError, shortened
+from camdistill.errors import UserError, shorten
 from camdistill.store.atomic_files import printable
 
 # Arguments of classes that aren't ours: an empty text may have a meaning there.
@@ -35,7 +35,7 @@ def check_words(arguments: Sequence[str], options: Collection[str] | None = None
     for place, word in enumerate(arguments):
         if printable(word) != word:
             raise UserError(
-                f"'{shortened(printable(word))}' is not UTF-8, as all options and results are; "
+                f"'{shorten(printable(word))}' is not UTF-8, as all options and results are; "
                 "rename it, or name a folder above it"
             )
         option, sign, value = word.partition("=")

@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.strategies import StrategyRegistry
 
 from camdistill.distill.training import Training
-from camdistill.errors import UserError, nearest, shortened
+from camdistill.errors import UserError, nearest, shorten
 
 LARGEST_SEED = 2**32 - 1  # numpy's
 
@@ -246,7 +246,7 @@ def _check_file_name(callback: ModelCheckpoint) -> None:
         callback.format_checkpoint_name(counted | measured)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(
-            f"ModelCheckpoint: filename is '{shortened(pattern)}' ({error}); give names and "
+            f"ModelCheckpoint: filename is '{shorten(pattern)}' ({error}); give names and "
             "formats such as {epoch:02d} or {val_loss:.3f}"
         ) from error
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from camdistill.explain.engine.gradient_taps import Cells
+from camdistill.explain.engine.gradient_taps import CellTransform
 from camdistill.explain.engine.graph import WEIGHTED, Edge, is_spatial_mean, linear_path, operation
 
 # Relative, between two ways to compute one thing, in the precision they are made in: forwards of
@@ -47,11 +47,11 @@ def head_weight(head: nn.Module) -> Tensor:
     return weight.flatten(1)
 
 
-def proven_head(
+def find_linear_head(
     logits: Tensor,
     source: Edge,
     probe: Tensor,
-    cells: Cells,
+    to_cells: CellTransform,
     heads: Mapping[nn.Module, Node],
 ) -> nn.Module | None:
     """The head that makes a layer closed, or None.
@@ -60,48 +60,48 @@ def proven_head(
         logits: Of a forward with a graph, [B, C].
         source: Where the layer's output enters the graph.
         probe: A leaf [B, K] whose gradient is the sum over space of the layer's.
-        cells: How the output becomes [B, K, h, w]; None if it is that already.
+        to_cells: How the output becomes [B, K, h, w]; None if it is that already.
         heads: The modules that ran, with the graph's node of what each gave.
     """
     path = linear_path(logits, source)
     # With weights besides the head's, the product could be nearly W and yet another matrix.
     if path is None or sum(operation(step) in WEIGHTED for step in path) != 1:
         return None
-    fitting = [
+    candidates = [
         head
         for head, node in heads.items()
         if any(node is step for step in path)
         and head_weight(head).shape == (logits.shape[1], probe.shape[1])
     ]
-    if len(fitting) != 1:
+    if len(candidates) != 1:
         return None
-    weight = head_weight(fitting[0]).detach()
+    weight = head_weight(candidates[0]).detach()
     directions = _directions(logits)
     # A mean that the graph shows needs no proof of its own, and no gradient as large as the layer.
-    mean = path[-1] if cells is None and is_spatial_mean(path[-1], source) else None
-    place = get_gradient_edge(probe) if mean is None else GradientEdge(mean, 0)
-    (gradient,) = torch.autograd.grad([logits], [place], [directions], retain_graph=True)
+    mean = path[-1] if to_cells is None and is_spatial_mean(path[-1], source) else None
+    edge = get_gradient_edge(probe) if mean is None else GradientEdge(mean, 0)
+    (gradient,) = torch.autograd.grad([logits], [edge], [directions], retain_graph=True)
     expected = directions.to(probe.dtype) @ weight.to(probe.dtype)
     coarsest = max((logits.dtype, weight.dtype), key=lambda dtype: PROOF.get(dtype, 1.0))
-    return fitting[0] if _agree(gradient.flatten(1), expected, coarsest) else None
+    return candidates[0] if _agree(gradient.flatten(1), expected, coarsest) else None
 
 
-def is_mean(pooled: GradientEdge, source: Edge, probe: Tensor, cells: Cells) -> bool:
+def is_mean(pooled: GradientEdge, source: Edge, probe: Tensor, to_cells: CellTransform) -> bool:
     """Whether what was pooled is the layer's spatial mean, unit by unit and image by image.
 
     Args:
         pooled: A place with as many elements as the probe, reached by linear operations.
         source: Where the layer's output enters the graph.
         probe: A leaf [B, K] whose gradient is the sum over space of the layer's.
-        cells: How the output becomes [B, K, h, w]; None if it is that already.
+        to_cells: How the output becomes [B, K, h, w]; None if it is that already.
     """
-    if cells is None and is_spatial_mean(pooled.node, source):
+    if to_cells is None and is_spatial_mean(pooled.node, source):
         return True
-    shown = pooled.node._input_metadata[pooled.output_nr]
-    like = torch.empty(shown.shape, dtype=shown.dtype, device=probe.device)
+    pooled_metadata = pooled.node._input_metadata[pooled.output_nr]
+    like = torch.empty(pooled_metadata.shape, dtype=pooled_metadata.dtype, device=probe.device)
     directions = _directions(like)
     (gradient,) = torch.autograd.grad([pooled], [probe], [directions], retain_graph=True)
-    return _agree(gradient, directions.view(probe.shape).to(probe.dtype), shown.dtype)
+    return _agree(gradient, directions.view(probe.shape).to(probe.dtype), pooled_metadata.dtype)
 
 
 def _directions(like: Tensor) -> Tensor:
@@ -109,6 +109,6 @@ def _directions(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+def _agree(gradient: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     allowed = PROOF.get(dtype, 0.0) * expected.abs().max()
-    return bool((found - expected).abs().max() <= allowed)
+    return bool((gradient - expected).abs().max() <= allowed)

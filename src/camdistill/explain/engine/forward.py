@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camdistill.explain.engine.alphas import alphas_by_gradient, closed_maps
-from camdistill.explain.engine.closed_form import head_weight, proven_head
-from camdistill.explain.engine.recording import Recording, demand_intact, recorded_forward
-from camdistill.explain.engine.request import Request, asked_classes, score_columns, wide
+from camdistill.explain.engine.alphas import alphas_by_gradient, linear_head_maps
+from camdistill.explain.engine.closed_form import find_linear_head, head_weight
+from camdistill.explain.engine.recording import Recording, check_intact_outputs, record_forward
+from camdistill.explain.engine.request import Request, resolve_classes, score_columns, upcast
 from camdistill.networks.capture import bare
 from camdistill.types import Activations
 
@@ -34,11 +34,11 @@ class Explanation:
     heads: dict[str, nn.Module | None] = field(default_factory=dict)
 
 
-class AnotherWayError(Exception):
+class NotLastLayerError(Exception):
     """The layer that was taken for the last one isn't the last in this forward."""
 
 
-def explained(ask: Request, *, record: bool, is_last: bool = False) -> Explanation | None:
+def explain_forward(request: Request, *, record: bool, is_last: bool = False) -> Explanation | None:
     """One forward and what follows from it; None if a score doesn't depend on a layer.
 
     Without `record` the graph begins at the first layer whose map needs a gradient.
@@ -46,34 +46,36 @@ def explained(ask: Request, *, record: bool, is_last: bool = False) -> Explanati
     Raises:
         AnotherWayError: With `is_last`, if the layer isn't this forward's last spatial one.
     """
-    forward = recorded_forward(ask, record, follow=is_last)
-    if is_last and not _ends_with(forward, ask):
-        raise AnotherWayError
-    demand_intact(forward.layers)
+    forward = record_forward(request, record, follow=is_last)
+    if is_last and not _ends_with(forward, request):
+        raise NotLastLayerError
+    check_intact_outputs(forward.layers)
     output = forward.output
-    with torch.autocast(ask.images.device.type, enabled=False):
-        classes = asked_classes(ask, output)
-        heads = _proven_heads(forward) if ask.maps else {}
-        maps = _maps(ask, forward, classes, heads) if ask.maps else {}
+    with torch.autocast(request.images.device.type, enabled=False):
+        classes = resolve_classes(request, output)
+        heads = _linear_heads(forward) if request.maps else {}
+        maps = _maps(request, forward, classes, heads) if request.maps else {}
         if maps is None:
             return None
-        logits = output if isinstance(output, Tensor) else score_columns(ask, output, classes)[:, 0]
-    activations = {name: forward.layers[name].activations for name in ask.names}
-    if ask.grad == "none":
+        logits = (
+            output if isinstance(output, Tensor) else score_columns(request, output, classes)[:, 0]
+        )
+    activations = {name: forward.layers[name].activations for name in request.names}
+    if request.grad == "none":
         logits = logits.detach()
         maps = {name: layer.detach() for name, layer in maps.items()}
         activations = {name: layer.detach() for name, layer in activations.items()}
     return Explanation(logits, classes, maps, activations, heads)
 
 
-def _ends_with(forward: Recording, ask: Request) -> bool:
+def _ends_with(forward: Recording, request: Request) -> bool:
     """Whether the layer asked for is the last that gave a grid of cells; of tokens nobody knows."""
-    (layer,) = ask.names
+    (layer,) = request.names
     last, shape = forward.finished[-1] if forward.finished else (None, ())
-    return len(shape) == 4 and last is bare(ask.network).get_submodule(layer)
+    return len(shape) == 4 and last is bare(request.network).get_submodule(layer)
 
 
-def _proven_heads(forward: Recording) -> dict[str, nn.Module | None]:
+def _linear_heads(forward: Recording) -> dict[str, nn.Module | None]:
     """The head of every layer that has a closed form."""
     output = forward.output
     heads: dict[str, nn.Module | None] = dict.fromkeys(forward.layers)
@@ -81,33 +83,39 @@ def _proven_heads(forward: Recording) -> dict[str, nn.Module | None]:
         return heads
     for name, layer in forward.layers.items():
         if layer.probe is not None:
-            heads[name] = proven_head(output, layer.source, layer.probe, layer.cells, forward.heads)
+            heads[name] = find_linear_head(
+                output, layer.source, layer.probe, layer.to_cells, forward.heads
+            )
     return heads
 
 
 def _maps(
-    ask: Request, forward: Recording, classes: Tensor, heads: dict[str, nn.Module | None]
+    request: Request, forward: Recording, classes: Tensor, heads: dict[str, nn.Module | None]
 ) -> dict[str, Tensor] | None:
     """Maps by layer; None if a score doesn't depend on a layer."""
     output = forward.output
-    if not isinstance(ask.score, str):  # it may read more than the logits
+    if not isinstance(request.score, str):  # it may read more than the logits
         heads = dict.fromkeys(heads)
-    others = {name: layer for name, layer in forward.layers.items() if heads[name] is None}
-    alphas = alphas_by_gradient(ask, output, classes, others)
+    layers_without_head = {
+        name: layer for name, layer in forward.layers.items() if heads[name] is None
+    }
+    alphas = alphas_by_gradient(request, output, classes, layers_without_head)
     if alphas is None:
         return None
     maps = {}
-    for name in ask.names:
+    for name in request.names:
         layer, head = forward.layers[name], heads[name]
-        activations = wide(layer.activations).flatten(2)
-        with torch.set_grad_enabled(ask.grad != "none"):
+        activations = upcast(layer.activations).flatten(2)
+        with torch.set_grad_enabled(request.grad != "none"):
             if head is None:
-                rows = torch.bmm(alphas[name], activations)
+                flat_maps = torch.bmm(alphas[name], activations)
             else:
                 assert isinstance(output, Tensor), "a closed form has logits"
                 weight = head_weight(head)
-                weight = wide(weight if ask.grad == "full" else weight.detach())
-                rows = closed_maps(ask, output, classes, weight, activations) / layer.count
-        spatial = rows.view(*rows.shape[:2], *layer.activations.shape[2:])
+                weight = upcast(weight if request.grad == "full" else weight.detach())
+                flat_maps = (
+                    linear_head_maps(request, output, classes, weight, activations) / layer.count
+                )
+        spatial = flat_maps.view(*flat_maps.shape[:2], *layer.activations.shape[2:])
         maps[name] = spatial if classes.dim() == 2 else spatial[:, 0]
     return maps

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Cells = Callable[[Tensor], Tensor] | None
+CellTransform = Callable[[Tensor], Tensor] | None
 
 
 class Tap(torch.autograd.Function):
@@ -19,13 +19,13 @@ class Tap(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(output: Tensor, probe: Tensor, cells: Cells) -> Tensor:
+    def forward(output: Tensor, probe: Tensor, to_cells: CellTransform) -> Tensor:
         """What the network goes on with."""
         return output.clone()
 
     @staticmethod
     def setup_context(  # type: ignore[no-untyped-def]
-        ctx, inputs: tuple[Tensor, Tensor, Cells], output: Tensor
+        ctx, inputs: tuple[Tensor, Tensor, CellTransform], output: Tensor
     ) -> None:
         """Keeps how the output becomes cells, and the leaf's precision."""
         _, probe, ctx.cells = inputs

@@ -14,10 +14,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from camdistill.explain.engine.gradient_taps import Tap
-from camdistill.explain.engine.norms import Scaled
+from camdistill.explain.engine.norms import LightBatchNorm
 
 Edge = tuple[Node | None, int]
-_OURS: dict[type, str] = {Tap: "TapBackward", Scaled: "ScaledBackward"}
+_OWN_FUNCTIONS: dict[type, str] = {Tap: "TapBackward", LightBatchNorm: "ScaledBackward"}
 
 # Operations that move or average numbers, or multiply them by something else's.
 LINEAR = {
@@ -52,7 +52,7 @@ RELAYOUTS = {"TBackward", "ToCopyBackward", "TransposeBackward", "ViewBackward"}
 PARAMETER = "torch::autograd::AccumulateGrad"
 
 
-class Behind:
+class ScoreGraph:
     """Everything that the scores were made of, back to where the graph begins.
 
     Walked when it is first asked about.
@@ -66,44 +66,50 @@ class Behind:
         self.start: Edge = scores.grad_fn, scores.output_nr
 
     @cached_property
-    def _walked(self) -> tuple[dict[Edge, list[Node]], set[Node]]:
+    def _users_and_nodes(self) -> tuple[dict[Edge, list[Node]], set[Node]]:
         """Which operations read each edge, and all operations."""
         users: dict[Edge, list[Node]] = defaultdict(list)
         first = self.start[0]
         assert first is not None, "scores have a graph"
-        waiting, met = [first], {first}
+        waiting, nodes = [first], {first}
         while waiting:
             node = waiting.pop()
-            for behind, number in node.next_functions:
-                if behind is None:
+            for source, number in node.next_functions:
+                if source is None:
                     continue
-                users[behind, number].append(node)
-                if behind not in met:
-                    met.add(behind)
-                    waiting.append(behind)
-        return users, met
+                users[source, number].append(node)
+                if source not in nodes:
+                    nodes.add(source)
+                    waiting.append(source)
+        return users, nodes
 
     def readers(self, sources: Collection[Edge]) -> set[Node]:
         """Every operation through which the scores read one of the sources."""
-        users, _ = self._walked
+        users, _ = self._users_and_nodes
         outputs: dict[Node, list[Edge]] = defaultdict(list)
         for edge in users:
             if edge[0] is not None:
                 outputs[edge[0]].append(edge)
-        found: set[Node] = set()
+        nodes: set[Node] = set()
         waiting = [node for source in sources for node in users.get(source, ())]
         while waiting:
             node = waiting.pop()
-            if node not in found:
-                found.add(node)
+            if node not in nodes:
+                nodes.add(node)
                 waiting += [user for edge in outputs.get(node, ()) for user in users[edge]]
-        return found
+        return nodes
 
     def largest_bytes(self) -> int:
         """Size of the largest tensor that some operation gave, parameters aside."""
-        nodes = [node for node in self._walked[1] if not _is_parameter(node)]
-        gave = [one for node in nodes for one in node._input_metadata]
-        return max((math.prod(one.shape) * int(one.dtype.itemsize) for one in gave), default=1)
+        nodes = [node for node in self._users_and_nodes[1] if not _is_parameter(node)]
+        output_metadata = [metadata for node in nodes for metadata in node._input_metadata]
+        return max(
+            (
+                math.prod(metadata.shape) * int(metadata.dtype.itemsize)
+                for metadata in output_metadata
+            ),
+            default=1,
+        )
 
     def funnel(self, source: Edge, elements: int) -> GradientEdge | None:
         """Where a layer has been pooled, if the scores read nothing else of it.
@@ -112,7 +118,7 @@ class Behind:
         without weights, each of which is the only user of the one before.
         """
         edge = source
-        while len(users := self._walked[0].get(edge, [])) == 1:
+        while len(users := self._users_and_nodes[0].get(edge, [])) == 1:
             node = users[0]
             if operation(node) not in LINEAR - WEIGHTED or _inputs(node) != [edge]:
                 return None
@@ -133,14 +139,14 @@ def linear_path(logits: Tensor, source: Edge) -> list[Node] | None:
         if node is None or operation(node) not in LINEAR:
             return None
         path.append(node)
-        others = _inputs(node)
-        if len(others) != 1:
+        inputs = _inputs(node)
+        if len(inputs) != 1:
             return None
-        edge = others[0]
+        edge = inputs[0]
     return path
 
 
-def saved_axes(node: Node, name: str, count: int) -> list[int]:
+def read_axes(node: Node, name: str, count: int) -> list[int]:
     """An operation's argument as axes from the front; autograd keeps negative ones unsigned."""
     saved = getattr(node, f"_saved_{name}", None)
     axes = saved if isinstance(saved, tuple) else (saved,)
@@ -154,7 +160,7 @@ def is_spatial_mean(node: Node, source: Edge) -> bool:
         operation(node) == "MeanBackward"
         and node.next_functions[0] == source
         and len(getattr(node, "_saved_self_sym_sizes", ())) == 4
-        and sorted(saved_axes(node, "dim", 4)) == [2, 3]
+        and sorted(read_axes(node, "dim", 4)) == [2, 3]
     )
 
 
@@ -171,7 +177,7 @@ def operation(node: Node | None) -> str:
     if node is None:
         return ""
     if isinstance(node, BackwardCFunction):
-        return _OURS.get(type(node)._forward_cls, "")
+        return _OWN_FUNCTIONS.get(type(node)._forward_cls, "")
     return node.name().rstrip("0123456789")
 
 

@@ -14,7 +14,7 @@ from camdistill.types import Images
 
 
 @contextmanager
-def refusing_reentrant() -> Iterator[None]:
+def refuse_reentrant() -> Iterator[None]:
     """Turns autograd's own refusal of reentrant checkpoints into a line.
 
     Raises:
@@ -28,7 +28,7 @@ def refusing_reentrant() -> Iterator[None]:
         raise UserError(_refusal("the network", "what is asked for")) from error
 
 
-def why_no_gradient(network: nn.Module, images: Images, names: Sequence[str]) -> str:
+def describe_missing_gradient(network: nn.Module, images: Images, names: Sequence[str]) -> str:
     """What to say where a score has no gradient at one of the layers, or at the pixels.
 
     Args:
@@ -55,15 +55,15 @@ def _refusal(network: str, where: str) -> str:
 
 def _in_reentrant(network: nn.Module, images: Images, names: Sequence[str]) -> bool:
     """Whether a layer runs inside a reentrant checkpoint, seen from the calls that led there."""
-    found = False
+    is_inside = False
 
     def look(_: str, __: object) -> None:
-        nonlocal found
+        nonlocal is_inside
         frame: FrameType | None = sys._getframe()
-        while frame is not None and not found:
-            found = frame.f_code is CheckpointFunction.forward.__code__
+        while frame is not None and not is_inside:
+            is_inside = frame.f_code is CheckpointFunction.forward.__code__
             frame = frame.f_back
 
     with undisturbed(network), visiting(network, names, look, required=False):
         plain(network)(images[:1])
-    return found
+    return is_inside

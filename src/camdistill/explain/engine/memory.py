@@ -14,7 +14,7 @@ CPU_MEMORY, OTHER_MEMORY = 2**25, 2**29
 # Of the largest layer: its input, its output, and what the operation itself needs.
 ALIVE = 3
 # A graph keeps most layers' outputs, and their gradients come one after the other.
-KEPT = 2
+GRAPH_FACTOR = 2
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Footprint:
     @property
     def with_graph(self) -> int:
         """Of a forward that is recorded whole, and its backward."""
-        return KEPT * (self.image + sum(size for _, size in self.outputs))
+        return GRAPH_FACTOR * (self.image + sum(size for _, size in self.outputs))
 
     def behind(self, layer: str) -> int:
         """Of the part of a forward that follows a layer; "" is the whole."""
-        base, mark, number = layer.partition("#")
+        base, separator, number = layer.partition("#")
         calls = [place for place, (name, _) in enumerate(self.outputs) if name == base]
-        if mark and int(number) < len(calls):
+        if separator and int(number) < len(calls):
             return ALIVE * max(size for _, size in self.outputs[calls[int(number)] :])
         inside = [n for n, (name, _) in enumerate(self.outputs) if name.startswith(f"{base}.")]
         inside = calls or inside
@@ -52,7 +52,7 @@ class Footprint:
         return ALIVE * max(size for _, size in self.outputs[inside[-1] :])
 
 
-def room(images: Images, memory: int | None) -> int:
+def memory_budget(images: Images, memory: int | None) -> int:
     """Bytes that a forward of changed images may take: 32 MiB on a CPU, 512 MiB elsewhere."""
     if memory is not None:
         return memory
@@ -62,9 +62,9 @@ def room(images: Images, memory: int | None) -> int:
 def footprint(network: nn.Module, images: Images) -> Footprint:
     """Measures a network by running it on one image; it is remembered."""
     inner = bare(network)
-    known = _KNOWN.setdefault(inner, {})
+    footprints = _FOOTPRINTS.setdefault(inner, {})
     key = (tuple(images.shape[1:]), images.element_size(), structure(inner))
-    if key not in known:
+    if key not in footprints:
         outputs: list[tuple[str, int]] = []
 
         def note(name: str, output: object) -> None:
@@ -74,10 +74,10 @@ def footprint(network: nn.Module, images: Images) -> Footprint:
         names = [name for name, part in inner.named_modules() if name and not list(part.children())]
         with undisturbed(network), visiting(network, names, note, required=False):
             plain(network)(images[:1])
-        known[key] = Footprint(images[:1].numel() * images.element_size(), tuple(outputs))
-    return known[key]
+        footprints[key] = Footprint(images[:1].numel() * images.element_size(), tuple(outputs))
+    return footprints[key]
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[tuple[int, ...], int, int], Footprint]] = (
+_FOOTPRINTS: WeakKeyDictionary[nn.Module, dict[tuple[tuple[int, ...], int, int], Footprint]] = (
     WeakKeyDictionary()
 )

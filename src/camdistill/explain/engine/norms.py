@@ -20,7 +20,7 @@ LEAST = 2**16
 _THREAD = threading.local()
 
 
-class Scaled(torch.autograd.Function):
+class LightBatchNorm(torch.autograd.Function):
     """`batch_norm` with running statistics; the forward is torch's own."""
 
     generate_vmap_rule = True
@@ -50,7 +50,7 @@ def light_norms(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     Gradients of activations stay what they are; those of the normalisations' weights are lost.
     """
-    changed = []
+    light_modules = []
     depth = getattr(_THREAD, "depth", 0)
     try:
         _THREAD.depth = depth + 1
@@ -58,11 +58,11 @@ def light_norms(modules: Iterable[nn.Module]) -> Iterator[None]:
             if type(part) is nn.BatchNorm2d and _is_fixed(part):
                 # A bound method: a copy of the network made meanwhile has one of its own.
                 vars(part)["forward"] = MethodType(_light_forward, part)
-                changed.append(part)
+                light_modules.append(part)
         yield
     finally:
         _THREAD.depth = depth
-        for part in changed:
+        for part in light_modules:
             vars(part).pop("forward", None)
 
 
@@ -73,16 +73,19 @@ def _is_fixed(norm: nn.BatchNorm2d) -> bool:
 
 def _light_forward(norm: nn.BatchNorm2d, values: Tensor) -> Tensor:
     # Another thread may be training, and a forward may switch modes or make weights on its way.
-    made = any(one is not None and one.grad_fn is not None for one in (norm.weight, norm.bias))
-    if made or norm.training or norm.running_var is None or not getattr(_THREAD, "depth", 0):
+    has_graph = any(
+        parameter is not None and parameter.grad_fn is not None
+        for parameter in (norm.weight, norm.bias)
+    )
+    if has_graph or norm.training or norm.running_var is None or not getattr(_THREAD, "depth", 0):
         return nn.BatchNorm2d.forward(norm, values)
     if not torch.is_grad_enabled() or values.numel() < LEAST:
         return _plain(norm, values)
     with torch.no_grad():
-        at_least = torch.promote_types(norm.running_var.dtype, torch.float32)
-        scale = torch.rsqrt(norm.running_var.to(at_least) + norm.eps)
+        dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+        scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
         scale = (scale if norm.weight is None else scale * norm.weight).view(-1, 1, 1)
-    result: Tensor = Scaled.apply(values, scale, norm)
+    result: Tensor = LightBatchNorm.apply(values, scale, norm)
     return result
 
 

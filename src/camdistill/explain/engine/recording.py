@@ -11,15 +11,15 @@ from torch.autograd.graph import Node
 
 from camdistill.errors import UserError
 from camdistill.explain.engine.closed_form import may_be_head
-from camdistill.explain.engine.gradient_taps import Cells, Tap
+from camdistill.explain.engine.gradient_taps import CellTransform, Tap
 from camdistill.explain.engine.graph import Edge
 from camdistill.explain.engine.norms import light_norms
-from camdistill.explain.engine.request import Request, wide
-from camdistill.explain.engine.tokens import are_tokens, cells_of
+from camdistill.explain.engine.request import Request, upcast
+from camdistill.explain.engine.tokens import are_tokens, cell_transform
 from camdistill.networks.capture import bare, parts, plain, tensor, visiting, watching
 
 # Modules that only pass on what the layer before them gave, smaller or thinned out.
-PASSING = (
+PASS_THROUGH = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
     nn.AvgPool2d,
@@ -31,7 +31,7 @@ PASSING = (
 
 
 @dataclass
-class Seen:
+class LayerRecord:
     """A layer in one forward.
 
     Attributes:
@@ -39,7 +39,7 @@ class Seen:
         version: Likewise.
         activations: The output as [B, K, h, w].
         source: Where it entered the graph.
-        cells: How the output became the activations.
+        to_cells: How the output became the activations.
         probe: What to ask for the gradient's sum over cells.
     """
 
@@ -47,7 +47,7 @@ class Seen:
     version: int
     activations: Tensor
     source: Edge
-    cells: Cells
+    to_cells: CellTransform
     probe: Tensor | None = None
 
     @property
@@ -69,61 +69,63 @@ class Recording:
     """
 
     output: object
-    layers: dict[str, Seen]
+    layers: dict[str, LayerRecord]
     heads: dict[nn.Module, Node]
     finished: list[tuple[nn.Module, torch.Size]]
 
 
-def recorded_forward(ask: Request, record: bool, *, follow: bool = False) -> Recording:
+def record_forward(request: Request, record: bool, *, follow: bool = False) -> Recording:
     """Runs the network once, from the first layer asked for with a graph.
 
     Args:
-        ask: With layers, unless only the output is wanted.
+        request: With layers, unless only the output is wanted.
         record: Whether the whole network has a graph.
         follow: Whether to note every module that gives a spatial output.
     """
-    inner = bare(ask.network)
-    layers: dict[str, Seen] = {}
+    inner = bare(request.network)
+    layers: dict[str, LayerRecord] = {}
     heads: dict[nn.Module, Node] = {}
     finished: list[tuple[nn.Module, torch.Size]] = []
-    size = (ask.images.shape[-2], ask.images.shape[-1])
+    size = (request.images.shape[-2], request.images.shape[-1])
 
     def visit(name: str, output: object) -> Tensor | None:
         values = tensor(name, output)
-        cells = cells_of(name, values, size, ask.layout)
-        activations = values if cells is None else cells(values)
-        _demand_spatial(name, values, activations, len(ask.images))
+        to_cells = cell_transform(name, values, size, request.layout)
+        activations = values if to_cells is None else to_cells(values)
+        _check_spatial(name, values, activations, len(request.images))
         source: Edge = values.grad_fn, values.output_nr
-        layers[name] = Seen(values, version_of(values), activations, source, cells)
-        if not ask.maps:
+        layers[name] = LayerRecord(values, version_of(values), activations, source, to_cells)
+        if not request.maps:
             return values.clone()
         if not record:
             torch.set_grad_enabled(True)
         return _tap(layers[name])
 
     modules = parts(inner)
-    possible = {module for module in modules if may_be_head(module)} if ask.maps else set()
+    head_candidates = (
+        {module for module in modules if may_be_head(module)} if request.maps else set()
+    )
     spatial = set(may_be_last(modules)) if follow else set()
 
     def note(module: nn.Module, output: object) -> None:
-        if module in possible and isinstance(output, Tensor) and output.grad_fn is not None:
+        if module in head_candidates and isinstance(output, Tensor) and output.grad_fn is not None:
             heads[module] = output.grad_fn
         if module in spatial and (shape := spatial_shape(output, size)) is not None:
             finished.append((module, shape))
 
     with (
-        visiting(ask.network, ask.names, visit),
-        watching(possible | spatial, note),
-        light_norms(modules) if ask.maps and ask.grad == "none" else nullcontext(),
+        visiting(request.network, request.names, visit),
+        watching(head_candidates | spatial, note),
+        light_norms(modules) if request.maps and request.grad == "none" else nullcontext(),
     ):
-        output = _output(ask, modules)
-    taken = output if ask.logits is None else ask.logits(output)
-    return Recording(taken, layers, heads, finished)
+        output = _output(request, modules)
+    recorded_output = output if request.logits is None else request.logits(output)
+    return Recording(recorded_output, layers, heads, finished)
 
 
 def may_be_last(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Which of a network's modules, itself first, may be the last layer before the head."""
-    return [module for module in modules[1:] if not isinstance(module, PASSING)]
+    return [module for module in modules[1:] if not isinstance(module, PASS_THROUGH)]
 
 
 def spatial_shape(output: object, size: tuple[int, int]) -> torch.Size | None:
@@ -135,7 +137,7 @@ def spatial_shape(output: object, size: tuple[int, int]) -> torch.Size | None:
     return shape if is_grid or are_tokens(output, size) else None
 
 
-def demand_intact(layers: dict[str, Seen]) -> None:
+def check_intact_outputs(layers: dict[str, LayerRecord]) -> None:
     """Refuse outputs that were changed although the network went on with copies of them."""
     for name, layer in layers.items():
         if version_of(layer.output) != layer.version:
@@ -145,43 +147,43 @@ def demand_intact(layers: dict[str, Seen]) -> None:
             )
 
 
-def _output(ask: Request, modules: Sequence[nn.Module]) -> object:
-    if ask.grad != "none":
-        return ask.network(ask.images)
-    network = plain(ask.network)
-    if ask.maps and any(
+def _output(request: Request, modules: Sequence[nn.Module]) -> object:
+    if request.grad != "none":
+        return request.network(request.images)
+    network = plain(request.network)
+    if request.maps and any(
         value is not None and value.is_inference()
         for part in {network, *modules}
         for value in (*part._parameters.values(), *part._buffers.values())
     ):
         # Tensors made under inference_mode can't take part in a graph; their copies can.
         state = chain(network.named_parameters(), network.named_buffers())
-        stale = {name: value.clone() for name, value in state if value.is_inference()}
-        return torch.func.functional_call(network, stale, (ask.images,))
-    return network(ask.images)
+        cloned_state = {name: value.clone() for name, value in state if value.is_inference()}
+        return torch.func.functional_call(network, cloned_state, (request.images,))
+    return network(request.images)
 
 
-def _tap(layer: Seen) -> Tensor:
+def _tap(layer: LayerRecord) -> Tensor:
     """What goes on in place of a layer's output: a copy that can be asked for its gradient."""
     activations = layer.activations
     layer.probe = torch.zeros(
         activations.shape[:2],
-        dtype=wide(activations).dtype,
+        dtype=upcast(activations).dtype,
         device=activations.device,
         requires_grad=True,
     )
     with torch.enable_grad():
-        passed: Tensor = Tap.apply(layer.output, layer.probe, layer.cells)
-    layer.source = passed.grad_fn, 0
-    return passed
+        passed_on: Tensor = Tap.apply(layer.output, layer.probe, layer.to_cells)
+    layer.source = passed_on.grad_fn, 0
+    return passed_on
 
 
-def _demand_spatial(name: str, output: Tensor, activations: Tensor, images: int) -> None:
-    gave, shape = list(output.shape), list(activations.shape)
+def _check_spatial(name: str, output: Tensor, activations: Tensor, images: int) -> None:
+    output_shape, shape = list(output.shape), list(activations.shape)
     if len(shape) != 4 or shape[2] * shape[3] < 2:
-        as_cells = "" if gave == shape else f", as cells {shape}"
+        as_cells = "" if output_shape == shape else f", as cells {shape}"
         raise UserError(
-            f"layer '{name}' gives {gave}{as_cells}, which has no spatial size: ask for a layer "
+            f"layer '{name}' gives {output_shape}{as_cells}, which has no spatial size: ask for a layer "
             "with an output [B, K, h, w] of more than one cell, before the pooling"
         )
     if shape[0] != images:
@@ -190,7 +192,7 @@ def _demand_spatial(name: str, output: Tensor, activations: Tensor, images: int)
         )
 
 
-def recordable(value: Tensor) -> Tensor:
+def clone_if_inference(value: Tensor) -> Tensor:
     """A copy of a tensor made under inference_mode, which can't take part in a graph."""
     return value.clone() if value.is_inference() else value
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.image_separation import mixed
+from camdistill.explain.engine.image_separation import measure_mixing
 from camdistill.explain.engine.tokens import Kind, Layout
 from camdistill.networks.capture import bare, parts
 from camdistill.networks.network_checks import SUSPECT, check_explainable
@@ -23,7 +23,7 @@ Score = Literal["logit", "probability"] | Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Top:
+class TopClasses:
     """Each image's own likeliest classes, the likeliest first; all of them where there are fewer.
 
     Attributes:
@@ -34,7 +34,7 @@ class Top:
 
 
 ClassNumbers = int | Sequence[int] | Tensor | None
-Classes = ClassNumbers | Top
+Classes = ClassNumbers | TopClasses
 
 
 @dataclass(frozen=True)
@@ -53,104 +53,116 @@ class Request:
     memory: int | None = None
 
 
-def score_columns(ask: Request, output: object, classes: Tensor) -> Float[Tensor, "batch asked"]:
+def score_columns(
+    request: Request, output: object, classes: Tensor
+) -> Float[Tensor, "batch asked"]:
     """S of every image and class."""
-    if not isinstance(ask.score, str):
-        scores = ask.score(output)
-        if not isinstance(scores, Tensor) or scores.shape != ask.images.shape[:1]:
-            gave = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise UserError(
-                f"the score callable gave {gave} for {len(ask.images)} images: "
-                f"it must return one score an image, [{len(ask.images)}]"
+    if not isinstance(request.score, str):
+        scores = request.score(output)
+        if not isinstance(scores, Tensor) or scores.shape != request.images.shape[:1]:
+            description = (
+                list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             )
-        if ask.grad == "none" and len(ask.images) > 1:
-            _demand_own_outputs(ask.score, output)
-        return wide(scores)[:, None]
-    logits = wide(demand_logits(ask, output))
-    values = probabilities(logits) if ask.score == "probability" else logits
-    return values.gather(1, columns(classes))
+            raise UserError(
+                f"the score callable gave {description} for {len(request.images)} images: "
+                f"it must return one score an image, [{len(request.images)}]"
+            )
+        if request.grad == "none" and len(request.images) > 1:
+            _check_independent_scores(request.score, output)
+        return upcast(scores)[:, None]
+    logits = upcast(check_output_logits(request, output))
+    class_scores = probabilities(logits) if request.score == "probability" else logits
+    return class_scores.gather(1, class_columns(classes))
 
 
-def _demand_own_outputs(score: Callable[..., Tensor], output: object) -> None:
+def _check_independent_scores(score: Callable[..., Tensor], output: object) -> None:
     """Refuse a score that mixes images: each one's depends on its own output alone."""
-    leaves, form = tree_flatten(output)
-    free = [
+    leaves, structure = tree_flatten(output)
+    detached_leaves = [
         leaf.detach().requires_grad_()
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
         else leaf
         for leaf in leaves
     ]
     with torch.enable_grad():
-        scores = score(tree_unflatten(free, form))
-    asked = [leaf for leaf in free if isinstance(leaf, Tensor) and leaf.requires_grad]
-    asked = [leaf for leaf in asked if leaf.dim() > 0 and len(leaf) == len(scores)]
-    if asked and scores.requires_grad and any(mixed(scores, asked)):
+        scores = score(tree_unflatten(detached_leaves, structure))
+    batch_leaves = [
+        leaf for leaf in detached_leaves if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
+    batch_leaves = [leaf for leaf in batch_leaves if leaf.dim() > 0 and len(leaf) == len(scores)]
+    if batch_leaves and scores.requires_grad and any(measure_mixing(scores, batch_leaves)):
         raise UserError(
             "the score callable mixes the images of a batch: let each image's score depend on "
             "its own output alone, or give one image at a time"
         )
 
 
-def columns(classes: Tensor) -> Tensor:
+def class_columns(classes: Tensor) -> Tensor:
     """Classes as [B, N]."""
     return classes if classes.dim() == 2 else classes[:, None]
 
 
-def asked_classes(ask: Request, output: object) -> Tensor:
+def resolve_classes(request: Request, output: object) -> Tensor:
     """Classes as [B] or [B, C] on the images' device."""
-    count, device = len(ask.images), ask.images.device
-    if not isinstance(ask.score, str):
+    count, device = len(request.images), request.images.device
+    if not isinstance(request.score, str):
         return torch.full((count,), -1, device=device)
-    if ask.classes is None:
-        return demand_logits(ask, output).detach().argmax(1)
-    if isinstance(ask.classes, Top):
-        if ask.classes.count < 1:
-            raise UserError(f"the top {ask.classes.count} classes were asked for; give 1 or more")
-        logits = demand_logits(ask, output).detach()
-        return logits.topk(min(ask.classes.count, logits.shape[1]), 1).indices
+    if request.classes is None:
+        return check_output_logits(request, output).detach().argmax(1)
+    if isinstance(request.classes, TopClasses):
+        if request.classes.count < 1:
+            raise UserError(
+                f"the top {request.classes.count} classes were asked for; give 1 or more"
+            )
+        logits = check_output_logits(request, output).detach()
+        return logits.topk(min(request.classes.count, logits.shape[1]), 1).indices
     try:
-        given = torch.as_tensor(ask.classes)
+        class_numbers = torch.as_tensor(request.classes)
     except (TypeError, ValueError):
-        raise UserError(f"classes are {ask.classes!r}: give class numbers (integers)") from None
-    if given.is_floating_point() or given.dtype == torch.bool:
-        raise UserError(f"classes are {given.dtype}: give class numbers (integers)")
-    given = given.long()
-    if given.dim() == 0:
-        given = given.expand(count)
-    if given.dim() > 2 or given.shape[0] != count:
+        raise UserError(f"classes are {request.classes!r}: give class numbers (integers)") from None
+    if class_numbers.is_floating_point() or class_numbers.dtype == torch.bool:
+        raise UserError(f"classes are {class_numbers.dtype}: give class numbers (integers)")
+    class_numbers = class_numbers.long()
+    if class_numbers.dim() == 0:
+        class_numbers = class_numbers.expand(count)
+    if class_numbers.dim() > 2 or class_numbers.shape[0] != count:
         raise UserError(
-            f"classes have the shape {list(given.shape)} for {count} images: give None, one "
+            f"classes have the shape {list(class_numbers.shape)} for {count} images: give None, one "
             f"number, [{count}], or [{count}, C] for several classes an image"
         )
-    outputs = demand_logits(ask, output).shape[1]
+    outputs = check_output_logits(request, output).shape[1]
     # Looking at numbers on an accelerator would wait for it; there indexing itself checks.
-    if given.device.type == "cpu" and given.numel():
-        low, high = int(given.min()), int(given.max())
+    if class_numbers.device.type == "cpu" and class_numbers.numel():
+        low, high = int(class_numbers.min()), int(class_numbers.max())
         if low < 0 or high >= outputs:
-            wrong = low if low < 0 else high
+            invalid = low if low < 0 else high
             raise UserError(
-                f"class {wrong} does not exist: the network has {outputs} classes, "
+                f"class {invalid} does not exist: the network has {outputs} classes, "
                 f"0 to {outputs - 1}"
             )
-    return given.to(device)
+    return class_numbers.to(device)
 
 
-def demand_logits(ask: Request, output: object) -> Tensor:
+def check_output_logits(request: Request, output: object) -> Tensor:
     """The network's output if it is logits [B, classes], else a UserError that says what to do."""
-    given = isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(ask.images)
-    if isinstance(output, Tensor) and given and output.is_floating_point():
+    has_image_rows = (
+        isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(request.images)
+    )
+    if isinstance(output, Tensor) and has_image_rows and output.is_floating_point():
         return output
-    gave = f"a {type(output).__name__}"
+    description = f"a {type(output).__name__}"
     if isinstance(output, Tensor):
-        gave = f"{list(output.shape)}{'' if output.is_floating_point() else f' {output.dtype}'}"
+        description = (
+            f"{list(output.shape)}{'' if output.is_floating_point() else f' {output.dtype}'}"
+        )
     raise UserError(
-        f"{type(bare(ask.network)).__name__} gives {gave}, not logits "
-        f"[{len(ask.images)}, classes]: give logits=, a function that takes them out of it, or "
+        f"{type(bare(request.network)).__name__} gives {description}, not logits "
+        f"[{len(request.images)}, classes]: give logits=, a function that takes them out of it, or "
         "score=, a function of that output which returns one score an image"
     )
 
 
-def demand_known(score: Score, classes: Classes, grad: Grad, layout: Layout) -> None:
+def check_request_options(score: Score, classes: Classes, grad: Grad, layout: Layout) -> None:
     """Refuse words that mean nothing, before anything runs."""
     if isinstance(score, str) and score not in ("logit", "probability"):
         raise UserError(f"no score '{score}'; there are: 'logit', 'probability', or a callable")
@@ -168,7 +180,7 @@ def demand_known(score: Score, classes: Classes, grad: Grad, layout: Layout) -> 
         )
 
 
-def check_images(images: Tensor) -> None:
+def check_image_batch(images: Tensor) -> None:
     """Refuse what is no batch of images, before anything runs."""
     if not images.is_floating_point():
         raise UserError(f"images are {images.dtype}: give floats, such as pixels / 255")
@@ -181,15 +193,15 @@ def check_images(images: Tensor) -> None:
         raise UserError(f"images have the shape {list(images.shape)}: give at least one image")
 
 
-def demand_separate_images(network: nn.Module, count: int) -> None:
+def check_separate_images(network: nn.Module, count: int) -> None:
     """Refuse what mixes images: one gradient serves all where none changes another's score.
 
     And what can't be explained at all.
     """
-    inner, suspects = bare(network), demand_explainable(network)
+    inner, suspects = bare(network), check_explainable_network(network)
     if not any(_mixes(module, count) for module in suspects):
         return
-    name, module = next(one for one in inner.named_modules() if _mixes(one[1], count))
+    name, module = next(entry for entry in inner.named_modules() if _mixes(entry[1], count))
     if module.training:
         raise UserError(
             f"'{name}' is in train mode, where batch normalisation mixes the images of a "
@@ -202,7 +214,7 @@ def demand_separate_images(network: nn.Module, count: int) -> None:
     )
 
 
-def demand_explainable(network: nn.Module) -> list[nn.Module]:
+def check_explainable_network(network: nn.Module) -> list[nn.Module]:
     """Refuse what has no layers, gradients or weights; returns the parts that were looked at."""
     inner = bare(network)
     suspects = [module for module in parts(inner) if isinstance(module, _SUSPECT)]
@@ -219,6 +231,6 @@ def _mixes(module: nn.Module, count: int) -> bool:
     )
 
 
-def wide(values: Tensor) -> Tensor:
+def upcast(values: Tensor) -> Tensor:
     """At least float32: what sums are made in."""
     return values if values.dtype == torch.float64 else values.float()

@@ -21,7 +21,7 @@ MOST_PREFIXES = 9
 LARGEST_PATCH = 64
 
 
-def cells_of(
+def cell_transform(
     name: str, output: Tensor, size: tuple[int, int], layout: Layout = "auto"
 ) -> Callable[[Tensor], Tensor] | None:
     """How a layer's output, and its gradient, become [B, K, h, w]; None if it is that already.
@@ -42,7 +42,7 @@ def cells_of(
     if not isinstance(layout, str):
         return layout
     if layout == "tokens" or (layout == "auto" and output.dim() == 3):
-        return _patches(name, output, size)
+        return _patch_transform(name, output, size)
     if output.dim() == 4 and (
         layout == "channels_last" or (layout == "auto" and _is_channels_last(output, size))
     ):
@@ -68,16 +68,18 @@ def are_tokens(output: Tensor, size: tuple[int, int]) -> bool:
     return output.dim() == 3 and _tiling(output.shape[1], size) is not None
 
 
-def _patches(name: str, output: Tensor, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    found = _tiling(output.shape[1], size) if output.dim() == 3 else None
-    if found is None:
+def _patch_transform(
+    name: str, output: Tensor, size: tuple[int, int]
+) -> Callable[[Tensor], Tensor]:
+    tiling = _tiling(output.shape[1], size) if output.dim() == 3 else None
+    if tiling is None:
         raise UserError(
             f"layer '{name}' gives {list(output.shape)}, which has no spatial size: as tokens of "
             f"images {size[0]}x{size[1]} it would be [B, N, K] with N patches in rows and columns, "
             f"after up to {MOST_PREFIXES} class tokens and registers; ask for another layer, or "
             "give layout=, a function of that output which returns [B, K, h, w]"
         )
-    return partial(_cells, prefixes=found[0], grid=found[1])
+    return partial(_cells, prefixes=tiling[0], grid=tiling[1])
 
 
 def _tiling(tokens: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]] | None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from camdistill.explain.engine.request import wide
+from camdistill.explain.engine.request import upcast
 
 SATURATED = 0.99  # of a non-linearity's bound
 
@@ -39,7 +39,7 @@ class Reduced:
 
 def spatial(output: Tensor) -> Float[Tensor, "batch channels height width"]:
     """A layer's output with two spatial axes, in float32 or wider."""
-    return wide(output.detach())[(..., *[None] * (4 - output.dim()))]
+    return upcast(output.detach())[(..., *[None] * (4 - output.dim()))]
 
 
 def reduced(

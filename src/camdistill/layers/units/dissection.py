@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.request import wide
+from camdistill.explain.engine.request import upcast
 from camdistill.networks.capture import capture, plain, undisturbed
 from camdistill.types import Images
 
@@ -219,5 +219,5 @@ def _slices(output: Tensor, size: Sequence[int], room: int) -> list[slice]:
 
 def _stretched(output: Tensor, size: Sequence[int]) -> Tensor:
     """A layer's output at the images' size, [B, K, pixels]."""
-    values = wide(output).float().contiguous()  # one way to compute, whatever the slice
+    values = upcast(output).float().contiguous()  # one way to compute, whatever the slice
     return F.interpolate(values, tuple(size), mode="bilinear", align_corners=False).flatten(2)

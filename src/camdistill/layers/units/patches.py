@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from camdistill.explain.engine.request import wide
+from camdistill.explain.engine.request import upcast
 from camdistill.layers.units.receptive_spans import Field, ReceptiveField
 from camdistill.networks.capture import capture, plain, undisturbed
 from camdistill.types import Images
@@ -108,5 +108,5 @@ def unit_maps(
         for part in torch.split(images, chunk):
             with capture(network, [layer]) as outputs:
                 plain(network)(part)
-            found.append(wide(outputs[layer][:, list(units)]).float().cpu())
+            found.append(upcast(outputs[layer][:, list(units)]).float().cpu())
     return torch.cat(found)

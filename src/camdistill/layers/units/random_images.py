@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.request import wide
+from camdistill.explain.engine.request import upcast
 from camdistill.layers.units.image_spectra import draw_spectra, painted
 from camdistill.networks.capture import bare, plain, tensor, undisturbed, visiting
 from camdistill.types import Images
@@ -115,7 +115,7 @@ def unit_values(
 
 
 def _spatial(layer: str, output: Tensor, units: Sequence[int]) -> Tensor:
-    found = wide(output)
+    found = upcast(output)
     if found.dim() == 2:
         found = found[..., None, None]
     if found.dim() != 4 or (units and not 0 <= min(units) <= max(units) < found.shape[1]):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from camdistill.explain.engine.request import wide
-from camdistill.explain.gradcam import explain
+from camdistill.explain.engine.request import upcast
+from camdistill.explain.gradcam import explain_images
 from camdistill.layers.sweep.layer_selection import Layer
 from camdistill.layers.sweep.statistics.histograms import HistogramCounts, middle
 from camdistill.layers.sweep.statistics.layer_statistics import Cams
@@ -64,7 +64,7 @@ class CamSums:
         for place, (layer, good) in enumerate(places):
             # The number of cells is said, as it can't be told where no map is finite.
             cells = layer.shape[1] * layer.shape[2]
-            peaks = wide(layer[good]).view(-1, cells).amax(1).clamp_min(0)
+            peaks = upcast(layer[good]).view(-1, cells).amax(1).clamp_min(0)
             found.images[place] = good.sum()
             found.scales[place] = HistogramCounts.of(peaks.cpu()).raw
             found.zero[place] = (peaks == 0).sum()
@@ -121,7 +121,7 @@ def layer_maps(
         keys = [layer.key for layer in layers[name]]
         with undisturbed(network):
             other = classes is not None and outputs != _outputs(network, images)
-            explanation = explain(network, images, keys, None if other else classes)
+            explanation = explain_images(network, images, keys, None if other else classes)
         broken = ~torch.isfinite(explanation.logits).all(1)
         if lost is not None and not other:
             broken = broken | lost
@@ -141,7 +141,7 @@ def has_maps(layer: Layer) -> bool:
 
 
 def _outputs(network: nn.Module, images: Images) -> int:
-    shape = explain(network, images[:1], [], maps=False).logits.shape
+    shape = explain_images(network, images[:1], [], maps=False).logits.shape
     return shape[1]
 
 
@@ -162,7 +162,8 @@ def _cosines(first: Sequence[Maps], second: Sequence[Maps]) -> Float[Tensor, "ro
 def _directions(maps: Sequence[Maps], size: tuple[int, int]) -> Float[Tensor, "layers batch cells"]:
     """ReLU maps at a size, of unit length; blank ones stay 0."""
     resized = [
-        F.adaptive_avg_pool2d(wide(layer).clamp_min(0)[:, None], size).flatten(1) for layer in maps
+        F.adaptive_avg_pool2d(upcast(layer).clamp_min(0)[:, None], size).flatten(1)
+        for layer in maps
     ]
     # Normalised by the peak first, so that small maps don't underflow.
     whole = torch.stack(resized)
