@@ -57,7 +57,7 @@ def module(images: ImageSet, folder: Path, *, cached: bool, **options: Any) -> S
             built.teacher, images, layers, root=folder, precision="bfloat16"
         )
     else:
-        built._live = [built.teacher.fused((32, 32))]
+        built._live_teachers = [built.teacher.fuse_batch_norm((32, 32))]
     return built
 
 

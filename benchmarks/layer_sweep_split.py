@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from camdistill import load
-from camdistill.data.datasets import ImageSet, folder, shapes_set
+from camdistill.data.datasets import ImageSet, load_folder, shapes_set
 from camdistill.data.shapes import Shapes
 from camdistill.layers.findings import findings
 from camdistill.layers.sweep.layer_sweep import LayerSweep
@@ -31,7 +31,7 @@ Given = argparse.Namespace
 def images_of(given: Given) -> ImageSet:
     if given.data is None:
         return shapes_set(Shapes("test", given.count))
-    return folder(given.data, "test")
+    return load_folder(given.data, "test")
 
 
 def fetched(images: ImageSet, positions: np.ndarray) -> torch.Tensor:

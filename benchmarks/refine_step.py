@@ -19,10 +19,10 @@ from counted import counted
 
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import identity_view
-from camdistill.distill.differentiable_maps import explained, settled
+from camdistill.distill.differentiable_maps import eval_mode, explain_with_graph
 from camdistill.distill.losses import cross_entropy
-from camdistill.distill.refinement_targets import Arm, Objective, Refinement, Seen
-from camdistill.distill.training import as_images, seeded
+from camdistill.distill.refinement_targets import Objective, Refinement, RefinementArm, ViewBatch
+from camdistill.distill.training import as_images, build_with_seed
 from camdistill.experiments.refinement.refinement_config import Judging
 from camdistill.experiments.refinement.refinement_measurement import Judge
 from camdistill.networks.students import ShallowCNN, parameter_count
@@ -30,7 +30,7 @@ from camdistill.networks.teachers import Preprocessed
 from camdistill.report.results import machine
 
 KINDS = ("insertion_deletion", "faithfulness", "consistency", "energy")
-ROWS: dict[str, tuple[Objective, Arm]] = {
+ROWS: dict[str, tuple[Objective, RefinementArm]] = {
     "ce": (Objective(), "ce"),
     **{kind: (Objective(kind=kind), "objective") for kind in KINDS},  # type: ignore[arg-type]
     "detached": (Objective(), "detached"),
@@ -40,7 +40,7 @@ ROWS: dict[str, tuple[Objective, Arm]] = {
 
 def network(seed: int) -> Preprocessed:
     """The network of refine-cifar10.yaml, untrained."""
-    net = Preprocessed(seeded(seed, lambda: ShallowCNN(8))).eval()
+    net = Preprocessed(build_with_seed(seed, lambda: ShallowCNN(8))).eval()
     return net.to(memory_format=torch.channels_last)
 
 
@@ -58,12 +58,12 @@ def stepper(
 
     def step() -> None:
         net.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), settled(net):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), eval_mode(net):
             if arm == "ce":
                 loss = cross_entropy(net(images), batch.labels).mean()
             else:
-                logits, classes, maps = explained(net, images, objective.cam)
-                seen = Seen(images, batch.ids, view, classes.detach(), maps, masks)
+                logits, classes, maps = explain_with_graph(net, images, objective.cam)
+                seen = ViewBatch(images, batch.ids, view, classes.detach(), maps, masks)
                 loss = cross_entropy(logits, batch.labels).mean()
                 loss = loss + refinement.loss(net, seen, 0).mean()
         loss.backward()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from camdistill.distill.checkpoints import save
+from camdistill.distill.checkpoints import write_checkpoint
 from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.networks.teachers import NetworkSpec
 
@@ -22,7 +22,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     student = tmp_path / "checkpoints" / "shapes-student.safetensors"
     if not student.exists():
         teacher = NetworkSpec("resnet20", "checkpoints/shapes-resnet20.safetensors", {"classes": 8})
-        save(DistilledExplainer(teacher), student)
+        write_checkpoint(DistilledExplainer(teacher), student)
     return tmp_path
 
 

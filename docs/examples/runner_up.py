@@ -15,7 +15,7 @@ import numpy as np
 from camdistill import load
 from camdistill.commands.image_sources import load_image_source
 from camdistill.commands.networks import load_networks
-from camdistill.distill.comparison import compare, score
+from camdistill.distill.comparison import compare, update_meter
 from camdistill.distill.training import as_images
 from camdistill.measure.fidelity import FidelityMeter, intervals
 
@@ -39,7 +39,9 @@ def main() -> None:
     for rows in np.array_split(np.sort(source.order), max(given.count // 250, 1)):
         batch = source.images.batch(rows)
         images = as_images(batch.pixels)
-        score(meter, batch, compare(shown.student, shown.teacher, images, pairs, runner_up=True))
+        update_meter(
+            meter, batch, compare(shown.student, shown.teacher, images, pairs, runner_up=True)
+        )
     found = intervals(meter.table())
     for name in SHOWN:
         mean, low, high = found[name]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from camdistill.data.shapes import Rendered, Shapes
+from camdistill.data.shapes import RenderedShapes, Shapes
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.figures.tiles import Tile, patch_tile, tile_grid
 
@@ -16,7 +16,7 @@ ABREAST, SIDE = 8, 80
 INDICES = np.arange(ABREAST)
 
 
-def tiles(found: Rendered, notes: tuple[str, ...], mask: str | None = None) -> list[Tile]:
+def tiles(found: RenderedShapes, notes: tuple[str, ...], mask: str | None = None) -> list[Tile]:
     """One tile an image, its label below; with a mask, all else is dimmed."""
     return [
         patch_tile(

@@ -113,7 +113,7 @@ def test_rules_row_is_about_the_deconvnet(lab: Callable[..., ClaimSetup]) -> Non
 def test_rows_are_made_of_the_network_with_fully_connected_layers(
     lab: Callable[..., ClaimSetup], flat: Preprocessed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbones, "flattened", lambda lab, run: flat.float())
+    monkeypatch.setattr(backbones, "fully_connected_network", lambda lab, run: flat.float())
     room = lab()
     for claim, number in (
         (ablations.run_relu_ablation, "23"),

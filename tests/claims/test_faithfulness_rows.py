@@ -73,7 +73,7 @@ def test_forwards_are_counted(
     room = lab()
     monkeypatch.setattr(faithfulness_rows, "REPEATS", 2)
     monkeypatch.setattr(faithfulness_rows, "TIMED", 4)
-    monkeypatch.setattr(faithfulness_rows.backbones, "flattened", lambda lab: lab.student)
+    monkeypatch.setattr(faithfulness_rows.backbones, "fully_connected_network", lambda lab: lab.student)
     row = faithfulness_rows.run_cost(room)
     forwards = {m.name: m.value for m in row.ours if m.measure == "forwards an image"}
     assert forwards["grad_cam, teacher"] == 1
@@ -109,8 +109,8 @@ def test_maps_that_ignore_the_network_fail_the_gate(
     def at_image(method: str) -> Callable[..., Tensor]:
         return lambda network, images, classes: images.mean(1)
 
-    monkeypatch.setattr(faithfulness_rows, "at_image", at_image)
-    monkeypatch.setattr(localization_maps, "at_image", at_image)
+    monkeypatch.setattr(faithfulness_rows, "image_explainer", at_image)
+    monkeypatch.setattr(localization_maps, "image_explainer", at_image)
     row = faithfulness_rows.run_resolution(lab())
     alike = [m.value for m in row.ours if m.measure == "rank correlation, random weights"]
     assert alike == pytest.approx([1, 1, 1])

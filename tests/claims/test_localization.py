@@ -47,7 +47,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             return explain
 
-        monkeypatch.setattr(localization_maps, "at_image", at_image)
+        monkeypatch.setattr(localization_maps, "image_explainer", at_image)
 
     return plant
 

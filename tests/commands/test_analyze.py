@@ -15,7 +15,7 @@ from camdistill import tags
 from camdistill.cli import main
 from camdistill.errors import UserError
 from camdistill.layers.sweep.layer_sweep import LayerSweep
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
 from camdistill.report.analysis_run import Opening
@@ -237,7 +237,7 @@ def test_networks_and_images_go_to_the_device(tmp_path: Path, monkeypatch) -> No
 
     def sweep(opening: Opening, *, probes: bool) -> None:
         (network,) = opening.networks.values()
-        weight = next(bare(network).parameters())
+        weight = next(unwrap(network).parameters())
         asked.append((weight.device.type, opening.subject.device))
         moved(opening, probes=probes)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from camdistill.commands.image_sources import load_image_source, load_images
 from camdistill.commands.networks import load_networks
 from camdistill.data.modules import FolderData
-from camdistill.distill.checkpoints import save
+from camdistill.distill.checkpoints import write_checkpoint
 from camdistill.distill.classifier import Classifier
 from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec
@@ -53,7 +53,7 @@ def test_test_images_are_those_that_a_network_was_not_trained_on(tmp_path: Path)
     module.setup("fit")
     module._trainer = None
     path = tmp_path / "network.safetensors"
-    save(module, path)
+    write_checkpoint(module, path)
     shown = load_networks(path, None, None, [])
     assert shown.carving == (3, 0.2)
     folder, side = str(tmp_path / "data"), shown.size[0]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from camdistill.data.annotations import boxes_of, masks_of, read_boxes
-from camdistill.data.datasets import ImageSet, folder
+from camdistill.data.annotations import load_boxes, load_masks, read_boxes
+from camdistill.data.datasets import ImageSet, load_folder
 from camdistill.errors import UserError
 
 SIZES = np.array([[40, 20], [20, 20]], dtype=np.int32)
@@ -22,14 +22,14 @@ def write(root: Path, text: str) -> Path:
 def test_boxes_are_read_with_or_without_a_header(tmp_path: Path) -> None:
     lines = "train/a/1.png,1,2,3,4\n\ntrain/b/2.png,0.5,0,19,19\n"
     for text in (lines, "path,xmin,ymin,xmax,ymax\n" + lines, "﻿" + lines):
-        boxes = boxes_of(write(tmp_path, text), NAMES, SIZES, None)
+        boxes = load_boxes(write(tmp_path, text), NAMES, SIZES, None)
         assert boxes is not None
         assert boxes.tolist() == [[1, 2, 3, 4], [0.5, 0, 19, 19]]
-    assert boxes_of(tmp_path / "elsewhere", NAMES, SIZES, None) is None
+    assert load_boxes(tmp_path / "elsewhere", NAMES, SIZES, None) is None
 
 
 def test_boxes_move_to_the_stored_image_and_nan_means_none(tmp_path: Path) -> None:
-    boxes = boxes_of(write(tmp_path, "train/a/1.png,10,0,29,9\n"), NAMES, SIZES, 10)
+    boxes = load_boxes(write(tmp_path, "train/a/1.png,10,0,29,9\n"), NAMES, SIZES, 10)
     assert boxes is not None
     # 40x20 -> 20x10 -> columns 5 to 15
     assert boxes[0].tolist() == [0, 0, 9, 4]
@@ -58,7 +58,7 @@ def test_several_boxes_become_the_smallest_around_them(tmp_path: Path) -> None:
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, told: str) -> None:
     write(tmp_path, f"path,xmin,ymin,xmax,ymax\ntrain/b/2.png,0,0,1,1\n{line}\n")
     with pytest.raises(UserError, match=told) as raised:
-        boxes_of(tmp_path, NAMES, SIZES, None)
+        load_boxes(tmp_path, NAMES, SIZES, None)
     assert "\n" not in str(raised.value)
 
 
@@ -71,18 +71,18 @@ def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
 def test_boxes_of_another_split_are_no_mistake(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "9.png").write_bytes(b"")
-    boxes = boxes_of(write(tmp_path, "val/9.png,0,0,1,1\n"), NAMES, SIZES, None)
+    boxes = load_boxes(write(tmp_path, "val/9.png,0,0,1,1\n"), NAMES, SIZES, None)
     assert boxes is not None
     assert np.isnan(boxes).all()
 
 
 def test_masks_lie_beside_the_images(tmp_path: Path) -> None:
-    assert masks_of(tmp_path, NAMES, SIZES, 10) is None
+    assert load_masks(tmp_path, NAMES, SIZES, 10) is None
     mask = np.zeros((20, 40), dtype=np.uint8)
     mask[:10, 20:] = 255
     (tmp_path / "masks" / "train" / "a").mkdir(parents=True)
     Image.fromarray(mask).save(tmp_path / "masks" / "train" / "a" / "1.png")
-    masks = masks_of(tmp_path, NAMES, SIZES, 10)
+    masks = load_masks(tmp_path, NAMES, SIZES, 10)
     assert masks is not None
     expected = np.zeros((2, 10, 10))
     expected[0, :5, 5:] = 1
@@ -93,7 +93,7 @@ def test_a_mask_of_another_size_is_told(tmp_path: Path) -> None:
     (tmp_path / "masks" / "train" / "a").mkdir(parents=True)
     Image.new("L", (20, 40)).save(tmp_path / "masks" / "train" / "a" / "1.png")
     with pytest.raises(UserError, match="20x40 pixels, its image 40x20"):
-        masks_of(tmp_path, NAMES, SIZES, 10)
+        load_masks(tmp_path, NAMES, SIZES, 10)
 
 
 def test_corrected_masks_and_boxes_are_another_truth_of_the_same_images(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_corrected_masks_and_boxes_are_another_truth_of_the_same_images(tmp_path
     file = tmp_path / "masks" / "train" / "a" / "0.png"
 
     def seen() -> ImageSet:
-        return folder(tmp_path, "train", cache_dir=tmp_path / "cache")
+        return load_folder(tmp_path, "train", cache_dir=tmp_path / "cache")
 
     found = [seen()]
     for place in (1, 5):
@@ -118,5 +118,5 @@ def test_corrected_masks_and_boxes_are_another_truth_of_the_same_images(tmp_path
     (tmp_path / "boxes.csv").write_text("train/a/0.png,1,1,4,4\n")
     found.append(seen())
     assert len({one.fingerprint for one in found}) == 1
-    assert len({one.truth for one in found}) == 4
-    assert found[1].subset(np.array([0])).truth == found[1].truth
+    assert len({one.annotation_digest for one in found}) == 4
+    assert found[1].subset(np.array([0])).annotation_digest == found[1].annotation_digest

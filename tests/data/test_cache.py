@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from camdistill.data import cache
-from camdistill.data.cache import decoded
-from camdistill.data.folders import Files, scan
+from camdistill.data.cache import load_or_decode
+from camdistill.data.folders import ImageFiles, scan
 from camdistill.errors import CURES, UserError
 
 COUNT = 150
@@ -35,7 +35,7 @@ def truth() -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (COUNT, 20, 20, 3), dtype=np.uint8)
 
 
-def in_order(files: Files) -> NDArray[np.uint8]:
+def in_order(files: ImageFiles) -> NDArray[np.uint8]:
     order = [int(Path(name).stem) for name in files.names]
     return truth()[order].transpose(0, 3, 1, 2)
 
@@ -44,19 +44,19 @@ def test_cache_holds_the_decoded_images_in_the_order_of_the_files(
     folder: Path, tmp_path: Path
 ) -> None:
     files = scan(folder)
-    found = decoded(files, cache_dir=tmp_path / "cache")
+    found = load_or_decode(files, cache_dir=tmp_path / "cache")
     assert np.array_equal(found.pixels, in_order(files))
     assert found.sizes.tolist() == [[20, 20]] * COUNT
-    assert found.kept.tolist() == list(range(COUNT))
+    assert found.positions.tolist() == list(range(COUNT))
     assert not found.pixels.flags.writeable
 
 
 def test_second_opening_decodes_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = decoded(scan(folder), cache_dir=tmp_path)
+    first = load_or_decode(scan(folder), cache_dir=tmp_path)
     monkeypatch.setattr(cache.decode, "decode", None)
-    second = decoded(scan(folder), cache_dir=tmp_path, check="full")
+    second = load_or_decode(scan(folder), cache_dir=tmp_path, check="full")
     assert second.path == first.path
     assert second.digest == first.digest
     assert np.array_equal(first.pixels, second.pixels)
@@ -64,7 +64,7 @@ def test_second_opening_decodes_nothing(
 
 @pytest.mark.parametrize("change", ["pixels", "touched", "added", "removed", "renamed"])
 def test_a_stale_cache_is_rebuilt(folder: Path, tmp_path: Path, change: str) -> None:
-    before = decoded(scan(folder), cache_dir=tmp_path)
+    before = load_or_decode(scan(folder), cache_dir=tmp_path)
     victim = folder / "c1" / "001.png"
     if change == "pixels":
         Image.fromarray(truth()[0]).save(victim)
@@ -77,7 +77,7 @@ def test_a_stale_cache_is_rebuilt(folder: Path, tmp_path: Path, change: str) -> 
         victim.unlink()
     else:
         victim.rename(folder / "c1" / "zzz.png")
-    after = decoded(scan(folder), cache_dir=tmp_path)
+    after = load_or_decode(scan(folder), cache_dir=tmp_path)
     assert after.path == before.path
     # the digest is of the content: touching a file rebuilds the cache but is no other content
     assert (after.digest == before.digest) == (change == "touched")
@@ -86,7 +86,7 @@ def test_a_stale_cache_is_rebuilt(folder: Path, tmp_path: Path, change: str) -> 
 
 
 def test_other_sizes_have_caches_of_their_own(folder: Path, tmp_path: Path) -> None:
-    whole, half = (decoded(scan(folder), size, tmp_path) for size in (None, 10))
+    whole, half = (load_or_decode(scan(folder), size, tmp_path) for size in (None, 10))
     assert whole.path != half.path
     assert half.pixels.shape == (COUNT, 3, 10, 10)
 
@@ -96,7 +96,7 @@ def test_other_sizes_have_caches_of_their_own(folder: Path, tmp_path: Path) -> N
 def test_a_damaged_cache_is_rebuilt(
     folder: Path, tmp_path: Path, how: str, where: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = decoded(scan(folder), cache_dir=tmp_path)
+    first = load_or_decode(scan(folder), cache_dir=tmp_path)
     content = bytearray(first.path.read_bytes())
     place = int(where * len(content))
     if how == "cut":
@@ -113,7 +113,7 @@ def test_a_damaged_cache_is_rebuilt(
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         files = scan(folder)
-        again = decoded(files, cache_dir=tmp_path)
+        again = load_or_decode(files, cache_dir=tmp_path)
     assert np.array_equal(again.pixels, in_order(files))
     assert "damaged" in caplog.text
 
@@ -122,23 +122,24 @@ def test_a_byte_between_the_samples_is_found_by_the_full_check(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "SAMPLE_BYTES", 64)
-    first = decoded(scan(folder), cache_dir=tmp_path)
+    first = load_or_decode(scan(folder), cache_dir=tmp_path)
     content = bytearray(first.path.read_bytes())
     content[200] ^= 1
     first.path.write_bytes(content)
     assert np.array_equal(
-        decoded(scan(folder), cache_dir=tmp_path).pixels.reshape(-1)[200:201], content[200:201]
+        load_or_decode(scan(folder), cache_dir=tmp_path).pixels.reshape(-1)[200:201],
+        content[200:201],
     )
-    again = decoded(scan(folder), cache_dir=tmp_path, check="full")
+    again = load_or_decode(scan(folder), cache_dir=tmp_path, check="full")
     assert np.array_equal(again.pixels, in_order(scan(folder)))
 
 
 def test_a_broken_file_is_named_and_leaves_the_old_cache(folder: Path, tmp_path: Path) -> None:
-    old = decoded(scan(folder), cache_dir=tmp_path / "cache")
+    old = load_or_decode(scan(folder), cache_dir=tmp_path / "cache")
     content = old.path.read_bytes()
     (folder / "c2" / "005.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"c2/005\.png.*on_broken: skip"):
-        decoded(scan(folder), cache_dir=tmp_path / "cache")
+        load_or_decode(scan(folder), cache_dir=tmp_path / "cache")
     assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [content]
 
 
@@ -150,27 +151,32 @@ def test_skip_goes_on_and_says_how_many(
     files = scan(folder)
     for _ in range(2):  # built, then opened
         caplog.clear()
-        found = decoded(files, cache_dir=tmp_path, on_broken="skip")
+        found = load_or_decode(files, cache_dir=tmp_path, on_broken="skip")
         assert "2 of 150 files" in caplog.text
-        assert [files.names[i] for i in set(range(COUNT)) - set(found.kept.tolist())] == [
+        assert [files.names[i] for i in set(range(COUNT)) - set(found.positions.tolist())] == [
             "c0/000.png",
             "c2/005.png",
         ]
-        assert np.array_equal(found.pixels, in_order(files)[found.kept])
+        assert np.array_equal(found.pixels, in_order(files)[found.positions])
 
 
 def test_only_broken_files_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match="all 1 files"):
-        decoded(scan(tmp_path), cache_dir=tmp_path / "cache", on_broken="skip")
+        load_or_decode(scan(tmp_path), cache_dir=tmp_path / "cache", on_broken="skip")
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_files_of_other_sizes_need_a_size(folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 25)).save(folder / "c2" / "zz.png")
     with pytest.raises(UserError, match=r"zz\.png' has 30x25 .* 20x20; set size"):
-        decoded(scan(folder), cache_dir=tmp_path / "cache")
-    assert decoded(scan(folder), 20, tmp_path / "cache").pixels.shape == (COUNT + 1, 3, 20, 20)
+        load_or_decode(scan(folder), cache_dir=tmp_path / "cache")
+    assert load_or_decode(scan(folder), 20, tmp_path / "cache").pixels.shape == (
+        COUNT + 1,
+        3,
+        20,
+        20,
+    )
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_file(folder: Path, tmp_path: Path) -> None:
@@ -178,12 +184,12 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(folder: Path, tmp_path: Pat
     script = f"""
         import resource, sys
         from pathlib import Path
-        from camdistill.data.cache import decoded
+        from camdistill.data.cache import load_or_decode
         from camdistill.data.folders import scan
         from camdistill.errors import UserError
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         try:
-            decoded(scan(Path({str(folder)!r})), cache_dir=Path({str(tmp_path / "cache")!r}))
+            load_or_decode(scan(Path({str(folder)!r})), cache_dir=Path({str(tmp_path / "cache")!r}))
         except UserError as error:
             sys.exit(str(error))
     """
@@ -200,17 +206,17 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(folder: Path, tmp_path: Pat
 def test_a_folder_that_cannot_be_written_is_told(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="CAMDISTILL_CACHE"):
-        decoded(scan(folder), cache_dir=tmp_path / "file" / "below")
+        load_or_decode(scan(folder), cache_dir=tmp_path / "file" / "below")
 
 
 def test_leftovers_of_killed_runs_are_removed_when_old(folder: Path, tmp_path: Path) -> None:
-    path = decoded(scan(folder), cache_dir=tmp_path / "cache").path
+    path = load_or_decode(scan(folder), cache_dir=tmp_path / "cache").path
     old, young = (path.with_name(f"{path.name}.{name}.part") for name in ("old", "young"))
     old.write_bytes(b"half")
     os.utime(old, (0, 0))
     young.write_bytes(b"half")
     path.unlink()
-    decoded(scan(folder), cache_dir=tmp_path / "cache")
+    load_or_decode(scan(folder), cache_dir=tmp_path / "cache")
     assert not old.exists()
     assert young.exists()
 
@@ -241,8 +247,8 @@ def test_large_images_are_decoded_few_at_a_time(
 
     monkeypatch.setattr(cache.concurrent.futures.ThreadPoolExecutor, "submit", counted)
     monkeypatch.setattr(cache, "CHUNK_BYTES", 2 * 3 * 20 * 20)
-    whole = decoded(scan(tmp_path / "images"), 20, tmp_path / "cache", "skip")
+    whole = load_or_decode(scan(tmp_path / "images"), 20, tmp_path / "cache", "skip")
     assert taken == [0, 2, 4]
     assert whole.pixels[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
-    whole = decoded(scan(tmp_path / "images"), None, tmp_path / "cache", "skip")
+    whole = load_or_decode(scan(tmp_path / "images"), None, tmp_path / "cache", "skip")
     assert whole.pixels[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]

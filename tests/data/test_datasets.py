@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from camdistill.data.datasets import ImageSet, carve, cifar, folder, limited, shapes_set
+from camdistill.data.datasets import ImageSet, carve, limit_set, load_cifar, load_folder, shapes_set
 from camdistill.data.shapes import Shapes
 from camdistill.errors import UserError
 
@@ -97,7 +97,7 @@ def test_a_fraction_out_of_range_is_told(fraction: float) -> None:
 @settings(max_examples=30, deadline=None)
 def test_few_shots_are_balanced_and_nested(small: int, seed: int) -> None:
     whole = numbered(60)
-    few, more = limited(whole, small, seed), limited(whole, min(small + 7, 60), seed)
+    few, more = limit_set(whole, small, seed), limit_set(whole, min(small + 7, 60), seed)
     assert len(few) == small
     assert set(few.ids.tolist()) <= set(more.ids.tolist())
     counts = np.bincount(few.labels, minlength=3)
@@ -118,8 +118,8 @@ def test_shapes_are_rendered_with_labels_names_and_masks() -> None:
 def test_a_folder_with_splits_is_read_with_paths_relative_to_the_root(tmp_path: Path) -> None:
     save(tmp_path, train__cat=3, train__dog=2, val__cat=1, val__dog=1)
     (tmp_path / "boxes.csv").write_text("val/dog/0.png,1,2,3,4\n")
-    train = folder(tmp_path, "train", cache_dir=tmp_path / "c")
-    test = folder(tmp_path, "test", cache_dir=tmp_path / "c")
+    train = load_folder(tmp_path, "train", cache_dir=tmp_path / "c")
+    test = load_folder(tmp_path, "test", cache_dir=tmp_path / "c")
     assert list(train.names) == [
         *(f"train/cat/{i}.png" for i in range(3)),
         "train/dog/0.png",
@@ -141,7 +141,7 @@ def test_a_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) ->
         save(tmp_path / place, a=2, b=2)
     save(tmp_path / "three", seed=1, a=2, b=2)
     one, two, three = (
-        folder(tmp_path / place, cache_dir=tmp_path / "c").fingerprint
+        load_folder(tmp_path / place, cache_dir=tmp_path / "c").fingerprint
         for place in ("one", "two", "three")
     )
     assert one == two
@@ -150,12 +150,12 @@ def test_a_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) ->
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     save(tmp_path / "flat", **{"": 4})
-    images = folder(tmp_path / "flat", cache_dir=tmp_path / "c")
+    images = load_folder(tmp_path / "flat", cache_dir=tmp_path / "c")
     assert images.labels.tolist() == [-1] * 4
     assert images.classes == ()
     assert not images.labelled
     save(tmp_path / "deep", a=2, b__c=2)
-    deep = folder(tmp_path / "deep", labelled=False, cache_dir=tmp_path / "c")
+    deep = load_folder(tmp_path / "deep", labelled=False, cache_dir=tmp_path / "c")
     assert list(deep.names) == ["a/0.png", "a/1.png", "b/c/0.png", "b/c/1.png"]
     assert deep.labels.tolist() == [-1] * 4
 
@@ -166,7 +166,7 @@ def test_labels_stay_in_step_when_broken_files_are_skipped(
     save(tmp_path / "d", a=3, b=3)
     (tmp_path / "d" / "a" / "1.png").write_bytes(b"broken")
     with caplog.at_level(logging.WARNING):
-        images = folder(tmp_path / "d", on_broken="skip", cache_dir=tmp_path / "c")
+        images = load_folder(tmp_path / "d", on_broken="skip", cache_dir=tmp_path / "c")
     assert "1 of 6 files" in caplog.text
     assert images.labels.tolist() == [0, 0, 1, 1, 1]
     assert images.names[1] == "a/2.png"
@@ -177,20 +177,20 @@ def test_a_class_whose_images_are_all_broken_is_told(tmp_path: Path) -> None:
     save(tmp_path / "d", a=3, b=1)
     (tmp_path / "d" / "b" / "0.png").write_bytes(b"broken")
     with pytest.raises(UserError, match="class 'b'"):
-        folder(tmp_path / "d", on_broken="skip", cache_dir=tmp_path / "c")
+        load_folder(tmp_path / "d", on_broken="skip", cache_dir=tmp_path / "c")
 
 
 def test_missing_splits_folders_and_images_are_told(tmp_path: Path) -> None:
     save(tmp_path / "d", a=1, b=1)
     with pytest.raises(UserError, match="has no test split; there are: 'train'"):
-        folder(tmp_path / "d", "test", cache_dir=tmp_path / "c")
+        load_folder(tmp_path / "d", "test", cache_dir=tmp_path / "c")
     with pytest.raises(UserError, match="nearest: 'd'"):
-        folder(tmp_path / "dd", cache_dir=tmp_path / "c")
+        load_folder(tmp_path / "dd", cache_dir=tmp_path / "c")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images in"):
-        folder(tmp_path / "empty", cache_dir=tmp_path / "c")
+        load_folder(tmp_path / "empty", cache_dir=tmp_path / "c")
     with pytest.raises(UserError, match="size is 0"):
-        folder(tmp_path / "d", size=0, cache_dir=tmp_path / "c")
+        load_folder(tmp_path / "d", size=0, cache_dir=tmp_path / "c")
 
 
 def test_cifar_without_files_or_internet_is_one_line(
@@ -200,11 +200,11 @@ def test_cifar_without_files_or_internet_is_one_line(
         raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
 
     with pytest.raises(UserError, match=r"no cifar10 in .*put cifar-10-python") as told:
-        cifar("cifar10", tmp_path, "train", download=False)
+        load_cifar("cifar10", tmp_path, "train", download=False)
     assert "\n" not in str(told.value)
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     with pytest.raises(UserError, match=r"name resolution.*put cifar-100-python") as told:
-        cifar("cifar100", tmp_path / "new", "test")
+        load_cifar("cifar100", tmp_path / "new", "test")
     assert "\n" not in str(told.value)
 
 
@@ -219,7 +219,7 @@ def test_cifar_equals_its_published_layout(tmp_path: Path, monkeypatch: pytest.M
     with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
         archive.add(base, base.name)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    images = cifar("cifar10", tmp_path, "test", download=False)
+    images = load_cifar("cifar10", tmp_path, "test", download=False)
     assert np.array_equal(images.pixels, rows.reshape(5, 3, 32, 32))
     assert images.labels.tolist() == [3, 1, 4, 1, 5]
     assert images.classes == tuple(names)
@@ -230,7 +230,7 @@ def test_tiny_imagenet_boxes_and_greyscale_files_are_read(tmp_path: Path) -> Non
     root = os.environ.get("CAMDISTILL_DATA")
     if not root or not (Path(root) / "tinyimagenet10").is_dir():
         pytest.skip("CAMDISTILL_DATA names no folder with tinyimagenet10")
-    images = folder(Path(root) / "tinyimagenet10", "test", cache_dir=tmp_path)
+    images = load_folder(Path(root) / "tinyimagenet10", "test", cache_dir=tmp_path)
     assert len(images) == 500
     assert images.size == (64, 64)
     assert np.bincount(images.labels).tolist() == [50] * 10

@@ -183,7 +183,7 @@ def test_boxes_move_with_the_image(tmp_path: Path, shape: tuple[int, int]) -> No
     pixels[ymin : ymax + 1, xmin : xmax + 1] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
     stored, frame = decode(tmp_path / "a.png", 24)
-    box = frame.stored_box(np.array([xmin, ymin, xmax, ymax], dtype=np.float64))
+    box = frame.move_box(np.array([xmin, ymin, xmax, ymax], dtype=np.float64))
     rows, columns = ndimage.find_objects((stored[0] >= 128).astype(int))[0]
     found = [columns.start, rows.start, columns.stop - 1, rows.stop - 1]
     assert np.abs(box - found).max() <= 0.51
@@ -191,8 +191,8 @@ def test_boxes_move_with_the_image(tmp_path: Path, shape: tuple[int, int]) -> No
 
 def test_a_box_that_is_cut_away_is_nan() -> None:
     frame = Frame(100, 20, 20)
-    assert np.isnan(frame.stored_box(np.array([0.0, 0, 10, 19]))).all()
-    assert np.array_equal(frame.stored_box(np.array([30.0, 5, 59, 9])), [0, 5, 19, 9])
+    assert np.isnan(frame.move_box(np.array([0.0, 0, 10, 19]))).all()
+    assert np.array_equal(frame.move_box(np.array([30.0, 5, 59, 9])), [0, 5, 19, 9])
 
 
 def test_masks_move_as_whole_pixels(tmp_path: Path) -> None:
@@ -291,7 +291,9 @@ def test_thin_images_are_scaled_where_they_are_kept(
     scale = min(shape) / 224
     for axis, along in ((0, 1), (1, 0)):
         first = (
-            (round((frame.scaled()[along] - 224) / 2) + 0.5) * shape[axis] / frame.scaled()[along]
+            (round((frame.size_after_scaling()[along] - 224) / 2) + 0.5)
+            * shape[axis]
+            / frame.size_after_scaling()[along]
         )
         centres = first + np.arange(224) * scale - 0.5
         if shape[axis] == max(shape):  # the ramp itself at these places, wraps apart

@@ -10,12 +10,12 @@ from torchvision.datasets import ImageFolder
 
 from camdistill.data.decode import SUFFIXES
 from camdistill.data.folders import (
+    check_folder,
+    check_same_classes,
     class_folders,
-    classes_of,
-    existing_folder,
+    find_classes,
     find_layout,
-    labels_of,
-    same_classes,
+    labels_from_paths,
     scan,
 )
 from camdistill.errors import UserError
@@ -41,7 +41,7 @@ def test_order_and_labels_equal_torchvision_image_folder(tmp_path: Path) -> None
         str(tmp_path), is_valid_file=lambda p: "hidden" not in p and ".txt" not in p
     )
     assert list(classes) == theirs.classes
-    ours = dict(zip(files.names, labels_of(files, classes).tolist(), strict=True))
+    ours = dict(zip(files.names, labels_from_paths(files, classes).tolist(), strict=True))
     expected = {Path(p).relative_to(tmp_path).as_posix(): label for p, label in theirs.samples}
     assert ours == expected
     assert list(files.names) == sorted(files.names)
@@ -81,12 +81,12 @@ def test_split_folders(
 def test_missing_folder_offers_its_neighbours(tmp_path: Path) -> None:
     make(tmp_path, "cifar10/", "flowers/")
     with pytest.raises(UserError, match=r"no folder .*cifar1'.*nearest: 'cifar10'"):
-        existing_folder(tmp_path / "cifar1")
+        check_folder(tmp_path / "cifar1")
     with pytest.raises(UserError, match="nearest: 'cifar10'"):
-        existing_folder(tmp_path / "cifar" / "train")
+        check_folder(tmp_path / "cifar" / "train")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        existing_folder(tmp_path / "file")
+        check_folder(tmp_path / "file")
 
 
 def test_test_without_train_is_told(tmp_path: Path) -> None:
@@ -97,43 +97,43 @@ def test_test_without_train_is_told(tmp_path: Path) -> None:
 
 def test_classes_are_looked_for_required_or_ignored(tmp_path: Path) -> None:
     make(tmp_path / "classes", "a/1.png", "b/1.png", "masks/a/1.png")
-    assert classes_of(tmp_path / "classes", None) == ("a", "b")
-    assert classes_of(tmp_path / "classes", False) == ()
+    assert find_classes(tmp_path / "classes", None) == ("a", "b")
+    assert find_classes(tmp_path / "classes", False) == ()
     assert "masks/a/1.png" not in scan(tmp_path / "classes").names
     make(tmp_path / "flat", "1.png", "2.png")
-    assert classes_of(tmp_path / "flat", None) == ()
+    assert find_classes(tmp_path / "flat", None) == ()
     with pytest.raises(UserError, match="no class folders"):
-        classes_of(tmp_path / "flat", True)
+        find_classes(tmp_path / "flat", True)
 
 
 def test_one_class_only_is_told(tmp_path: Path) -> None:
     make(tmp_path, "cats/1.png")
     with pytest.raises(UserError, match=r"one class only, 'cats'.*labelled: false"):
-        classes_of(tmp_path, None)
+        find_classes(tmp_path, None)
 
 
 def test_images_beside_class_folders_are_told(tmp_path: Path) -> None:
     make(tmp_path, "a/1.png", "b/1.png", "loose.png")
     with pytest.raises(UserError, match=r"loose\.png lies beside"):
-        labels_of(scan(tmp_path), classes_of(tmp_path, None))
+        labels_from_paths(scan(tmp_path), find_classes(tmp_path, None))
     make(tmp_path / "single", "a/1.png", "loose.png")
     with pytest.raises(UserError, match="1 images and one folder 'a'"):
-        classes_of(tmp_path / "single", None)
+        find_classes(tmp_path / "single", None)
 
 
 def test_an_empty_class_is_named(tmp_path: Path) -> None:
     make(tmp_path, "a/1.png", "b/")
     with pytest.raises(UserError, match=r"class folder .*b' holds no images"):
-        labels_of(scan(tmp_path), classes_of(tmp_path, None))
+        labels_from_paths(scan(tmp_path), find_classes(tmp_path, None))
 
 
 def test_classes_that_differ_between_splits_are_named(tmp_path: Path) -> None:
     make(tmp_path, "train/cat/", "train/dog/", "test/cat/", "test/dogs/", "val/cat/")
-    same_classes(tmp_path / "train", tmp_path / "train")
+    check_same_classes(tmp_path / "train", tmp_path / "train")
     with pytest.raises(UserError, match=r"class 'dogs' of .*test is not in .*nearest: 'dog'"):
-        same_classes(tmp_path / "train", tmp_path / "test")
+        check_same_classes(tmp_path / "train", tmp_path / "test")
     with pytest.raises(UserError, match=r"class 'dog' of .*train is not in .*val"):
-        same_classes(tmp_path / "train", tmp_path / "val")
+        check_same_classes(tmp_path / "train", tmp_path / "val")
 
 
 def test_a_dead_link_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from camdistill.data import loading
 from camdistill.data.datasets import ImageSet
-from camdistill.data.loading import Loader, Order
+from camdistill.data.loading import BatchSampler, Loader
 from camdistill.errors import UserError
 from camdistill.types import Batch
 
@@ -34,7 +34,7 @@ def numbered(count: int) -> ImageSet:
     )
 
 
-def shares(order: Order, world: int) -> list[list[tuple[list[int], list[bool]]]]:
+def shares(order: BatchSampler, world: int) -> list[list[tuple[list[int], list[bool]]]]:
     """What each process gets: [rank][batch] -> (positions, counted)."""
     found = []
     for rank in range(world):
@@ -54,7 +54,7 @@ def shares(order: Order, world: int) -> list[list[tuple[list[int], list[bool]]]]
 def test_training_shares_put_together_are_the_single_process_batches(
     length: int, parts: int, world: int, epoch: int
 ) -> None:
-    order = Order(length, parts * world, train=True, seed=5)
+    order = BatchSampler(length, parts * world, train=True, seed=5)
     order.set_epoch(epoch)
     if length < world:
         with pytest.raises(UserError, match="can't be shared"):
@@ -78,7 +78,7 @@ def test_training_shares_put_together_are_the_single_process_batches(
 def test_evaluation_counts_every_image_once_and_fills_shares_up(
     length: int, parts: int, world: int
 ) -> None:
-    order = Order(length, parts * world, train=False)
+    order = BatchSampler(length, parts * world, train=False)
     by_rank = shares(order, world)
     counted = [
         position
@@ -95,11 +95,11 @@ def test_evaluation_counts_every_image_once_and_fills_shares_up(
 
 
 def test_epochs_and_seeds_have_orders_of_their_own_and_the_last_part_batch_is_dropped() -> None:
-    order = Order(103, 10, train=True, seed=1)
+    order = BatchSampler(103, 10, train=True, seed=1)
     assert len(order) == 10
     orders = []
     for seed, epoch in [(1, 0), (1, 1), (2, 0)]:
-        order = Order(103, 10, train=True, seed=seed)
+        order = BatchSampler(103, 10, train=True, seed=seed)
         order.set_epoch(epoch)
         orders.append(tuple(p for positions, _ in order for p in positions.tolist()))
     assert len(set(orders)) == 3
@@ -108,7 +108,7 @@ def test_epochs_and_seeds_have_orders_of_their_own_and_the_last_part_batch_is_dr
 
 def test_a_batch_that_processes_cannot_share_is_told() -> None:
     with pytest.raises(UserError, match="give a multiple of 4"):
-        shares(Order(100, 10, train=True), 4)
+        shares(BatchSampler(100, 10, train=True), 4)
 
 
 class Recorder(pl.LightningModule):
@@ -159,8 +159,8 @@ def run(
         limit_train_batches=limit_train_batches,
         limit_val_batches=None if validate else 0,
     )
-    train = Loader(numbered(44), Order(44, 8, train=True, seed=3))
-    val = Loader(numbered(12), Order(12, 8, train=False))
+    train = Loader(numbered(44), BatchSampler(44, 8, train=True, seed=3))
+    val = Loader(numbered(12), BatchSampler(12, 8, train=False))
     path = str(folder / "last.ckpt") if resume else None
     try:
         trainer.fit(model, train, val, ckpt_path=path)
@@ -179,7 +179,7 @@ def test_resumed_epochs_have_the_order_of_the_unbroken_run(
     steps = limit or 5
     assert [epoch for epoch, _ in whole] == [e for e in range(4) for _ in range(steps)]
     for epoch in range(4):
-        order = Order(44, 8, train=True, seed=3)
+        order = BatchSampler(44, 8, train=True, seed=3)
         order.set_epoch(epoch)
         expected = [p.tolist() for p, _ in order][:steps]
         assert [ids for e, ids in whole if e == epoch] == expected
@@ -206,7 +206,7 @@ def _report(rank: int, folder: str, attempt: int) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet{attempt}", rank=rank, world_size=2
     )
-    loader = Loader(numbered(7), Order(7, 4, train=False))
+    loader = Loader(numbered(7), BatchSampler(7, 4, train=False))
     torch.save([(b.ids, b.counted) for b in loader], f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -60,7 +60,7 @@ def test_cifar_is_downloaded_by_one_process_before_the_others_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("camdistill.data.modules.cifar", lambda *a, **k: asked.append((a, k)))
+    monkeypatch.setattr("camdistill.data.modules.load_cifar", lambda *a, **k: asked.append((a, k)))
     CIFARData("cifar100", tmp_path, download=True).prepare_data()
     assert asked == [(("cifar100", tmp_path, "train"), {"download": True})]
 

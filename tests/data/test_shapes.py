@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from scipy.ndimage import uniform_filter
 
-from camdistill.data.shapes import Rendered, Shapes
+from camdistill.data.shapes import RenderedShapes, Shapes
 from camdistill.errors import UserError
 
 SPLITS = ("train", "val", "test", "aligned", "neutral", "conflict")
@@ -20,11 +20,11 @@ GOLDEN = {
 }
 
 
-def rendered(count: int, split: str = "train", **options) -> Rendered:
+def rendered(count: int, split: str = "train", **options) -> RenderedShapes:
     return Shapes(split=split, length=count, **options).render(np.arange(count))
 
 
-def digest(images: Rendered) -> str:
+def digest(images: RenderedShapes) -> str:
     seen = hashlib.sha256(images.pixels.tobytes() + images.labels.tobytes())
     for name in sorted(images.masks):
         seen.update(name.encode() + np.packbits(images.masks[name]).tobytes())

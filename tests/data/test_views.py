@@ -15,7 +15,7 @@ from camdistill.data.views import (
     View,
     draw_view,
     identity_view,
-    uniforms,
+    uniforms_by_id,
     view_images,
     view_maps,
 )
@@ -78,14 +78,14 @@ def test_uniforms_are_splitmix_in_python_integers(seed: int, epoch: int, ids: li
         row = splitmix((key + (number + 1) * golden) & MASK)
         bits = [splitmix((row + column * golden) & MASK) >> 40 for column in (1, 2, 3)]
         expected.append([bit / 2**24 for bit in bits])
-    drawn = uniforms(torch.tensor(ids), 3, seed=seed, epoch=epoch)
+    drawn = uniforms_by_id(torch.tensor(ids), 3, seed=seed, epoch=epoch)
     assert drawn.tolist() == expected
 
 
 def test_uniforms_are_uniform_and_columns_epochs_and_seeds_are_independent() -> None:
     ids = torch.arange(20_000)
     columns = [
-        uniforms(ids, 2, seed=seed, epoch=epoch)[:, column].numpy()
+        uniforms_by_id(ids, 2, seed=seed, epoch=epoch)[:, column].numpy()
         for seed, epoch, column in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1)]
     ]
     for column in columns:

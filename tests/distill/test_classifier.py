@@ -14,7 +14,7 @@ from scipy.stats import norm
 from camdistill import tags
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment, draw_view, view_images
-from camdistill.distill.checkpoints import load, save
+from camdistill.distill.checkpoints import load, write_checkpoint
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.optimization import Optimisation
 from camdistill.errors import UserError
@@ -97,7 +97,7 @@ def test_weights_for_other_classes_get_a_new_head(
     data = shapes()
     first = Classifier(SMALL)
     trainer_of().fit(first, data)
-    save(first, tmp_path / "first.safetensors")
+    write_checkpoint(first, tmp_path / "first.safetensors")
     spec = NetworkSpec("shallow_cnn", str(tmp_path / "first.safetensors"), SMALL.args)
     second = Classifier(spec, optimisation=Optimisation(lr=1e-9))
     trainer_of(limit_train_batches=1).fit(second, shapes(classes=6))
@@ -112,7 +112,7 @@ def test_weights_for_other_classes_get_a_new_head(
 def test_what_is_saved_is_what_loads(shapes: Data, trainer_of: Trainers, tmp_path: Path) -> None:
     module, data = Classifier(SMALL), shapes()
     trainer_of().fit(module, data)
-    save(module, tmp_path / "a.safetensors")
+    write_checkpoint(module, tmp_path / "a.safetensors")
     found = load(tmp_path / "a.safetensors")
     images = data.val_set.batch(np.arange(8)).pixels.float() / 255  # type: ignore[union-attr]
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_checkpoint_tells_its_images_size_and_one_that_does_not_still_works(
     trainer = trainer_of(max_epochs=1)
     trainer.fit(module, data)
     trainer.save_checkpoint(whole)
-    save(module, tmp_path / "a.safetensors")
+    write_checkpoint(module, tmp_path / "a.safetensors")
     for file in (tmp_path / "a.safetensors", whole):
         assert load(file).settings["size"] == [64, 64]
     older = torch.load(whole, weights_only=True)

@@ -139,7 +139,7 @@ def test_without_beta_no_map_is_asked_for(
         assert layers == []
         return explain_images(network, images, layers, *rest, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("camdistill.distill.transfer.explain", only_logits)
+    monkeypatch.setattr("camdistill.distill.transfer.explain_images", only_logits)
     monkeypatch.setattr(module, "_name_pairs", lambda images: None)
     module.mean_map_by_layer = {"layer3": torch.ones(8, 8)}
     trainer.fit(module, shapes())
@@ -353,7 +353,7 @@ def test_scalars_are_logged_under_their_tags(
     assert all([step for step, _ in found[tag]] == list(range(8)) for tag in each_step)
     assert all([step for step, _ in found[tag]] == [3, 7] for tag in each_epoch)
     for step, rate in found[tags.LEARNING_RATE]:
-        assert rate == pytest.approx(0.05 * module.optimisation.rate(step / 8))
+        assert rate == pytest.approx(0.05 * module.optimisation.lr_factor(step / 8))
     for step in range(8):
         terms = {tag: dict(found[tag])[step] for tag in each_step}
         total = 0.1 * terms[tags.LOSS_CE] + 0.9 * terms[tags.LOSS_KD]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from camdistill.data.views import identity_view
-from camdistill.distill.differentiable_maps import explained
-from camdistill.distill.refinement_targets import Arm, Objective, Refinement, Seen
+from camdistill.distill.differentiable_maps import explain_with_graph
+from camdistill.distill.refinement_targets import Objective, Refinement, RefinementArm, ViewBatch
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
@@ -33,13 +33,15 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def seen_by(net: Preprocessed, dtype: torch.dtype = torch.float32) -> Seen:
+def seen_by(net: Preprocessed, dtype: torch.dtype = torch.float32) -> ViewBatch:
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-    _, classes, maps = explained(net, images)
-    return Seen(images, torch.arange(4), identity_view(4), classes, maps)
+    _, classes, maps = explain_with_graph(net, images)
+    return ViewBatch(images, torch.arange(4), identity_view(4), classes, maps)
 
 
-def loss_of(file: str, arm: Arm, net: Preprocessed, seen: Seen, step: int = 0) -> Tensor:
+def loss_of(
+    file: str, arm: RefinementArm, net: Preprocessed, seen: ViewBatch, step: int = 0
+) -> Tensor:
     return Refinement(Objective(kind="learned", file=file), arm, 5).loss(net, seen, step)
 
 
@@ -95,7 +97,7 @@ def test_the_random_arm_is_told_chance_in_place_of_the_network(file: str) -> Non
     seen = seen_by(net)
     control = Refinement(Objective(kind="learned", file=file), "random", 5)
     known = image_context(net, seen.images, seen.classes)
-    found = control._of_chance(known, seen)
+    found = control._random_context(known, seen)
     assert torch.equal(found[:, OF_NETWORK:], known[:, OF_NETWORK:])
     assert PLANES[OF_NETWORK:] == ("light", "contrast", "radius")
     planes = found[:, :OF_NETWORK]
@@ -103,7 +105,9 @@ def test_the_random_arm_is_told_chance_in_place_of_the_network(file: str) -> Non
     torch.testing.assert_close(planes.square().mean((2, 3)), torch.ones(4, OF_NETWORK))
     assert torch.corrcoef(planes[0].flatten(1)).fill_diagonal_(0).abs().max() < 0.9
     turned = seen._replace(view=seen.view._replace(flip=torch.ones(4, dtype=torch.bool)))
-    torch.testing.assert_close(control._of_chance(known, turned)[:, :OF_NETWORK], planes.flip(-1))
+    torch.testing.assert_close(
+        control._random_context(known, turned)[:, :OF_NETWORK], planes.flip(-1)
+    )
     own, later = (loss_of(file, "random", net, seen, step) for step in (0, 9))
     assert torch.equal(own, later)
     assert not torch.allclose(own, loss_of(file, "objective", net, seen))

@@ -18,7 +18,7 @@ from camdistill.distill.objectives import (
     contrastive_consistency,
     energy_outside,
     insertion_deletion,
-    soft_top,
+    soft_masks,
     unfaithfulness,
 )
 from camdistill.explain.gradcam import grad_cam
@@ -82,7 +82,7 @@ def masks_by_numpy(values: np.ndarray, share: float, temperature: float) -> np.n
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 2.0])
 def test_soft_masks_equal_those_of_a_root_finder(temperature: float) -> None:
     maps = drawn(3, 5, 6)
-    found = soft_top(maps, [0.1, 0.5, 0.9], temperature)
+    found = soft_masks(maps, [0.1, 0.5, 0.9], temperature)
     for image in range(3):
         for place, share in enumerate([0.1, 0.5, 0.9]):
             expected = masks_by_numpy(maps[image].numpy(), share, temperature)
@@ -91,7 +91,7 @@ def test_soft_masks_equal_those_of_a_root_finder(temperature: float) -> None:
 
 def test_soft_masks_of_a_low_temperature_are_the_largest_values() -> None:
     maps = drawn(2, 6, 6)
-    found = soft_top(maps, [0.25], 1e-3)[:, 0]
+    found = soft_masks(maps, [0.25], 1e-3)[:, 0]
     largest = maps.flatten(1).argsort(1, descending=True).argsort(1).view(2, 6, 6) < 9
     torch.testing.assert_close(found, largest.double(), atol=1e-6, rtol=0)
 
@@ -108,15 +108,15 @@ def test_a_level_shows_its_share_whatever_the_maps_level_and_scale(
     seed: int, share: float, temperature: float, shift: float, power: float
 ) -> None:
     maps = drawn(2, 4, 5, seed=seed).exp()  # skewed, as evidence is
-    found = soft_top(maps, [share], temperature)
+    found = soft_masks(maps, [share], temperature)
     torch.testing.assert_close(found.mean((2, 3)), torch.full((2, 1), share).double())
-    moved = soft_top(10.0**power * (maps + shift), [share], temperature)
+    moved = soft_masks(10.0**power * (maps + shift), [share], temperature)
     torch.testing.assert_close(moved, found, atol=1e-6, rtol=0)
 
 
 def test_a_constant_map_shows_the_share_everywhere_and_has_no_gradient() -> None:
     maps = torch.full((1, 4, 4), 0.3, requires_grad=True)
-    found = soft_top(maps, [0.3])
+    found = soft_masks(maps, [0.3])
     torch.testing.assert_close(found, torch.full((1, 1, 4, 4), 0.3))
     (gradient,) = torch.autograd.grad((found * drawn(4, 4).float()).sum(), maps)
     assert gradient.count_nonzero() == 0
@@ -124,14 +124,14 @@ def test_a_constant_map_shows_the_share_everywhere_and_has_no_gradient() -> None
 
 def test_gradient_of_soft_masks_counts_how_the_limit_moves() -> None:
     maps = drawn(2, 3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda m: soft_top(m, [0.2, 0.6], 0.4), (maps,))
+    assert torch.autograd.gradcheck(lambda m: soft_masks(m, [0.2, 0.6], 0.4), (maps,))
 
 
 def test_shares_and_temperatures_that_mean_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
-        soft_top(drawn(1, 2, 2), [0.5, 1.0])
+        soft_masks(drawn(1, 2, 2), [0.5, 1.0])
     with pytest.raises(ValueError, match="above 0"):
-        soft_top(drawn(1, 2, 2), [0.5], 0.0)
+        soft_masks(drawn(1, 2, 2), [0.5], 0.0)
 
 
 # Insertion and deletion
@@ -342,7 +342,7 @@ def test_detached_maps_leave_the_weights_of_a_constant_critic_without_gradient()
 def test_half_precision_maps_are_measured_in_float32() -> None:
     maps = drawn(2, 6, 6, dtype=torch.float32)
     coarse = maps.to(torch.bfloat16)
-    torch.testing.assert_close(soft_top(coarse, [0.5]), soft_top(coarse.float(), [0.5]))
+    torch.testing.assert_close(soft_masks(coarse, [0.5]), soft_masks(coarse.float(), [0.5]))
     masks = maps > 0.2
     assert energy_outside(coarse, masks).dtype == torch.float32
     assert contrastive_consistency(coarse, coarse).dtype == torch.float32

@@ -13,12 +13,12 @@ from camdistill.networks.students import ShallowCNN
 
 def test_one_cycle_starts_at_a_25th_peaks_after_warmup_and_ends_near_nothing() -> None:
     recipe = Optimisation(schedule="one_cycle", warmup=0.2)
-    assert recipe.rate(0.0) == pytest.approx(1 / 25)
-    assert recipe.rate(0.1) == pytest.approx((1 / 25 + 1) / 2)  # half of a cosine
-    assert recipe.rate(0.2) == pytest.approx(1)
-    assert recipe.rate(0.6) == pytest.approx((1 + END) / 2)
-    assert recipe.rate(1.0) == pytest.approx(1e-4)
-    assert recipe.rate(1.2) == pytest.approx(1e-4)
+    assert recipe.lr_factor(0.0) == pytest.approx(1 / 25)
+    assert recipe.lr_factor(0.1) == pytest.approx((1 / 25 + 1) / 2)  # half of a cosine
+    assert recipe.lr_factor(0.2) == pytest.approx(1)
+    assert recipe.lr_factor(0.6) == pytest.approx((1 + END) / 2)
+    assert recipe.lr_factor(1.0) == pytest.approx(1e-4)
+    assert recipe.lr_factor(1.2) == pytest.approx(1e-4)
 
 
 def test_one_cycle_equals_torchs_own() -> None:
@@ -38,7 +38,7 @@ def test_one_cycle_equals_torchs_own() -> None:
     recipe = Optimisation(schedule="one_cycle", warmup=0.25)
     for step in range(steps + 1):
         done = 0.25 * step / rise if step <= rise else 0.25 + 0.75 * (step - rise) / fall
-        assert recipe.rate(done) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
+        assert recipe.lr_factor(done) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
         theirs.optimizer.step()
         if step < steps:
             theirs.step()
@@ -46,19 +46,21 @@ def test_one_cycle_equals_torchs_own() -> None:
 
 def test_cosine_rises_linearly_and_falls_along_a_cosine() -> None:
     recipe = Optimisation(schedule="cosine", warmup=0.5)
-    assert recipe.rate(0.0) == END
-    assert recipe.rate(0.125) == pytest.approx(0.25)
-    assert recipe.rate(0.5) == pytest.approx(1)
-    assert recipe.rate(0.75) == pytest.approx(END + (1 - END) * (1 + math.cos(math.pi / 2)) / 2)
-    assert recipe.rate(1.0) == pytest.approx(END)
+    assert recipe.lr_factor(0.0) == END
+    assert recipe.lr_factor(0.125) == pytest.approx(0.25)
+    assert recipe.lr_factor(0.5) == pytest.approx(1)
+    assert recipe.lr_factor(0.75) == pytest.approx(
+        END + (1 - END) * (1 + math.cos(math.pi / 2)) / 2
+    )
+    assert recipe.lr_factor(1.0) == pytest.approx(END)
 
 
 def test_constant_stays_after_the_rise_and_no_warmup_starts_at_the_top() -> None:
     recipe = Optimisation(schedule="constant", warmup=0.1)
-    assert recipe.rate(0.05) == pytest.approx(0.5)
-    assert [recipe.rate(done) for done in (0.1, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+    assert recipe.lr_factor(0.05) == pytest.approx(0.5)
+    assert [recipe.lr_factor(done) for done in (0.1, 0.5, 1.0)] == [1.0, 1.0, 1.0]
     for schedule in ("constant", "cosine", "one_cycle"):
-        assert Optimisation(schedule=schedule, warmup=0.0).rate(0.0) == pytest.approx(1)
+        assert Optimisation(schedule=schedule, warmup=0.0).lr_factor(0.0) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
@@ -68,7 +70,7 @@ def test_optimiser_follows_the_schedule_step_by_step(optimiser: str) -> None:
     schedule = configured["lr_scheduler"]["scheduler"]  # type: ignore[index]
     assert configured["lr_scheduler"]["interval"] == "step"  # type: ignore[index]
     for step in range(11):
-        expected = 0.4 * recipe.rate(step / 10)
+        expected = 0.4 * recipe.lr_factor(step / 10)
         assert all(rate == pytest.approx(expected) for rate in schedule.get_last_lr())
         configured["optimizer"].step()
         schedule.step()

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment, draw_view, identity_view
-from camdistill.distill.checkpoints import load, restore, save
-from camdistill.distill.differentiable_maps import constant_answers, explained, settled
+from camdistill.distill.checkpoints import load, restore, write_checkpoint
+from camdistill.distill.differentiable_maps import eval_mode, explain_with_graph, forward_constant
 from camdistill.distill.objectives import energy_outside, insertion_deletion
 from camdistill.distill.optimization import Optimisation
-from camdistill.distill.refinement_targets import Objective, Refinement, Seen
+from camdistill.distill.refinement_targets import Objective, Refinement, ViewBatch
 from camdistill.distill.refiner import Refiner
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
@@ -69,13 +69,13 @@ def fitted(
     return trainer
 
 
-def seen_by(net: Preprocessed, objective: Objective, count: int = 4) -> Seen:
+def seen_by(net: Preprocessed, objective: Objective, count: int = 4) -> ViewBatch:
     images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    with settled(net):
-        _, classes, maps = explained(net, images, objective.cam, objective.layer)
+    with eval_mode(net):
+        _, classes, maps = explain_with_graph(net, images, objective.cam, objective.layer)
     masks = torch.zeros(count, 16, 16, dtype=torch.bool)
     masks[:, 4:9, 2:12] = True
-    return Seen(images, torch.arange(count), identity_view(count), classes, maps, masks)
+    return ViewBatch(images, torch.arange(count), identity_view(count), classes, maps, masks)
 
 
 # What is kept
@@ -140,7 +140,7 @@ def test_bfloat16_gives_the_loss_of_float32_to_its_precision(spec: NetworkSpec) 
 def test_a_refined_network_is_a_checkpoint_that_loads(spec: NetworkSpec, tmp_path: Path) -> None:
     module = Refiner(spec, Objective(kind="energy"))
     fitted(module)
-    save(module, tmp_path / "refined.safetensors")
+    write_checkpoint(module, tmp_path / "refined.safetensors")
     images = torch.rand(2, 3, 32, 32)
     found = load(tmp_path / "refined.safetensors")
     torch.testing.assert_close(found(images), module.network.eval()(images))
@@ -214,7 +214,7 @@ def test_it_tests_in_float32_what_makes_tensors_of_its_own(
 def test_hires_cam_with_a_graph_equals_hires_cam() -> None:
     net, images = network(), torch.rand(3, 3, 16, 16)
     wanted = Objective(cam="hires_cam", layer="stage1")
-    _, classes, maps = explained(net, images, wanted.cam, wanted.layer)
+    _, classes, maps = explain_with_graph(net, images, wanted.cam, wanted.layer)
     (expected,) = hires_cam(net, images, ["stage1"], classes).values()
     torch.testing.assert_close(maps.detach(), expected)
     assert maps.requires_grad
@@ -222,14 +222,14 @@ def test_hires_cam_with_a_graph_equals_hires_cam() -> None:
 
 def test_hires_cam_of_the_last_layer_before_pooling_is_grad_cam() -> None:
     net, images = network(), torch.rand(3, 3, 16, 16)
-    _, _, maps = explained(net, images, "hires_cam")
-    _, _, expected = explained(net, images)
+    _, _, maps = explain_with_graph(net, images, "hires_cam")
+    _, _, expected = explain_with_graph(net, images)
     torch.testing.assert_close(maps, expected)
 
 
 def test_constant_answers_have_the_networks_logits_and_a_gradient_to_images_alone() -> None:
     net, images = network(), torch.rand(2, 3, 16, 16, requires_grad=True)
-    logits = constant_answers(net, images)
+    logits = forward_constant(net, images)
     torch.testing.assert_close(logits, net(images))
     weights = list(net.parameters())
     found = torch.autograd.grad(logits.sum(), [images, *weights], allow_unused=True)
@@ -241,7 +241,7 @@ def test_networks_are_explained_in_eval_mode_and_put_back_after_an_exception() -
     net = network().train()
 
     def fail() -> None:
-        with settled(net):
+        with eval_mode(net):
             assert not net.network.training
             raise InterruptedError
 
@@ -299,12 +299,12 @@ def test_the_shuffled_arm_is_the_objective_of_another_images_map() -> None:
 def test_random_targets_are_an_images_own_and_move_with_it() -> None:
     control = Refinement(Objective(), "random", 3)
     seen = seen_by(network(), Objective())
-    plain = control._random(seen)
+    plain = control._random_maps(seen)
     turned = seen._replace(view=seen.view._replace(flip=torch.ones(4, dtype=torch.bool)))
-    torch.testing.assert_close(control._random(turned), plain.flip(-1))
+    torch.testing.assert_close(control._random_maps(turned), plain.flip(-1))
     other = seen._replace(ids=seen.ids.flip(0))
-    torch.testing.assert_close(control._random(other), plain.flip(0))
-    assert not torch.equal(Refinement(Objective(), "random", 4)._random(seen), plain)
+    torch.testing.assert_close(control._random_maps(other), plain.flip(0))
+    assert not torch.equal(Refinement(Objective(), "random", 4)._random_maps(seen), plain)
 
 
 def test_random_masks_are_as_large_as_the_objects() -> None:
@@ -321,14 +321,14 @@ def test_masks_are_seen_under_the_view_of_their_images(spec: NetworkSpec) -> Non
     data.setup("fit")
     module = Refiner(spec, Objective(kind="energy"))
     module.network = network()
-    module._meet(data)
+    module._check_data(data)
     assert data.train_set is not None
     assert data.train_set.masks is not None
     batch = data.train_set.batch([5, 2, 9])
     view = draw_view(Augment(flip=True), batch.ids, (32, 32), seed=1, epoch=0)
     assert view.flip.any()
     assert not view.flip.all()
-    found = module._masks_of(batch, view)
+    found = module._view_masks(batch, view)
     assert found is not None
     for place, row in enumerate([5, 2, 9]):
         expected = torch.from_numpy(data.train_set.masks[row] > 0)

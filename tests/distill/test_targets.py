@@ -13,7 +13,7 @@ from camdistill.data.datasets import shapes_set
 from camdistill.data.modules import ShapesData
 from camdistill.data.shapes import Shapes
 from camdistill.distill.distilled_explainer import DistilledExplainer
-from camdistill.distill.targets import shared_cache
+from camdistill.distill.targets import open_shared_cache
 from camdistill.distill.teacher_cache import TeacherCache
 from camdistill.distill.transfer import LayerPair, Transfer
 from camdistill.errors import UserError
@@ -31,7 +31,7 @@ class Look(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DistilledExplainer)
         self.precisions = {name: c.plan.precision for name, c in pl_module._caches.items()}
-        self.live = list(pl_module._live)
+        self.live = list(pl_module._live_teachers)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_live_teacher_is_fused_says_the_same_and_is_nobodys_part(
             told.maps[layer], expected.maps[layer], rtol=1e-3, atol=1e-3 * largest
         )
     assert live not in list(module.modules())
-    assert module._live == []
+    assert module._live_teachers == []
 
 
 def one_of_two(said: list[bool], *, first: bool) -> Trainer:
@@ -100,7 +100,7 @@ def test_a_teacher_that_fails_stops_all_processes_at_once(
         raise OSError("the disk is gone")
 
     def ask(*, first: bool) -> TeacherCache:
-        return shared_cache(
+        return open_shared_cache(
             one_of_two(said, first=first),
             explainer().teacher,
             shapes_set(Shapes("train", 4)),

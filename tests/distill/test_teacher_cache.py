@@ -25,7 +25,7 @@ from camdistill.distill.teacher_cache import TeacherCache
 from camdistill.distill.teacher_maps_plan import Quantity
 from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec, Teacher
-from camdistill.store.array_files import locked, pack, unpack
+from camdistill.store.array_files import lock_cache, pack, unpack
 
 LAYERS = ("body.0", "body.3")
 EVERYTHING: tuple[Quantity, ...] = ("grad_cam", "attention", "class_maps")
@@ -54,7 +54,7 @@ class Tiny(nn.Module):
 
 
 def teacher_of(seed: int = 0) -> Teacher:
-    return Teacher.of(Tiny(seed))
+    return Teacher.from_network(Tiny(seed))
 
 
 def images_of(count: int = 90, seed: int = 0) -> ImageSet:
@@ -266,7 +266,7 @@ def test_whatever_decides_the_content_makes_another_cache(tmp_path: Path) -> Non
     folders = [
         made(tmp_path).folder,
         made(tmp_path, other).folder,
-        made(tmp_path, Teacher.of(Tiny(), mean=(0.5, 0.5, 0.5))).folder,
+        made(tmp_path, Teacher.from_network(Tiny(), mean=(0.5, 0.5, 0.5))).folder,
         made(tmp_path, images=replace(images, fingerprint="1" * 64)).folder,
         made(tmp_path, images=images.subset(np.arange(80))).folder,
         made(tmp_path, images=images.subset(np.arange(90)[::-1])).folder,
@@ -365,7 +365,7 @@ def test_teacher_that_does_not_repeat_itself_is_refused_and_nothing_left(tmp_pat
             return super().forward(images + torch.randn_like(images))
 
     with pytest.raises(UserError, match="does not repeat") as caught:
-        made(tmp_path, Teacher.of(Moody()))
+        made(tmp_path, Teacher.from_network(Moody()))
     assert "\n" not in str(caught.value)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
@@ -460,10 +460,10 @@ def test_second_process_waits_for_the_first(tmp_path: Path) -> None:
     folder, order = tmp_path / "teacher-0", []
 
     def second() -> None:
-        with locked(folder):
+        with lock_cache(folder):
             order.append("second")
 
-    with locked(folder):
+    with lock_cache(folder):
         other = threading.Thread(target=second)
         other.start()
         time.sleep(0.2)
@@ -519,9 +519,9 @@ def test_cache_of_a_pretrained_resnet_in_bfloat16_keeps_its_maps(tmp_path: Path)
     file = Path(data or "", "..", "teachers", "resnet20-12fca82f.th")
     if not data or not file.exists():
         pytest.skip("CAMDISTILL_DATA names no folder with teachers beside it")
-    from camdistill.data.datasets import folder
+    from camdistill.data.datasets import load_folder
 
-    images = folder(Path(data) / "cifar10", "test").subset(np.arange(0, 10_000, 40))
+    images = load_folder(Path(data) / "cifar10", "test").subset(np.arange(0, 10_000, 40))
     teacher = Teacher(NetworkSpec("resnet20", weights=str(file)))
     ids, flip = torch.from_numpy(images.ids), torch.arange(len(images)) % 2 == 0
     exact = made(tmp_path, teacher, images, layers=["layer2", "layer3"]).lookup(ids, flip)

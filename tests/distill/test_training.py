@@ -16,7 +16,7 @@ from camdistill.data.modules import ShapesData
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.distill.optimization import Optimisation
-from camdistill.distill.training import as_images, plain, seeded
+from camdistill.distill.training import as_images, build_with_seed, to_plain_data
 from camdistill.distill.transfer import LayerPair, Transfer
 from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec
@@ -103,10 +103,10 @@ def test_the_start_of_the_student_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    first = seeded(7, lambda: nn.Linear(3, 3))
+    first = build_with_seed(7, lambda: nn.Linear(3, 3))
     assert torch.equal(torch.rand(4), expected)
     torch.manual_seed(99)
-    assert equal(first.state_dict(), seeded(7, lambda: nn.Linear(3, 3)).state_dict())
+    assert equal(first.state_dict(), build_with_seed(7, lambda: nn.Linear(3, 3)).state_dict())
 
 
 @pytest.mark.parametrize("kind", ["student", "classifier"])
@@ -150,7 +150,7 @@ def test_the_running_average_is_what_is_kept_and_tested(
         explainer(ema=decay, student=SMALL) if kind == "student" else Classifier(SMALL, ema=decay)
     )
     trainer_of().test(again, data, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
-    assert plain(again.results()) == plain(tested)
+    assert to_plain_data(again.results()) == to_plain_data(tested)
 
 
 def test_a_checkpoint_of_an_epoch_goes_on_to_the_same_end(
@@ -265,7 +265,7 @@ def test_a_checkpoint_says_its_experiment_in_plain_json(
     module = explainer(student=SMALL, transfer=Transfer(distance="cosine"))
     path = saved(module, shapes(), trainer_of(), tmp_path / "a.ckpt")
     told = json.loads(torch.load(path, weights_only=True)["camdistill"])
-    assert told["student"] == plain(SMALL)
+    assert told["student"] == to_plain_data(SMALL)
     assert told["transfer"]["distance"] == "cosine"
     assert told["pairs"] == [["stage2", "layer3", 1.0]]
     assert told["classes"] == 8

@@ -16,7 +16,7 @@ from camdistill.distill.teacher_maps_plan import Quantity
 from camdistill.distill.transfer import (
     LayerPair,
     Transfer,
-    named_pairs,
+    name_pairs,
     quantity_maps,
     transfer_distance,
 )
@@ -98,14 +98,14 @@ def test_quantities_are_the_papers(teacher: Teacher, images: ImageSet) -> None:
 
 def test_none_names_the_last_spatial_layers(teacher: Teacher) -> None:
     pairs = [LayerPair("stage1", "layer1", 0.5), LayerPair()]
-    named = named_pairs(pairs, student(), teacher, torch.zeros(1, 3, 32, 32))
+    named = name_pairs(pairs, student(), teacher, torch.zeros(1, 3, 32, 32))
     assert named == [("stage1", "layer1", 0.5), ("stage3", "layer3", 1.0)]
 
 
 def test_a_students_layer_is_matched_once(teacher: Teacher) -> None:
     pairs = [LayerPair("stage3", "layer1"), LayerPair(None, "layer3")]
     with pytest.raises(UserError, match="'stage3'; match each layer once"):
-        named_pairs(pairs, student(), teacher, torch.zeros(1, 3, 32, 32))
+        name_pairs(pairs, student(), teacher, torch.zeros(1, 3, 32, 32))
 
 
 def test_distance_is_the_weighted_sum_over_pairs(generator: torch.Generator) -> None:

@@ -217,5 +217,5 @@ def test_wrappers_of_ours_give_the_maps_of_the_network_on_normalised_images() ->
     wrapped = Preprocessed(network, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     true = reference(network, wrapped.normalise(images), ["stage1"], CLASSES)["stage1"]
     close(grad_cam(wrapped, images, ["stage1"], CLASSES)["stage1"], true, 1e-5)
-    teacher = Teacher.of(copy.deepcopy(network), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    teacher = Teacher.from_network(copy.deepcopy(network), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     close(grad_cam(teacher, images, ["stage1"], CLASSES)["stage1"], true, 1e-5)

@@ -13,7 +13,7 @@ from camdistill.explain.engine.forward import alphas
 from camdistill.explain.engine.graph import ScoreGraph
 from camdistill.explain.engine.recording import LayerRecord
 from camdistill.explain.gradcam import explain_images
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.networks.students import ShallowCNN
 
 
@@ -90,7 +90,7 @@ def reference(
 def head_of(network: nn.Module, images: Tensor, layer: str, **asked: Any) -> str | None:
     """The name of the head that makes a layer closed in a forward."""
     head = explain_images(network, images, [layer], **asked).heads[layer]
-    names = {part: name for name, part in bare(network).named_modules()}
+    names = {part: name for name, part in unwrap(network).named_modules()}
     return None if head is None else names[head]
 
 

@@ -8,13 +8,13 @@ from torch import nn
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.networks.capture import (
-    bare,
     capture,
+    inspection_mode,
     layer_names,
-    plain,
-    structure,
-    undisturbed,
-    visiting,
+    structure_fingerprint,
+    unwrap,
+    unwrap_outer,
+    visit_layers,
 )
 from camdistill.networks.wrapper import Wrapper
 
@@ -135,9 +135,9 @@ def test_wrappers_are_peeled_for_names_and_kept_for_running(
     network: nn.Module, images: torch.Tensor
 ) -> None:
     wrapped = Doubled(nn.DataParallel(network))
-    assert bare(wrapped) is network
-    assert bare(torch.compile(wrapped)) is network
-    assert plain(torch.compile(nn.DataParallel(wrapped))) is wrapped
+    assert unwrap(wrapped) is network
+    assert unwrap(torch.compile(wrapped)) is network
+    assert unwrap_outer(torch.compile(nn.DataParallel(wrapped))) is wrapped
     assert layer_names(wrapped) == ("conv", "bn", "relu", "spare", "pair", "fc")
     with torch.no_grad(), capture(wrapped, ["conv"]) as found:
         wrapped(images)
@@ -167,8 +167,8 @@ def test_a_network_is_no_wrapper_for_the_names_of_its_parts(
     torch.compile(nn.Conv2d(3, 4, 3), backend="eager")  # the class of compiled networks is there
     network = OwnNames(name).double().eval()
     images = images.double()
-    assert bare(network) is network
-    assert plain(network) is network
+    assert unwrap(network) is network
+    assert unwrap_outer(network) is network
     maps = grad_cam(network, images)
     assert list(maps) == ["more"]
     hidden = network.more(network.get_submodule(name)(network.normalise(images)))
@@ -199,7 +199,7 @@ def test_a_compiled_network_is_run_uncompiled_and_hooked(
 
 
 def test_a_visitor_can_replace_an_output(network: nn.Module, images: torch.Tensor) -> None:
-    with torch.no_grad(), visiting(network, ["relu#2"], lambda _, out: torch.zeros_like(out)):
+    with torch.no_grad(), visit_layers(network, ["relu#2"], lambda _, out: torch.zeros_like(out)):
         output = network(images)
     assert torch.equal(output, network.fc.bias.expand(2, -1))
 
@@ -210,7 +210,7 @@ def test_a_look_leaves_modes_buffers_and_random_state(images: torch.Tensor) -> N
     network.register_buffer("count", torch.zeros(()))
     before = copy.deepcopy(network.state_dict())
     random = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), undisturbed(network):  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), inspection_mode(network):  # noqa: PT012
         assert not any(m.training for m in network.modules())
         network.count += 1
         network[1].train()(network[0](images))
@@ -223,14 +223,14 @@ def test_a_look_leaves_modes_buffers_and_random_state(images: torch.Tensor) -> N
 
 
 def test_structure_changes_with_modules_modes_and_hooks(network: nn.Module) -> None:
-    seen = {structure(network)}
-    assert structure(network) in seen
+    seen = {structure_fingerprint(network)}
+    assert structure_fingerprint(network) in seen
     network.fc.train()
-    seen.add(structure(network))
+    seen.add(structure_fingerprint(network))
     network.fc = nn.Linear(4, 5)
-    seen.add(structure(network))
+    seen.add(structure_fingerprint(network))
     network.fc.register_forward_hook(lambda *_: None)
-    seen.add(structure(network))
+    seen.add(structure_fingerprint(network))
     assert len(seen) == 4
 
 
@@ -244,7 +244,7 @@ def test_a_look_before_a_call_sees_what_an_in_place_layer_overwrites(
         assert isinstance(given, torch.Tensor)
         seen[name] = given.clone()
 
-    with visiting(network, ["relu#0", "relu#1"], lambda *_: None, before=look):
+    with visit_layers(network, ["relu#0", "relu#1"], lambda *_: None, before=look):
         network(images)
     first = network.bn(network.conv(images))
     torch.testing.assert_close(seen["relu#0"], first, rtol=0, atol=0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.networks.fitting import load_state
+from camdistill.networks.fitting import load_weights
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import WeightFile, read_weights
 
@@ -29,7 +29,7 @@ def test_old_files_without_batch_counters_fit(tmp_path: Path) -> None:
     state = {n: v for n, v in network.state_dict().items() if "num_batches" not in n}
     torch.save(state, tmp_path / "w.pt")
     other = student(seed=1)
-    load_state(other, read_weights(tmp_path / "w.pt"))
+    load_weights(other, read_weights(tmp_path / "w.pt"))
     assert same(network, other.state_dict())
 
 
@@ -37,7 +37,7 @@ def test_file_read_from_halves_fills_a_network_of_singles(tmp_path: Path) -> Non
     state = {name: value.half() for name, value in student().state_dict().items()}
     torch.save(state, tmp_path / "w.pt")
     other = student(seed=1)
-    load_state(other, read_weights(tmp_path / "w.pt"))
+    load_weights(other, read_weights(tmp_path / "w.pt"))
     assert other.linear.weight.dtype == torch.float32
     assert torch.equal(other.linear.weight, state["linear.weight"].float())
 
@@ -61,7 +61,7 @@ def test_weights_that_do_not_fit_change_nothing(
     state = {name: torch.zeros_like(value) for name, value in before.items()}
     change(state)
     with pytest.raises(UserError, match=said) as caught:
-        load_state(network, WeightFile(state))
+        load_weights(network, WeightFile(state))
     assert "\n" not in str(caught.value)
     assert same(network, before)
 
@@ -85,7 +85,7 @@ def test_weights_of_a_network_with_a_wrapper_s_word_for_a_part_fit(
     network, other = OwnNames(name), OwnNames(name)
     state = {prefix + key: value for key, value in network.state_dict().items()}
     torch.save(state, tmp_path / "w.pt")
-    load_state(other, read_weights(tmp_path / "w.pt"))
+    load_weights(other, read_weights(tmp_path / "w.pt"))
     values = torch.ones(1, 2)
     assert torch.equal(other(values), network(values))
 
@@ -94,5 +94,5 @@ def test_a_network_with_compiled_parts_takes_the_weights_of_the_plain_one(tmp_pa
     plain, compiled = student(), student(seed=1)
     compiled.stage1 = torch.compile(compiled.stage1, backend="eager")
     torch.save(plain.state_dict(), tmp_path / "w.pt")
-    load_state(compiled, read_weights(tmp_path / "w.pt"))
+    load_weights(compiled, read_weights(tmp_path / "w.pt"))
     assert torch.equal(compiled.get_submodule("stage1").conv.weight, plain.stage1.conv.weight)

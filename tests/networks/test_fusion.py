@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
-from camdistill.networks.fusion import _NORMS, foldable, fused
+from camdistill.networks.fusion import _NORMS, find_foldable, fuse_network
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Teacher
 
@@ -48,7 +48,7 @@ def test_fused_network_is_the_same_function(name: str) -> None:
     make, left = NETWORKS[name]
     torch.manual_seed(0)
     network = unsettled(make())
-    other = fused(network, (32, 32))
+    other = fuse_network(network, (32, 32))
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         wanted, given = network(images), other(images)
@@ -60,7 +60,7 @@ def test_fused_network_is_the_same_function(name: str) -> None:
 
 def test_activations_after_a_normalisation_stay_under_the_same_names() -> None:
     network = unsettled(CifarResNet(8)).double()
-    other = fused(network, (32, 32)).double()
+    other = fuse_network(network, (32, 32)).double()
     seen: dict[str, list[Tensor]] = {}
     names = [n for n, m in network.named_modules() if n and "conv" not in n]
     for each in (network, other):
@@ -76,7 +76,7 @@ def test_activations_after_a_normalisation_stay_under_the_same_names() -> None:
 
 def test_layers_to_keep_keep_their_outputs() -> None:
     network = unsettled(CifarResNet(8))
-    other = fused(network, (32, 32), keep=["layer1.0.conv1", "layer2.0.bn2"])
+    other = fuse_network(network, (32, 32), keep=["layer1.0.conv1", "layer2.0.bn2"])
     assert norms(other) == 2
     assert torch.equal(other.layer1[0].conv1.weight, network.layer1[0].conv1.weight)
     assert isinstance(other.layer2[0].bn2, nn.BatchNorm2d)
@@ -109,8 +109,8 @@ class Awkward(nn.Module):
 def test_only_a_normalisation_that_alone_reads_a_convolution_is_folded() -> None:
     network = unsettled(Awkward())
     images = torch.randn(2, 3, 8, 8)
-    assert foldable(network, images) == [("plain", "bn_plain")]
-    other = fused(network, (8, 8))
+    assert find_foldable(network, images) == [("plain", "bn_plain")]
+    other = fuse_network(network, (8, 8))
     assert torch.allclose(network(images), other(images), atol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_subclass_that_does_more_is_left_alone() -> None:
     network = unsettled(
         nn.Sequential(nn.Conv2d(3, 4, 3), NormThenActivation(4), nn.Flatten(), nn.Linear(144, 2))
     )
-    other = fused(network, (8, 8))
+    other = fuse_network(network, (8, 8))
     images = torch.randn(2, 3, 8, 8)
     assert type(other[1]) is NormThenActivation
     assert torch.equal(network(images), other(images))
@@ -136,7 +136,7 @@ def test_network_that_cannot_run_on_the_size_stays_unfused_and_says_so(
 ) -> None:
     network = unsettled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(7, 2)))
     with caplog.at_level(logging.WARNING):
-        other = fused(network, (32, 32))
+        other = fuse_network(network, (32, 32))
     assert norms(other) == 1
     assert "stays unfused: it can't run on 32 x 32" in caplog.text
 
@@ -158,7 +158,7 @@ def test_folding_that_cannot_be_confirmed_is_undone_and_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        other = fused(Drifting(), (8, 8))
+        other = fuse_network(Drifting(), (8, 8))
     assert norms(other) == 1
     assert "stays unfused: folding changes its logits" in caplog.text
 
@@ -166,7 +166,7 @@ def test_folding_that_cannot_be_confirmed_is_undone_and_said(
 def test_fusing_changes_nothing_in_the_network_or_its_precision_and_layout() -> None:
     network = CifarResNet(8).to(torch.bfloat16).to(memory_format=torch.channels_last).train()
     before = copy.deepcopy(network.state_dict())
-    other = fused(network, (32, 32))
+    other = fuse_network(network, (32, 32))
     assert network.training
     assert all(torch.equal(before[n], value) for n, value in network.state_dict().items())
     for parameter in other.parameters():
@@ -177,7 +177,7 @@ def test_fusing_changes_nothing_in_the_network_or_its_precision_and_layout() -> 
 
 def test_fused_teacher_is_a_teacher_of_the_same_file() -> None:
     teacher = Teacher(NetworkSpec("resnet20", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1)))
-    other = teacher.fused()
+    other = teacher.fuse_batch_norm()
     images = torch.rand(3, 3, 32, 32)
     assert torch.allclose(teacher(images), other(images), atol=1e-4)
     assert (other.spec, other.sha256, other.classes) == (teacher.spec, teacher.sha256, 10)

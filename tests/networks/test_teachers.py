@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.networks import torchvision_models
-from camdistill.networks.heads import head_of, swap_head
+from camdistill.networks.heads import find_head, swap_head
 from camdistill.networks.teachers import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -25,9 +25,9 @@ from camdistill.networks.teachers import (
     Preprocessed,
     Teacher,
     build,
+    build_preprocessed,
     network_names,
     normalisation,
-    preprocessed,
 )
 from camdistill.networks.weights import read_weights, save_safetensors
 
@@ -73,7 +73,7 @@ def test_new_head_keeps_the_rest_of_any_network(name: str, size: int) -> None:
     torch.manual_seed(0)
     network = build(NetworkSpec(name)).eval()
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    head = head_of(network)[0]
+    head = find_head(network)[0]
     swap_head(network, 7)
     after = network.state_dict()
     changed = {
@@ -223,10 +223,10 @@ def test_named_weights_bring_their_own_normalisation() -> None:
 
 def test_files_metadata_brings_its_normalisation(tmp_path: Path) -> None:
     spec = NetworkSpec("shallow_cnn", args=SMALL, mean=(0.25, 0.5, 0.75), std=(0.5, 1.0, 2.0))
-    first = preprocessed(spec, classes=3)
+    first = build_preprocessed(spec, classes=3)
     weights = saved(tmp_path / "w", first.network, first.metadata())
     for second in (
-        preprocessed(NetworkSpec("shallow_cnn", weights, SMALL)),
+        build_preprocessed(NetworkSpec("shallow_cnn", weights, SMALL)),
         Teacher(NetworkSpec("shallow_cnn", weights, SMALL)),
     ):
         images = torch.rand(2, 3, 8, 8)
@@ -251,8 +251,10 @@ class Holder(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.student = preprocessed(NetworkSpec("shallow_cnn", args=SMALL), classes=3)
-        self.teacher = Teacher.of(build(NetworkSpec("shallow_cnn", args=SMALL), classes=3))
+        self.student = build_preprocessed(NetworkSpec("shallow_cnn", args=SMALL), classes=3)
+        self.teacher = Teacher.from_network(
+            build(NetworkSpec("shallow_cnn", args=SMALL), classes=3)
+        )
         self.seen: list[bool] = []
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
@@ -373,6 +375,6 @@ def test_a_file_with_an_experiment_that_can_t_be_read_is_told(tmp_path: Path) ->
 
 def test_named_weights_say_their_size_and_classes() -> None:
     """All were run at 224 pixels."""
-    facts = torchvision_models.facts("efficientnet_b3", "IMAGENET1K_V1")
+    facts = torchvision_models.weight_facts("efficientnet_b3", "IMAGENET1K_V1")
     assert facts.size == (300, 300)
     assert facts.class_names[281] == "tabby"

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.networks.fitting import load_state
+from camdistill.networks.fitting import load_weights
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import read_weights, save_safetensors
 
@@ -76,7 +76,7 @@ def test_every_usual_torch_file_gives_the_same_network(kind: str, tmp_path: Path
     network, path = student(), tmp_path / "weights.pth"
     torch.save(CONTENTS[kind](network.state_dict()), path)
     other = student(seed=1)
-    load_state(other, read_weights(path))
+    load_weights(other, read_weights(path))
     assert same(network.state_dict(), other.state_dict())
 
 
@@ -98,7 +98,7 @@ def test_network_with_a_layer_named_like_a_wrapper_keeps_its_names(tmp_path: Pat
     network = nn.Sequential(collections.OrderedDict(model=nn.Linear(2, 3)))
     torch.save(network.state_dict(), tmp_path / "w.pt")
     other = nn.Sequential(collections.OrderedDict(model=nn.Linear(2, 3)))
-    load_state(other, read_weights(tmp_path / "w.pt"))
+    load_weights(other, read_weights(tmp_path / "w.pt"))
     assert same(dict(network.state_dict()), dict(other.state_dict()))
 
 
@@ -248,7 +248,7 @@ def test_damage_anywhere_is_one_line_or_harmless(kind: str, tmp_path: Path) -> N
         path.write_bytes(damaged)
         # Any other error fails the test.
         with contextlib.suppress(UserError):
-            load_state(student(), read_weights(path))
+            load_weights(student(), read_weights(path))
 
 
 @pytest.mark.parametrize(

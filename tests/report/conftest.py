@@ -52,7 +52,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opening:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student = Preprocessed(ShallowCNN(8, (4, 6, 6), (1, 2, 2)))
-        teacher = Teacher.of(CifarResNet(20, classes=8))
+        teacher = Teacher.from_network(CifarResNet(20, classes=8))
     networks = {"teacher": teacher, "student": student.eval()}
     folder = tmp_path_factory.mktemp("opened")
     layers = ["relu", "layer1.2", "layer3.2", "stage?"]

@@ -60,7 +60,7 @@ class Taught(Tiny):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            self.teacher = Teacher.of(ShallowCNN(3, (8, 4), (1, 2)))
+            self.teacher = Teacher.from_network(ShallowCNN(3, (8, 4), (1, 2)))
 
 
 def _fit(

@@ -38,7 +38,7 @@ def networks() -> dict[str, nn.Module]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         teacher, student = ShallowCNN(8, (6, 8), (1, 2)), ShallowCNN(8, (4, 5), (1, 2))
-    return {"teacher": Teacher.of(teacher), "student": Preprocessed(student).eval()}
+    return {"teacher": Teacher.from_network(teacher), "student": Preprocessed(student).eval()}
 
 
 def opening_in(folder: Path, subject: Subject, **other: object) -> Opening:

@@ -120,7 +120,7 @@ class ShapesBatch(NamedTuple):
         images: In [0, 1].
         labels: The object's class.
         second_labels: The second object's class; the first one's where there is one object.
-        masks: By name; see `data.shapes.Rendered`.
+        masks: By name; see `data.shapes.RenderedShapes`.
     """
 
     images: Images

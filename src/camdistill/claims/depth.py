@@ -21,7 +21,7 @@ from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import relu, resize, upsample
 from camdistill.measure.faithfulness import faithfulness_correlation
 from camdistill.measure.localization import relevance_rank_accuracy
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.networks.cifar_resnet import BasicBlock
 from camdistill.perturb.bank import BankPlan, build_bank
 from camdistill.perturb.imputers import baseline
@@ -33,7 +33,7 @@ MEASURES = ("faithfulness correlation", "rank accuracy, object")
 
 def run_depth(setup: ClaimSetup) -> ClaimResult:
     """Row 22: Grad-CAM at every block of the residual network."""
-    network = bare(setup.teacher)
+    network = unwrap(setup.teacher)
     blocks = [name for name, part in network.named_modules() if isinstance(part, BasicBlock)]
     if len(blocks) == len(_stage_ends(blocks)):
         raise UserError(

@@ -9,8 +9,8 @@ from camdistill.claims.claim import (
 )
 from camdistill.explain.gradcam import last_layer
 from camdistill.explain.gradients import build_request, pixel_pass
-from camdistill.networks.capture import bare
-from camdistill.networks.heads import head_of
+from camdistill.networks.capture import unwrap
+from camdistill.networks.heads import find_head
 from camdistill.networks.teachers import Preprocessed
 
 TOLERANCE = 1e-5
@@ -39,6 +39,6 @@ def _error(setup: ClaimSetup, name: str, network: Preprocessed) -> ClaimMeasurem
     gradients = recorded.gradients(0, [layer])
     assert gradients is not None, "the score is computed from the last layer"
     scaled_alphas = gradients[layer].sum((2, 3))
-    weights = head_of(bare(network))[1].weight.detach()[recorded.classes]
+    weights = find_head(unwrap(network))[1].weight.detach()[recorded.classes]
     worst = (scaled_alphas - weights).abs().amax() / weights.abs().amax()
     return exact_number(name, float(worst), setup.count, "largest relative error")

@@ -20,8 +20,8 @@ from camdistill.claims.networks import backbones
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.variants import cam
-from camdistill.networks.heads import head_of
-from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
+from camdistill.networks.heads import find_head
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, build_preprocessed
 from camdistill.types import Images, PerImage
 
 Correctness = Float[Tensor, "tested"]
@@ -72,8 +72,8 @@ def _transformer(setup: ClaimSetup) -> Preprocessed:
     spec = NetworkSpec("torchvision.models.VisionTransformer", args=args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setup.seed)
-        network = preprocessed(spec)
-        nn.init.normal_(head_of(network.network)[1].weight)  # torchvision's start is 0
+        network = build_preprocessed(spec)
+        nn.init.normal_(find_head(network.network)[1].weight)  # torchvision's start is 0
     return network.eval().requires_grad_(False).to(setup.device)
 
 

@@ -19,7 +19,7 @@ from camdistill.data.concepts import shape_concepts
 from camdistill.errors import UserError
 from camdistill.layers.sweep.layer_selection import all_layers, find_layers
 from camdistill.layers.units.unit_inspection import Closeness
-from camdistill.networks.capture import demand_runs
+from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
 from camdistill.report.analysis_data import Subject
 from camdistill.report.analysis_run import Opening, Step
@@ -171,7 +171,7 @@ def _list_layers(networks: Mapping[str, nn.Module], size: int, channels: int) ->
     names_by_network: dict[str, object] = {}
     for name, network in networks.items():
         example = torch.zeros(1, channels, size, size)
-        demand_runs({name: network}, example, numbers=False)
+        check_forward({name: network}, example, numbers=False)
         default_keys = {layer.key for layer in find_layers(network, example)}
         rows: dict[str, dict[str, Cell]] = {}
         for layer in all_layers(network, example):

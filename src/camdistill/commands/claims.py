@@ -13,7 +13,7 @@ from camdistill.claims.claims_report import claim_text, claims_verdict, write_cl
 from camdistill.claims.claims_run import Outcome, read_outcomes, run_claims
 from camdistill.commands.progress import resolve_device
 from camdistill.data.shapes import Shapes
-from camdistill.distill.checkpoints import Explainer, load
+from camdistill.distill.checkpoints import TrainedExplainer, load
 from camdistill.errors import UserError
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
@@ -127,7 +127,7 @@ def _build_setup(
     return setup, {name: explainer.sha256 for name, explainer in explainers.items()}
 
 
-def _load_network(path: Path, shapes: Shapes) -> Explainer:
+def _load_network(path: Path, shapes: Shapes) -> TrainedExplainer:
     if not path.exists():
         raise UserError(
             f"no file '{path}': start the command where the project's checkpoints/ is, or name the "
@@ -143,5 +143,5 @@ def _load_network(path: Path, shapes: Shapes) -> Explainer:
     return explainer
 
 
-def _freeze(explainer: Explainer, device: str) -> Preprocessed:
+def _freeze(explainer: TrainedExplainer, device: str) -> Preprocessed:
     return explainer.network.eval().requires_grad_(False).to(device)

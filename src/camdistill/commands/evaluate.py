@@ -13,7 +13,7 @@ from camdistill.commands.image_sources import load_image_source
 from camdistill.commands.networks import image_side, load_networks
 from camdistill.commands.progress import progress_bar, resolve_device
 from camdistill.data.datasets import ImageSet
-from camdistill.distill.training import as_images, as_taken
+from camdistill.distill.training import as_images, match_channels
 from camdistill.errors import UserError
 from camdistill.experiments.evaluation.evaluation_report import write_pictures
 from camdistill.experiments.evaluation.evaluation_run import Evaluation, Explainer, Subject
@@ -29,7 +29,7 @@ from camdistill.measure.metrics import (
     check_metrics,
     metric_of,
 )
-from camdistill.networks.capture import demand_runs
+from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
 from camdistill.networks.weights import sha256_of, weights_digest
 from camdistill.report.results import write_results
@@ -104,7 +104,7 @@ def evaluate(
     )
     image_set = source.images.subset(np.sort(source.order))
     first = as_images(image_set.batch([0]).pixels)
-    demand_runs(selection.by_name, as_taken(first, networks.channels))
+    check_forward(selection.by_name, match_channels(first, networks.channels))
     subject = Subject(networks.explained, image_set, source.shapes, networks.channels)
     compared_explainers = parse_explainers(explainers, networks, subject, trust)
     chosen_metrics = _select_metrics(
@@ -191,7 +191,7 @@ def _identify_metric(metric: str) -> str:
 
 def _annotation_fingerprint(images: ImageSet) -> list[str]:
     """What says where objects are, where that can change without the images."""
-    return [images.truth] if images.truth else []
+    return [images.annotation_digest] if images.annotation_digest else []
 
 
 def _fingerprint(images: ImageSet) -> str:

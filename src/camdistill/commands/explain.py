@@ -13,12 +13,12 @@ from jaxtyping import Float
 from camdistill.commands.image_sources import ImageSelection, load_images
 from camdistill.commands.methods import maps_by_method, method_scores, write_methods
 from camdistill.commands.networks import NetworkSelection, image_side, load_networks
-from camdistill.distill.training import as_taken
+from camdistill.distill.training import match_channels
 from camdistill.errors import UserError, nearest
 from camdistill.explain.gradcam import Explanation, last_layer
 from camdistill.explain.gradcam import explain_images as explain_network
 from camdistill.measure.scores import map_scores
-from camdistill.networks.capture import demand_runs
+from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
 from camdistill.perturb.probability import probabilities
 from camdistill.report.figures.maps import Row, map_panel
@@ -90,8 +90,8 @@ def explain(
     source = load_images(
         images, data, count=count, size=image_side(size, selection.size), carving=selection.carving
     )
-    inputs = as_taken(source.images, selection.channels)
-    demand_runs(selection.by_name, inputs[:1])
+    inputs = match_channels(source.images, selection.channels)
+    check_forward(selection.by_name, inputs[:1])
     selection = replace(selection, pairs=_layer_pairs(selection, layers, inputs[:1]))
     classes_match = len(source.classes) == head_size(selection.teacher.network)
     names = selection.classes or (source.classes if classes_match else ())
@@ -136,7 +136,7 @@ def _by_method(
     out: Path,
 ) -> dict[str, object]:
     """Panels, raw maps and results of several methods."""
-    inputs = as_taken(images.images, selection.channels)
+    inputs = match_channels(images.images, selection.channels)
     maps = maps_by_method(selection, inputs, teacher_explanation.classes, methods)
     rows: dict[str, dict[str, object]] = {}
     similarities: dict[str, list[float]] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from camdistill.commands.networks import image_side, training_size
-from camdistill.distill.checkpoints import Explainer, load
+from camdistill.distill.checkpoints import TrainedExplainer, load
 from camdistill.errors import UserError
 from camdistill.explain.exporting import ClosedExplainer
 from camdistill.report.results import Cell, text_table, write_results
@@ -102,7 +102,7 @@ def _check_extra() -> None:
         )
 
 
-def _onnx(program: ExportedProgram, student: Explainer, layer: str, size: int) -> bytes:
+def _onnx(program: ExportedProgram, student: TrainedExplainer, layer: str, size: int) -> bytes:
     """The graph as an ONNX file, with what a user must know in its metadata."""
     import onnx
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from camdistill.data.datasets import ImageSet, Positions
 from camdistill.data.decode import check_side, decode
-from camdistill.data.folders import demand_images, scan
+from camdistill.data.folders import check_has_images, scan
 from camdistill.data.modules import Carving, CIFARData, FolderData, ImageData, ShapesData
 from camdistill.data.shapes import Shapes
 from camdistill.distill.training import as_images
@@ -159,7 +159,7 @@ def _files(path: Path) -> list[Path]:
         cure = f"in '{parent}' {nearest(path.name, neighbors)}" if neighbors else "check the path"
         raise UserError(f"no file or folder '{path}'; {cure}")
     image_files = scan(path)
-    demand_images(path, image_files)
+    check_has_images(path, image_files)
     return [image_files.path(position) for position in range(len(image_files))]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from camdistill.data.decode import check_side
 from camdistill.data.modules import Carving
-from camdistill.distill.checkpoints import Explainer, load
+from camdistill.distill.checkpoints import TrainedExplainer, load
 from camdistill.errors import UserError
 from camdistill.networks.cifar_resnet import CifarResNet, WideResNet
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher
@@ -73,7 +73,7 @@ def load_networks(
     if channels == 1:
         # The spec has three numbers, of red, green and blue.
         mean, std = (float(value.mean()) for value in (network.mean, network.std))
-        network = Teacher.of(network.network, [mean], [std])
+        network = Teacher.from_network(network.network, [mean], [std])
     return NetworkSelection(
         network,
         None,
@@ -119,7 +119,7 @@ def image_side(size: int | None, usual_size: tuple[int, int]) -> int:
     return height
 
 
-def training_size(explainer: Explainer) -> tuple[int, int]:
+def training_size(explainer: TrainedExplainer) -> tuple[int, int]:
     """Height and width of a checkpoint's images; the usual ones where it doesn't tell."""
     size = explainer.settings.get("size")
     return (int(size[0]), int(size[1])) if size and all(size) else _usual_size(explainer.network)
@@ -137,7 +137,7 @@ def _channels(network: nn.Module) -> int:
     return channels
 
 
-def _of_checkpoint(explainer: Explainer) -> NetworkSelection:
+def _of_checkpoint(explainer: TrainedExplainer) -> NetworkSelection:
     carving_facts = explainer.settings.get("carving", {})
     carving = _carving({str(name): float(value) for name, value in carving_facts.items()})
     size = training_size(explainer)

@@ -12,7 +12,7 @@ from camdistill.commands.progress import (
     worker_count,
 )
 from camdistill.data.modules import ImageData
-from camdistill.distill.refinement_targets import ARMS, Arm, Objective
+from camdistill.distill.refinement_targets import ARMS, Objective, RefinementArm
 from camdistill.experiments.refinement.refinement_config import (
     Judging,
     Plan,
@@ -42,7 +42,7 @@ def refine(
     checkpoints: list[Path] = [],  # noqa: B006  (never changed; jsonargparse shows it)
     network: NetworkSpec | None = None,
     seeds: list[int] = [0, 1, 2, 3, 4],  # noqa: B006
-    arms: list[Arm] = list(ARMS),  # noqa: B006
+    arms: list[RefinementArm] = list(ARMS),  # noqa: B006
     also: dict[str, Objective] = {},  # noqa: B006
     start: StartRecipe = StartRecipe(),  # noqa: B008
     recipe: RefineRecipe = RefineRecipe(),  # noqa: B008

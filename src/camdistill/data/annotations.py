@@ -31,23 +31,23 @@ def read_boxes(root: Path) -> dict[str, tuple[NDArray[np.float64], int]] | None:
     if not file.exists():
         return None
     check_regular(file)
-    found: dict[str, tuple[NDArray[np.float64], int]] = {}
-    with file.open(newline="", encoding="utf-8-sig") as opened:
+    box_by_path: dict[str, tuple[NDArray[np.float64], int]] = {}
+    with file.open(newline="", encoding="utf-8-sig") as stream:
         try:
-            for row in (reader := csv.reader(opened)):
+            for row in (reader := csv.reader(stream)):
                 if not row or (reader.line_num == 1 and row[0].strip() == COLUMNS[0]):
                     continue
-                path, box = _parsed(row, f"{file}, line {reader.line_num}")
-                if path in found:
-                    other = found[path][0]
+                path, box = _parse_row(row, f"{file}, line {reader.line_num}")
+                if path in box_by_path:
+                    other = box_by_path[path][0]
                     box = np.append(np.minimum(box, other)[:2], np.maximum(box, other)[2:])
-                found[path] = box, reader.line_num
+                box_by_path[path] = box, reader.line_num
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"can't read {file} ({error}); save it as CSV in UTF-8") from None
-    return found
+    return box_by_path
 
 
-def _parsed(row: list[str], where: str) -> tuple[str, NDArray[np.float64]]:
+def _parse_row(row: list[str], where: str) -> tuple[str, NDArray[np.float64]]:
     expected = "give " + ",".join(COLUMNS) + " with inclusive pixels"
     if len(row) != len(COLUMNS):
         raise UserError(f"{where}: {len(row)} columns; {expected}")
@@ -65,7 +65,7 @@ def _parsed(row: list[str], where: str) -> tuple[str, NDArray[np.float64]]:
     return str(path), box
 
 
-def boxes_of(
+def load_boxes(
     root: Path, names: Sequence[str], sizes: NDArray[np.int32], size: int | None
 ) -> NDArray[np.float32] | None:
     """The boxes of some images, moved to the stored images.
@@ -82,16 +82,16 @@ def boxes_of(
     Raises:
         UserError: A box of an image that is not there.
     """
-    found = read_boxes(root)
-    if found is None:
+    box_by_path = read_boxes(root)
+    if box_by_path is None:
         return None
     position = {name: index for index, name in enumerate(names)}
     boxes = np.full((len(names), 4), np.nan, dtype=np.float32)
-    for path, (box, line) in found.items():
+    for path, (box, line) in box_by_path.items():
         index = position.get(path)
         if index is not None:
             width, height = sizes[index].tolist()
-            boxes[index] = decode.Frame(width, height, size).stored_box(box)
+            boxes[index] = decode.Frame(width, height, size).move_box(box)
         elif not os.path.isfile(root / path):  # noqa: PTH113  (a name may be too long for a file)
             raise UserError(
                 f"{root / BOXES}, line {line}: no image {shorten(path)!r}; {nearest(path, names)}"
@@ -99,14 +99,14 @@ def boxes_of(
     return boxes
 
 
-def digest(boxes: NDArray[np.float32] | None, masks: NDArray[np.uint8] | None) -> str:
+def annotation_digest(boxes: NDArray[np.float32] | None, masks: NDArray[np.uint8] | None) -> str:
     """A sha256 of both; empty where there is neither."""
-    known = [part for part in (boxes, masks) if part is not None]
-    content = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in known))
-    return content.hexdigest() if known else ""
+    arrays = [part for part in (boxes, masks) if part is not None]
+    content = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in arrays))
+    return content.hexdigest() if arrays else ""
 
 
-def masks_of(
+def load_masks(
     root: Path, names: Sequence[str], sizes: NDArray[np.int32], size: int | None
 ) -> NDArray[np.uint8] | None:
     """The masks of some images, `masks/<the image's path>.png`, moved to the stored images.

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from camdistill.data import decode
-from camdistill.data.folders import Files
+from camdistill.data.folders import ImageFiles
 from camdistill.errors import UserError, writing_mistake
 from camdistill.store.atomic_files import expand_home
 
@@ -38,7 +38,7 @@ FOOTER_BYTES = 64 + 12 + len(MAGIC)
 SAMPLES, SAMPLE_BYTES = 16, 65536
 # Files a thread decodes at a time, if they have so many bytes at most, and chunks held in memory
 CHUNK, CHUNK_BYTES, PENDING_CHUNKS = 64, 64 << 20, 16
-Kind = Literal["image", "mask"]
+FileKind = Literal["image", "mask"]
 OnBroken = Literal["raise", "skip"]
 # One decoded file: pixels, width, height; or why there are none
 Outcome = tuple[NDArray[np.uint8], int, int] | UserError
@@ -56,29 +56,29 @@ class Header(TypedDict):
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedImages:
     """Decoded images.
 
     Attributes:
         pixels: uint8 [N, 3, H, W] (or [N, 1, H, W] for masks), read-only memory map.
         sizes: int32 [N, 2], width and height of the upright originals.
-        kept: int64 [N], position of each image in the list of files (skipped ones are missing).
+        positions: int64 [N], position of each image in the list of files (skipped ones are missing).
         digest: sha256 of the pixels.
         path: The cache file.
     """
 
     pixels: NDArray[np.uint8]
     sizes: NDArray[np.int32]
-    kept: NDArray[np.int64]
+    positions: NDArray[np.int64]
     digest: str
     path: Path
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
     """Where caches lie: the argument, else CAMDISTILL_CACHE, else ~/.cache/camdistill."""
-    named = cache_dir or os.environ.get("CAMDISTILL_CACHE")
-    if named:
-        return expand_home(named)
+    chosen = cache_dir or os.environ.get("CAMDISTILL_CACHE")
+    if chosen:
+        return expand_home(chosen)
     try:
         return Path.home() / ".cache" / "camdistill"
     except RuntimeError:
@@ -88,15 +88,15 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
         ) from None
 
 
-def decoded(
-    files: Files,
+def load_or_decode(
+    files: ImageFiles,
     size: int | None = None,
     cache_dir: Path | None = None,
     on_broken: OnBroken = "raise",
     *,
-    kind: Kind = "image",
+    kind: FileKind = "image",
     check: Literal["sampled", "full"] = "sampled",
-) -> Decoded:
+) -> DecodedImages:
     """The images of some files, from the cache or into it.
 
     Args:
@@ -113,24 +113,24 @@ def decoded(
     if size is not None:
         decode.check_side("size", size)
     options = f"{decode.VERSION} {kind} {size} {on_broken} {sys.byteorder}"
-    place = f"{files.folder.resolve()}\0{options}".encode("utf-8", "surrogateescape")
+    location = f"{files.folder.resolve()}\0{options}".encode("utf-8", "surrogateescape")
     # shortened, so that a folder whose name is as long as can be has a cache too
-    name = f"{files.folder.name[:50]}-{hashlib.sha256(place).hexdigest()[:16]}.pixels"
+    name = f"{files.folder.name[:50]}-{hashlib.sha256(location).hexdigest()[:16]}.pixels"
     path = cache_folder(cache_dir) / name
     key = hashlib.sha256(f"{options} {files.digest()}".encode()).hexdigest()
-    found = _opened(path, key, check)
-    if found is None:
+    images = _open_cache(path, key, check)
+    if images is None:
         _build(path, key, files, size, on_broken, kind)
-        found = _opened(path, key, check)
-    if found is None:
+        images = _open_cache(path, key, check)
+    if images is None:
         raise UserError(f"{path} changed while it was written; run the command again")
-    skipped = len(files) - len(found.kept)
+    skipped = len(files) - len(images.positions)
     if skipped:
         _log.warning("%d of %d files in %s are broken: skipped", skipped, len(files), files.folder)
-    return found
+    return images
 
 
-def _opened(path: Path, key: str, check: Literal["sampled", "full"]) -> Decoded | None:
+def _open_cache(path: Path, key: str, check: Literal["sampled", "full"]) -> DecodedImages | None:
     """The cache if it is whole and has this key, else None."""
     try:
         with path.open("rb") as file:
@@ -140,7 +140,7 @@ def _opened(path: Path, key: str, check: Literal["sampled", "full"]) -> Decoded 
                 return None
             shape = tuple(header["shape"])
             length = math.prod(shape)
-            if _samples(file, length) != header["samples"]:
+            if _sample_digests(file, length) != header["samples"]:
                 raise ValueError("changed pixels")
             file.seek(length)
             tail = file.read(8 * shape[0])
@@ -155,9 +155,9 @@ def _opened(path: Path, key: str, check: Literal["sampled", "full"]) -> Decoded 
     except (OSError, ValueError, KeyError, TypeError) as error:
         _log.warning("%s is damaged (%s): building it again", path, error)
         return None
-    kept = np.delete(np.arange(shape[0] + len(header["skipped"])), header["skipped"])
+    positions = np.delete(np.arange(shape[0] + len(header["skipped"])), header["skipped"])
     sizes = np.frombuffer(tail, dtype=np.int32).reshape(-1, 2)
-    return Decoded(pixels, sizes, kept, header["digest"], path)
+    return DecodedImages(pixels, sizes, positions, header["digest"], path)
 
 
 def _read_header(file: BinaryIO) -> Header:
@@ -180,7 +180,7 @@ def _read_header(file: BinaryIO) -> Header:
     return header
 
 
-def _samples(file: BinaryIO, length: int) -> list[str]:
+def _sample_digests(file: BinaryIO, length: int) -> list[str]:
     last = max(length - SAMPLE_BYTES, 0)
     digests = []
     for offset in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
@@ -190,7 +190,7 @@ def _samples(file: BinaryIO, length: int) -> list[str]:
 
 
 def _build(
-    path: Path, key: str, files: Files, size: int | None, on_broken: OnBroken, kind: Kind
+    path: Path, key: str, files: ImageFiles, size: int | None, on_broken: OnBroken, kind: FileKind
 ) -> None:
     """Decode all files into a temporary file and move it to its name."""
     _log.info("decoding %d files of %s", len(files), files.folder)
@@ -203,16 +203,14 @@ def _build(
         with os.fdopen(descriptor, "w+b") as file, warnings.catch_warnings():
             # Pillow's remarks on damaged metadata: the pixels are right or the file is broken
             warnings.simplefilter("ignore")
-            _write(file, key, files, _outcomes(files, size, kind), on_broken)
+            _write(file, key, files, _decode_in_order(files, size, kind), on_broken)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        elsewhere = "name another folder with CAMDISTILL_CACHE or cache_dir"
-        mistake = writing_mistake(error, "write the image cache", path, elsewhere)
-        raise (
-            mistake if elsewhere in str(mistake) else UserError(f"{mistake}; or {elsewhere}")
-        ) from None
+        cure = "name another folder with CAMDISTILL_CACHE or cache_dir"
+        mistake = writing_mistake(error, "write the image cache", path, cure)
+        raise (mistake if cure in str(mistake) else UserError(f"{mistake}; or {cure}")) from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -226,7 +224,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _write(
-    file: BinaryIO, key: str, files: Files, outcomes: Iterator[Outcome], on_broken: OnBroken
+    file: BinaryIO, key: str, files: ImageFiles, outcomes: Iterator[Outcome], on_broken: OnBroken
 ) -> None:
     digest = hashlib.sha256()
     shape: tuple[int, ...] | None = None
@@ -255,7 +253,7 @@ def _write(
         raise UserError(f"all {len(files)} files in {files.folder} are broken; replace them")
     tail = np.array(sizes, dtype=np.int32).tobytes()
     file.flush()
-    samples = _samples(file, len(sizes) * math.prod(shape))
+    samples = _sample_digests(file, len(sizes) * math.prod(shape))
     file.seek(0, os.SEEK_END)
     header = Header(
         key=key,
@@ -270,12 +268,12 @@ def _write(
     file.write(tail + text + footer)
 
 
-def _outcomes(files: Files, size: int | None, kind: Kind) -> Iterator[Outcome]:
+def _decode_in_order(files: ImageFiles, size: int | None, kind: FileKind) -> Iterator[Outcome]:
     """Decoded files in order, by threads (Pillow's codecs release the interpreter's lock)."""
-    most = decode.size_in_bytes(files.path(0), size) if len(files) else 1
-    step = max(1, min(CHUNK, CHUNK_BYTES // most))
+    bytes_per_image = decode.size_in_bytes(files.path(0), size) if len(files) else 1
+    step = max(1, min(CHUNK, CHUNK_BYTES // bytes_per_image))
 
-    def chunk(start: int) -> list[Outcome]:
+    def decode_chunk(start: int) -> list[Outcome]:
         outcomes: list[Outcome] = []
         shape: tuple[int, ...] | None = None
         for position in range(start, min(start + step, len(files))):
@@ -292,7 +290,7 @@ def _outcomes(files: Files, size: int | None, kind: Kind) -> Iterator[Outcome]:
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         starts = iter(range(0, len(files), step))
         pending = [
-            pool.submit(chunk, start)
+            pool.submit(decode_chunk, start)
             for _, start in zip(range(PENDING_CHUNKS), starts, strict=False)
         ]
         try:
@@ -300,6 +298,6 @@ def _outcomes(files: Files, size: int | None, kind: Kind) -> Iterator[Outcome]:
                 yield from pending.pop(0).result()
                 following = next(starts, None)
                 if following is not None:
-                    pending.append(pool.submit(chunk, following))
+                    pending.append(pool.submit(decode_chunk, following))
         finally:
             pool.shutdown(cancel_futures=True)

@@ -35,13 +35,13 @@ class PixelArray(Protocol):
     def __getitem__(self, positions: Positions, /) -> NDArray[np.uint8]: ...
 
 
-class Rows:
+class RowView:
     """Some rows of an array, fetched when asked for: a subset of a memory map costs nothing."""
 
-    def __init__(self, whole: PixelArray, rows: Positions) -> None:
-        self._whole = whole
+    def __init__(self, array: PixelArray, rows: Positions) -> None:
+        self._array = array
         self._rows = rows
-        self.shape = (len(rows), *whole.shape[1:])
+        self.shape = (len(rows), *array.shape[1:])
         self.dtype = np.dtype(np.uint8)
 
     def __len__(self) -> int:
@@ -49,12 +49,12 @@ class Rows:
 
     def __getitem__(self, positions: Positions | slice | int, /) -> NDArray[np.uint8]:
         rows = self._rows[positions]
-        return self._whole[rows]
+        return self._array[rows]
 
     def __array__(
         self, dtype: np.dtype[np.uint8] | None = None, copy: bool | None = None
     ) -> NDArray[np.uint8]:
-        return np.asarray(self._whole[self._rows], dtype=dtype)
+        return np.asarray(self._array[self._rows], dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ImageSet:
         boxes: float32 [N, 4] (xmin, ymin, xmax, ymax), inclusive pixels of the stored images; NaN
             where an image has none. None where no image has one.
         masks: uint8 [N, H, W], 1 on the object; all 0 where an image has none.
-        truth: sha256 of boxes and masks that lie in files of their own; else empty.
+        annotation_digest: sha256 of boxes and masks that lie in files of their own; else empty.
     """
 
     pixels: PixelArray
@@ -82,7 +82,7 @@ class ImageSet:
     fingerprint: str
     boxes: NDArray[np.float32] | None = None
     masks: PixelArray | None = None
-    truth: str = ""
+    annotation_digest: str = ""
 
     def __post_init__(self) -> None:
         for field in ("labels", "ids", "names", "boxes", "masks"):
@@ -108,12 +108,12 @@ class ImageSet:
         rows = np.asarray(positions, dtype=np.int64)
         return dataclasses.replace(
             self,
-            pixels=Rows(self.pixels, rows),
+            pixels=RowView(self.pixels, rows),
             labels=self.labels[rows],
             ids=self.ids[rows],
             names=tuple(self.names[row] for row in rows.tolist()),
             boxes=None if self.boxes is None else self.boxes[rows],
-            masks=None if self.masks is None else Rows(self.masks, rows),
+            masks=None if self.masks is None else RowView(self.masks, rows),
         )
 
     def batch(
@@ -136,12 +136,12 @@ class ImageSet:
 
 
 def carve(
-    whole: ImageSet, fraction: float, seed: int, *, purpose: str = "val"
+    images: ImageSet, fraction: float, seed: int, *, purpose: str = "val"
 ) -> tuple[ImageSet, ImageSet]:
     """Split a set in two by seed alone.
 
     Args:
-        whole: The set to split.
+        images: The set to split.
         fraction: Share of the second part in [0, 1), or a number of images where it is 1 or more.
         seed: The split's seed.
         purpose: Splits for different purposes are independent.
@@ -156,34 +156,34 @@ def carve(
         raise UserError(
             f"{purpose}_fraction is {fraction}; give a share in [0, 1) or a whole number of images"
         )
-    count = len(whole)
+    count = len(images)
     # a share is rounded up, whatever the float's last digit
-    cut = int(fraction) if fraction >= 1 else math.ceil(fraction * count - 1e-9)
-    if cut >= count:
+    cut_count = int(fraction) if fraction >= 1 else math.ceil(fraction * count - 1e-9)
+    if cut_count >= count:
         raise UserError(
-            f"{purpose}_fraction {fraction} asks for {cut} of {count} images and leaves none to "
+            f"{purpose}_fraction {fraction} asks for {cut_count} of {count} images and leaves none to "
             "train on; give a smaller one"
         )
     order = _generator(seed, purpose).permutation(count)
-    return whole.subset(np.sort(order[cut:])), whole.subset(np.sort(order[:cut]))
+    return images.subset(np.sort(order[cut_count:])), images.subset(np.sort(order[:cut_count]))
 
 
-def limited(whole: ImageSet, count: int | None, seed: int) -> ImageSet:
+def limit_set(images: ImageSet, count: int | None, seed: int) -> ImageSet:
     """At most so many images, chosen by seed; a larger choice contains the smaller ones.
 
     Classes are drawn in turn, so that every class has the same number, as far as it goes.
     """
     if count is None:
-        return whole
+        return images
     if count < 1:
         raise UserError(f"limit is {count}; give 1 or more training images, or null for all")
-    order = _generator(seed, "limit").permutation(len(whole))
-    labels = whole.labels[order]
+    order = _generator(seed, "limit").permutation(len(images))
+    labels = images.labels[order]
     turn = np.zeros(len(order), dtype=np.int64)
     for label in np.unique(labels):
         members = labels == label
         turn[members] = np.arange(int(members.sum()))
-    return whole.subset(np.sort(order[np.argsort(turn, kind="stable")[:count]]))
+    return images.subset(np.sort(order[np.argsort(turn, kind="stable")[:count]]))
 
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:
@@ -210,7 +210,7 @@ def shapes_set(shapes: Shapes) -> ImageSet:
     )
 
 
-def cifar(
+def load_cifar(
     name: Literal["cifar10", "cifar100"],
     root: Path,
     split: Literal["train", "test"],
@@ -230,14 +230,14 @@ def cifar(
     """
     from torchvision.datasets import CIFAR10, CIFAR100  # a second of imports that others don't need
 
-    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    dataset_class = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     root = expand_home(root)
     try:
-        source = kind(str(root), train=split == "train", download=download)
+        source = dataset_class(str(root), train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
-        said = str(getattr(error, "reason", error))
-        reason = said.splitlines()[0] if said else type(error).__name__
-        cure = f"put {kind.filename} (from {kind.url}) into {root}"
+        message = str(getattr(error, "reason", error))
+        reason = message.splitlines()[0] if message else type(error).__name__
+        cure = f"put {dataset_class.filename} (from {dataset_class.url}) into {root}"
         raise UserError(f"no {name} in {root} ({reason}); {cure}, or use an image folder") from None
     count = len(source.data)
     return ImageSet(
@@ -247,11 +247,11 @@ def cifar(
         names=tuple(f"{split}/{index:05d}" for index in range(count)),
         classes=tuple(source.classes),
         # torchvision checks the files' md5 whenever it opens them
-        fingerprint=hashlib.sha256(f"{name} {split} {kind.tgz_md5}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(f"{name} {split} {dataset_class.tgz_md5}".encode()).hexdigest(),
     )
 
 
-def folder(
+def load_folder(
     root: Path,
     split: folders.Split = "train",
     *,
@@ -279,41 +279,49 @@ def folder(
             file, classes that differ between splits, boxes of unknown images.
     """
     layout = folders.find_layout(Path(root))
-    parts = layout.parts()
-    if split not in parts:
-        raise UserError(f"{root} has no {split} split; {nearest(split, parts)}")
-    place = parts[split]
-    classes = folders.classes_of(layout.train, labelled)
+    split_folders = layout.split_folders()
+    if split not in split_folders:
+        raise UserError(f"{root} has no {split} split; {nearest(split, split_folders)}")
+    split_folder = split_folders[split]
+    classes = folders.find_classes(layout.train, labelled)
     if classes and split != "train":
-        folders.same_classes(layout.train, place)
-    if place != layout.root and (place / folders.MASKS).is_dir() and folders.has_masks(place):
+        folders.check_same_classes(layout.train, split_folder)
+    if (
+        split_folder != layout.root
+        and (split_folder / folders.MASKS).is_dir()
+        and folders.has_masks(split_folder)
+    ):
         raise UserError(
-            f"{place / folders.MASKS} holds masks of the images beside it; move it to "
-            f"{layout.root / folders.MASKS / place.name}, where masks are read"
+            f"{split_folder / folders.MASKS} holds masks of the images beside it; move it to "
+            f"{layout.root / folders.MASKS / split_folder.name}, where masks are read"
         )
-    files = folders.scan(place)
-    folders.demand_images(place, files)
-    labels = folders.labels_of(files, classes) if classes else None
-    images = cache.decoded(files, size, cache_dir, on_broken)
-    prefix = "" if place == layout.root else f"{place.name}/"
-    names = tuple(prefix + files.names[position] for position in images.kept.tolist())
+    files = folders.scan(split_folder)
+    folders.check_has_images(split_folder, files)
+    labels = folders.labels_from_paths(files, classes) if classes else None
+    images = cache.load_or_decode(files, size, cache_dir, on_broken)
+    prefix = "" if split_folder == layout.root else f"{split_folder.name}/"
+    names = tuple(prefix + files.names[position] for position in images.positions.tolist())
     count = len(names)
-    kept = np.full(count, -1, dtype=np.int64) if labels is None else labels[images.kept]
-    lost = set(range(len(classes))) - set(kept.tolist())
-    if lost:
-        broken = classes[min(lost)]
-        raise UserError(f"all images of class {broken!r} in {place} are broken; replace them")
+    image_labels = (
+        np.full(count, -1, dtype=np.int64) if labels is None else labels[images.positions]
+    )
+    missing = set(range(len(classes))) - set(image_labels.tolist())
+    if missing:
+        broken = classes[min(missing)]
+        raise UserError(
+            f"all images of class {broken!r} in {split_folder} are broken; replace them"
+        )
     key = hashlib.sha256(f"{images.digest} {images.pixels.shape}".encode())
-    boxes = annotations.boxes_of(layout.root, names, images.sizes, size)
-    masks = annotations.masks_of(layout.root, names, images.sizes, size)
+    boxes = annotations.load_boxes(layout.root, names, images.sizes, size)
+    masks = annotations.load_masks(layout.root, names, images.sizes, size)
     return ImageSet(
         pixels=images.pixels,
-        labels=kept,
+        labels=image_labels,
         ids=np.arange(count, dtype=np.int64),
         names=tuple(map(printable, names)),
         classes=tuple(map(printable, classes)),
         fingerprint=key.hexdigest(),
         boxes=boxes,
         masks=masks,
-        truth=annotations.digest(boxes, masks),
+        annotation_digest=annotations.annotation_digest(boxes, masks),
     )

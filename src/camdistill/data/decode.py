@@ -37,7 +37,7 @@ FORMATS = tuple(name for name in Image.OPEN if name not in _NOT_IMAGES)
 _KNOWN = [suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS]
 _USUAL = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif"]
 # What Pillow can open, the usual ones first
-SUFFIXES = tuple(dict.fromkeys([one for one in _USUAL if one in _KNOWN] + sorted(_KNOWN)))
+SUFFIXES = tuple(dict.fromkeys([ending for ending in _USUAL if ending in _KNOWN] + sorted(_KNOWN)))
 SUPPORTED = ", ".join(SUFFIXES[: len(_USUAL)]) + " and what else Pillow opens"
 
 
@@ -55,7 +55,7 @@ class Frame:
     height: int
     size: int | None
 
-    def scaled(self) -> tuple[int, int]:
+    def size_after_scaling(self) -> tuple[int, int]:
         """Width and height after scaling: torchvision's `Resize(size)`."""
         if self.size is None:
             return self.width, self.height
@@ -63,22 +63,22 @@ class Frame:
             return self.size, int(self.size * self.height / self.width)
         return int(self.size * self.width / self.height), self.size
 
-    def corner(self) -> tuple[int, int]:
+    def crop_corner(self) -> tuple[int, int]:
         """Left and top of the cut-out in the scaled image: torchvision's `CenterCrop(size)`."""
         if self.size is None:
             return 0, 0
-        width, height = self.scaled()
+        width, height = self.size_after_scaling()
         return round((width - self.size) / 2), round((height - self.size) / 2)
 
-    def stored_box(self, box: NDArray[np.float64]) -> NDArray[np.float64]:
+    def move_box(self, box: NDArray[np.float64]) -> NDArray[np.float64]:
         """A box (inclusive pixels) of the upright image in the stored one; NaN if outside it."""
-        width, height = self.scaled()
-        left, top = self.corner()
-        stored = (width, height) if self.size is None else (self.size, self.size)
+        width, height = self.size_after_scaling()
+        left, top = self.crop_corner()
+        stored_size = (width, height) if self.size is None else (self.size, self.size)
         scale = np.array([width / self.width, height / self.height] * 2)
         # inclusive pixels to edges and back: pixel p covers [p, p + 1)
         edges = (box + np.array([0, 0, 1, 1])) * scale - np.array([left, top, left, top])
-        edges = np.clip(edges, 0, np.array([*stored, *stored]))
+        edges = np.clip(edges, 0, np.array([*stored_size, *stored_size]))
         if edges[2] <= edges[0] or edges[3] <= edges[1]:
             return np.full(4, np.nan)
         moved: NDArray[np.float64] = edges - np.array([0, 0, 1, 1])
@@ -95,30 +95,30 @@ def check_side(name: str, side: int) -> None:
     check_number(name, side, f"[1, {LARGEST_SIDE}]", cure)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode as 8-bit RGB; transparency lies on white, as a page shows it."""
     mode = image.mode
     if mode.startswith("I;16") or mode == "I":
         # 16 bits (mode I too, where older files and TIFF put them): 65535 becomes 255
-        deep = np.asarray(image)
-        low, high = int(deep.min()), int(deep.max())
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
             raise ValueError(
                 f"grey values from {low} to {high} have no agreed range; save it with 8 or 16 bits"
             )
         # rounds value / 257, which is never halfway between two numbers
-        grey = ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if mode == "F":
         raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        clear = image.convert("RGBA")
-        page = Image.new("RGBA", clear.size, (255, 255, 255, 255))
-        return Image.alpha_composite(page, clear).convert("RGB")
+        rgba = image.convert("RGBA")
+        page = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(page, rgba).convert("RGB")
     return image if mode == "RGB" else image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _apply_exif_orientation(image: Image.Image) -> Image.Image:
     """Turned as the camera's EXIF note says."""
     # getexif costs as much as decoding a small image; most files have none
     if "exif" in image.info or image.format in ("TIFF", "MPO", "JPEG"):
@@ -145,11 +145,11 @@ def decode(
         check_side("size", size)
     try:
         check_regular(Path(path))
-        with Image.open(path, formats=FORMATS) as opened:
-            image = _upright(opened)
+        with Image.open(path, formats=FORMATS) as file_image:
+            image = _apply_exif_orientation(file_image)
             frame = Frame(*image.size, size)
-            image = _rgb(image) if kind == "image" else Image.fromarray(_nonzero(image))
-            image = _framed(image, frame, kind)
+            image = _to_rgb(image) if kind == "image" else Image.fromarray(_binarize_mask(image))
+            image = _scale_and_crop(image, frame, kind)
             pixels = np.asarray(image, dtype=np.uint8)
     except BROKEN as error:
         reason = " ".join(str(error).replace(f" {str(path)!r}", "").split())
@@ -170,13 +170,13 @@ def size_in_bytes(path: Path, size: int | None) -> int:
         return 3 * size**2
     try:
         check_regular(path)
-        with Image.open(path, formats=FORMATS) as opened:
-            return 3 * opened.width * opened.height
+        with Image.open(path, formats=FORMATS) as image:
+            return 3 * image.width * image.height
     except (UserError, *BROKEN):
         return 1 << 20
 
 
-def _nonzero(image: Image.Image) -> NDArray[np.uint8]:
+def _binarize_mask(image: Image.Image) -> NDArray[np.uint8]:
     """1 where a mask is marked; palette masks (VOC) count by index, not by colour."""
     pixels = np.asarray(image)
     if image.mode in ("RGBA", "LA"):
@@ -185,11 +185,13 @@ def _nonzero(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(marked, dtype=np.uint8)
 
 
-def _framed(image: Image.Image, frame: Frame, kind: Literal["image", "mask"]) -> Image.Image:
+def _scale_and_crop(
+    image: Image.Image, frame: Frame, kind: Literal["image", "mask"]
+) -> Image.Image:
     if frame.size is None:
         return image
-    left, top = frame.corner()
-    width, height = frame.scaled()
+    left, top = frame.crop_corner()
+    width, height = frame.size_after_scaling()
     filter_ = Image.Resampling.BILINEAR if kind == "image" else Image.Resampling.NEAREST
     if width * height > LARGEST_SCALED:
         # An image of 60,000 x 1 pixels would be scaled to 9 GB, of which a square is kept: the same

@@ -30,7 +30,7 @@ BOXES = "boxes.csv"
 
 
 @dataclass(frozen=True)
-class Files:
+class ImageFiles:
     """Image files below a folder, sorted by path, with what tells whether they changed.
 
     Attributes:
@@ -52,9 +52,9 @@ class Files:
 
     def digest(self) -> str:
         """sha256 of the list: another one where a file came, went or changed."""
-        listed = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape"))
-        listed.update(np.ascontiguousarray(self.stats).tobytes())
-        return listed.hexdigest()
+        hasher = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogateescape"))
+        hasher.update(np.ascontiguousarray(self.stats).tobytes())
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,17 @@ class Layout:
     val: Path | None
     test: Path | None
 
-    def parts(self) -> dict[Split, Path]:
+    def split_folders(self) -> dict[Split, Path]:
         """The folders that there are, by split."""
-        found: dict[Split, Path | None] = {"train": self.train, "val": self.val, "test": self.test}
-        return {split: path for split, path in found.items() if path is not None}
+        folder_by_split: dict[Split, Path | None] = {
+            "train": self.train,
+            "val": self.val,
+            "test": self.test,
+        }
+        return {split: path for split, path in folder_by_split.items() if path is not None}
 
 
-def existing_folder(root: Path) -> Path:
+def check_folder(root: Path) -> Path:
     """A folder that is there.
 
     Raises:
@@ -95,8 +99,8 @@ def existing_folder(root: Path) -> Path:
         parent = parent.parent
     siblings = sorted(path.name for path in parent.iterdir() if path.is_dir())
     missing = root.relative_to(parent).parts[0] if root.is_relative_to(parent) else root.name
-    known = nearest(missing, siblings) if siblings else "it holds no folders"
-    raise UserError(f"no folder {str(root)!r}; in {str(parent)!r} {known}")
+    hint = nearest(missing, siblings) if siblings else "it holds no folders"
+    raise UserError(f"no folder {str(root)!r}; in {str(parent)!r} {hint}")
 
 
 def find_layout(root: Path) -> Layout:
@@ -109,33 +113,33 @@ def find_layout(root: Path) -> Layout:
 
     Names: train or training; val, valid, validation or dev; test or testing.
     """
-    root = existing_folder(root)
-    inside = sorted(path for path in root.iterdir() if path.is_dir())
-    folders = {path.name.lower(): path for path in inside}
-    found = {
-        split: next((folders[name] for name in names if name in folders), None)
+    root = check_folder(root)
+    subfolders = sorted(path for path in root.iterdir() if path.is_dir())
+    folder_by_name = {path.name.lower(): path for path in subfolders}
+    folder_by_split = {
+        split: next((folder_by_name[name] for name in names if name in folder_by_name), None)
         for split, names in SPLIT_NAMES.items()
     }
-    train, val, test = found["train"], found["val"], found["test"]
+    train, val, test = folder_by_split["train"], folder_by_split["val"], folder_by_split["test"]
     if train is None:
-        other = val or test
-        if other is not None:
+        lone_split = val or test
+        if lone_split is not None:
             raise UserError(
-                f"{root} has a folder {other.name!r} but no 'train'; name the folder of the "
+                f"{root} has a folder {lone_split.name!r} but no 'train'; name the folder of the "
                 "training images 'train', or give a folder without splits"
             )
         return Layout(root, root, None, None)
     if val is None and test is None:
-        _demand_no_class(root, train, inside)
+        _check_no_class_beside(root, train, subfolders)
     else:
-        _tell_unused(root, [path for path in inside if path not in found.values()])
+        _warn_unused(root, [path for path in subfolders if path not in folder_by_split.values()])
     if test is None:
         val, test = None, val
     return Layout(root, train, val, test)
 
 
-def _demand_no_class(root: Path, train: Path, beside: Iterable[Path]) -> None:
-    for path in _with_images(path for path in beside if path != train):
+def _check_no_class_beside(root: Path, train: Path, beside: Iterable[Path]) -> None:
+    for path in _folders_with_images(path for path in beside if path != train):
         if path.name != MASKS:
             raise UserError(
                 f"{root} has a folder {train.name!r} and images in {path.name!r} beside it; if "
@@ -144,9 +148,9 @@ def _demand_no_class(root: Path, train: Path, beside: Iterable[Path]) -> None:
             )
 
 
-def _tell_unused(root: Path, beside: Iterable[Path]) -> None:
+def _warn_unused(root: Path, beside: Iterable[Path]) -> None:
     """Says which images beside the splits are in none of them."""
-    for path in _with_images(path for path in beside if path.name != MASKS):
+    for path in _folders_with_images(path for path in beside if path.name != MASKS):
         _log.warning(
             "%s: images in %r are not used; splits are %s",
             root,
@@ -155,7 +159,7 @@ def _tell_unused(root: Path, beside: Iterable[Path]) -> None:
         )
 
 
-def _with_images(folders: Iterable[Path]) -> Iterator[Path]:
+def _folders_with_images(folders: Iterable[Path]) -> Iterator[Path]:
     return (path for path in folders if not path.name.startswith(".") and len(scan(path)))
 
 
@@ -170,13 +174,13 @@ def has_masks(folder: Path) -> bool:
     masks = folder / MASKS
     if not masks.is_dir():
         return False
-    found = scan(masks)
-    beside = [entry for entry in folder.iterdir() if entry.name != MASKS]
-    folders = {entry.name for entry in beside if entry.is_dir()}
-    stems = {entry.stem for entry in beside if entry.name not in folders}
-    mirrored = [_mirrors(name, folders, stems) for name in found.names]
+    mask_files = scan(masks)
+    siblings = [entry for entry in folder.iterdir() if entry.name != MASKS]
+    folder_names = {entry.name for entry in siblings if entry.is_dir()}
+    stems = {entry.stem for entry in siblings if entry.name not in folder_names}
+    mirrored = [_is_mask_of(name, folder_names, stems) for name in mask_files.names]
     if any(mirrored) and not all(mirrored) and not len(scan(folder, nested=False)):
-        stray = found.path(mirrored.index(False))
+        stray = mask_files.path(mirrored.index(False))
         raise UserError(
             f"{masks} holds masks of the images beside it, but {stray} is of none; remove it, or "
             "give the class 'masks' another name"
@@ -184,11 +188,11 @@ def has_masks(folder: Path) -> bool:
     return any(mirrored) or not mirrored
 
 
-def _mirrors(name: str, folders: set[str], stems: set[str]) -> bool:
+def _is_mask_of(name: str, folders: set[str], stems: set[str]) -> bool:
     """A mask of beside/cat.jpg is cat.png or cat.jpg.png; of cat/1.jpg it lies in cat/."""
-    first, sign, _ = name.partition("/")
+    first, slash, _ = name.partition("/")
     mask = Path(first)
-    return first in folders if sign else bool({mask.stem, Path(mask.stem).stem} & stems)
+    return first in folders if slash else bool({mask.stem, Path(mask.stem).stem} & stems)
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
@@ -200,28 +204,28 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def scan(folder: Path, *, nested: bool = True) -> Files:
+def scan(folder: Path, *, nested: bool = True) -> ImageFiles:
     """The images below a folder; hidden files and other kinds of files are passed over.
 
     Raises:
         UserError: What is called as an image is a pipe or the like, or a link to nothing.
     """
     folder = Path(folder)
-    left_out = {MASKS} if nested and folder.name != MASKS and has_masks(folder) else set()
-    found = sorted(_walk(folder, "", nested, left_out))
-    names = tuple(name for name, _, _ in found)
-    stats = np.array([(size, time) for _, size, time in found], dtype=np.int64).reshape(-1, 2)
-    return Files(folder, names, stats)
+    excluded = {MASKS} if nested and folder.name != MASKS and has_masks(folder) else set()
+    entries = sorted(_walk(folder, "", nested, excluded))
+    names = tuple(name for name, _, _ in entries)
+    stats = np.array([(size, time) for _, size, time in entries], dtype=np.int64).reshape(-1, 2)
+    return ImageFiles(folder, names, stats)
 
 
 def _walk(
-    folder: Path | str, prefix: str, nested: bool, left_out: Container[str] = ()
+    folder: Path | str, prefix: str, nested: bool, excluded: Container[str] = ()
 ) -> Iterator[tuple[str, int, int]]:
     """(relative name, bytes, modification time); 60,000 files take 0.3 s."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
-            if name.startswith(".") or name in left_out:
+            if name.startswith(".") or name in excluded:
                 continue
             if name.lower().endswith(SUFFIXES) and not entry.is_dir():
                 try:
@@ -237,15 +241,15 @@ def _walk(
                 yield from _walk(entry.path, f"{prefix}{name}/", nested)
 
 
-def labels_of(files: Files, classes: tuple[str, ...]) -> NDArray[np.int64]:
+def labels_from_paths(files: ImageFiles, classes: tuple[str, ...]) -> NDArray[np.int64]:
     """Each image's class: the first part of its path.
 
     Raises:
         UserError: A class without images, or an image outside the class folders.
     """
-    number = {name: index for index, name in enumerate(classes)}
+    class_number = {name: index for index, name in enumerate(classes)}
     labels = np.array(
-        [number.get(name.partition("/")[0], -1) for name in files.names], dtype=np.int64
+        [class_number.get(name.partition("/")[0], -1) for name in files.names], dtype=np.int64
     )
     stray = np.flatnonzero(labels < 0)
     if len(stray):
@@ -263,7 +267,7 @@ def labels_of(files: Files, classes: tuple[str, ...]) -> NDArray[np.int64]:
     return labels
 
 
-def classes_of(folder: Path, labelled: bool | None) -> tuple[str, ...]:
+def find_classes(folder: Path, labelled: bool | None) -> tuple[str, ...]:
     """The classes of a folder of images; none for a flat folder or where labels are not wanted.
 
     Args:
@@ -275,12 +279,12 @@ def classes_of(folder: Path, labelled: bool | None) -> tuple[str, ...]:
     classes = class_folders(folder)
     if len(classes) >= 2:
         return classes
-    loose = len(scan(folder, nested=False))
+    loose_count = len(scan(folder, nested=False))
     if labelled is None and not classes:
         return ()
-    if labelled is None and loose:
+    if labelled is None and loose_count:
         raise UserError(
-            f"{folder} holds {loose} images and one folder {classes[0]!r}; set labelled: false to "
+            f"{folder} holds {loose_count} images and one folder {classes[0]!r}; set labelled: false to "
             "train without labels on all of them, or move the images into class folders"
         )
     if not classes:
@@ -294,28 +298,28 @@ def classes_of(folder: Path, labelled: bool | None) -> tuple[str, ...]:
     )
 
 
-def same_classes(train: Path, other: Path) -> None:
+def check_same_classes(train: Path, other: Path) -> None:
     """Check that two splits have the same class folders.
 
     Raises:
         UserError: They have not.
     """
-    known, found = class_folders(train), class_folders(other)
-    if known == found:
+    train_classes, other_classes = class_folders(train), class_folders(other)
+    if train_classes == other_classes:
         return
-    extra = sorted(set(found) - set(known))
+    extra = sorted(set(other_classes) - set(train_classes))
     if extra:
         raise UserError(
-            f"class {extra[0]!r} of {other} is not in {train}; {nearest(extra[0], known)}"
+            f"class {extra[0]!r} of {other} is not in {train}; {nearest(extra[0], train_classes)}"
         )
-    missing = sorted(set(known) - set(found))
+    missing = sorted(set(train_classes) - set(other_classes))
     raise UserError(
         f"class {missing[0]!r} of {train} is not in {other} ({len(missing)} missing); "
         "add it there or remove it here"
     )
 
 
-def demand_images(folder: Path, files: Files) -> None:
+def check_has_images(folder: Path, files: ImageFiles) -> None:
     """Checks that there are images.
 
     Raises:
@@ -323,8 +327,8 @@ def demand_images(folder: Path, files: Files) -> None:
     """
     if len(files):
         return
-    others = sorted({path.suffix.lower() for path in folder.rglob("*") if path.is_file()})
-    instead = f" (its files end in {', '.join(others[:5])})" if any(others) else ""
+    suffixes = sorted({path.suffix.lower() for path in folder.rglob("*") if path.is_file()})
+    instead = f" (its files end in {', '.join(suffixes[:5])})" if any(suffixes) else ""
     raise UserError(f"no images in {str(folder)!r}{instead}; supported: {SUPPORTED}")
 
 
@@ -340,7 +344,7 @@ def check_test_folder(train: Path, test: Path, classes: tuple[str, ...]) -> None
         UserError: There are no test images, or they are of other classes.
     """
     files = scan(test)
-    demand_images(test, files)
+    check_has_images(test, files)
     if classes:
-        same_classes(train, test)
-        labels_of(files, classes)
+        check_same_classes(train, test)
+        labels_from_paths(files, classes)

@@ -26,7 +26,7 @@ def process_rank() -> tuple[int, int]:
     return 0, 1
 
 
-class Order:
+class BatchSampler:
     """The positions of each batch, for this process: the sampler of a loader.
 
     Each global batch is cut into as many contiguous parts as there are processes. Training shuffles
@@ -56,7 +56,7 @@ class Order:
             return self.length // self.batch_size
         return -(-self.length // self.batch_size)
 
-    def part(self, number: int, order: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    def process_part(self, number: int, order: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
         """This process's part of a global batch, and how many of its images count."""
         rank, world = process_rank()
         if self.batch_size % world:
@@ -71,9 +71,9 @@ class Order:
                 raise UserError(f"{self.length} images can't be shared by {world} processes")
             return batch[rank * share : (rank + 1) * share], share
         share = -(-len(batch) // world)
-        filled = np.resize(batch, share * world)
+        padded = np.resize(batch, share * world)
         counted = min(max(len(batch) - rank * share, 0), share)
-        return filled[rank * share : (rank + 1) * share], counted
+        return padded[rank * share : (rank + 1) * share], counted
 
     def permutation(self) -> NDArray[np.int64]:
         """All positions in the order of this epoch."""
@@ -85,7 +85,7 @@ class Order:
     def __iter__(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
         order = self.permutation()
         for number in range(len(self)):
-            positions, counted = self.part(number, order)
+            positions, counted = self.process_part(number, order)
             yield positions, np.arange(len(positions)) < counted
 
 
@@ -100,10 +100,10 @@ class Loader:
 
     batch_sampler = None  # Lightning asks for it when it looks for shuffled validation data
 
-    def __init__(self, images: ImageSet, sampler: Order) -> None:
+    def __init__(self, images: ImageSet, sampler: BatchSampler) -> None:
         self.images = images
         self.sampler = sampler
-        self._at: LoaderState = {"epoch": 0, "batches": 0}
+        self._progress: LoaderState = {"epoch": 0, "batches": 0}
         self._resume: LoaderState | None = None
 
     def __len__(self) -> int:
@@ -117,13 +117,13 @@ class Loader:
         start = resume["batches"] if resume and resume["epoch"] == epoch else 0
         for number, (positions, counted) in enumerate(self.sampler):
             if number >= start:
-                self._at = {"epoch": epoch, "batches": number + 1}
+                self._progress = {"epoch": epoch, "batches": number + 1}
                 yield self.images.batch(positions, counted)
 
     def state_dict(self) -> LoaderState:
         """The running epoch, and how many of its batches have been given out."""
-        return self._at
+        return self._progress
 
     def load_state_dict(self, state: LoaderState) -> None:
         """Leave out the batches that were given out, if it is that epoch that goes on."""
-        self._at = self._resume = state
+        self._progress = self._resume = state

@@ -9,15 +9,15 @@ from typing import Literal, NamedTuple
 import pytorch_lightning as pl
 
 from camdistill.data.cache import OnBroken
-from camdistill.data.datasets import ImageSet, carve, cifar, folder, limited, shapes_set
+from camdistill.data.datasets import ImageSet, carve, limit_set, load_cifar, load_folder, shapes_set
 from camdistill.data.folders import (
     Layout,
     Split,
     check_test_folder,
-    classes_of,
+    find_classes,
     find_layout,
 )
-from camdistill.data.loading import Loader, Order
+from camdistill.data.loading import BatchSampler, Loader
 from camdistill.data.shapes import Shapes
 from camdistill.data.shapes_scene import Task
 from camdistill.errors import UserError
@@ -70,11 +70,11 @@ class ImageData(pl.LightningDataModule, ABC):
         return Carving()
 
     @abstractmethod
-    def _fit_sets(self) -> tuple[ImageSet, ImageSet]:
+    def load_fit_sets(self) -> tuple[ImageSet, ImageSet]:
         """The training set (before `limit`) and the validation set."""
 
     @abstractmethod
-    def _held_out_set(self) -> ImageSet:
+    def load_test_set(self) -> ImageSet:
         """The test set."""
 
     def check_test_set(self) -> None:
@@ -87,26 +87,26 @@ class ImageData(pl.LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         """Load what a stage needs: the test set is touched by test and predict alone."""
         if stage in ("fit", "validate") and self.val_set is None:
-            train, self.val_set = self._fit_sets()
-            self.train_set = limited(train, self.limit, self.split_seed)
+            train, self.val_set = self.load_fit_sets()
+            self.train_set = limit_set(train, self.limit, self.split_seed)
         if stage in ("test", "predict") and self.test_set is None:
-            self.test_set = self._held_out_set()
+            self.test_set = self.load_test_set()
 
-    def _any_set(self) -> ImageSet:
-        found = self.train_set or self.test_set
-        if found is None:
+    def _any_loaded_set(self) -> ImageSet:
+        images = self.train_set or self.test_set
+        if images is None:
             raise ValueError("call setup() first")
-        return found
+        return images
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; empty for images without labels."""
-        return self._any_set().classes
+        return self._any_loaded_set().classes
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
-        return self._any_set().size
+        return self._any_loaded_set().size
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -116,7 +116,9 @@ class ImageData(pl.LightningDataModule, ABC):
 
     def loader(self, images: ImageSet, *, train: bool = False) -> Loader:
         """Batches of any set in this module's way."""
-        return Loader(images, Order(len(images), self.batch_size, train=train, seed=self.seed))
+        return Loader(
+            images, BatchSampler(len(images), self.batch_size, train=train, seed=self.seed)
+        )
 
     def train_dataloader(self) -> Loader:
         """Shuffled by (seed, epoch); the last incomplete batch is dropped."""
@@ -195,17 +197,17 @@ class ShapesData(ImageData):
         )
         for split in ("val", "test"):  # a wrong number is told now, not after the training
             self.shapes(split)
-        most = max(self._lengths.values())
-        check_memory(most * 3 * size**2, f"{most:,} images of {size}x{size} pixels")
+        largest = max(self._lengths.values())
+        check_memory(largest * 3 * size**2, f"{largest:,} images of {size}x{size} pixels")
 
     def shapes(self, split: Literal["train", "val", "test"]) -> Shapes:
         """What is drawn in one split."""
         return dataclasses.replace(self._options, split=split, length=self._lengths[split])
 
-    def _fit_sets(self) -> tuple[ImageSet, ImageSet]:
+    def load_fit_sets(self) -> tuple[ImageSet, ImageSet]:
         return shapes_set(self.shapes("train")), shapes_set(self.shapes("val"))
 
-    def _held_out_set(self) -> ImageSet:
+    def load_test_set(self) -> ImageSet:
         return shapes_set(self.shapes("test"))
 
 
@@ -242,14 +244,14 @@ class CIFARData(ImageData):
 
     def prepare_data(self) -> None:
         """Download in one process, before the others look for the files."""
-        cifar(self.dataset, self.root, "train", download=self.download)
+        load_cifar(self.dataset, self.root, "train", download=self.download)
 
-    def _fit_sets(self) -> tuple[ImageSet, ImageSet]:
-        whole = cifar(self.dataset, self.root, "train", download=self.download)
-        return carve(whole, self.val_fraction, self.split_seed)
+    def load_fit_sets(self) -> tuple[ImageSet, ImageSet]:
+        images = load_cifar(self.dataset, self.root, "train", download=self.download)
+        return carve(images, self.val_fraction, self.split_seed)
 
-    def _held_out_set(self) -> ImageSet:
-        return cifar(self.dataset, self.root, "test", download=self.download)
+    def load_test_set(self) -> ImageSet:
+        return load_cifar(self.dataset, self.root, "test", download=self.download)
 
 
 class FolderData(ImageData):
@@ -299,17 +301,17 @@ class FolderData(ImageData):
         self.test_fraction = test_fraction
         self.on_broken = on_broken
         self.cache_dir = cache_dir
-        self._opened: dict[Split, ImageSet] = {}
+        self._set_by_split: dict[Split, ImageSet] = {}
 
     @property
     def carving(self) -> Carving:
         """What decides which images test, where these are carved."""
         return Carving(self.split_seed, self.test_fraction)
 
-    def _split(self, split: Split) -> ImageSet:
+    def _load_split(self, split: Split) -> ImageSet:
         # Listing 60,000 files takes most of a second start: once in prepare_data is enough.
-        if split not in self._opened:
-            self._opened[split] = folder(
+        if split not in self._set_by_split:
+            self._set_by_split[split] = load_folder(
                 self.root,
                 split,
                 size=self.image_size,
@@ -317,9 +319,9 @@ class FolderData(ImageData):
                 on_broken=self.on_broken,
                 cache_dir=self.cache_dir,
             )
-        return self._opened[split]
+        return self._set_by_split[split]
 
-    def _layout(self) -> Layout:
+    def _find_layout(self) -> Layout:
         return find_layout(self.root)
 
     def prepare_data(self) -> None:
@@ -327,37 +329,39 @@ class FolderData(ImageData):
 
         What is wrong with any split is told here, before a training has written anything.
         """
-        layout = self._layout()
-        self._split("train")
+        layout = self._find_layout()
+        self._load_split("train")
         if layout.test is not None:
-            classes = classes_of(layout.train, self.labelled)
+            classes = find_classes(layout.train, self.labelled)
             check_test_folder(layout.train, layout.test, classes)
         else:
             try:
                 self.check_test_set()
             except UserError as reason:  # one may train without
                 _log.warning("%s", reason)
-        self._fit_sets()
+        self.load_fit_sets()
 
-    def _fit_sets(self) -> tuple[ImageSet, ImageSet]:
-        layout, train = self._layout(), self._split("train")
+    def load_fit_sets(self) -> tuple[ImageSet, ImageSet]:
+        layout, train = self._find_layout(), self._load_split("train")
         if layout.val is not None:
-            return train, self._split("val")
+            return train, self._load_split("val")
         if layout.test is None:
             train, _ = carve(train, self.test_fraction, self.split_seed, purpose="test")
         return carve(train, self.val_fraction, self.split_seed)
 
     def check_test_set(self) -> None:
         """Checks that there will be images to test on."""
-        if self.test_fraction == 0 and self._layout().test is None:
+        if self.test_fraction == 0 and self._find_layout().test is None:
             raise UserError(
                 f"no test images: {self.root} has no test folder and test_fraction is 0; give a "
                 "test folder, or a test_fraction above 0"
             )
 
-    def _held_out_set(self) -> ImageSet:
+    def load_test_set(self) -> ImageSet:
         self.check_test_set()
-        if self._layout().test is not None:
-            return self._split("test")
-        _, test = carve(self._split("train"), self.test_fraction, self.split_seed, purpose="test")
+        if self._find_layout().test is not None:
+            return self._load_split("test")
+        _, test = carve(
+            self._load_split("train"), self.test_fraction, self.split_seed, purpose="test"
+        )
         return test

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Int64, Integer, UInt8, UInt64
 
 from camdistill.data import shapes_drawing as drawing
-from camdistill.data.shapes_painting import PATCH_COLOURS, painted
-from camdistill.data.shapes_scene import Task, asked, scene
+from camdistill.data.shapes_painting import PATCH_COLOURS, paint_images
+from camdistill.data.shapes_scene import Task, draw_scenes, task_labels
 from camdistill.errors import UserError, nearest
 
 VERSION = 1
@@ -33,7 +33,7 @@ _REMOVABLE: tuple[Removable, ...] = get_args(Removable)
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedShapes:
     """Images and all that is known about them.
 
     Attributes:
@@ -109,8 +109,8 @@ class Shapes:
             ("suppressor", 0, 1),
         ):
             if not low <= getattr(self, name) <= high:
-                given = getattr(self, name)
-                raise UserError(f"Shapes with {name}={given}: choose a value in [{low}, {high}]")
+                setting = getattr(self, name)
+                raise UserError(f"Shapes with {name}={setting}: choose a value in [{low}, {high}]")
         if self.task not in get_args(Task):
             raise UserError(
                 f"Shapes has no task {self.task!r}; {nearest(self.task, get_args(Task))}"
@@ -120,7 +120,7 @@ class Shapes:
                 f"task {self.task!r} asks about two objects, but objects={self.objects}: "
                 "give objects=2"
             )
-        if self._paired and self.shortcut == 0:
+        if self._is_shortcut_split and self.shortcut == 0:
             raise UserError(
                 f"split {self.split!r} is about the shortcut, but shortcut=0 draws none: "
                 "give the training split's shortcut, above 0"
@@ -134,10 +134,10 @@ class Shapes:
         """The labels' names in their order."""
         if self.task == "shape":
             return self.shape_names
-        one, other = self.shape_names[:2]
+        first, second = self.shape_names[:2]
         if self.task == "conjunction":
-            return f"not {one} and {other}", f"{one} and {other}"
-        return f"{one} and {other}, or neither", f"{one} or {other} alone"
+            return f"not {first} and {second}", f"{first} and {second}"
+        return f"{first} and {second}, or neither", f"{first} or {second} alone"
 
     @property
     def shape_names(self) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ class Shapes:
         return by_split.get(self.split, self.shortcut)
 
     @property
-    def _paired(self) -> bool:
+    def _is_shortcut_split(self) -> bool:
         return self.split in ("aligned", "neutral", "conflict")
 
     def render(
@@ -178,7 +178,7 @@ class Shapes:
         remove: Collection[Removable] = (),
         swap_class: int = 0,
         swap_background: int = 0,
-    ) -> Rendered:
+    ) -> RenderedShapes:
         """Render images by their index, as they are or with an intervention.
 
         An intervention draws the same scene again: pixels that it doesn't concern keep their bits.
@@ -200,23 +200,25 @@ class Shapes:
         if unknown := set(remove) - set(_REMOVABLE):
             raise ValueError(f"can't remove {sorted(unknown)}; there are {_REMOVABLE}")
         # Blocks whose fields stay in the processor's cache.
-        block = max(1, 128 * 32**2 // self.size**2)
-        parts = [
-            self._block(indices[start : start + block], set(remove), swap_class, swap_background)
-            for start in range(0, max(1, len(indices)), block)
+        block_size = max(1, 128 * 32**2 // self.size**2)
+        blocks = [
+            self._render_block(
+                indices[start : start + block_size], set(remove), swap_class, swap_background
+            )
+            for start in range(0, max(1, len(indices)), block_size)
         ]
-        return _joined(parts)
+        return _concatenate(blocks)
 
-    def _block(
+    def _render_block(
         self,
         indices: Int64[np.ndarray, "n"],
         remove: set[Removable],
         swap_class: int,
         swap_background: int,
-    ) -> Rendered:
-        keys = self._keys(indices)
+    ) -> RenderedShapes:
+        keys = self._image_keys(indices)
         patch = max(1, round(self.shortcut_cells * self.size / 8))
-        arranged = scene(
+        scenes = draw_scenes(
             keys,
             size=self.size,
             classes=self.classes,
@@ -225,44 +227,44 @@ class Shapes:
             patch=patch,
             task=self.task,
         )
-        kinds = (arranged.kinds + swap_class) % self.classes
-        labels = asked(kinds, arranged.second_kinds, self.task)
-        items = {"object": kinds, "second": arranged.second_kinds}
-        items["distractor"] = arranged.distractors + len(drawing.CLASSES)
+        kinds = (scenes.kinds + swap_class) % self.classes
+        labels = task_labels(kinds, scenes.second_kinds, self.task)
+        kinds_by_item = {"object": kinds, "second": scenes.second_kinds}
+        kinds_by_item["distractor"] = scenes.distractors + len(drawing.CLASSES)
         masks, parts = {}, {}
-        for place, (name, shown) in enumerate(items.items()):
+        for index, (name, item_kinds) in enumerate(kinds_by_item.items()):
             if name == "second" and self.objects == 1:
                 continue
-            mask, core = drawing.shape_masks(shown, arranged.poses[:, place], self.size)
+            mask, core = drawing.shape_masks(item_kinds, scenes.poses[:, index], self.size)
             masks[name] = np.zeros_like(mask) if name in remove else mask
             parts[name] = masks[name] & ~core
-        drawn = self.shortcut > 0 and "shortcut" not in remove
-        masks["shortcut"] = _squares(arranged.patch, patch * drawn, self.size)
+        has_patch = self.shortcut > 0 and "shortcut" not in remove
+        masks["shortcut"] = _square_masks(scenes.patch, patch * has_patch, self.size)
         masks["background"] = ~np.logical_or.reduce(list(masks.values()))
         masks["parts"] = parts["object"]
         if self.objects == 2:
             masks["second_parts"] = parts["second"]
-        shortcut_labels = arranged.shortcut_labels if drawn else np.full_like(labels, -1)
-        return Rendered(
-            pixels=painted(
+        shortcut_labels = scenes.shortcut_labels if has_patch else np.full_like(labels, -1)
+        return RenderedShapes(
+            pixels=paint_images(
                 keys, masks, shortcut_labels, suppressor=self.suppressor, swap=swap_background
             ),
             labels=labels,
             kinds=kinds,
-            second_labels=arranged.second_kinds if self.objects == 2 else None,
+            second_labels=scenes.second_kinds if self.objects == 2 else None,
             shortcut_labels=shortcut_labels,
-            distractors=arranged.distractors,
+            distractors=scenes.distractors,
             masks=masks,
         )
 
-    def _keys(self, indices: Int64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
-        scenes = "test" if self._paired else self.split
+    def _image_keys(self, indices: Int64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
+        scenes = "test" if self._is_shortcut_split else self.split
         root = hashlib.sha256(f"shapes {VERSION} {scenes} {self.seed}".encode()).digest()
         start = np.uint64(int.from_bytes(root[:8], "little"))
-        return drawing.mixed(start + indices.astype(np.uint64) * drawing.GOLDEN)
+        return drawing.splitmix64(start + indices.astype(np.uint64) * drawing.GOLDEN)
 
 
-def _squares(
+def _square_masks(
     corners: Int64[np.ndarray, "n 2"], side: int, size: int
 ) -> Bool[np.ndarray, "n size size"]:
     """Squares by their left and top pixel."""
@@ -271,19 +273,19 @@ def _squares(
     return inside[:, 1, :, None] & inside[:, 0, None, :]
 
 
-def _joined(parts: list[Rendered]) -> Rendered:
+def _concatenate(blocks: list[RenderedShapes]) -> RenderedShapes:
     """Blocks one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    seconds = [part.second_labels for part in parts if part.second_labels is not None]
-    return Rendered(
-        pixels=np.concatenate([part.pixels for part in parts]),
-        labels=np.concatenate([part.labels for part in parts]),
-        kinds=np.concatenate([part.kinds for part in parts]),
+    if len(blocks) == 1:
+        return blocks[0]
+    seconds = [part.second_labels for part in blocks if part.second_labels is not None]
+    return RenderedShapes(
+        pixels=np.concatenate([part.pixels for part in blocks]),
+        labels=np.concatenate([part.labels for part in blocks]),
+        kinds=np.concatenate([part.kinds for part in blocks]),
         second_labels=np.concatenate(seconds) if seconds else None,
-        shortcut_labels=np.concatenate([part.shortcut_labels for part in parts]),
-        distractors=np.concatenate([part.distractors for part in parts]),
+        shortcut_labels=np.concatenate([part.shortcut_labels for part in blocks]),
+        distractors=np.concatenate([part.distractors for part in blocks]),
         masks={
-            name: np.concatenate([part.masks[name] for part in parts]) for name in parts[0].masks
+            name: np.concatenate([part.masks[name] for part in blocks]) for name in blocks[0].masks
         },
     )

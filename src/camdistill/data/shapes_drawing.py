@@ -19,7 +19,7 @@ REACH = 1.598
 """Radius of the disc that contains every shape."""
 
 
-def mixed(words: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
+def splitmix64(words: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
     """Hash 64-bit words: the output function of SplitMix64 (Steele, Lea, Flood 2014, figure 15)."""
     hashed: UInt64[np.ndarray, "*shape"] = words ^ (words >> np.uint64(30))
     hashed *= np.uint64(0xBF58476D1CE4E5B9)
@@ -33,11 +33,11 @@ def random_words(
     keys: UInt64[np.ndarray, "n"], stream: int, count: int
 ) -> UInt64[np.ndarray, "n count"]:
     """Random 64-bit words that depend on the key, the stream and the position alone."""
-    start = mixed(keys + np.array([stream + 1], np.uint64) * GOLDEN)
-    return mixed(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN)
+    start = splitmix64(keys + np.array([stream + 1], np.uint64) * GOLDEN)
+    return splitmix64(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN)
 
 
-def uniforms(
+def uniforms_by_key(
     keys: UInt64[np.ndarray, "n"], stream: int, count: int
 ) -> Float32[np.ndarray, "n count"]:
     """Random numbers in [0, 1), multiples of 2**-24."""
@@ -46,7 +46,7 @@ def uniforms(
     )
 
 
-def _doubled_last(values: Int16[np.ndarray, "n channels height width"]) -> np.ndarray:
+def _double_columns(values: Int16[np.ndarray, "n channels height width"]) -> np.ndarray:
     """Twice as many columns, linearly interpolated between the old columns' centres."""
     wide = np.empty((*values.shape[:-1], 2 * values.shape[-1]), np.int16)
     tripled = values * np.int16(3)
@@ -58,7 +58,7 @@ def _doubled_last(values: Int16[np.ndarray, "n channels height width"]) -> np.nd
     return wide
 
 
-def _doubled_rows(values: Int16[np.ndarray, "n channels height width"]) -> np.ndarray:
+def _double_rows(values: Int16[np.ndarray, "n channels height width"]) -> np.ndarray:
     """Twice as many rows, linearly interpolated between the old rows' centres."""
     n, channels, height, width = values.shape
     tall = np.empty((n, channels, 2 * height, width), np.int16)
@@ -91,14 +91,14 @@ def noise(
     words = random_words(keys, stream, (count + 7) // 8).astype("<u8", copy=False)
     values = words.view(np.int8)
     field = np.zeros((len(keys), channels, grid, grid), np.int16)
-    used = 0
+    offset = 0
     for g in grids:
         if g > grid:
-            field = _doubled_last(_doubled_rows(field))
-        octave = values[:, used : used + channels * g * g].reshape(-1, channels, g, g)
+            field = _double_columns(_double_rows(field))
+        octave = values[:, offset : offset + channels * g * g].reshape(-1, channels, g, g)
         # The finest octave is not smoothed by an interpolation: half its amplitude is as much.
         field += octave >> 1 if g == size else octave
-        used += channels * g * g
+        offset += channels * g * g
     return field
 
 

@@ -17,7 +17,7 @@ _STRIPES = np.array([(8, 0), (0, 8), (6, 6), (6, -6), (8, 4), (4, 8), (8, -4), (
 _COLOURS, _GRAIN, _SUPPRESSOR, _BACKGROUND = 1, 2, 3, 4
 
 
-def painted(
+def paint_images(
     keys: UInt64[np.ndarray, "n"],
     masks: dict[str, Bool[np.ndarray, "n size size"]],
     shortcut_labels: Int64[np.ndarray, "n"],
@@ -35,26 +35,31 @@ def painted(
         swap: Which other background, from 1; 0 is the image's own.
     """
     n, size = len(keys), masks["background"].shape[-1]
-    draw = drawing.uniforms(keys, _COLOURS, 40)
+    draw = drawing.uniforms_by_key(keys, _COLOURS, 40)
     base = _levels(draw[:, :3], 85, 170)
-    behind, loudness = base, _levels(draw[:, 3], 14, 40)
+    background, amplitude = base, _levels(draw[:, 3], 14, 40)
     if swap:
         # Near the first one, or the items' contrast would go.
-        other = drawing.uniforms(keys, _BACKGROUND + 2 * swap + 1, 4)
-        behind, loudness = base + _levels(other[:, :3], -24, 25), _levels(other[:, 3], 14, 40)
+        swap_numbers = drawing.uniforms_by_key(keys, _BACKGROUND + 2 * swap + 1, 4)
+        background, amplitude = (
+            base + _levels(swap_numbers[:, :3], -24, 25),
+            _levels(swap_numbers[:, 3], 14, 40),
+        )
     field = drawing.noise(keys, _BACKGROUND + 2 * swap, 3, size)
-    field *= loudness[:, None, None, None]
+    field *= amplitude[:, None, None, None]
     field >>= 8
-    field += behind[:, :, None, None]
+    field += background[:, :, None, None]
     grain = drawing.noise(keys, _GRAIN, 1, size)
     flat = field.reshape(n, 3, size * size)
-    for place, name in enumerate(("object", "second", "distractor")):
+    for index, name in enumerate(("object", "second", "distractor")):
         if name in masks:
             image, pixel = np.divmod(np.flatnonzero(masks[name]), size * size)
-            own = draw[:, 4 + 12 * place : 16 + 12 * place]
-            texture = _texture(own[:, 6:9], grain.reshape(n, size * size), image, pixel, size)
-            sign = np.where(own[:, :3] < 0.5, -1, 1).astype(np.int16)
-            colour = base + sign * _levels(own[:, 3:6], 60, 86)
+            item_numbers = draw[:, 4 + 12 * index : 16 + 12 * index]
+            texture = _texture(
+                item_numbers[:, 6:9], grain.reshape(n, size * size), image, pixel, size
+            )
+            sign = np.where(item_numbers[:, :3] < 0.5, -1, 1).astype(np.int16)
+            colour = base + sign * _levels(item_numbers[:, 3:6], 60, 86)
             for channel in range(3):
                 flat[image, channel, pixel] = colour[image, channel] + texture
     if suppressor > 0:

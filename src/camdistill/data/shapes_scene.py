@@ -26,7 +26,7 @@ _PerImage = Float32[np.ndarray, "n"]
 
 
 @dataclass(frozen=True)
-class Scene:
+class ShapesScene:
     """The arrangement of n images; items are the object, the second object, the distractor.
 
     Attributes:
@@ -48,7 +48,7 @@ class Scene:
     patch: Int64[np.ndarray, "n 2"]
 
 
-def scene(
+def draw_scenes(
     keys: UInt64[np.ndarray, "n"],
     *,
     size: int,
@@ -57,7 +57,7 @@ def scene(
     agreement: float,
     patch: int,
     task: Task = "shape",
-) -> Scene:
+) -> ShapesScene:
     """Arrange images, each by its key.
 
     Args:
@@ -69,24 +69,28 @@ def scene(
         patch: Side of the patch in pixels.
         task: What labels say.
     """
-    draw = drawing.uniforms(keys, _STREAM, 21).T
-    kinds, second_kinds = _kinds(draw[:3], classes, task)
-    labels, other_labels = _labels(draw[2], kinds, second_kinds, classes, task)
+    draw = drawing.uniforms_by_key(keys, _STREAM, 21).T
+    kinds, second_kinds = _draw_kinds(draw[:3], classes, task)
+    labels, other_labels = _draw_labels(draw[2], kinds, second_kinds, classes, task)
     low, high = (np.float32(np.sqrt(area / np.pi)) for area in AREA)
     # A disc is reserved that holds every shape, or the place would tell the class.
     radii = np.float32(drawing.REACH) * (low + (high - low) * draw[5:8])
     if objects == 1:
-        centres, radii = _beside(radii, drawing.uniforms(keys, _STREAM + _MORE, 2 + 2 * _TRIES).T)
+        centres, radii = _place_beside(
+            radii, drawing.uniforms_by_key(keys, _STREAM + _MORE, 2 + 2 * _TRIES).T
+        )
     else:
-        centres = _in_cells(radii, draw[14:21], drawing.uniforms(keys, _STREAM + _MORE, 6).T)
+        centres = _place_in_cells(
+            radii, draw[14:21], drawing.uniforms_by_key(keys, _STREAM + _MORE, 6).T
+        )
     poses = np.empty((len(keys), 3, 5), np.float32)
     poses[:, :, :2] = centres.transpose(2, 1, 0) * size
     poses[:, :, 2] = radii.T / np.float32(drawing.REACH) * size
     # tan(15 degrees): rotations within +-30 degrees, which make no class look like another.
     poses[:, :, 3] = (2 * draw[8:11].T - 1) * np.float32(0.2679492)
     poses[:, :, 4] = np.where(draw[11:14].T < 0.5, -1, 1)
-    places = drawing.uniforms(keys, _STREAM + 2 * _MORE, 2 * _TRIES).T
-    return Scene(
+    places = drawing.uniforms_by_key(keys, _STREAM + 2 * _MORE, 2 * _TRIES).T
+    return ShapesScene(
         labels=labels,
         kinds=kinds,
         second_kinds=second_kinds,
@@ -97,7 +101,7 @@ def scene(
     )
 
 
-def _kinds(
+def _draw_kinds(
     draw: Float32[np.ndarray, "3 n"], classes: int, task: Task
 ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
     """Shapes of the object and of the second object, two different ones."""
@@ -112,20 +116,20 @@ def _kinds(
     return np.where(code <= 3, 0, first + 2), np.where((code <= 2) | (code == 4), 1, second + 2)
 
 
-def asked(
+def task_labels(
     kinds: Int64[np.ndarray, "n"], second_kinds: Int64[np.ndarray, "n"], task: Task
 ) -> Int64[np.ndarray, "n"]:
     """Labels: the object's shape, or whether shapes 0 and 1 are both there, or one alone."""
     if task == "shape":
         return kinds
-    has = [(kinds == shape) | (second_kinds == shape) for shape in (0, 1)]
-    told: Int64[np.ndarray, n] = (
-        has[0] & has[1] if task == "conjunction" else has[0] ^ has[1]
+    has_shape = [(kinds == shape) | (second_kinds == shape) for shape in (0, 1)]
+    labels: Int64[np.ndarray, n] = (
+        has_shape[0] & has_shape[1] if task == "conjunction" else has_shape[0] ^ has_shape[1]
     ).astype(np.int64)
-    return told
+    return labels
 
 
-def _labels(
+def _draw_labels(
     draw: _PerImage,
     kinds: Int64[np.ndarray, "n"],
     second_kinds: Int64[np.ndarray, "n"],
@@ -133,7 +137,7 @@ def _labels(
     task: Task,
 ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
     """Labels, and for each another one that a patch may show."""
-    labels = asked(kinds, second_kinds, task)
+    labels = task_labels(kinds, second_kinds, task)
     count = classes if task == "shape" else 2
     return labels, (labels + 1 + _choice(draw, count - 1)) % count
 
@@ -143,8 +147,8 @@ def _choice(draw: _PerImage, count: int) -> Int64[np.ndarray, "n"]:
     return np.floor(draw.astype(np.float64) * count).astype(np.int64)
 
 
-def _cells(
-    rooms: Float32[np.ndarray, "4 n"], draw: Float32[np.ndarray, "7 n"]
+def _cut_cells(
+    item_sides: Float32[np.ndarray, "4 n"], draw: Float32[np.ndarray, "7 n"]
 ) -> tuple[Float32[np.ndarray, "2 4 n"], Float32[np.ndarray, "2 4 n"]]:
     """Cut each image into four cells, one an item and large enough for it.
 
@@ -152,15 +156,15 @@ def _cells(
     that items never touch and yet are found everywhere.
 
     Args:
-        rooms: Side of the square that each item needs, at most 0.5.
+        item_sides: Side of the square that each item needs, at most 0.5.
         draw: Uniform numbers.
 
     Returns:
         Where the items' cells start and end, on both axes, in [0, 1].
     """
-    images = np.arange(rooms.shape[1])
+    images = np.arange(item_sides.shape[1])
     owners = _permutations(_choice(draw[0], 24))
-    need = rooms[owners, images]
+    need = item_sides[owners, images]
     first, second = np.maximum(need[0], need[1]), np.maximum(need[2], need[3])
     cut = first + (1 - first - second) * draw[1]
     left, right = (
@@ -177,21 +181,21 @@ def _cells(
     return starts[:, cells, images], ends[:, cells, images]
 
 
-def _in_cells(
+def _place_in_cells(
     radii: Float32[np.ndarray, "3 n"],
     cuts: Float32[np.ndarray, "7 n"],
     draw: Float32[np.ndarray, "6 n"],
 ) -> Float32[np.ndarray, "2 3 n"]:
     """Centres of three items, each in a cell of its own; the fourth cell is left to the patch."""
-    rooms = np.concatenate([2 * radii, np.full_like(radii[:1], _PATCH_ROOM)])
-    starts, ends = _cells(rooms, cuts)
+    item_sides = np.concatenate([2 * radii, np.full_like(radii[:1], _PATCH_ROOM)])
+    starts, ends = _cut_cells(item_sides, cuts)
     slack = np.maximum(ends[:, :3] - starts[:, :3] - 2 * radii, 0)
-    places = slack * _outward(draw.reshape(2, 3, -1))
+    places = slack * _stretch_outward(draw.reshape(2, 3, -1))
     centres: Float32[np.ndarray, "2 3 n"] = starts[:, :3] + radii + places
     return centres
 
 
-def _beside(
+def _place_beside(
     radii: Float32[np.ndarray, "3 n"], draw: Float32[np.ndarray, "tries n"]
 ) -> tuple[Float32[np.ndarray, "2 3 n"], Float32[np.ndarray, "3 n"]]:
     """Centres of the object, anywhere, and of the distractor, anywhere beside it.
@@ -200,42 +204,52 @@ def _beside(
         The centres, and the radii: an object so near the centre that nothing as large fits beside
         it is made smaller, and its distractor with it. The absent second object has radius 0.
     """
-    own, other = radii[0], radii[2]
-    place = _placed(own, draw[:2])
-    away = np.where(place < 0.5, 1 - other, other)
-    tight = ((place - away) ** 2).sum(axis=0) < (own + other) ** 2
-    own, other = (np.where(tight, np.minimum(r, np.float32(0.207)), r) for r in (own, other))
-    corner = np.where(place < 0.5, 1 - other, other)[:, None]
-    tried = _placed(other, draw[2:].reshape(2, _TRIES, -1))
-    tried = np.concatenate([tried, corner], axis=1)
-    free = ((tried - place[:, None]) ** 2).sum(axis=0) >= (own + other) ** 2
+    object_radius, distractor_radius = radii[0], radii[2]
+    center = _place_centers(object_radius, draw[:2])
+    farthest = np.where(center < 0.5, 1 - distractor_radius, distractor_radius)
+    tight = ((center - farthest) ** 2).sum(axis=0) < (object_radius + distractor_radius) ** 2
+    object_radius, distractor_radius = (
+        np.where(tight, np.minimum(r, np.float32(0.207)), r)
+        for r in (object_radius, distractor_radius)
+    )
+    corner = np.where(center < 0.5, 1 - distractor_radius, distractor_radius)[:, None]
+    candidates = _place_centers(distractor_radius, draw[2:].reshape(2, _TRIES, -1))
+    candidates = np.concatenate([candidates, corner], axis=1)
+    free = ((candidates - center[:, None]) ** 2).sum(axis=0) >= (
+        object_radius + distractor_radius
+    ) ** 2
     free[-1] = True
     first = free.argmax(axis=0)
-    beside = tried[:, first, np.arange(len(first))]
-    none = np.zeros_like(own)
-    return np.stack([place, np.full_like(place, -9), beside], axis=1), np.stack([own, none, other])
+    distractor_center = candidates[:, first, np.arange(len(first))]
+    zero_radius = np.zeros_like(object_radius)
+    return np.stack([center, np.full_like(center, -9), distractor_center], axis=1), np.stack(
+        [object_radius, zero_radius, distractor_radius]
+    )
 
 
 def _permutations(numbers: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "4 n"]:
     """The permutation of four things that each number below 24 stands for."""
-    left = np.tile(np.arange(4)[:, None], len(numbers))
-    for place, code in enumerate(_ORDERS[numbers].T):
-        swapped = place + code
+    permutations = np.tile(np.arange(4)[:, None], len(numbers))
+    for index, code in enumerate(_ORDERS[numbers].T):
+        swapped = index + code
         images = np.arange(len(numbers))
-        left[place], left[swapped, images] = left[swapped, images], left[place].copy()
-    return left
+        permutations[index], permutations[swapped, images] = (
+            permutations[swapped, images],
+            permutations[index].copy(),
+        )
+    return permutations
 
 
-def _placed(
+def _place_centers(
     radius: _PerImage, draw: Float32[np.ndarray, "*tries n"]
 ) -> Float32[np.ndarray, "*tries n"]:
     """Coordinates of centres, drawn so that shapes cover the image evenly."""
     margin = MARGIN * radius
-    places: Float32[np.ndarray, "*tries n"] = margin + (1 - 2 * margin) * _outward(draw)
+    places: Float32[np.ndarray, "*tries n"] = margin + (1 - 2 * margin) * _stretch_outward(draw)
     return places
 
 
-def _outward(draw: Float32[np.ndarray, "*tries n"]) -> Float32[np.ndarray, "*tries n"]:
+def _stretch_outward(draw: Float32[np.ndarray, "*tries n"]) -> Float32[np.ndarray, "*tries n"]:
     """Stretch uniform numbers in [0, 1] towards both ends.
 
     Centres that were uniform would pile objects up in the middle of the image. With 1.36, the mean
@@ -263,13 +277,13 @@ def _patch_corners(
     offset = np.floor(2 * span * inner).astype(np.int64)
     far = size - patch
     # Near the far border for the second half of the numbers.
-    tried = np.where(offset < span, offset, far + span - offset)
+    candidates = np.where(offset < span, offset, far + span - offset)
     corners = np.array([[0, 0, far, far], [0, far, 0, far]])
-    places = np.concatenate([tried, np.tile(corners[..., None], tried.shape[2])], axis=1)
+    places = np.concatenate([candidates, np.tile(corners[..., None], candidates.shape[2])], axis=1)
     free = np.ones(places.shape[1:], bool)
-    for item in range(3):
-        gap = np.maximum(places - centres[:, None, item], centres[:, None, item] - places - patch)
+    for disc in range(3):
+        gap = np.maximum(places - centres[:, None, disc], centres[:, None, disc] - places - patch)
         gap = np.maximum(gap, 0)
-        free &= (gap * gap).sum(axis=0) >= radii[item] ** 2
+        free &= (gap * gap).sum(axis=0) >= radii[disc] ** 2
     first = free.argmax(axis=0)
     return places[:, first, np.arange(len(first))].T

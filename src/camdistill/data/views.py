@@ -74,34 +74,36 @@ class View(NamedTuple):
     shift: bool = False
 
 
-def _signed(number: int) -> int:
+def _to_int64(number: int) -> int:
     """The int64 with the same bits as a number modulo 2**64."""
     return (number + 2**63) % 2**64 - 2**63
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_GOLDEN = _to_int64(0x9E3779B97F4A7C15)
 
 
-def _mixed(state: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def _splitmix64(state: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014) in wrapping int64 arithmetic."""
     # `>>` keeps the sign; the mask makes it the logical shift of the published code
-    state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * _to_int64(0xBF58476D1CE4E5B9)
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * _to_int64(0x94D049BB133111EB)
     return state ^ ((state >> 31) & (2**33 - 1))
 
 
-def uniforms(ids: Labels, count: int, *, seed: int, epoch: int) -> Float[Tensor, "batch {count}"]:
+def uniforms_by_id(
+    ids: Labels, count: int, *, seed: int, epoch: int
+) -> Float[Tensor, "batch {count}"]:
     """Random numbers in [0, 1) that depend on (seed, epoch, id, column) alone.
 
     Integer arithmetic only, so every device gives the same bits.
     """
-    words = torch.tensor([_signed(seed), _signed(epoch)], dtype=torch.int64)
+    words = torch.tensor([_to_int64(seed), _to_int64(epoch)], dtype=torch.int64)
     # a Python number: bringing a tensor to a GPU would make every step wait for it
-    key = int(_mixed(_mixed(words[:1] + _GOLDEN) + words[1:]))
+    key = int(_splitmix64(_splitmix64(words[:1] + _GOLDEN) + words[1:]))
     # id + 1: splitmix of an all-zero state is zero
-    rows = _mixed(key + (ids.to(torch.int64) + 1) * _GOLDEN)
+    rows = _splitmix64(key + (ids.to(torch.int64) + 1) * _GOLDEN)
     columns = torch.arange(1, count + 1, device=ids.device) * _GOLDEN
-    bits = _mixed(rows[:, None] + columns[None, :])
+    bits = _splitmix64(rows[:, None] + columns[None, :])
     return ((bits >> 40) & (2**24 - 1)).to(torch.float32) * 2.0**-24
 
 
@@ -126,7 +128,7 @@ def draw_view(
     """
     height, width = size
     # always five columns, so that the choice of the crop doesn't change who is flipped
-    u = uniforms(ids, 5, seed=seed, epoch=epoch)
+    u = uniforms_by_id(ids, 5, seed=seed, epoch=epoch)
     view = identity_view(len(ids), device=ids.device)
     flip = u[:, 0] < 0.5 if augment.flip else view.flip
     if augment.crop == "none":
@@ -163,11 +165,11 @@ def view_images(
     """
     height, width = images.shape[-2:]
     if view.shift and size in (None, (height, width)):
-        return _shifted(images, view)
+        return _shift_images(images, view)
     top, left, box_height, box_width = view.box.unbind(1)
     rows, columns = size or (height, width)
-    vertical = _resampling(top, box_height, height, rows, outside="zero")
-    horizontal = _resampling(left, box_width, width, columns, outside="zero")
+    vertical = _resampling_weights(top, box_height, height, rows, outside="zero")
+    horizontal = _resampling_weights(left, box_width, width, columns, outside="zero")
     # mirroring the source mirrors the columns of the matrix, which is smaller than the images
     horizontal = torch.where(view.flip[:, None, None], horizontal.flip(-1), horizontal)
     exact = images if images.is_floating_point() else images.float()
@@ -176,14 +178,14 @@ def view_images(
     with torch.autocast(images.device.type, enabled=False):  # bf16 is too coarse for 256 levels
         narrow = exact.reshape(batch, channels * height, width) @ horizontal.to(exact).mT
         wide = narrow.view(batch, channels, height, columns).transpose(1, 2)
-        moved = vertical.to(exact) @ wide.reshape(batch, height, channels * columns)
-    moved = moved.view(batch, rows, channels, columns).transpose(1, 2).contiguous()
+        resampled = vertical.to(exact) @ wide.reshape(batch, height, channels * columns)
+    resampled = resampled.view(batch, rows, channels, columns).transpose(1, 2).contiguous()
     if images.is_floating_point():
-        return moved
-    return moved.round_().clamp_(0, 255).to(images.dtype)
+        return resampled
+    return resampled.round_().clamp_(0, 255).to(images.dtype)
 
 
-def _shifted(
+def _shift_images(
     images: Num[Tensor, "batch channels height width"], view: View
 ) -> Num[Tensor, "batch channels height width"]:
     """Flip and whole-pixel shift as one gather: 0.7 ms for 256 CIFAR images on one core."""
@@ -197,10 +199,10 @@ def _shifted(
     inside = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[
         :, None, :
     ]
-    place = row.clamp(0, height - 1)[:, :, None] * width + column.clamp(0, width - 1)[:, None, :]
-    place = place.view(batch, 1, -1).expand(-1, channels, -1)
-    moved = images.reshape(batch, channels, -1).gather(2, place)
-    return moved.view(images.shape) * inside[:, None]
+    index = row.clamp(0, height - 1)[:, :, None] * width + column.clamp(0, width - 1)[:, None, :]
+    index = index.view(batch, 1, -1).expand(-1, channels, -1)
+    shifted = images.reshape(batch, channels, -1).gather(2, index)
+    return shifted.view(images.shape) * inside[:, None]
 
 
 def view_maps(maps: Maps, view: View, *, flipped: bool) -> Maps:
@@ -219,15 +221,15 @@ def view_maps(maps: Maps, view: View, *, flipped: bool) -> Maps:
     """
     height, width = maps.shape[-2:]
     top, left, box_height, box_width = view.box.unbind(1)
-    vertical = _resampling(top, box_height, height, height, outside="edge")
-    horizontal = _resampling(left, box_width, width, width, outside="edge")
+    vertical = _resampling_weights(top, box_height, height, height, outside="edge")
+    horizontal = _resampling_weights(left, box_width, width, width, outside="edge")
     if not flipped:
         horizontal = torch.where(view.flip[:, None, None], horizontal.flip(-1), horizontal)
     with torch.autocast(maps.device.type, enabled=False):
         return vertical.to(maps) @ maps @ horizontal.to(maps).mT
 
 
-def _resampling(
+def _resampling_weights(
     start: Float[Tensor, "batch"],
     extent: Float[Tensor, "batch"],
     source: int,

@@ -17,7 +17,7 @@ from camdistill.errors import UserError, check_number
 from camdistill.explain.engine.request import Classes, Grad, Score
 from camdistill.explain.gradcam import Explanation, explain_images
 from camdistill.networks.class_paths import SAFE_PACKAGES
-from camdistill.networks.fitting import load_state
+from camdistill.networks.fitting import load_weights
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import (
     NetworkSpec,
@@ -44,7 +44,7 @@ from camdistill.networks.weights import (
 from camdistill.types import Images, Logits
 
 
-class Explainer(nn.Module):
+class TrainedExplainer(nn.Module):
     """A trained network with what is known of it; it takes images in [0, 1].
 
     Attributes:
@@ -98,7 +98,7 @@ class Explainer(nn.Module):
         return explain_images(self.network, images, layers, classes, score=score, grad=grad)
 
 
-def save(module: DistilledExplainer | Classifier | Refiner, path: Path) -> str:
+def write_checkpoint(module: DistilledExplainer | Classifier | Refiner, path: Path) -> str:
     """Writes what was trained as a small safetensors file, the experiment in its metadata.
 
     Args:
@@ -125,7 +125,7 @@ def _metadata(module: DistilledExplainer | Classifier | Refiner) -> dict[str, st
 
 def load(
     path: str | Path, *, trust: Sequence[str] = (), teacher: str | Path | None = None
-) -> Explainer:
+) -> TrainedExplainer:
     """A trained network from a checkpoint of ours: safetensors, or Lightning's `.ckpt`.
 
     No code of the file is run: class paths in it resolve inside camdistill, torch, torchvision and
@@ -143,31 +143,33 @@ def load(
             the file given as `teacher` doesn't fit.
     """
     weights = read_weights(path)
-    settings = _settings(weights)
+    settings = _read_settings(weights)
     allowed = (*SAFE_PACKAGES, *trust)
-    with _readable(weights.path):
-        spec = _spec(settings["student" if "student" in settings else "network"])
-        told = _spec(settings["teacher"]) if "student" in settings else None
+    with _report_unreadable(weights.path):
+        spec = _parse_spec(settings["student" if "student" in settings else "network"])
+        teacher_spec = _parse_spec(settings["teacher"]) if "student" in settings else None
         pairs = [(str(a), str(b), float(w)) for a, b, w in settings.get("pairs", [])]
-        means = _mean_maps(settings)
-        names = _class_names(settings.get("class_names", []))
-        _check_images(settings, weights.path)
-    own = _network(spec, weights, settings, allowed).eval()
-    if names and len(names) != (count := head_size(own.network)):
+        means = _parse_mean_maps(settings)
+        class_names = _parse_class_names(settings.get("class_names", []))
+        _check_image_settings(settings, weights.path)
+    network = _build_network(spec, weights, settings, allowed).eval()
+    if class_names and len(class_names) != (count := head_size(network.network)):
         raise UserError(
-            f"'{weights.path}' names {len(names)} classes, its network has {count}: give a "
+            f"'{weights.path}' names {len(class_names)} classes, its network has {count}: give a "
             "checkpoint as it was written"
         )
-    found, missing = None, ""
-    if told is not None:
+    loaded_teacher, missing = None, ""
+    if teacher_spec is not None:
         expected = settings.get("teacher_sha256")
-        found, missing = _teacher(told, expected, weights.path, teacher, allowed)
-    return Explainer(
-        own,
-        teacher=found,
+        loaded_teacher, missing = _find_teacher(
+            teacher_spec, expected, weights.path, teacher, allowed
+        )
+    return TrainedExplainer(
+        network,
+        teacher=loaded_teacher,
         teacher_missing=missing,
         pairs=pairs,
-        classes=names,
+        classes=class_names,
         mean_map_by_layer=means,
         settings=settings,
         sha256=weights.sha256,
@@ -185,16 +187,16 @@ def restore(module: DistilledExplainer | Classifier | Refiner, path: str | Path)
         UserError: If the file is damaged, not one of ours, or of another network.
     """
     weights = read_weights(path)
-    settings = _settings(weights)
+    settings = _read_settings(weights)
     if isinstance(module, Classifier | Refiner):
-        module.network = _network(module.spec, weights, settings, None)
+        module.network = _build_network(module.spec, weights, settings, None)
         return
-    load_state(module.student.network, weights)
-    with _readable(weights.path):
-        module.mean_map_by_layer = _mean_maps(settings)
+    load_weights(module.student.network, weights)
+    with _report_unreadable(weights.path):
+        module.mean_map_by_layer = _parse_mean_maps(settings)
 
 
-def _check_images(settings: Mapping[str, Any], path: Path) -> None:
+def _check_image_settings(settings: Mapping[str, Any], path: Path) -> None:
     """Refuses an experiment whose images can't have been: everything is shown at their size."""
     cure = f"; '{path}' says so of its images: give a checkpoint as it was written"
     for side in settings.get("size") or []:
@@ -205,28 +207,32 @@ def _check_images(settings: Mapping[str, Any], path: Path) -> None:
     check_number("split_seed", seed, "[0, inf)", f"it is 0 or more{cure}")
 
 
-def _network(
+def _build_network(
     spec: NetworkSpec,
     weights: WeightFile,
     settings: Mapping[str, Any],
     allowed: Sequence[str] | None,
 ) -> Preprocessed:
     """What was trained, with its weights and its normalisation."""
-    with _readable(weights.path):
+    with _report_unreadable(weights.path):
         classes = None if settings.get("classes") is None else int(settings["classes"])
-        known = {"mean", "std"} <= set(settings)
-        moments = (_triple(settings["mean"]), _triple(settings["std"])) if known else None
+        has_moments = {"mean", "std"} <= set(settings)
+        moments = (
+            (_parse_triple(settings["mean"]), _parse_triple(settings["std"]))
+            if has_moments
+            else None
+        )
     if moments is not None:
         check_moments(*moments, f"; '{weights.path}' says so: give a checkpoint as it was written")
     network = build(replace(spec, weights=None), classes=classes, allowed=allowed)
-    load_state(network, weights)
+    load_weights(network, weights)
     return Preprocessed(
         network, *(moments or normalisation(spec, weights)), facts=training_facts(weights)
     )
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _report_unreadable(path: Path) -> Iterator[None]:
     """What a damaged or foreign experiment makes its readers raise, as one line."""
     try:
         yield
@@ -239,71 +245,71 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _triple(values: Sequence[float]) -> Triple:
+def _parse_triple(values: Sequence[float]) -> Triple:
     red, green, blue = (float(value) for value in values)
     return red, green, blue
 
 
-def _class_names(found: object) -> list[str]:
-    if not isinstance(found, list):
+def _parse_class_names(names: object) -> list[str]:
+    if not isinstance(names, list):
         raise ValueError("class_names is no list")
-    return [str(name) for name in found]
+    return [str(name) for name in names]
 
 
-def _mean_maps(settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    found = settings.get("mean_map_by_layer", {})
-    return {layer: torch.tensor(mean) for layer, mean in found.items()}
+def _parse_mean_maps(settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    means_by_layer = settings.get("mean_map_by_layer", {})
+    return {layer: torch.tensor(mean) for layer, mean in means_by_layer.items()}
 
 
-def _settings(weights: WeightFile) -> dict[str, Any]:
+def _read_settings(weights: WeightFile) -> dict[str, Any]:
     text = weights.metadata.get(EXPERIMENT)
     if text is None:
         raise UserError(
             f"'{weights.path}' has weights but no experiment of camdistill in it; to use it as a "
             "teacher name its network too: --teacher resnet56 --weights FILE"
         )
-    with _readable(weights.path):
+    with _report_unreadable(weights.path):
         settings = parse_experiment(text, f"'{weights.path}'")
         if not {"student", "network"} & set(settings):
             raise ValueError("no network in it")
     return settings
 
 
-def _spec(settings: Mapping[str, Any]) -> NetworkSpec:
+def _parse_spec(settings: Mapping[str, Any]) -> NetworkSpec:
     weights = settings.get("weights")
     return NetworkSpec(
         name=str(settings["name"]),
         weights=None if weights is None else str(weights),
         args=dict(settings.get("args") or {}),
-        mean=_triple(settings.get("mean", NetworkSpec.mean)),
-        std=_triple(settings.get("std", NetworkSpec.std)),
+        mean=_parse_triple(settings.get("mean", NetworkSpec.mean)),
+        std=_parse_triple(settings.get("std", NetworkSpec.std)),
     )
 
 
-def _teacher(
+def _find_teacher(
     spec: NetworkSpec,
     expected: str | None,
     path: Path,
-    given: str | Path | None,
+    teacher_path: str | Path | None,
     allowed: Sequence[str],
 ) -> tuple[Teacher | None, str]:
     """The teacher, or why there is none: the student's own output needs no teacher."""
-    if given is not None:
-        return Teacher(replace(spec, weights=str(given)), allowed=allowed), ""
+    if teacher_path is not None:
+        return Teacher(replace(spec, weights=str(teacher_path)), allowed=allowed), ""
     missing = ""
-    for place in _places(spec.weights, path):
+    for weights_path in _candidate_paths(spec.weights, path):
         try:
-            found = Teacher(replace(spec, weights=place), allowed=allowed)
+            teacher = Teacher(replace(spec, weights=weights_path), allowed=allowed)
         except UserError as error:
             missing = missing or str(error)
             continue
-        if expected is None or found.sha256 == expected:
-            return found, ""
-        missing = f"'{place}' is not (or no longer) the file that it was distilled from"
+        if expected is None or teacher.sha256 == expected:
+            return teacher, ""
+        missing = f"'{weights_path}' is not (or no longer) the file that it was distilled from"
     return None, missing
 
 
-def _places(weights: str | None, checkpoint: Path) -> list[str | None]:
+def _candidate_paths(weights: str | None, checkpoint: Path) -> list[str | None]:
     """Where a teacher's file may be: as it is written, then beside the checkpoint and above it."""
     if weights is None or Path(weights).is_absolute() or ".." in Path(weights).parts:
         return [weights]

@@ -9,7 +9,7 @@ from camdistill.networks.training_facts import TrainingFacts
 log = logging.getLogger(__name__)
 
 
-def demand_weights(*, ce: float, kd: float, beta: float, temperature: float) -> None:
+def check_loss_weights(*, ce: float, kd: float, beta: float, temperature: float) -> None:
     """Checks the weights of the loss.
 
     Raises:
@@ -22,28 +22,28 @@ def demand_weights(*, ce: float, kd: float, beta: float, temperature: float) -> 
     check_number("temperature", temperature, "(0, inf)", "give a number above 0, usually 4")
 
 
-def demand_labels(found: int, wanted: int, ce: float) -> None:
+def check_label_count(data_classes: int, teacher_classes: int, ce: float) -> None:
     """Checks that cross-entropy has the labels it needs.
 
     Args:
-        found: Number of the data's classes, 0 without labels.
-        wanted: Number that the teacher tells apart: two by a single logit.
+        data_classes: Number of the data's classes, 0 without labels.
+        teacher_classes: Number that the teacher tells apart: two by a single logit.
         ce: Weight of cross-entropy.
 
     Raises:
         UserError: If the numbers differ and cross-entropy has a weight.
     """
-    if not ce or found == wanted:
+    if not ce or data_classes == teacher_classes:
         return
-    if not found:
+    if not data_classes:
         raise UserError(f"the images have no labels, but ce is {ce}; --model.ce 0 trains without")
     raise UserError(
-        f"the images have {found} classes, the teacher {wanted}; --model.ce 0 distils the "
+        f"the images have {data_classes} classes, the teacher {teacher_classes}; --model.ce 0 distils the "
         "teacher's own classes, or fine-tune a teacher for yours with Classifier"
     )
 
 
-def check_images(
+def check_data_matches(
     facts: TrainingFacts, size: tuple[int, int], classes: Sequence[str], who: str
 ) -> None:
     """Checks the data against the images that a network was trained on, as far as its file says.
@@ -59,16 +59,21 @@ def check_images(
     Raises:
         UserError: If the classes have the same names in another order: labels would be wrong.
     """
-    own = facts.class_names
-    if own != tuple(classes) and sorted(own) == sorted(classes):
-        place = next(number for number, name in enumerate(own) if name != classes[number])
+    trained_classes = facts.class_names
+    if trained_classes != tuple(classes) and sorted(trained_classes) == sorted(classes):
+        index = next(
+            number for number, name in enumerate(trained_classes) if name != classes[number]
+        )
         raise UserError(
-            f"class {place} is '{classes[place]}' in the data and '{own[place]}' in the {who}: the "
+            f"class {index} is '{classes[index]}' in the data and '{trained_classes[index]}' in the {who}: the "
             "classes are the same in another order; name the folders so that they sort as the "
             f"{who}'s classes do"
         )
     if facts.size is not None and facts.size != size:
-        there, here = ("x".join(map(str, one)) for one in (facts.size, size))
+        trained_size, data_size = ("x".join(map(str, sides)) for sides in (facts.size, size))
         log.warning(
-            "the %s was trained on images of %s pixels, the data's have %s", who, there, here
+            "the %s was trained on images of %s pixels, the data's have %s",
+            who,
+            trained_size,
+            data_size,
         )

@@ -9,18 +9,24 @@ from camdistill import tags
 from camdistill.data.views import Augment
 from camdistill.distill.losses import cross_entropy
 from camdistill.distill.optimization import Optimisation
-from camdistill.distill.training import Training, as_images, in_float32, plain, seeded
+from camdistill.distill.training import (
+    TrainingModule,
+    as_images,
+    build_with_seed,
+    in_float32,
+    to_plain_data,
+)
 from camdistill.errors import UserError
 from camdistill.measure.intervals import Interval
 from camdistill.measure.scores import correct
-from camdistill.networks.capture import demand_runs
+from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
-from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, build_preprocessed
 from camdistill.perturb.probability import expand_single_logit
 from camdistill.types import Batch, Logits
 
 
-class Classifier(Training):
+class Classifier(TrainingModule):
     """Trains a network with labels, to be a teacher.
 
     A network with weights for other classes than the data's gets a new head: that is fine-tuning.
@@ -46,18 +52,20 @@ class Classifier(Training):
         ema: float | None = None,
         seed: int = 0,
     ) -> None:
-        given = dict(locals())
+        arguments = dict(locals())
         super().__init__(optimisation, augment, ema=ema, seed=seed)
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing is {label_smoothing}; give a part in [0, 1)")
         self.settings = {
-            name: plain(value) for name, value in given.items() if name not in ("self", "__class__")
+            name: to_plain_data(value)
+            for name, value in arguments.items()
+            if name not in ("self", "__class__")
         }
         self.spec, self.label_smoothing = network, label_smoothing
         self.loss = MeanMetric()
         self.accuracy = MeanMetric()
-        self.seen = SumMetric()
-        self.tested: tuple[float, int] | None = None
+        self.image_count = SumMetric()
+        self.test_scores: tuple[float, int] | None = None
 
     @property
     def fitted(self) -> Preprocessed:
@@ -71,8 +79,8 @@ class Classifier(Training):
         if classes == 0:
             raise UserError("the images have no labels; a classifier needs a folder for each class")
         if not hasattr(self, "network"):
-            self.network: Preprocessed = seeded(
-                self.seed, lambda: preprocessed(self.spec, classes=classes, replace_head=True)
+            self.network: Preprocessed = build_with_seed(
+                self.seed, lambda: build_preprocessed(self.spec, classes=classes, replace_head=True)
             )
         elif classes is not None and head_size(self.network.network) != classes:
             raise UserError(
@@ -80,7 +88,7 @@ class Classifier(Training):
                 f"{head_size(self.network.network)}; give the data that it was trained with"
             )
         if data is not None:
-            demand_runs(
+            check_forward(
                 {"network": self.network},
                 torch.zeros(1, 3, *data.size),
                 cure="give another --data.size, or another network",
@@ -94,7 +102,7 @@ class Classifier(Training):
         loss = self._cross_entropy(logits, batch).mean()
         self.log(tags.LOSS_TRAIN, loss, prog_bar=True, sync_dist=True)
         self.log(tags.ACCURACY_TRAIN, correct(logits, batch.labels).mean(), sync_dist=True)
-        return self.finite(loss)
+        return self.watch_loss(loss)
 
     def _cross_entropy(self, logits: Logits, batch: Batch) -> Tensor:
         loss = cross_entropy(logits, batch.labels)
@@ -118,7 +126,7 @@ class Classifier(Training):
         counted = batch.counted.float()
         self.loss.update(self._cross_entropy(logits, batch), counted)
         self.accuracy.update(correct(logits, batch.labels), counted)
-        self.seen.update(counted)
+        self.image_count.update(counted)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over the validation images."""
@@ -126,29 +134,29 @@ class Classifier(Training):
             {tags.LOSS_VAL: self.loss.compute(), tags.ACCURACY_VAL: self.accuracy.compute()},
             rank_zero_only=True,  # all processes have the same means
         )
-        self._forget()
+        self._reset_metrics()
 
     def on_test_epoch_end(self) -> None:
         """Keeps the accuracy and the number of images for `results`."""
         accuracy = float(self.accuracy.compute())
-        self.tested = (accuracy, round(float(self.seen.compute())))
+        self.test_scores = (accuracy, round(float(self.image_count.compute())))
         self.log(tags.on_test(tags.ACCURACY_VAL), accuracy, rank_zero_only=True)
-        self._forget()
+        self._reset_metrics()
 
-    def _forget(self) -> None:
-        for metric in (self.loss, self.accuracy, self.seen):
+    def _reset_metrics(self) -> None:
+        for metric in (self.loss, self.accuracy, self.image_count):
             metric.reset()
 
     def results(self) -> dict[str, object]:
         """What the test measured: accuracy with Wilson's 95 % interval."""
-        if self.tested is None:
+        if self.test_scores is None:
             raise UserError("nothing was tested yet; run `camdistill test` first")
-        accuracy, n = self.tested
-        found = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
+        accuracy, n = self.test_scores
+        confidence = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
         return {
             "n": n,
             "network": {"accuracy": accuracy},
-            "intervals": {"network.accuracy": Interval(accuracy, found.low, found.high)},
+            "intervals": {"network.accuracy": Interval(accuracy, confidence.low, confidence.high)},
         }
 
     def predict_step(self, batch: Batch, batch_index: int) -> Logits:

@@ -82,13 +82,22 @@ def compare(
         pairs: Layers.
         runner_up: Whether maps of the teacher's second class are compared too, where it has one.
     """
-    asked = TopClasses(2) if runner_up and teacher.classes > 1 else None
-    told = explain_images(teacher, images, [layer for _, layer, _ in pairs], asked)
-    shown = explain_images(student, images, [layer for layer, _, _ in pairs], told.classes)
-    return compared(told.logits, told.classes, told.maps, shown)
+    requested_classes = TopClasses(2) if runner_up and teacher.classes > 1 else None
+    teacher_explanation = explain_images(
+        teacher, images, [layer for _, layer, _ in pairs], requested_classes
+    )
+    student_explanation = explain_images(
+        student, images, [layer for layer, _, _ in pairs], teacher_explanation.classes
+    )
+    return build_comparison(
+        teacher_explanation.logits,
+        teacher_explanation.classes,
+        teacher_explanation.maps,
+        student_explanation,
+    )
 
 
-def compared(
+def build_comparison(
     teacher_logits: Logits,
     classes: Int[Tensor, "batch *classes"],
     teacher_maps_by_layer: Mapping[str, Tensor],
@@ -102,42 +111,47 @@ def compared(
         teacher_maps_by_layer: [B, h, w], or [B, C, h, w] for classes [B, C].
         student: Maps of the same classes.
     """
-    own = {name: maps.float() for name, maps in student.maps.items()}
+    student_maps = {name: maps.float() for name, maps in student.maps.items()}
     if classes.dim() == 1:
-        return Comparison(teacher_logits, student.logits, classes, dict(teacher_maps_by_layer), own)
+        return Comparison(
+            teacher_logits, student.logits, classes, dict(teacher_maps_by_layer), student_maps
+        )
     first, second = (
         [
-            {name: maps[:, place] for name, maps in side.items()}
-            for side in (teacher_maps_by_layer, own)
+            {name: maps[:, index] for name, maps in side.items()}
+            for side in (teacher_maps_by_layer, student_maps)
         ]
-        for place in (0, 1)
+        for index in (0, 1)
     )
     return Comparison(teacher_logits, student.logits, classes[:, 0], *first, *second)
 
 
-def score(meter: FidelityMeter, batch: Batch, found: Comparison) -> None:
+def update_meter(meter: FidelityMeter, batch: Batch, comparison: Comparison) -> None:
     """Hands a comparison to a meter."""
     meter.update(
-        found.student_logits,
-        found.teacher_logits,
+        comparison.student_logits,
+        comparison.teacher_logits,
         batch.labels,
-        found.student_maps_by_layer,
-        found.teacher_maps_by_layer,
+        comparison.student_maps_by_layer,
+        comparison.teacher_maps_by_layer,
         batch.counted,
         batch.ids,
-        runner_up_of(found),
+        runner_up_maps(comparison),
     )
 
 
-def runner_up_of(found: Comparison) -> tuple[MapsByLayer, MapsByLayer] | None:
+def runner_up_maps(comparison: Comparison) -> tuple[MapsByLayer, MapsByLayer] | None:
     """The student's and the teacher's maps of the second class, where there are any."""
-    own, its = found.student_runner_up_by_layer, found.teacher_runner_up_by_layer
-    return None if own is None or its is None else (own, its)
+    student_maps, teacher_maps = (
+        comparison.student_runner_up_by_layer,
+        comparison.teacher_runner_up_by_layer,
+    )
+    return None if student_maps is None or teacher_maps is None else (student_maps, teacher_maps)
 
 
 def fidelity_scalars(student: StudentSummary) -> dict[str, float]:
     """What is logged of a summary, by tag; of each pair where there are several."""
-    shown = {
+    scalars = {
         tags.ACCURACY_STUDENT: student["accuracy"],
         tags.AGREEMENT: student["agreement"],
         tags.PEARSON: student["pearson"],
@@ -148,11 +162,11 @@ def fidelity_scalars(student: StudentSummary) -> dict[str, float]:
     }
     if len(student["layers"]) > 1:
         for layer, values in student["layers"].items():
-            shown[tags.pearson(layer)] = values["pearson"]
-            shown[tags.spearman(layer)] = values["spearman"]
-            shown[tags.cosine(layer)] = values["cosine"]
-            shown[tags.skill(layer)] = values["skill"]
-    return {tag: value for tag, value in shown.items() if value is not None}
+            scalars[tags.pearson(layer)] = values["pearson"]
+            scalars[tags.spearman(layer)] = values["spearman"]
+            scalars[tags.cosine(layer)] = values["cosine"]
+            scalars[tags.skill(layer)] = values["skill"]
+    return {tag: value for tag, value in scalars.items() if value is not None}
 
 
 @torch.no_grad()
@@ -163,22 +177,26 @@ def mean_maps(
     total: dict[str, Tensor] = {}
     for start in range(0, len(images), BATCH):
         pixels = images.batch(np.arange(start, min(start + BATCH, len(images)))).pixels
-        found = explain_images(teacher, as_images(pixels.to(teacher.mean.device)), list(layers))
-        for layer, maps in found.maps.items():
+        explanation = explain_images(
+            teacher, as_images(pixels.to(teacher.mean.device)), list(layers)
+        )
+        for layer, maps in explanation.maps.items():
             total[layer] = total.get(layer, torch.zeros(())).to(maps.device) + relu(maps).sum(0)
     return {layer: (maps / len(images)).cpu() for layer, maps in total.items()}
 
 
-def for_pictures(batch: Batch, images: Images, found: Comparison, pairs: Pairs) -> MapComparison:
+def build_map_comparison(
+    batch: Batch, images: Images, comparison: Comparison, pairs: Pairs
+) -> MapComparison:
     """A comparison as pictures need it."""
-    several = found.teacher_logits.shape[1] > 1
+    multiclass = comparison.teacher_logits.shape[1] > 1
     return MapComparison(
         images.cpu(),
         batch.labels.cpu(),
-        (found.classes if several else predict_labels(found.teacher_logits)).cpu(),
-        predict_labels(found.student_logits).cpu(),
-        {layer: maps.cpu() for layer, maps in found.teacher_maps_by_layer.items()},
-        {layer: maps.cpu() for layer, maps in found.student_maps_by_layer.items()},
-        [(own, teacher) for own, teacher, _ in pairs],
-        label_count(found.teacher_logits.shape[1]),
+        (comparison.classes if multiclass else predict_labels(comparison.teacher_logits)).cpu(),
+        predict_labels(comparison.student_logits).cpu(),
+        {layer: maps.cpu() for layer, maps in comparison.teacher_maps_by_layer.items()},
+        {layer: maps.cpu() for layer, maps in comparison.student_maps_by_layer.items()},
+        [(student_layer, teacher_layer) for student_layer, teacher_layer, _ in pairs],
+        label_count(comparison.teacher_logits.shape[1]),
     )

@@ -14,14 +14,14 @@ from camdistill.explain.gradcam import explain_images
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Images, Labels, Logits
 
-Cam = Literal["grad_cam", "hires_cam"]
+CamMethod = Literal["grad_cam", "hires_cam"]
 LayerMaps = Float[Tensor, "batch rows columns"]
 
 
-def explained(
+def explain_with_graph(
     network: Preprocessed,
     images: Images,
-    cam: Cam = "grad_cam",
+    cam: CamMethod = "grad_cam",
     layer: str | None = None,
     classes: Labels | None = None,
 ) -> tuple[Logits, Labels, LayerMaps]:
@@ -31,19 +31,19 @@ def explained(
     """
     layers = None if layer is None else [layer]
     if cam == "grad_cam":
-        found = explain_images(network, images, layers, classes, grad="full")
-        (maps,) = found.maps.values()
-        return found.logits, found.classes, maps
-    found = explain_images(network, images, layers, classes, grad="full", maps=False)
-    (activations,) = found.activations.values()
+        explanation = explain_images(network, images, layers, classes, grad="full")
+        (maps,) = explanation.maps.values()
+        return explanation.logits, explanation.classes, maps
+    explanation = explain_images(network, images, layers, classes, grad="full", maps=False)
+    (activations,) = explanation.activations.values()
     with torch.autocast(images.device.type, enabled=False):
-        scores = found.logits.float().gather(1, found.classes[:, None]).sum()
+        scores = explanation.logits.float().gather(1, explanation.classes[:, None]).sum()
         (gradient,) = torch.autograd.grad(scores, activations, create_graph=True)
         maps = (upcast(activations) * upcast(gradient)).sum(1)
-    return found.logits, found.classes, maps
+    return explanation.logits, explanation.classes, maps
 
 
-def constant_answers(network: nn.Module, images: Images) -> Logits:
+def forward_constant(network: nn.Module, images: Images) -> Logits:
     """A network's logits with a graph to the images, and none to the weights."""
     weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
     logits: Logits = functional_call(network, weights, (images,))
@@ -51,7 +51,7 @@ def constant_answers(network: nn.Module, images: Images) -> Logits:
 
 
 @contextmanager
-def settled(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     """In eval mode: what is explained is the network that will be used, and no image another's."""
     modes = [(module, module.training) for module in network.modules()]
     try:

@@ -12,36 +12,42 @@ from camdistill import tags
 from camdistill.data.cache import cache_folder
 from camdistill.data.datasets import ImageSet
 from camdistill.data.views import Augment, View, identity_view
-from camdistill.distill.checks import check_images, demand_labels, demand_weights
+from camdistill.distill.checks import check_data_matches, check_label_count, check_loss_weights
 from camdistill.distill.comparison import (
     Comparison,
     MapComparison,
+    build_comparison,
+    build_map_comparison,
     compare,
-    compared,
     fidelity_scalars,
-    for_pictures,
     mean_maps,
-    runner_up_of,
-    score,
+    runner_up_maps,
+    update_meter,
 )
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
 from camdistill.distill.optimization import Optimisation
-from camdistill.distill.targets import Targets, cached_targets, live_targets, shared_cache
+from camdistill.distill.targets import Targets, cached_targets, live_targets, open_shared_cache
 from camdistill.distill.teacher_cache import TeacherCache
-from camdistill.distill.teacher_maps_plan import likeliest
-from camdistill.distill.training import Training, as_images, in_float32, plain, seeded
-from camdistill.distill.transfer import Transfer, named_pairs, quantity_maps, transfer_distance
+from camdistill.distill.teacher_maps_plan import likeliest_classes
+from camdistill.distill.training import (
+    TrainingModule,
+    as_images,
+    build_with_seed,
+    in_float32,
+    to_plain_data,
+)
+from camdistill.distill.transfer import Transfer, name_pairs, quantity_maps, transfer_distance
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain_images
 from camdistill.measure.fidelity import FidelityMeter, FidelityTable, intervals, summary
-from camdistill.networks.capture import demand_runs
+from camdistill.networks.capture import check_forward
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build
 from camdistill.networks.training_facts import EXPERIMENT, parse_experiment
 from camdistill.perturb.probability import label_count
 from camdistill.types import Batch, Images, Logits
 
 
-class DistilledExplainer(Training):
+class DistilledExplainer(TrainingModule):
     """Trains a student to classify and to explain like its teacher.
 
     The loss of an image is
@@ -89,17 +95,19 @@ class DistilledExplainer(Training):
         ema: float | None = None,
         seed: int = 0,
     ) -> None:
-        given = dict(locals())
+        arguments = dict(locals())
         super().__init__(optimisation, augment, ema=ema, seed=seed)
-        demand_weights(ce=ce, kd=kd, beta=beta, temperature=temperature)
+        check_loss_weights(ce=ce, kd=kd, beta=beta, temperature=temperature)
         self.settings = {
-            name: plain(value) for name, value in given.items() if name not in _NOT_SETTINGS
+            name: to_plain_data(value)
+            for name, value in arguments.items()
+            if name not in _NOT_SETTINGS
         }
         self.transfer, self.ce, self.kd, self.temperature = transfer, ce, kd, temperature
         self.beta, self.cached, self.cache_dir = beta, cached, cache_dir
         self.teacher = Teacher(teacher)
         self.teacher.holds_precision = True
-        network = seeded(seed, lambda: build(student, classes=self.teacher.classes))
+        network = build_with_seed(seed, lambda: build(student, classes=self.teacher.classes))
         self.student = Preprocessed(
             network, self.teacher.mean.flatten().tolist(), self.teacher.std.flatten().tolist()
         )
@@ -107,9 +115,11 @@ class DistilledExplainer(Training):
         self.mean_map_by_layer: dict[str, Tensor] = {}
         self.table: FidelityTable | None = None
         self._caches: dict[str, TeacherCache] = {}
-        self._live: list[Teacher] = []  # in a list, so that it isn't one of the module's own
+        self._live_teachers: list[
+            Teacher
+        ] = []  # in a list, so that it isn't one of the module's own
         self._meter: FidelityMeter | None = None
-        self._labels_count = True
+        self._labels_match = True
         self.image_size: tuple[int, int] = (0, 0)
 
     @property
@@ -138,7 +148,7 @@ class DistilledExplainer(Training):
             self.log(tags.BETA, beta)
         self.log_dict(terms, sync_dist=True)
         self.log(tags.LOSS_TRAIN, loss, prog_bar=True, sync_dist=True)
-        return self.finite(loss)
+        return self.watch_loss(loss)
 
     def targets(self, batch: Batch, images: Images, view: View) -> Targets:
         """What the teacher says of augmented images: from its cache, or asked now."""
@@ -146,7 +156,7 @@ class DistilledExplainer(Training):
         cache, quantity = self._caches.get("train"), self.transfer.quantity
         if cache is not None:
             return cached_targets(cache, batch.ids, view, layers, quantity=quantity)
-        teacher = self._live[0] if self._live else self.teacher
+        teacher = self._live_teachers[0] if self._live_teachers else self.teacher
         classes, p = self.transfer.classes, self.transfer.p
         return live_targets(teacher, images, layers, quantity=quantity, classes=classes, p=p)
 
@@ -177,17 +187,19 @@ class DistilledExplainer(Training):
         images = as_images(batch.pixels)
         cache = self._caches.get("val")
         if cache is None:
-            self._score(batch, self.compare(images))
+            self._update_meter(batch, self.compare(images))
             return
         logits, maps = cache.lookup(batch.ids, identity_view(len(images)).flip)
-        classes = likeliest(logits, cache.plan.classes)
-        shown = explain_images(self.student, images, [own for own, _, _ in self.pairs], classes)
-        self._score(batch, compared(logits, classes, maps, shown))
+        classes = likeliest_classes(logits, cache.plan.classes)
+        student_explanation = explain_images(
+            self.student, images, [student_layer for student_layer, _, _ in self.pairs], classes
+        )
+        self._update_meter(batch, build_comparison(logits, classes, maps, student_explanation))
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32, with the live teacher."""
         with in_float32(self.device):
-            self._score(batch, self.compare(as_images(batch.pixels), runner_up=True))
+            self._update_meter(batch, self.compare(as_images(batch.pixels), runner_up=True))
 
     def predict_step(self, batch: Batch, batch_index: int) -> Comparison:
         """Logits and raw maps of both networks, in float32."""
@@ -197,14 +209,14 @@ class DistilledExplainer(Training):
     def explain_images(self, batch: Batch) -> MapComparison:
         """A few images with the maps of both networks, for pictures."""
         images = as_images(batch.pixels)
-        return for_pictures(batch, images, self.compare(images), self.pairs)
+        return build_map_comparison(batch, images, self.compare(images), self.pairs)
 
     def results(self) -> dict[str, object]:
         """What the test measured, with 95 % intervals over the test images."""
         if self.table is None:
             raise UserError("nothing was tested yet; run `camdistill test` first")
-        found = {**summary(self.table), "intervals": intervals(self.table)}
-        return found | {"sha256": {"teacher": self.teacher.sha256}}
+        test_results = {**summary(self.table), "intervals": intervals(self.table)}
+        return test_results | {"sha256": {"teacher": self.teacher.sha256}}
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over the validation images."""
@@ -221,15 +233,15 @@ class DistilledExplainer(Training):
         if data is None:
             return
         self.image_size = data.size
-        self._labels_count = len(data.classes) == label_count(self.teacher.classes)
-        check_images(self.teacher.facts, data.size, data.classes, "teacher")
-        demand_runs(
+        self._labels_match = len(data.classes) == label_count(self.teacher.classes)
+        check_data_matches(self.teacher.facts, data.size, data.classes, "teacher")
+        check_forward(
             {"teacher": self.teacher, "student": self.student},
             torch.zeros(1, 3, *data.size),
             cure="give another --data.size, or another network",
         )
         if stage == "fit":
-            demand_labels(len(data.classes), label_count(self.teacher.classes), self.ce)
+            check_label_count(len(data.classes), label_count(self.teacher.classes), self.ce)
         self._name_pairs(torch.zeros(1, 3, *data.size, device=self.device))
 
     def on_fit_start(self) -> None:
@@ -238,24 +250,24 @@ class DistilledExplainer(Training):
         if data is None:
             return
         if self.cached:
-            self._caches["train"] = self._cache(data.train_set, "training images", flips=True)
-            self._caches["val"] = self._cache(data.val_set, "validation images", flips=False)
+            self._caches["train"] = self._open_cache(data.train_set, "training images", flips=True)
+            self._caches["val"] = self._open_cache(data.val_set, "validation images", flips=False)
             self.mean_map_by_layer = self._caches["train"].mean_map_by_layer
             return
-        layers = [teacher for _, teacher, _ in self.pairs]
-        self._live = [self.teacher.fused(data.size, keep=layers)]
+        layers = [teacher_layer for _, teacher_layer, _ in self.pairs]
+        self._live_teachers = [self.teacher.fuse_batch_norm(data.size, keep=layers)]
         if not self.mean_map_by_layer:
-            self.mean_map_by_layer = mean_maps(self._live[0], data.train_set, layers)
+            self.mean_map_by_layer = mean_maps(self._live_teachers[0], data.train_set, layers)
 
     def teardown(self, stage: str) -> None:
         """The next loop may have other images."""
-        self._caches, self._live = {}, []
+        self._caches, self._live_teachers = {}, []
 
     def experiment(self) -> dict[str, Any]:
         """Adds what the training found out: the layers, the teacher's file and its mean maps."""
         return {
             **super().experiment(),
-            "pairs": plain(self.pairs),
+            "pairs": to_plain_data(self.pairs),
             **({"size": list(self.image_size)} if all(self.image_size) else {}),
             "teacher_sha256": self.teacher.sha256,
             "mean_map_by_layer": {
@@ -266,12 +278,12 @@ class DistilledExplainer(Training):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the mean maps along; refuses to go on with another teacher."""
         super().on_load_checkpoint(checkpoint)
-        found = parse_experiment(checkpoint[EXPERIMENT], "the checkpoint")
+        experiment = parse_experiment(checkpoint[EXPERIMENT], "the checkpoint")
         self.mean_map_by_layer = {
-            layer: torch.tensor(mean) for layer, mean in found["mean_map_by_layer"].items()
+            layer: torch.tensor(mean) for layer, mean in experiment["mean_map_by_layer"].items()
         }
         training = self._trainer is not None and self.trainer.training
-        if training and found["teacher_sha256"] != self.teacher.sha256:
+        if training and experiment["teacher_sha256"] != self.teacher.sha256:
             raise UserError(
                 "the teacher's file is no longer the one that the checkpoint was trained with; "
                 "bring that one back, or start without --ckpt_path"
@@ -281,7 +293,7 @@ class DistilledExplainer(Training):
         """Names the matched layers; one that can't be explained is told now, not after an epoch."""
         if self.pairs:
             return
-        pairs = named_pairs(self.transfer.pairs, self.student, self.teacher, images)
+        pairs = name_pairs(self.transfer.pairs, self.student, self.teacher, images)
         training = self.student.training
         try:
             compare(self.student.eval(), self.teacher, images, pairs)
@@ -289,12 +301,12 @@ class DistilledExplainer(Training):
             self.student.train(training)
         self.pairs = pairs
 
-    def _cache(self, images: ImageSet, what: str, *, flips: bool) -> TeacherCache:
-        cache = shared_cache(
+    def _open_cache(self, images: ImageSet, what: str, *, flips: bool) -> TeacherCache:
+        cache = open_shared_cache(
             self.trainer,
             self.teacher,
             images,
-            [teacher for _, teacher, _ in self.pairs],
+            [teacher_layer for _, teacher_layer, _ in self.pairs],
             what=what,
             root=cache_folder(self.cache_dir) / "teachers",
             quantities=[self.transfer.quantity] if flips else [],
@@ -304,20 +316,20 @@ class DistilledExplainer(Training):
         )
         return cache if self.device.type == "cpu" else cache.to(self.device)
 
-    def _score(self, batch: Batch, found: Comparison) -> None:
+    def _update_meter(self, batch: Batch, comparison: Comparison) -> None:
         if self._meter is None:
-            pairs = {own: teacher for own, teacher, _ in self.pairs}
-            second = runner_up_of(found) is not None
-            self._meter = FidelityMeter(pairs, self.mean_map_by_layer, runner_up=second)
-        if not self._labels_count:
+            pairs = {student_layer: teacher_layer for student_layer, teacher_layer, _ in self.pairs}
+            has_runner_up = runner_up_maps(comparison) is not None
+            self._meter = FidelityMeter(pairs, self.mean_map_by_layer, runner_up=has_runner_up)
+        if not self._labels_match:
             batch = batch._replace(labels=torch.full_like(batch.labels, -1))
-        score(self._meter, batch, found)
+        update_meter(self._meter, batch, comparison)
 
     def _log_fidelity(self, rename: Callable[[str], str] = str) -> None:
         assert self._meter is not None, "an epoch has a batch"
         self.table, self._meter = self._meter.table(), None
-        found = fidelity_scalars(summary(self.table)["student"])  # the same in all processes
-        self.log_dict({rename(tag): value for tag, value in found.items()}, rank_zero_only=True)
+        scalars = fidelity_scalars(summary(self.table)["student"])  # the same in all processes
+        self.log_dict({rename(tag): value for tag, value in scalars.items()}, rank_zero_only=True)
 
 
 _NOT_SETTINGS = ("self", "__class__", "cached", "cache_dir")

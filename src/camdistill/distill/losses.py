@@ -40,7 +40,7 @@ def attention_map(activations: Activations, p: float = 2.0) -> Maps:
     """
     if p < 1:
         raise ValueError(f"p is {p}; it must be at least 1, below it the gradient at 0 is infinite")
-    return _wide(activations).abs().pow(p).sum(1)
+    return _upcast(activations).abs().pow(p).sum(1)
 
 
 def attention_transfer(
@@ -77,7 +77,9 @@ def attention_distance(
         min(student_maps.shape[-2], teacher_maps.shape[-2]),
         min(student_maps.shape[-1], teacher_maps.shape[-1]),
     )
-    difference = _unit(_pool(student_maps, grid)) - _unit(_pool(teacher_maps, grid))
+    difference = _normalize_rows(_pool(student_maps, grid)) - _normalize_rows(
+        _pool(teacher_maps, grid)
+    )
     if form == "paper":
         norm: Tensor = torch.linalg.vector_norm(difference, dim=1)
         return norm / 2
@@ -110,21 +112,21 @@ def map_distance(
     """
     if rectify:
         student_maps, teacher_maps = relu(student_maps), relu(teacher_maps)
-    student_maps, teacher_maps = _wide(student_maps), _wide(teacher_maps)
+    student_maps, teacher_maps = _upcast(student_maps), _upcast(teacher_maps)
     if student_maps.shape[-2:] != teacher_maps.shape[-2:]:
         student_maps = resize(student_maps, (teacher_maps.shape[-2], teacher_maps.shape[-1]))
     if kind == "pearson":
         distance = 1 - pearson(student_maps, teacher_maps)
-        told = teacher_maps.amax((1, 2)) > teacher_maps.amin((1, 2))
+        has_target = teacher_maps.amax((1, 2)) > teacher_maps.amin((1, 2))
     elif kind == "cosine":
         distance = 1 - cosine(student_maps, teacher_maps)
-        told = teacher_maps.abs().amax((1, 2)) > 0
+        has_target = teacher_maps.abs().amax((1, 2)) > 0
     elif kind in ("l2", "l1"):
         distance = (l2 if kind == "l2" else l1)(student_maps, teacher_maps)
-        told = teacher_maps.abs().amax((1, 2)) > 0
+        has_target = teacher_maps.abs().amax((1, 2)) > 0
     else:
         raise ValueError(f"kind is {kind!r}; it is 'pearson', 'cosine', 'l2' or 'l1'")
-    return torch.where(told, distance, torch.zeros_like(distance))
+    return torch.where(has_target, distance, torch.zeros_like(distance))
 
 
 def several_maps_distance(
@@ -142,13 +144,13 @@ def several_maps_distance(
         kind: See `map_distance`.
     """
     first = map_distance(student_maps[:, 0], teacher_maps[:, 0], kind)
-    others = student_maps.shape[1] - 1
-    if not others:
+    other_classes = student_maps.shape[1] - 1
+    if not other_classes:
         return first
     rest = map_distance(
         student_maps[:, 1:].flatten(0, 1), teacher_maps[:, 1:].flatten(0, 1), kind, rectify=False
     )
-    return (first + rest.view(-1, others).mean(1)) / 2
+    return (first + rest.view(-1, other_classes).mean(1)) / 2
 
 
 def class_map_distance(
@@ -172,7 +174,7 @@ def class_map_distance(
             f"the teacher of {teacher_maps.shape[1]}"
         )
     student, teacher = (
-        F.adaptive_avg_pool2d(_wide(maps) * (maps.shape[-2] * maps.shape[-1]), pool)
+        F.adaptive_avg_pool2d(_upcast(maps) * (maps.shape[-2] * maps.shape[-1]), pool)
         for maps in (student_maps, teacher_maps)
     )
     return (student - teacher).square().mean((1, 2, 3))
@@ -189,8 +191,8 @@ def soft_targets_kl(
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
-    student = F.log_softmax(expand_single_logit(_wide(student_logits)) / temperature, dim=1)
-    teacher = F.log_softmax(expand_single_logit(_wide(teacher_logits)) / temperature, dim=1)
+    student = F.log_softmax(expand_single_logit(_upcast(student_logits)) / temperature, dim=1)
+    teacher = F.log_softmax(expand_single_logit(_upcast(teacher_logits)) / temperature, dim=1)
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
@@ -199,8 +201,8 @@ def cross_entropy(logits: Logits, labels: Labels) -> PerImage:
 
     A single logit's is the binary one, of its sigmoid with the labels 0 and 1.
     """
-    answers = expand_single_logit(_wide(logits))
-    return F.cross_entropy(answers, labels.long(), ignore_index=-1, reduction="none")
+    class_logits = expand_single_logit(_upcast(logits))
+    return F.cross_entropy(class_logits, labels.long(), ignore_index=-1, reduction="none")
 
 
 def beta_factor(schedule: BetaSchedule, progress: float) -> float:
@@ -225,17 +227,17 @@ def beta_factor(schedule: BetaSchedule, progress: float) -> float:
     raise ValueError(f"schedule is {schedule!r}; it is 'constant', 'linear', 'cosine' or 'warmup'")
 
 
-def _wide(values: Tensor) -> Tensor:
+def _upcast(values: Tensor) -> Tensor:
     """Half precision goes to float32: norms and differences of it lose the map."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def _pool(maps: Maps, grid: tuple[int, int]) -> Tensor:
-    wide = _wide(maps)
+    wide = _upcast(maps)
     return wide if wide.shape[-2:] == grid else F.adaptive_avg_pool2d(wide, grid)
 
 
-def _unit(maps: Maps) -> Tensor:
+def _normalize_rows(maps: Maps) -> Tensor:
     """Maps as rows of length 1; divided by their largest value first, so that none underflows."""
     rows = maps.flatten(1)
     scale = rows.detach().abs().amax(1, keepdim=True)

@@ -24,7 +24,7 @@ from camdistill.perturb.batched_forward import forward_in_chunks
 from camdistill.perturb.probability import log_probabilities
 from camdistill.types import Images, Labels, Logits, Maps, PerImage
 
-Ask = Callable[[Images], Logits]
+Forward = Callable[[Images], Logits]
 """A network with a graph to its weights, or with constant ones."""
 Form = Literal["log", "probability"]
 
@@ -33,7 +33,7 @@ TEMPERATURE = 0.1  # ID-ExpO's, a 64th of the map's range, is 0.06 for a range o
 _HALVINGS = {torch.float32: 26, torch.float64: 48}  # of a bracket that is a few deviations wide
 
 
-def soft_top(
+def soft_masks(
     maps: Maps, shares: Sequence[float], temperature: float = TEMPERATURE
 ) -> Float[Tensor, "batch levels height width"]:
     """Soft masks of a map's largest values: at each level exactly that share of the image.
@@ -56,24 +56,26 @@ def soft_top(
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     height, width = maps.shape[1:]
-    values = _standard(_wide(maps).flatten(1))[:, None] / temperature
-    wanted = torch.tensor(list(shares), dtype=values.dtype, device=values.device)[None, :, None]
-    limit = _limit(values.detach(), wanted)
+    values = _standardize(_upcast(maps).flatten(1))[:, None] / temperature
+    target_shares = torch.tensor(list(shares), dtype=values.dtype, device=values.device)[
+        None, :, None
+    ]
+    limit = _find_limit(values.detach(), target_shares)
     slope = torch.sigmoid(values.detach() - limit)
     slope = slope * (1 - slope)
     # How the limit moves with the values (implicit function theorem); its value is right already.
     total = slope.sum(2, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    moved = (slope / total * (values - values.detach())).sum(2, keepdim=True)
-    masks = torch.sigmoid(values - (limit + moved))
+    limit_shift = (slope / total * (values - values.detach())).sum(2, keepdim=True)
+    masks = torch.sigmoid(values - (limit + limit_shift))
     return masks.view(len(maps), len(shares), height, width)
 
 
 def insertion_deletion(
-    ask: Ask,
+    forward: Forward,
     images: Images,
     classes: Labels,
     maps: Maps,
-    shown: Images,
+    replacement: Images,
     *,
     shares: Sequence[float] = LEVELS,
     temperature: float = TEMPERATURE,
@@ -90,40 +92,42 @@ def insertion_deletion(
     - "probability": the same of p, without p(x): the metrics themselves, in [-1, `deletion`].
 
     Deletion is met by fragility too: a network that answers nothing to any changed image has the
-    best of it. Ask a network with constant weights (`ask`) to leave the map as the only way.
+    best of it. Ask a network with constant weights (`forward`) to leave the map as the only way.
 
     Args:
-        ask: Answers the changed images, each by itself; it is given some of them at a time.
+        forward: Answers the changed images, each by itself; it is given some of them at a time.
         images: In [0, 1].
         classes: Whose probability is meant.
         maps: At the images' resolution.
-        shown: What stands where an image is hidden: a blurred copy, never black.
+        replacement: What stands where an image is hidden: a blurred copy, never black.
         shares: Of the image that each level shows or hides.
         temperature: Of the masks.
         form: Of the loss.
         deletion: Weight of deletion; 0 is insertion alone.
     """
-    masks = soft_top(maps, shares, temperature).to(images.dtype)[:, :, None]
-    inserted = torch.lerp(shown[:, None], images[:, None], masks)
-    changed = [inserted.flatten(0, 1)]
+    masks = soft_masks(maps, shares, temperature).to(images.dtype)[:, :, None]
+    inserted = torch.lerp(replacement[:, None], images[:, None], masks)
+    changed_images = [inserted.flatten(0, 1)]
     if deletion:
-        changed.append(torch.lerp(images[:, None], shown[:, None], masks).flatten(0, 1))
+        changed_images.append(
+            torch.lerp(images[:, None], replacement[:, None], masks).flatten(0, 1)
+        )
         if form == "log":
-            changed.append(images)
-    likely = log_probabilities(_wide(forward_in_chunks(ask, torch.cat(changed))))
+            changed_images.append(images)
+    log_probs = log_probabilities(_upcast(forward_in_chunks(forward, torch.cat(changed_images))))
     count = len(images) * len(shares)
 
-    def of(rows: Tensor) -> Tensor:
-        told = rows.view(len(images), -1, rows.shape[1])
-        chosen = classes[:, None, None].expand(-1, told.shape[1], 1)
-        found = told.gather(2, chosen)[..., 0]
-        return found if form == "log" else found.exp()
+    def class_scores(rows: Tensor) -> Tensor:
+        rows_by_image = rows.view(len(images), -1, rows.shape[1])
+        indices = classes[:, None, None].expand(-1, rows_by_image.shape[1], 1)
+        scores = rows_by_image.gather(2, indices)[..., 0]
+        return scores if form == "log" else scores.exp()
 
-    loss: Tensor = -of(likely[:count]).mean(1)
+    loss: Tensor = -class_scores(log_probs[:count]).mean(1)
     if deletion:
-        loss = loss + deletion * of(likely[count : 2 * count]).mean(1)
+        loss = loss + deletion * class_scores(log_probs[count : 2 * count]).mean(1)
         if form == "log":
-            loss = loss - deletion * of(likely[2 * count :])[:, 0]
+            loss = loss - deletion * class_scores(log_probs[2 * count :])[:, 0]
     return loss
 
 
@@ -136,7 +140,7 @@ def unfaithfulness(maps: Maps, bank: Bank) -> PerImage:
     return 1 - faithfulness_correlation(maps, bank)
 
 
-def contrastive_consistency(maps: Maps, moved: Maps, temperature: float = 0.5) -> PerImage:
+def contrastive_consistency(maps: Maps, moved_maps: Maps, temperature: float = 0.5) -> PerImage:
     """A view's map should be the image's map, moved: more so than any other image's.
 
     CGC (Pillai et al. 2022, https://arxiv.org/abs/2110.00527): InfoNCE of cosines, with
@@ -144,14 +148,16 @@ def contrastive_consistency(maps: Maps, moved: Maps, temperature: float = 0.5) -
 
     Args:
         maps: Of the views, raw; rectified here.
-        moved: The images' own maps under the same views.
+        moved_maps: The images' own maps under the same views.
         temperature: Of the cosines; theirs is 0.5.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
-    rows, columns = (_unit(relu(_wide(one)).flatten(1)) for one in (maps, moved))
-    alike = rows @ columns.T / temperature
-    return alike.logsumexp(1) - alike.diagonal()
+    rows, columns = (
+        _normalize_rows(relu(_upcast(raw_maps)).flatten(1)) for raw_maps in (maps, moved_maps)
+    )
+    similarities = rows @ columns.T / temperature
+    return similarities.logsumexp(1) - similarities.diagonal()
 
 
 def energy_outside(maps: Maps, masks: Bool[Tensor, "batch height width"]) -> PerImage:
@@ -160,30 +166,32 @@ def energy_outside(maps: Maps, masks: Bool[Tensor, "batch height width"]) -> Per
     1 - energy pointing game (Rao et al. 2023, ICCV). An
     image without a mask contributes 0, and so does a map that is nowhere positive.
     """
-    evidence = relu(_wide(maps)).flatten(1)
+    evidence = relu(_upcast(maps)).flatten(1)
     scale = evidence.detach().amax(1, keepdim=True)
     evidence = evidence / torch.where(scale > 0, scale, 1)
     total = evidence.sum(1)
     outside = (evidence * ~masks.flatten(1)).sum(1)
-    told = masks.flatten(1).any(1) & (total > 0)
-    return torch.where(told, outside / torch.where(told, total, 1), 0)
+    has_energy = masks.flatten(1).any(1) & (total > 0)
+    return torch.where(has_energy, outside / torch.where(has_energy, total, 1), 0)
 
 
-def _limit(
-    values: Float[Tensor, "batch 1 cells"], wanted: Float[Tensor, "1 levels 1"]
+def _find_limit(
+    values: Float[Tensor, "batch 1 cells"], target_shares: Float[Tensor, "1 levels 1"]
 ) -> Float[Tensor, "batch levels 1"]:
     """Where sigmoid(values - limit) has the wanted mean, by bisection."""
-    edge = torch.log(wanted / (1 - wanted))  # of equal values the limit is exactly there
+    edge = torch.log(
+        target_shares / (1 - target_shares)
+    )  # of equal values the limit is exactly there
     low = values.amin(2, keepdim=True) - edge
     high = values.amax(2, keepdim=True) - edge
     for _ in range(_HALVINGS[values.dtype]):
         middle = (low + high) / 2
-        more = torch.sigmoid(values - middle).mean(2, keepdim=True) > wanted
+        more = torch.sigmoid(values - middle).mean(2, keepdim=True) > target_shares
         low, high = torch.where(more, middle, low), torch.where(more, high, middle)
     return (low + high) / 2
 
 
-def _standard(rows: Float[Tensor, "batch cells"]) -> Float[Tensor, "batch cells"]:
+def _standardize(rows: Float[Tensor, "batch cells"]) -> Float[Tensor, "batch cells"]:
     """With mean 0 and deviation 1; 0 where what is left after centring is rounding."""
     largest = rows.detach().abs().amax(1, keepdim=True)
     rows = rows / torch.where(largest > 0, largest, 1)
@@ -193,10 +201,10 @@ def _standard(rows: Float[Tensor, "batch cells"]) -> Float[Tensor, "batch cells"
     return torch.where(blank, 0, centred / square.sqrt())
 
 
-def _unit(rows: Float[Tensor, "batch cells"]) -> Float[Tensor, "batch cells"]:
+def _normalize_rows(rows: Float[Tensor, "batch cells"]) -> Float[Tensor, "batch cells"]:
     scale = rows.detach().abs().amax(1, keepdim=True)
     return F.normalize(rows / torch.where(scale > 0, scale, 1), dim=1)
 
 
-def _wide(values: Tensor) -> Tensor:
+def _upcast(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()

@@ -41,30 +41,30 @@ class Optimisation:
         check_number("warmup", self.warmup, "[0, 1)", "it is a part of the training, in [0, 1)")
         check_number("momentum", self.momentum, "[0, 1)")
 
-    def rate(self, progress: float) -> float:
+    def lr_factor(self, progress: float) -> float:
         """The learning rate as a part of the highest one, at a progress in [0, 1]."""
         if progress < self.warmup:
-            risen = progress / self.warmup
+            rise_progress = progress / self.warmup
             if self.schedule == "one_cycle":
-                return START + (1 - START) * (1 - math.cos(math.pi * risen)) / 2
-            return max(risen, END)
+                return START + (1 - START) * (1 - math.cos(math.pi * rise_progress)) / 2
+            return max(rise_progress, END)
         if self.schedule == "constant":
             return 1.0
-        fallen = (progress - self.warmup) / (1 - self.warmup)
-        return END + (1 - END) * (1 + math.cos(math.pi * min(fallen, 1.0))) / 2
+        fall_progress = (progress - self.warmup) / (1 - self.warmup)
+        return END + (1 - END) * (1 + math.cos(math.pi * min(fall_progress, 1.0))) / 2
 
-    def optimiser_of(
-        self, decayed: Sequence[Tensor], others: Sequence[Tensor]
+    def build_optimizer(
+        self, weights: Sequence[Tensor], norms_and_biases: Sequence[Tensor]
     ) -> torch.optim.Optimizer:
         """The optimiser alone, for a loop that sets the rate itself.
 
         Args:
-            decayed: Weights, which decay.
-            others: Norms and biases, which don't.
+            weights: Weights, which decay.
+            norms_and_biases: Norms and biases, which don't.
         """
         groups = [
-            {"params": list(decayed), "weight_decay": self.weight_decay},
-            {"params": list(others), "weight_decay": 0.0},
+            {"params": list(weights), "weight_decay": self.weight_decay},
+            {"params": list(norms_and_biases), "weight_decay": 0.0},
         ]
         if self.optimiser == "sgd":
             return torch.optim.SGD(
@@ -75,11 +75,11 @@ class Optimisation:
     def configure(self, network: nn.Module, steps: int) -> OptimizerLRSchedulerConfig:
         """What `configure_optimizers` returns for a network that is fitted for so many steps."""
         parameters = [p for p in network.parameters() if p.requires_grad]
-        optimiser = self.optimiser_of(
+        optimiser = self.build_optimizer(
             [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: self.rate(step / max(steps, 1))
+            optimiser, lambda step: self.lr_factor(step / max(steps, 1))
         )
         return {
             "optimizer": optimiser,

@@ -6,8 +6,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from camdistill.data.views import Augment, View, draw_view, uniforms, view_images, view_maps
-from camdistill.distill.differentiable_maps import Cam, LayerMaps, constant_answers, explained
+from camdistill.data.views import Augment, View, draw_view, uniforms_by_id, view_images, view_maps
+from camdistill.distill.differentiable_maps import (
+    CamMethod,
+    LayerMaps,
+    explain_with_graph,
+    forward_constant,
+)
 from camdistill.distill.losses import BetaSchedule, MapDistance, map_distance
 from camdistill.distill.objectives import (
     LEVELS,
@@ -34,9 +39,11 @@ from camdistill.perturb.bank import BankPlan, build_bank
 from camdistill.perturb.imputers import baseline
 from camdistill.types import Images, Labels, Maps, Masks, PerImage
 
-Kind = Literal["insertion_deletion", "faithfulness", "consistency", "energy", "fidelity", "learned"]
-Arm = Literal["objective", "ce", "detached", "random", "shuffled"]
-ARMS: tuple[Arm, ...] = ("objective", "ce", "detached", "random", "shuffled")
+ObjectiveKind = Literal[
+    "insertion_deletion", "faithfulness", "consistency", "energy", "fidelity", "learned"
+]
+RefinementArm = Literal["objective", "ce", "detached", "random", "shuffled"]
+ARMS: tuple[RefinementArm, ...] = ("objective", "ce", "detached", "random", "shuffled")
 CELLS = 8  # of a random smooth map, along each side
 SECOND_VIEW = 7919  # added to the seed: the second view is not the first
 
@@ -61,7 +68,7 @@ class Objective:
         deletion: insertion_deletion: weight of deletion beside insertion.
         shares: insertion_deletion: of the image, shown and hidden at each level.
         temperature: Of the soft masks, in deviations of the map; of consistency's cosines.
-        shown: What stands where an image is changed.
+        replacement: What stands where an image is changed.
         subsets: faithfulness: random changes asked about, an image and step.
         cells: faithfulness: an image is cut into so many along each side.
         views: consistency: of the second view.
@@ -71,17 +78,17 @@ class Objective:
         file: learned: the metric, FILE.safetensors.
     """
 
-    kind: Kind = "insertion_deletion"
+    kind: ObjectiveKind = "insertion_deletion"
     weight: float = 1.0
     schedule: BetaSchedule = "constant"
-    cam: Cam = "grad_cam"
+    cam: CamMethod = "grad_cam"
     layer: str | None = None
     answers: Literal["trained", "constant"] = "trained"
     form: Form = "probability"
     deletion: float = 1.0
     shares: tuple[float, ...] = LEVELS
     temperature: float | None = None
-    shown: Literal["blur", "mean", "grey"] = "blur"
+    replacement: Literal["blur", "mean", "grey"] = "blur"
     subsets: int = 32
     cells: int = 8
     views: Augment = field(
@@ -112,30 +119,30 @@ class Objective:
                 "objective.kind is fidelity, but there is no objective.teacher; name it"
             )
         if (self.kind == "learned") != (self.file is not None):
-            given = "no objective.file" if self.file is None else f"a file '{self.file}'"
+            file_text = "no objective.file" if self.file is None else f"a file '{self.file}'"
             raise UserError(
-                f"objective.kind is {self.kind} with {given}; a learned objective, and no other, "
+                f"objective.kind is {self.kind} with {file_text}; a learned objective, and no other, "
                 "has the metric.safetensors that `camdistill learn` wrote"
             )
 
     @property
-    def asks_trained(self) -> bool:
+    def trains_answers(self) -> bool:
         """Whether the network's answers to changed images are trained, and not its map alone."""
         return self.kind == "insertion_deletion" and self.answers == "trained"
 
     @property
-    def arms(self) -> tuple[Arm, ...]:
+    def arms(self) -> tuple[RefinementArm, ...]:
         """The arms that differ: of a constant map others than these are cross-entropy alone.
 
         Where the answers are constant too, so is all that a random map stands in for.
         """
-        if self.asks_trained:
+        if self.trains_answers:
             return ARMS
-        given = {"detached", "random"} if self.kind == "insertion_deletion" else {"detached"}
-        return tuple(arm for arm in ARMS if arm not in given)
+        excluded = {"detached", "random"} if self.kind == "insertion_deletion" else {"detached"}
+        return tuple(arm for arm in ARMS if arm not in excluded)
 
 
-class Seen(NamedTuple):
+class ViewBatch(NamedTuple):
     """A batch as the network sees it.
 
     Attributes:
@@ -166,15 +173,17 @@ class Refinement:
         seed: Of random targets, views and changes.
     """
 
-    def __init__(self, objective: Objective, arm: Arm, seed: int) -> None:
+    def __init__(self, objective: Objective, arm: RefinementArm, seed: int) -> None:
         self.objective, self.arm, self.seed = objective, arm, seed
         # Built once; a Teacher is in nobody's checkpoint.
-        wanted = objective.kind == "fidelity" and objective.teacher is not None and arm != "ce"
-        self.teacher = Teacher(objective.teacher) if wanted and objective.teacher else None
-        scored = objective.file is not None and arm != "ce"
-        self.metric = load_metric(objective.file) if scored and objective.file else None
+        needs_teacher = (
+            objective.kind == "fidelity" and objective.teacher is not None and arm != "ce"
+        )
+        self.teacher = Teacher(objective.teacher) if needs_teacher and objective.teacher else None
+        needs_metric = objective.file is not None and arm != "ce"
+        self.metric = load_metric(objective.file) if needs_metric and objective.file else None
 
-    def loss(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
+    def loss(self, network: Preprocessed, batch: ViewBatch, step: int) -> PerImage:
         """One value an image, before its weight."""
         return {
             "insertion_deletion": self._insertion_deletion,
@@ -182,109 +191,121 @@ class Refinement:
             "consistency": self._consistency,
             "energy": self._energy,
             "fidelity": self._fidelity,
-            "learned": self._learned,
-        }[self.objective.kind](network, seen, step)
+            "learned": self._metric_loss,
+        }[self.objective.kind](network, batch, step)
 
-    def _insertion_deletion(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
-        wanted = self.objective
-        maps = seen.maps.detach() if self.arm == "detached" else seen.maps
+    def _insertion_deletion(self, network: Preprocessed, batch: ViewBatch, step: int) -> PerImage:
+        objective = self.objective
+        maps = batch.maps.detach() if self.arm == "detached" else batch.maps
         if self.arm == "random":
-            maps = self._random(seen)
+            maps = self._random_maps(batch)
         elif self.arm == "shuffled":
             maps = maps.roll(1, 0)
         return insertion_deletion(
-            network if wanted.answers == "trained" else partial(constant_answers, network),
-            seen.images,
-            seen.classes,
-            upsample(maps, _size(seen.images)),
-            baseline(seen.images, wanted.shown),
-            shares=wanted.shares,
-            temperature=wanted.temperature or TEMPERATURE,
-            form=wanted.form,
-            deletion=wanted.deletion,
+            network if objective.answers == "trained" else partial(forward_constant, network),
+            batch.images,
+            batch.classes,
+            upsample(maps, _image_size(batch.images)),
+            baseline(batch.images, objective.replacement),
+            shares=objective.shares,
+            temperature=objective.temperature or TEMPERATURE,
+            form=objective.form,
+            deletion=objective.deletion,
         )
 
-    def _faithfulness(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
-        wanted = self.objective
-        plan = BankPlan(cells=wanted.cells, subsets={0.25: wanted.subsets}, occluders=())
-        shown = baseline(seen.images, wanted.shown)
-        drawn = torch.Generator().manual_seed((self.seed << 32) + step)
-        asked = build_bank(network, seen.images, shown, drawn, classes=seen.classes, plan=plan)
-        maps = upsample(seen.maps, _size(seen.images))
+    def _faithfulness(self, network: Preprocessed, batch: ViewBatch, step: int) -> PerImage:
+        objective = self.objective
+        plan = BankPlan(cells=objective.cells, subsets={0.25: objective.subsets}, occluders=())
+        replacement = baseline(batch.images, objective.replacement)
+        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        answer_bank = build_bank(
+            network, batch.images, replacement, generator, classes=batch.classes, plan=plan
+        )
+        maps = upsample(batch.maps, _image_size(batch.images))
         if self.arm == "shuffled":
             maps = maps.roll(1, 0)
         if self.arm == "random":
-            probe = asked.subsets[0.25]
-            target = probe.sums(upsample(self._random(seen), _size(seen.images)))
-            return 1 - pearson(probe.sums(maps)[:, None], target[:, None])
-        return unfaithfulness(maps, asked)
+            perturbations = answer_bank.subsets[0.25]
+            target = perturbations.sums(
+                upsample(self._random_maps(batch), _image_size(batch.images))
+            )
+            return 1 - pearson(perturbations.sums(maps)[:, None], target[:, None])
+        return unfaithfulness(maps, answer_bank)
 
-    def _consistency(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
-        wanted = self.objective
+    def _consistency(self, network: Preprocessed, batch: ViewBatch, step: int) -> PerImage:
+        objective = self.objective
         view = draw_view(
-            wanted.views, seen.ids, _size(seen.images), seed=self.seed + SECOND_VIEW, epoch=step
+            objective.views,
+            batch.ids,
+            _image_size(batch.images),
+            seed=self.seed + SECOND_VIEW,
+            epoch=step,
         )
-        moved = view_images(seen.images, view)
-        _, _, maps = explained(network, moved, wanted.cam, wanted.layer, seen.classes)
-        target = self._random(seen) if self.arm == "random" else seen.maps
+        moved_images = view_images(batch.images, view)
+        _, _, maps = explain_with_graph(
+            network, moved_images, objective.cam, objective.layer, batch.classes
+        )
+        target = self._random_maps(batch) if self.arm == "random" else batch.maps
         target = view_maps(target, view, flipped=False)
         if self.arm == "shuffled":
             target = target.roll(1, 0)
-        return contrastive_consistency(maps, target, wanted.temperature or 0.5)
+        return contrastive_consistency(maps, target, objective.temperature or 0.5)
 
-    def _energy(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
-        masks = seen.masks
+    def _energy(self, network: Preprocessed, batch: ViewBatch, step: int) -> PerImage:
+        masks = batch.masks
         if masks is None:
             raise UserError("the objective is energy, but the images have no masks and no boxes")
         if self.arm == "shuffled":
             masks = masks.roll(1, 0)
         if self.arm == "random":
-            masks = _largest(upsample(self._random(seen), _size(seen.images)), masks)
-        return energy_outside(upsample(seen.maps, _size(seen.images)), masks)
+            masks = _top_masks(upsample(self._random_maps(batch), _image_size(batch.images)), masks)
+        return energy_outside(upsample(batch.maps, _image_size(batch.images)), masks)
 
-    def _fidelity(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
-        teacher, wanted = self.teacher, self.objective
+    def _fidelity(self, network: Preprocessed, batch: ViewBatch, step: int) -> PerImage:
+        teacher, objective = self.teacher, self.objective
         assert teacher is not None, "it is built with the objective"
         if self.arm == "random":
-            target = self._random(seen)
+            target = self._random_maps(batch)
         else:
-            layers = None if wanted.teacher_layer is None else [wanted.teacher_layer]
-            teacher.to(seen.images.device)
-            (target,) = grad_cam(teacher, seen.images, layers, seen.classes).values()
+            layers = None if objective.teacher_layer is None else [objective.teacher_layer]
+            teacher.to(batch.images.device)
+            (target,) = grad_cam(teacher, batch.images, layers, batch.classes).values()
         if self.arm == "shuffled":
             target = target.roll(1, 0)
-        return map_distance(seen.maps, target, wanted.distance)
+        return map_distance(batch.maps, target, objective.distance)
 
-    def _learned(self, network: Preprocessed, seen: Seen, step: int) -> PerImage:
+    def _metric_loss(self, network: Preprocessed, batch: ViewBatch, step: int) -> PerImage:
         metric = self.metric
         assert metric is not None, "it is loaded with the objective"
-        known = image_context(network, seen.images, seen.classes)
+        planes = image_context(network, batch.images, batch.classes)
         if self.arm == "shuffled":
-            known = known.roll(1, 0)
+            planes = planes.roll(1, 0)
         if self.arm == "random":
-            known = self._of_chance(known, seen)
-        maps = upsample(seen.maps, _size(seen.images))
+            planes = self._random_context(planes, batch)
+        maps = upsample(batch.maps, _image_size(batch.images))
         metric.to(maps.device, maps.dtype)
         with torch.autocast(maps.device.type, enabled=False):
-            return -metric(maps, known)  # type: ignore[no-any-return]
+            return -metric(maps, planes)  # type: ignore[no-any-return]
 
-    def _of_chance(self, known: Context, seen: Seen) -> Context:
+    def _random_context(self, planes: Context, batch: ViewBatch) -> Context:
         """A context whose planes of the network are smooth random maps; the image's stay."""
-        drawn = [standardize_planes(self._random(seen, number)) for number in range(OF_NETWORK)]
-        return torch.cat([torch.stack(drawn, 1).to(known), known[:, OF_NETWORK:]], 1)
+        random_planes = [
+            standardize_planes(self._random_maps(batch, number)) for number in range(OF_NETWORK)
+        ]
+        return torch.cat([torch.stack(random_planes, 1).to(planes), planes[:, OF_NETWORK:]], 1)
 
-    def _random(self, seen: Seen, number: int = 0) -> LayerMaps:
+    def _random_maps(self, batch: ViewBatch, number: int = 0) -> LayerMaps:
         """A smooth random map for each image, moved with it; others by number."""
-        drawn = uniforms(seen.ids, CELLS * CELLS, seed=self.seed, epoch=number)
-        coarse = drawn.view(-1, CELLS // 2, 2, CELLS // 2, 2).mean((2, 4))
-        return view_maps(upsample(coarse, (CELLS, CELLS)), seen.view, flipped=False)
+        numbers = uniforms_by_id(batch.ids, CELLS * CELLS, seed=self.seed, epoch=number)
+        coarse = numbers.view(-1, CELLS // 2, 2, CELLS // 2, 2).mean((2, 4))
+        return view_maps(upsample(coarse, (CELLS, CELLS)), batch.view, flipped=False)
 
 
-def _largest(maps: Maps, like: Masks) -> Masks:
+def _top_masks(maps: Maps, like: Masks) -> Masks:
     """Masks of the maps' largest values, each as large as another mask."""
     order = maps.flatten(1).argsort(1, descending=True).argsort(1).view(maps.shape)
     return order < like.flatten(1).sum(1)[:, None, None]
 
 
-def _size(images: Images) -> tuple[int, int]:
+def _image_size(images: Images) -> tuple[int, int]:
     return images.shape[2], images.shape[3]

@@ -15,23 +15,23 @@ from camdistill import tags
 from camdistill.data.datasets import ImageSet
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, view_maps
-from camdistill.distill.checks import check_images
-from camdistill.distill.differentiable_maps import explained, settled
+from camdistill.distill.checks import check_data_matches
+from camdistill.distill.differentiable_maps import eval_mode, explain_with_graph
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
 from camdistill.distill.optimization import Optimisation
 from camdistill.distill.refinement_targets import (
-    Arm,
     Objective,
     Refinement,
-    Seen,
+    RefinementArm,
+    ViewBatch,
 )
-from camdistill.distill.training import Training, as_images, in_float32, plain
+from camdistill.distill.training import TrainingModule, as_images, in_float32, to_plain_data
 from camdistill.errors import UserError
 from camdistill.measure.boxes import inside_boxes
 from camdistill.measure.intervals import Interval
-from camdistill.networks.capture import demand_runs
+from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
-from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, preprocessed
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build_preprocessed
 from camdistill.networks.weights import sha256_of
 from camdistill.perturb.batched_forward import forward_in_chunks
 from camdistill.perturb.probability import label_count, predict_labels
@@ -40,7 +40,7 @@ from camdistill.types import Batch, Images, Labels, Logits, Masks, PerImage
 RECIPE = Optimisation(optimiser="adamw", lr=3e-4, schedule="cosine", warmup=0.1)
 
 
-class Refiner(Training):
+class Refiner(TrainingModule):
     """Fine-tunes a trained network so that a metric of its own maps improves.
 
     The loss is cross-entropy with the labels, or without labels the divergence from what the
@@ -67,7 +67,7 @@ class Refiner(Training):
         network: NetworkSpec,
         objective: Objective = Objective(),  # noqa: B008  (frozen)
         *,
-        arm: Arm = "objective",
+        arm: RefinementArm = "objective",
         keep: Literal["auto", "labels", "start"] = "auto",
         frozen_statistics: bool = True,
         augment: Augment = Augment(),  # noqa: B008
@@ -75,19 +75,23 @@ class Refiner(Training):
         ema: float | None = None,
         seed: int = 0,
     ) -> None:
-        given = dict(locals())
+        arguments = dict(locals())
         super().__init__(optimisation, augment, ema=ema, seed=seed)
         self.settings = {
-            name: plain(value) for name, value in given.items() if name not in ("self", "__class__")
+            name: to_plain_data(value)
+            for name, value in arguments.items()
+            if name not in ("self", "__class__")
         }
         self.spec, self.keep, self.frozen = network, keep, frozen_statistics
         self.refinement = Refinement(objective, arm, seed)
-        self.accuracy, self.agreement, self.seen = MeanMetric(), MeanMetric(), SumMetric()
-        self.tested: tuple[float, float, int] | None = None
+        self.accuracy, self.agreement, self.image_count = MeanMetric(), MeanMetric(), SumMetric()
+        self.test_scores: tuple[float, float, int] | None = None
         self.labelled = False
         self._masks: Bool[Tensor, "images height width"] | None = None
-        self._places: Labels | None = None
-        self._said: dict[tuple[int, ...], Labels] = {}  # by the start, of validation images
+        self._mask_ids: Labels | None = None
+        self._start_classes: dict[
+            tuple[int, ...], Labels
+        ] = {}  # by the start, of validation images
 
     @property
     def fitted(self) -> Preprocessed:
@@ -101,34 +105,34 @@ class Refiner(Training):
                 raise UserError(
                     f"network {self.spec.name} has no weights; give those that are refined"
                 )
-            self.network = preprocessed(self.spec)
-        self._said.clear()  # the images may be others
+            self.network = build_preprocessed(self.spec)
+        self._start_classes.clear()  # the images may be others
         self.network.train(not self.frozen)  # Lightning leaves a network in the mode it is in
         if not hasattr(self, "start"):
             mean, std = (part.flatten().tolist() for part in (self.network.mean, self.network.std))
-            own = copy.deepcopy(self.network.network)
-            self.start = Teacher.of(own, mean, std)
+            start_network = copy.deepcopy(self.network.network)
+            self.start = Teacher.from_network(start_network, mean, std)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageData):
-            self._meet(data)
+            self._check_data(data)
         super().setup(stage)
 
-    def _meet(self, data: ImageData) -> None:
-        classes, own = len(data.classes), label_count(head_size(self.network.network))
+    def _check_data(self, data: ImageData) -> None:
+        classes, network_classes = len(data.classes), label_count(head_size(self.network.network))
         if self.keep == "labels" and not classes:
             raise UserError("keep is labels, but the images have none; --keep start needs no label")
-        if classes and classes != own and self.keep != "start":
+        if classes and classes != network_classes and self.keep != "start":
             raise UserError(
-                f"the images have {classes} classes, the network {own}; give the data that it was "
+                f"the images have {classes} classes, the network {network_classes}; give the data that it was "
                 "trained with, or --keep start, which needs no label"
             )
         size_cure = "give another --data.size, or another network"
-        demand_runs({"network": self.network}, torch.zeros(1, 3, *data.size), cure=size_cure)
-        check_images(self.network.facts, data.size, data.classes, "network")
-        self.labelled = bool(classes) and classes == own
-        wanted = self.refinement.objective.kind == "energy" and self.refinement.arm != "ce"
-        if wanted and data.train_set is not None and self._masks is None:
-            self._masks, self._places = masks_of(data.train_set)
+        check_forward({"network": self.network}, torch.zeros(1, 3, *data.size), cure=size_cure)
+        check_data_matches(self.network.facts, data.size, data.classes, "network")
+        self.labelled = bool(classes) and classes == network_classes
+        needs_masks = self.refinement.objective.kind == "energy" and self.refinement.arm != "ce"
+        if needs_masks and data.train_set is not None and self._masks is None:
+            self._masks, self._mask_ids = object_masks(data.train_set)
 
     def experiment(self) -> dict[str, Any]:
         """Everything that a checkpoint needs to say, with the metric's file."""
@@ -146,35 +150,41 @@ class Refiner(Training):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """One step: keep the answers, refine the maps."""
         images, view = self.training_view(batch)
-        wanted, arm = self.refinement.objective, self.refinement.arm
-        weight = wanted.weight * beta_factor(wanted.schedule, self.progress)
+        objective_config, arm = self.refinement.objective, self.refinement.arm
+        weight = objective_config.weight * beta_factor(objective_config.schedule, self.progress)
         if arm == "ce" or weight == 0:
-            kept = self._kept(self.network(images), batch, images).mean()
-            loss = kept
+            keep_loss = self._keep_loss(self.network(images), batch, images).mean()
+            loss = keep_loss
         else:
-            with settled(self.network):
-                logits, classes, maps = explained(self.network, images, wanted.cam, wanted.layer)
-                masks = self._masks_of(batch, view)
-                seen = Seen(images, batch.ids, view, classes.detach(), maps, masks)
-                objective = self.refinement.loss(self.network, seen, self.global_step).mean()
-            kept = self._kept(logits if self.frozen else self.network(images), batch, images).mean()
-            loss = kept + weight * objective
-            self.log(tags.LOSS_OBJECTIVE, objective, prog_bar=True, sync_dist=True)
-        self.log(tags.LOSS_KEPT, kept, sync_dist=True)
+            with eval_mode(self.network):
+                logits, classes, maps = explain_with_graph(
+                    self.network, images, objective_config.cam, objective_config.layer
+                )
+                masks = self._view_masks(batch, view)
+                view_batch = ViewBatch(images, batch.ids, view, classes.detach(), maps, masks)
+                objective_loss = self.refinement.loss(
+                    self.network, view_batch, self.global_step
+                ).mean()
+            keep_loss = self._keep_loss(
+                logits if self.frozen else self.network(images), batch, images
+            ).mean()
+            loss = keep_loss + weight * objective_loss
+            self.log(tags.LOSS_OBJECTIVE, objective_loss, prog_bar=True, sync_dist=True)
+        self.log(tags.LOSS_KEPT, keep_loss, sync_dist=True)
         self.log(tags.LOSS_TRAIN, loss, prog_bar=True, sync_dist=True)
-        return self.finite(loss)
+        return self.watch_loss(loss)
 
-    def _kept(self, logits: Logits, batch: Batch, images: Images) -> PerImage:
+    def _keep_loss(self, logits: Logits, batch: Batch, images: Images) -> PerImage:
         if self.keep != "start" and self.labelled:
             return cross_entropy(logits, batch.labels)
         with torch.no_grad():
-            answers = self.start(images)
-        return soft_targets_kl(logits, answers, 1.0)
+            start_logits = self.start(images)
+        return soft_targets_kl(logits, start_logits, 1.0)
 
-    def _masks_of(self, batch: Batch, view: View) -> Masks | None:
-        if self._masks is None or self._places is None:
+    def _view_masks(self, batch: Batch, view: View) -> Masks | None:
+        if self._masks is None or self._mask_ids is None:
             return None
-        rows = torch.searchsorted(self._places, batch.ids.cpu())
+        rows = torch.searchsorted(self._mask_ids, batch.ids.cpu())
         masks = self._masks[rows].to(batch.ids.device)
         return view_maps(masks.float(), view, flipped=False) > 0.5
 
@@ -184,9 +194,9 @@ class Refiner(Training):
         The start says the same in every epoch, so it is asked once.
         """
         images, ids = as_images(batch.pixels), tuple(batch.ids.tolist())
-        if ids not in self._said:
-            self._said[ids] = predict_labels(forward_in_chunks(self.start, images))
-        self._evaluate(batch, images, self._said[ids])
+        if ids not in self._start_classes:
+            self._start_classes[ids] = predict_labels(forward_in_chunks(self.start, images))
+        self._evaluate(batch, images, self._start_classes[ids])
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """The same in float32."""
@@ -194,17 +204,17 @@ class Refiner(Training):
         with in_float32(self.device):
             self._evaluate(batch, images, predict_labels(forward_in_chunks(self.start, images)))
 
-    def _evaluate(self, batch: Batch, images: Images, before: Labels) -> None:
+    def _evaluate(self, batch: Batch, images: Images, start_classes: Labels) -> None:
         top, counted = (
             predict_labels(forward_in_chunks(self.network, images)),
             batch.counted.float(),
         )
         if self.labelled:
             self.accuracy.update((top == batch.labels).float(), counted)
-        self.agreement.update((top == before).float(), counted)
-        self.seen.update(counted)
+        self.agreement.update((top == start_classes).float(), counted)
+        self.image_count.update(counted)
 
-    def kept_share(self) -> float:
+    def retention(self) -> float:
         """Accuracy of what was evaluated last; agreement with the start where that is kept."""
         by_labels = self.labelled and self.keep != "start"
         metric = self.accuracy if by_labels else self.agreement
@@ -212,7 +222,7 @@ class Refiner(Training):
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what was evaluated before."""
-        self._forget()
+        self._reset_metrics()
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over the validation images."""
@@ -223,34 +233,34 @@ class Refiner(Training):
     def on_test_epoch_start(self) -> None:
         """Forgets what was evaluated before."""
         super().on_test_epoch_start()
-        self._forget()
+        self._reset_metrics()
 
     def on_test_epoch_end(self) -> None:
         """Keeps what `results` tells."""
         accuracy = float(self.accuracy.compute()) if self.labelled else float("nan")
-        agreement, count = float(self.agreement.compute()), round(float(self.seen.compute()))
-        self.tested = (accuracy, agreement, count)
+        agreement, count = float(self.agreement.compute()), round(float(self.image_count.compute()))
+        self.test_scores = (accuracy, agreement, count)
         self.log(tags.on_test(tags.AGREEMENT_START), agreement, rank_zero_only=True)
 
     def results(self) -> dict[str, object]:
         """What the test measured, with Wilson's 95 % intervals."""
-        if self.tested is None:
+        if self.test_scores is None:
             raise UserError("nothing was tested yet; run `camdistill test` first")
-        accuracy, agreement, n = self.tested
+        accuracy, agreement, n = self.test_scores
         shares = {"accuracy": accuracy, "agreement": agreement}
-        known = {name: share for name, share in shares.items() if not np.isnan(share)}
+        measured = {name: share for name, share in shares.items() if not np.isnan(share)}
         intervals = {}
-        for name, share in known.items():
-            found = binomtest(round(share * n), n).proportion_ci(method="wilson")
-            intervals[f"network.{name}"] = Interval(share, found.low, found.high)
-        return {"n": n, "network": known, "intervals": intervals}
+        for name, share in measured.items():
+            confidence = binomtest(round(share * n), n).proportion_ci(method="wilson")
+            intervals[f"network.{name}"] = Interval(share, confidence.low, confidence.high)
+        return {"n": n, "network": measured, "intervals": intervals}
 
-    def _forget(self) -> None:
-        for metric in (self.accuracy, self.agreement, self.seen):
+    def _reset_metrics(self) -> None:
+        for metric in (self.accuracy, self.agreement, self.image_count):
             metric.reset()
 
 
-def masks_of(images: ImageSet) -> tuple[Bool[Tensor, "images height width"], Labels]:
+def object_masks(images: ImageSet) -> tuple[Bool[Tensor, "images height width"], Labels]:
     """The objects' masks (or the insides of their boxes), and the images' ids, both by id.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 from camdistill.data.datasets import ImageSet
 from camdistill.data.views import View, view_maps
 from camdistill.distill.teacher_cache import TeacherCache
-from camdistill.distill.teacher_maps_plan import Precision, Quantity, likeliest
+from camdistill.distill.teacher_maps_plan import Precision, Quantity, likeliest_classes
 from camdistill.distill.transfer import quantity_maps
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import TopClasses, last_layer
@@ -47,9 +47,9 @@ def live_targets(
     p: float,
 ) -> Targets:
     """What the teacher says of augmented images when it is asked."""
-    asked = TopClasses(classes) if classes > 1 else None
-    logits, maps = quantity_maps(teacher, images, layers, asked, quantity=quantity, p=p)
-    return Targets(logits, likeliest(logits, classes), maps)
+    requested_classes = TopClasses(classes) if classes > 1 else None
+    logits, maps = quantity_maps(teacher, images, layers, requested_classes, quantity=quantity, p=p)
+    return Targets(logits, likeliest_classes(logits, classes), maps)
 
 
 def cached_targets(
@@ -57,11 +57,11 @@ def cached_targets(
 ) -> Targets:
     """What the teacher said of the whole images, mirrored where the view is; maps are cropped."""
     logits, maps = cache.lookup(ids, view.flip, quantity, layers)
-    moved = {layer: _moved(maps[layer], view) for layer in layers}
-    return Targets(logits, likeliest(logits, cache.plan.classes), moved)
+    maps_by_layer = {layer: _view_class_maps(maps[layer], view) for layer in layers}
+    return Targets(logits, likeliest_classes(logits, cache.plan.classes), maps_by_layer)
 
 
-def _moved(maps: Tensor, view: View) -> Tensor:
+def _view_class_maps(maps: Tensor, view: View) -> Tensor:
     """Maps of one class or of several under the view of their image."""
     if maps.dim() == 3:
         return view_maps(maps, view, flipped=True)
@@ -70,7 +70,7 @@ def _moved(maps: Tensor, view: View) -> Tensor:
     return view_maps(maps.flatten(0, 1), repeated, flipped=True).view(maps.shape)
 
 
-def shared_cache(
+def open_shared_cache(
     trainer: Trainer,
     teacher: Teacher,
     images: ImageSet,
@@ -107,7 +107,7 @@ def shared_cache(
     """
     precision = _precision(trainer, teacher, images, layers)
 
-    def opened(progress: Callable[[int, int], None] | None = None) -> TeacherCache:
+    def open_cache(progress: Callable[[int, int], None] | None = None) -> TeacherCache:
         return TeacherCache.open_or_build(
             teacher,
             images,
@@ -127,16 +127,16 @@ def shared_cache(
                 f"the first process could not get the teacher's answers about {what}; what it "
                 "printed says why"
             )
-        return opened()
-    whole = False
+        return open_cache()
+    succeeded = False
     try:
         with Progress(transient=True) as bar:
             task = bar.add_task(f"Asking the teacher about {what}", total=None)
-            cache = opened(lambda done, count: bar.update(task, completed=done, total=count))
-        whole = True
+            cache = open_cache(lambda done, count: bar.update(task, completed=done, total=count))
+        succeeded = True
     finally:
         # After a failure too, or the others would wait until their group's time is over.
-        trainer.strategy.broadcast(whole)
+        trainer.strategy.broadcast(succeeded)
     return cache
 
 

@@ -20,26 +20,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from camdistill.data.datasets import ImageSet
-from camdistill.distill.teacher_maps_plan import Plan, Precision, Quantity, answers, likeliest
+from camdistill.distill.teacher_maps_plan import (
+    CachePlan,
+    Precision,
+    Quantity,
+    likeliest_classes,
+    query_teacher,
+)
 from camdistill.errors import UserError
 from camdistill.explain.maps import relu
 from camdistill.networks.teachers import Teacher
 from camdistill.store.array_files import (
+    ArrayWriter,
     CacheError,
-    Draft,
-    Key,
-    locked,
+    CacheKey,
+    lock_cache,
+    open_arrays,
     pack,
-    read_arrays,
-    told,
+    report_write_errors,
     unpack,
 )
 from camdistill.types import Labels, Logits
 
 Progress = Callable[[int, int], None]
 
-SAMPLE = 64  # images asked of the live teacher when a cache is opened
-STRAYS = 3  # of the sample: near ties and ReLUs at zero flip with the shape of a batch
+SAMPLE_SIZE = 64  # images asked of the live teacher when a cache is opened
+MAX_DISAGREEING = 3  # of the sample: near ties and ReLUs at zero flip with the shape of a batch
 # Relative L2 errors of an image's logits and of its maps. Another teacher's are about 1. Measured
 # on 500 CIFAR-10 images, ResNet-20 and -56: in bfloat16 at most 0.03 in logits, and in maps 0.01,
 # 0.07 and 0.09 in the median (0.02, 0.21, 0.38 for 1 in 100) at layer3, 2, 1; in float32 at most
@@ -64,7 +70,7 @@ class TeacherCache:
     """
 
     def __init__(
-        self, plan: Plan, folder: Path, ids: Labels, rows: Labels, arrays: dict[str, Tensor]
+        self, plan: CachePlan, folder: Path, ids: Labels, rows: Labels, arrays: dict[str, Tensor]
     ) -> None:
         self.plan = plan
         self.folder = folder
@@ -112,10 +118,10 @@ class TeacherCache:
             UserError: When the folder can't be written, the disk is full, there is no image, or the
                 teacher does not repeat its own maps.
         """
-        wanted: set[Quantity] = {"grad_cam", *quantities}
+        stored_quantities: set[Quantity] = {"grad_cam", *quantities}
         classes = min(classes, teacher.classes)
         names = tuple(dict.fromkeys(layers))
-        plan = Plan(names, tuple(sorted(wanted)), flips, precision, p, classes)
+        plan = CachePlan(names, tuple(sorted(stored_quantities)), flips, precision, p, classes)
         if not len(image_set):
             raise UserError("no images to ask the teacher about; check the data's folder")
         if len(np.unique(image_set.ids)) < len(image_set):
@@ -123,18 +129,18 @@ class TeacherCache:
         key = plan.key(teacher, image_set)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         folder = Path(root) / f"teacher-{digest[:24]}"
-        with told(folder):
+        with report_write_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with locked(folder):
+            with lock_cache(folder):
                 if folder.exists():
                     try:
-                        return cls._opened(plan, folder, key, teacher, image_set)
+                        return cls._open(plan, folder, key, teacher, image_set)
                     except CacheError as reason:
                         log.warning("teacher cache %s: %s; making it anew", folder, reason)
                         shutil.rmtree(folder)
-                _build(plan, Draft(folder, key), teacher, image_set, batch_size, progress)
+                _build(plan, ArrayWriter(folder, key), teacher, image_set, batch_size, progress)
                 try:
-                    return cls._opened(plan, folder, key, teacher, image_set)
+                    return cls._open(plan, folder, key, teacher, image_set)
                 except CacheError as reason:
                     shutil.rmtree(folder)
                     raise UserError(
@@ -143,10 +149,10 @@ class TeacherCache:
                     ) from None
 
     @classmethod
-    def _opened(
-        cls, plan: Plan, folder: Path, key: Key, teacher: Teacher, image_set: ImageSet
+    def _open(
+        cls, plan: CachePlan, folder: Path, key: CacheKey, teacher: Teacher, image_set: ImageSet
     ) -> "TeacherCache":
-        arrays = read_arrays(folder, key)
+        arrays = open_arrays(folder, key)
         ids, rows = torch.sort(torch.from_numpy(np.array(image_set.ids, dtype=np.int64)))
         cache = cls(plan, folder, ids, rows, arrays)
         cache.verify(teacher, image_set)
@@ -184,25 +190,25 @@ class TeacherCache:
             ValueError: For something that is not stored. (Held in a GPU's memory, the cache answers
                 NaN logits to an unknown id instead: raising would wait for the device.)
         """
-        wanted = self.plan.layers if layers is None else tuple(dict.fromkeys(layers))
+        layer_names = self.plan.layers if layers is None else tuple(dict.fromkeys(layers))
         if quantity not in self.plan.quantities:
             raise ValueError(f"{quantity!r} is not stored; there are {self.plan.quantities}")
-        if unknown := sorted(set(wanted) - set(self.plan.layers)):
+        if unknown := sorted(set(layer_names) - set(self.plan.layers)):
             raise ValueError(f"{unknown} are not stored; there are {self.plan.layers}")
         device = ids.device
         ids, flip = ids.to(self._ids.device), flip.to(self._ids.device)
-        place = torch.searchsorted(self._ids, ids).clamp_(max=len(self._ids) - 1)
-        known = self._ids[place] == ids
+        position = torch.searchsorted(self._ids, ids).clamp_(max=len(self._ids) - 1)
+        is_stored = self._ids[position] == ids
         if not self.plan.flips:
-            known &= ~flip
-        if known.device.type == "cpu" and not bool(known.all()):
-            missing, mirrored = int(ids[~known][0]), bool(flip[~known][0])
+            is_stored &= ~flip
+        if is_stored.device.type == "cpu" and not bool(is_stored.all()):
+            missing, mirrored = int(ids[~is_stored][0]), bool(flip[~is_stored][0])
             raise ValueError(f"no image {missing} (mirrored: {mirrored}) in {self.folder}")
-        index = self._rows[place] * self.plan.orientations + (flip if self.plan.flips else 0)
+        index = self._rows[position] * self.plan.orientations + (flip if self.plan.flips else 0)
         logits = self._arrays["logits"].flatten(0, 1)[index]
-        logits = torch.where(known[:, None], logits, torch.full_like(logits, torch.nan))
+        logits = torch.where(is_stored[:, None], logits, torch.full_like(logits, torch.nan))
         maps_by_layer = {}
-        for layer in wanted:
+        for layer in layer_names:
             number = self.plan.layers.index(layer)
             packed, scale = (
                 self._arrays[f"{quantity}/{number}{part}"].flatten(0, 1)[index]
@@ -221,27 +227,33 @@ class TeacherCache:
             CacheError: When more do.
         """
         generator = np.random.default_rng(list(self.folder.name.encode()))
-        positions = np.sort(generator.permutation(len(image_set))[:SAMPLE])
+        positions = np.sort(generator.permutation(len(image_set))[:SAMPLE_SIZE])
         batch = image_set.batch(positions)
         mirror = generator.random(len(positions)) < (0.5 if self.plan.flips else 0)
         flip = torch.from_numpy(mirror)
         pixels = torch.where(flip[:, None, None, None], batch.pixels.flip(-1), batch.pixels)
         logits, _ = self.lookup(batch.ids, flip)
-        live = answers(self.plan, teacher, pixels, likeliest(logits, self.plan.classes))
-        allowed, allowed_of_maps = TOLERANCE[self.plan.precision]
-        right = _error(logits, live["logits"]) <= allowed
+        live_outputs = query_teacher(
+            self.plan, teacher, pixels, likeliest_classes(logits, self.plan.classes)
+        )
+        logit_tolerance, map_tolerance = TOLERANCE[self.plan.precision]
+        agrees = _relative_error(logits, live_outputs["logits"]) <= logit_tolerance
         for quantity in self.plan.quantities:
             _, maps_by_layer = self.lookup(batch.ids, flip, quantity)
             for number, maps in enumerate(maps_by_layer.values()):
-                right &= _error(maps, live[f"{quantity}/{number}"]) <= allowed_of_maps
-        wrong = int((~right).sum())
-        if wrong > min(STRAYS, len(positions) // 4):
-            raise CacheError(f"the live teacher differs on {wrong} of {len(positions)} images")
+                agrees &= (
+                    _relative_error(maps, live_outputs[f"{quantity}/{number}"]) <= map_tolerance
+                )
+        wrong_count = int((~agrees).sum())
+        if wrong_count > min(MAX_DISAGREEING, len(positions) // 4):
+            raise CacheError(
+                f"the live teacher differs on {wrong_count} of {len(positions)} images"
+            )
 
 
 def _build(
-    plan: Plan,
-    draft: Draft,
+    plan: CachePlan,
+    draft: ArrayWriter,
     teacher: Teacher,
     image_set: ImageSet,
     batch_size: int,
@@ -249,16 +261,20 @@ def _build(
 ) -> None:
     count, start = len(image_set), time.monotonic()
     size = (image_set.pixels.shape[2], image_set.pixels.shape[3])
-    quick = teacher.fused(size, keep=plan.layers).to(memory_format=torch.channels_last)
+    fast_teacher = teacher.fuse_batch_norm(size, keep=plan.layers).to(
+        memory_format=torch.channels_last
+    )
     log.info("teacher cache: %d of %d images to make", count - draft.done, count)
-    noted = start
+    saved_at = start
     try:
         while draft.done < count:
             positions = np.arange(draft.done, min(draft.done + batch_size, count))
             pixels = image_set.batch(positions).pixels
             for orientation in range(plan.orientations):
-                values = answers(plan, quick, pixels.flip(-1) if orientation else pixels)
-                for name, value in _stored(values).items():
+                values = query_teacher(
+                    plan, fast_teacher, pixels.flip(-1) if orientation else pixels
+                )
+                for name, value in _pack_outputs(values).items():
                     if name not in draft.arrays:
                         shape = (count, plan.orientations, *value.shape[1:])
                         draft.allocate(name, shape, value.dtype)
@@ -266,9 +282,9 @@ def _build(
             draft.done += len(positions)
             if progress is not None:
                 progress(draft.done, count)
-            if time.monotonic() - noted > PAUSE:
-                draft.note()
-                noted = time.monotonic()
+            if time.monotonic() - saved_at > PAUSE:
+                draft.save_progress()
+                saved_at = time.monotonic()
         draft.finish(_mean_maps(plan, draft))
     except OSError:
         draft.discard()
@@ -276,16 +292,16 @@ def _build(
     log.info("teacher cache: made in %.0f s", time.monotonic() - start)
 
 
-def _stored(values: dict[str, Tensor]) -> dict[str, NDArray[np.generic]]:
-    found: dict[str, NDArray[np.generic]] = {"logits": values["logits"].numpy()}
+def _pack_outputs(values: dict[str, Tensor]) -> dict[str, NDArray[np.generic]]:
+    arrays: dict[str, NDArray[np.generic]] = {"logits": values["logits"].numpy()}
     for name, value in values.items():
         if name != "logits":
             packed, scale = pack(value)
-            found[name], found[f"{name}/scale"] = packed.numpy(), scale.numpy()
-    return found
+            arrays[name], arrays[f"{name}/scale"] = packed.numpy(), scale.numpy()
+    return arrays
 
 
-def _mean_maps(plan: Plan, draft: Draft) -> dict[str, NDArray[np.float32]]:
+def _mean_maps(plan: CachePlan, draft: ArrayWriter) -> dict[str, NDArray[np.float32]]:
     means = {}
     for number in range(len(plan.layers)):
         packed, scale = (draft.arrays[f"grad_cam/{number}{part}"] for part in ("", "/scale"))
@@ -300,7 +316,7 @@ def _mean_maps(plan: Plan, draft: Draft) -> dict[str, NDArray[np.float32]]:
     return means
 
 
-def _error(stored: Tensor, live: Tensor) -> Tensor:
+def _relative_error(stored: Tensor, live: Tensor) -> Tensor:
     """L2 error per image, relative to its own size or, where that is more, the median image's."""
     difference: Tensor = torch.linalg.vector_norm((stored.cpu() - live).flatten(1), dim=1)
     size: Tensor = torch.linalg.vector_norm(live.flatten(1), dim=1)

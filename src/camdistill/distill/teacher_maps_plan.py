@@ -15,7 +15,7 @@ from camdistill.distill.losses import attention_map
 from camdistill.explain.engine.request import Classes, class_columns
 from camdistill.explain.gradcam import TopClasses, explain_images
 from camdistill.networks.teachers import Teacher
-from camdistill.store.array_files import Key
+from camdistill.store.array_files import CacheKey
 from camdistill.types import Logits, Pixels
 
 Quantity = Literal["grad_cam", "attention", "class_maps"]
@@ -25,7 +25,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """What is stored of each image.
 
     Attributes:
@@ -51,7 +51,7 @@ class Plan:
         """2 with mirrored images, else 1."""
         return 2 if self.flips else 1
 
-    def key(self, teacher: Teacher, image_set: ImageSet) -> Key:
+    def key(self, teacher: Teacher, image_set: ImageSet) -> CacheKey:
         """Everything that decides the content of a cache."""
         ids = np.ascontiguousarray(image_set.ids, dtype=np.int64)
         return {
@@ -69,7 +69,7 @@ class Plan:
         }
 
 
-def likeliest(logits: Logits, count: int) -> Int[Tensor, "batch *count"]:
+def likeliest_classes(logits: Logits, count: int) -> Int[Tensor, "batch *count"]:
     """The top class, [B], or with a count above 1 the likeliest ones, [B, count]."""
     if count == 1:
         return logits.argmax(1)
@@ -91,8 +91,8 @@ def teacher_sha256(teacher: Teacher) -> str:
     return digest.hexdigest()
 
 
-def answers(
-    plan: Plan,
+def query_teacher(
+    plan: CachePlan,
     teacher: Teacher,
     pixels: Pixels,
     classes: Int[Tensor, "batch *classes"] | None = None,
@@ -100,20 +100,20 @@ def answers(
     """Logits and, as `quantity/number of the layer`, maps of a batch, on the CPU."""
     device = teacher.mean.device
     images = (pixels.to(device).float() / 255).contiguous(memory_format=torch.channels_last)
-    every = "class_maps" in plan.quantities
-    asked: Classes = classes if classes is None else classes.to(device)
-    if asked is None and plan.classes > 1:
-        asked = TopClasses(plan.classes)
-    if every:
-        asked = torch.arange(teacher.classes, device=device).expand(len(images), -1)
+    all_classes = "class_maps" in plan.quantities
+    requested_classes: Classes = classes if classes is None else classes.to(device)
+    if requested_classes is None and plan.classes > 1:
+        requested_classes = TopClasses(plan.classes)
+    if all_classes:
+        requested_classes = torch.arange(teacher.classes, device=device).expand(len(images), -1)
     bfloat16 = plan.precision == "bfloat16"
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        found = explain_images(teacher, images, list(plan.layers), asked)
-    values = {"logits": found.logits.float().cpu()}
-    top = likeliest(values["logits"], plan.classes) if classes is None else classes
+        explanation = explain_images(teacher, images, list(plan.layers), requested_classes)
+    values = {"logits": explanation.logits.float().cpu()}
+    top = likeliest_classes(values["logits"], plan.classes) if classes is None else classes
     for number, layer in enumerate(plan.layers):
-        maps = found.maps[layer].float().cpu()
-        if every:
+        maps = explanation.maps[layer].float().cpu()
+        if all_classes:
             values[f"class_maps/{number}"] = maps
             maps = maps.gather(
                 1, class_columns(top)[:, :, None, None].expand(-1, -1, *maps.shape[2:])
@@ -121,5 +121,7 @@ def answers(
             maps = maps if top.dim() == 2 else maps[:, 0]
         values[f"grad_cam/{number}"] = maps
         if "attention" in plan.quantities:
-            values[f"attention/{number}"] = attention_map(found.activations[layer], plan.p).cpu()
+            values[f"attention/{number}"] = attention_map(
+                explanation.activations[layer], plan.p
+            ).cpu()
     return values

@@ -31,7 +31,7 @@ CHECK_EVERY = 50  # steps between looks at the loss; each look waits for the dev
 IMAGES = "images"  # a checkpoint's key of which images it was trained on
 
 
-class Training(LightningModule, ABC):
+class TrainingModule(LightningModule, ABC):
     """The plumbing around a training step; what is learnt stands in the two modules that use it.
 
     Attributes:
@@ -102,7 +102,7 @@ class Training(LightningModule, ABC):
         view = draw_view(self.augment, batch.ids, size, seed=self.seed, epoch=self.current_epoch)
         return as_images(view_images(batch.pixels, view)), view
 
-    def finite(self, loss: Tensor) -> Tensor:
+    def watch_loss(self, loss: Tensor) -> Tensor:
         """The loss, after noting whether it is a number."""
         bad = (~torch.isfinite(loss.detach())).long()
         self._bad_steps = bad if self._bad_steps is None else self._bad_steps + bad
@@ -180,49 +180,52 @@ class Training(LightningModule, ABC):
         checkpoint[EXPERIMENT] = dump_experiment(self.experiment())
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, ImageData):
-            checkpoint[IMAGES] = _images_of(data)
+            checkpoint[IMAGES] = _image_settings(data)
         checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state()
 
     def experiment(self) -> dict[str, Any]:
         """Everything that a checkpoint needs to say to be used without its config, as JSON."""
-        wanted = {name: json.loads(text) for name, text in self.fitted.metadata().items()}
+        moments = {name: json.loads(text) for name, text in self.fitted.metadata().items()}
         classes = {"classes": head_size(self.fitted.network), "class_names": self.class_names}
-        return {**self.settings, **wanted, **classes, **self._images}
+        return {**self.settings, **moments, **classes, **self._images}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of something else; notes where the generators were."""
-        _demand_same_weights(self.state_dict(), checkpoint.get("state_dict", {}))
+        _check_same_weights(self.state_dict(), checkpoint.get("state_dict", {}))
         if self._trainer is None or not self.trainer.training:
             return
-        self._demand_same_run(checkpoint)
+        self._check_same_run(checkpoint)
         self._random_state = checkpoint.get("random_state", {})
 
-    def _demand_same_run(self, checkpoint: dict[str, Any]) -> None:
+    def _check_same_run(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on with other settings or other images than the checkpoint's."""
-        own = plain(self.settings)
+        current = to_plain_data(self.settings)
         stored = parse_experiment(checkpoint[EXPERIMENT], "the checkpoint to go on from")
-        pairs = {name: (stored[name], value) for name, value in own.items() if name in stored}
+        pairs = {name: (stored[name], value) for name, value in current.items() if name in stored}
         data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, ImageData):
             images = checkpoint.get(IMAGES, {})
             pairs |= {
                 name: (images[name], value)
-                for name, value in _images_of(data).items()
+                for name, value in _image_settings(data).items()
                 if name in images
             }
-        for name, (there, here) in pairs.items():
+        for name, (stored_value, current_value) in pairs.items():
             if name == "teacher":  # its file may have moved; what is in it is compared
-                there, here = ({**one, "weights": None} for one in (there, here))
-            if there != here:
+                stored_value, current_value = (
+                    {**teacher_spec, "weights": None}
+                    for teacher_spec in (stored_value, current_value)
+                )
+            if stored_value != current_value:
                 raise UserError(
-                    f"the checkpoint was trained with {name} {there}, which goes on (here "
-                    f"{here}); give the same, or start without --ckpt_path"
+                    f"the checkpoint was trained with {name} {stored_value}, which goes on (here "
+                    f"{current_value}); give the same, or start without --ckpt_path"
                 )
 
 
-def _images_of(data: ImageData) -> dict[str, Any]:
+def _image_settings(data: ImageData) -> dict[str, Any]:
     """What a training's order and content depend on, as a checkpoint holds it."""
     images = {
         f"{name} images": digest for name, digest in data.fingerprints.items() if name != "test"
@@ -244,10 +247,12 @@ class RunningAverage(EMAWeightAveraging):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the buffers that are no part of the weights."""
         assert self._average_model is not None, "set up"
-        kept = pl_module.state_dict().keys()
+        state_names = pl_module.state_dict().keys()
         averages = dict(self._average_model.module.named_buffers())
-        own = pl_module.named_buffers()
-        self._constants = [(averages[name], value) for name, value in own if name not in kept]
+        buffers = pl_module.named_buffers()
+        self._constants = [
+            (averages[name], value) for name, value in buffers if name not in state_names
+        ]
 
     def on_train_batch_end(
         self,
@@ -274,12 +279,14 @@ class RunningAverage(EMAWeightAveraging):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
-def _demand_same_weights(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-    odd = sorted(own.keys() ^ stored.keys())
-    odd += [name for name in own if name in stored and own[name].shape != stored[name].shape]
-    if odd:
+def _check_same_weights(current: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    differing = sorted(current.keys() ^ stored.keys())
+    differing += [
+        name for name in current if name in stored and current[name].shape != stored[name].shape
+    ]
+    if differing:
         raise UserError(
-            f"the checkpoint is of another network ('{odd[0]}' differs); give the config that it "
+            f"the checkpoint is of another network ('{differing[0]}' differs); give the config that it "
             "was trained with, or start without --ckpt_path"
         )
 
@@ -302,23 +309,23 @@ def as_images(pixels: Tensor) -> Images:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def as_taken(images: Images, channels: int) -> Float[Tensor, "batch taken height width"]:
+def match_channels(images: Images, channels: int) -> Float[Tensor, "batch taken height width"]:
     """Images as a network of so many channels takes them: 3, or 1 for their mean."""
     return images.mean(1, keepdim=True) if channels == 1 else images
 
 
-def plain(value: Any) -> Any:
+def to_plain_data(value: Any) -> Any:
     """A setting as JSON: dataclasses become dicts, tuples lists."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): to_plain_data(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [to_plain_data(entry) for entry in value]
     return value
 
 
-def seeded(seed: int, build: Callable[[], NetworkT]) -> NetworkT:
+def build_with_seed(seed: int, build: Callable[[], NetworkT]) -> NetworkT:
     """A network whose random start depends on the seed alone; the global generator stays."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -93,7 +93,7 @@ class Transfer:
         check_number("pool", self.pool, "[1, 1024]", "it is the side of a grid, at least 1")
 
 
-def named_pairs(
+def name_pairs(
     pairs: Sequence[LayerPair], student: Preprocessed, teacher: Preprocessed, images: Images
 ) -> list[tuple[str, str, float]]:
     """The matched layers by name, with their weights; None stands for the last spatial layer.
@@ -107,20 +107,24 @@ def named_pairs(
     Raises:
         UserError: If the student's layer comes twice: fidelity is told by it.
     """
-    last: dict[str, str] = {}
+    last_layers: dict[str, str] = {}
     for side, network in (("student", student), ("teacher", teacher)):
         if any(getattr(pair, side) is None for pair in pairs):
-            last[side] = last_layer(network, images)
-    named = [
-        (pair.student or last["student"], pair.teacher or last["teacher"], pair.weight)
+            last_layers[side] = last_layer(network, images)
+    layer_pairs = [
+        (
+            pair.student or last_layers["student"],
+            pair.teacher or last_layers["teacher"],
+            pair.weight,
+        )
         for pair in pairs
     ]
-    own = [pair[0] for pair in named]
-    if twice := sorted({layer for layer in own if own.count(layer) > 1}):
+    student_layers = [pair[0] for pair in layer_pairs]
+    if repeated := sorted({layer for layer in student_layers if student_layers.count(layer) > 1}):
         raise UserError(
-            f"two of transfer.pairs name the student's layer '{twice[0]}'; match each layer once"
+            f"two of transfer.pairs name the student's layer '{repeated[0]}'; match each layer once"
         )
-    return named
+    return layer_pairs
 
 
 def quantity_maps(
@@ -147,12 +151,14 @@ def quantity_maps(
     if quantity == "class_maps":
         count = head_size(network.network)
         classes = torch.arange(count, device=images.device).expand(len(images), count)
-    found = explain_images(
+    explanation = explain_images(
         network, images, layers, classes, grad=grad, maps=quantity != "attention"
     )
     if quantity == "attention":
-        return found.logits, {layer: attention_map(found.activations[layer], p) for layer in layers}
-    return found.logits, dict(found.maps)
+        return explanation.logits, {
+            layer: attention_map(explanation.activations[layer], p) for layer in layers
+        }
+    return explanation.logits, dict(explanation.maps)
 
 
 def transfer_distance(

@@ -13,7 +13,7 @@ from camdistill.explain.engine.request import Classes, Score, upcast
 from camdistill.explain.engine.tokens import Layout, cell_transform
 from camdistill.explain.gradcam import explain_images, last_layer
 from camdistill.explain.masked_forward import BatchedScorer, make_scorer, score_images
-from camdistill.networks.capture import tensor, visiting
+from camdistill.networks.capture import check_tensor, visit_layers
 from camdistill.types import Images
 
 # What a network may say to rows that don't fit each other, or whose number it knows better. If
@@ -88,7 +88,7 @@ def _last_calls(scorer: BatchedScorer, names: Sequence[str]) -> dict[str, str]:
     def count(name: str, output: object) -> None:
         call_counts[name] += 1
 
-    with visiting(scorer.request.network, names, count):
+    with visit_layers(scorer.request.network, names, count):
         scorer.request.network(scorer.request.images[:1])
     return {name: name if "#" in name else f"{name}#{call_counts[name] - 1}" for name in names}
 
@@ -161,7 +161,7 @@ def _score_ablated_rows(
     intact_rows = len(classes) - len(numbers)
 
     def remove_units(layer: str, output: object) -> Tensor:
-        values = tensor(layer, output)
+        values = check_tensor(layer, output)
         size = (images.shape[-2], images.shape[-1])
         axis = 1 if cell_transform(layer, values, size, layout) is None else values.dim() - 1
         keep_mask = torch.ones(
@@ -173,5 +173,5 @@ def _score_ablated_rows(
         # A product would leave what isn't a number.
         return torch.where(keep_mask.view(shape) > 0, values, 0)
 
-    with visiting(scorer.request.network, [name], remove_units):
+    with visit_layers(scorer.request.network, [name], remove_units):
         return score_images(scorer.request, images, classes)

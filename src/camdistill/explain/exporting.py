@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from camdistill.errors import UserError
 from camdistill.explain.engine.closed_form import head_weight
 from camdistill.explain.gradcam import explain_images, last_layer
-from camdistill.networks.capture import bare, capture
+from camdistill.networks.capture import capture, unwrap
 from camdistill.types import Images
 
 
@@ -35,7 +35,7 @@ class ClosedExplainer(nn.Module):
         self.network = network
         self.layer = last_layer(network, images) if layer is None else layer
         head = explain_images(network, images, [self.layer]).heads[self.layer]
-        inner = bare(network)
+        inner = unwrap(network)
         if head is None:
             raise UserError(
                 f"layer '{self.layer}' of {type(inner).__name__} has no closed form: its logits "
@@ -51,6 +51,6 @@ class ClosedExplainer(nn.Module):
         with capture(self.network, [self.layer]) as activations_by_layer:
             logits = self.network(images)
         activations = activations_by_layer[self.layer]
-        weight = head_weight(bare(self.network).get_submodule(self.head))
+        weight = head_weight(unwrap(self.network).get_submodule(self.head))
         cells = activations.shape[2] * activations.shape[3]
         return logits, torch.einsum("ck,bkhw->bchw", weight / cells, activations)

@@ -36,13 +36,13 @@ from camdistill.explain.engine.request import (
 )
 from camdistill.explain.engine.tokens import Layout
 from camdistill.networks.capture import (
-    bare,
-    exclusive,
-    parts,
-    plain,
-    uncompiled,
-    undisturbed,
-    watching,
+    disable_compile,
+    examination_lock,
+    inspection_mode,
+    list_modules,
+    unwrap,
+    unwrap_outer,
+    watch_modules,
 )
 from camdistill.types import Images
 
@@ -132,7 +132,7 @@ def explain_images(
     """
     check_request_options(score, classes, grad, layout)
     check_image_batch(images)
-    with exclusive(), torch.inference_mode(False), torch.set_grad_enabled(grad != "none"):
+    with examination_lock(), torch.inference_mode(False), torch.set_grad_enabled(grad != "none"):
         if grad == "none":
             check_separate_images(network, len(images))
         else:
@@ -165,7 +165,7 @@ def _explain_last_layer(request: Request) -> Explanation:
     The last layer of an earlier forward is tried first, which saves a look at one image; a training
     step, which can't run again, looks every time.
     """
-    known_layer = _LAST_LAYERS.get(bare(request.network))
+    known_layer = _LAST_LAYERS.get(unwrap(request.network))
     if known_layer is not None and request.grad == "none":
         try:
             return _explain_layers(replace(request, names=(known_layer,)), is_last=True)
@@ -193,7 +193,7 @@ def last_layer(
     Raises:
         UserError: If no module gives such an output.
     """
-    inner = bare(network)
+    inner = unwrap(network)
     finished: list[tuple[nn.Module, torch.Size]] = []
     size = (images.shape[-2], images.shape[-1])
 
@@ -201,8 +201,12 @@ def last_layer(
         if (cell_shape := spatial_shape(output, size)) is not None:
             finished.append((module, cell_shape))
 
-    with undisturbed(network), uncompiled(network), watching(may_be_last(parts(inner)), note):
-        plain(network)(images[:1])
+    with (
+        inspection_mode(network),
+        disable_compile(network),
+        watch_modules(may_be_last(list_modules(inner)), note),
+    ):
+        unwrap_outer(network)(images[:1])
     if not finished:
         raise UserError(
             f"{type(inner).__name__} has no layer with a spatial output for images of "
@@ -216,7 +220,7 @@ def last_layer(
     names_of_same_shape = list(
         dict.fromkeys(names[module] for module, other_shape in finished if other_shape == shape)
     )
-    with undisturbed(network):
+    with inspection_mode(network):
         maps = explain_images(
             network, images[:1], names_of_same_shape, score=score, logits=logits
         ).maps

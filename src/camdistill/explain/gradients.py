@@ -36,7 +36,7 @@ from camdistill.explain.engine.request import (
 )
 from camdistill.explain.engine.tokens import Layout
 from camdistill.explain.gradcam import last_layer
-from camdistill.networks.capture import exclusive
+from camdistill.networks.capture import examination_lock
 from camdistill.types import Activations, Images, Maps
 
 Formula = Callable[[Activations, Activations], Maps]
@@ -123,7 +123,7 @@ def gradient_maps(
     )
     # A network that switches the graph off itself somewhere is recorded whole.
     for record in (False, True):
-        with exclusive(), torch.inference_mode(False), torch.set_grad_enabled(record):
+        with examination_lock(), torch.inference_mode(False), torch.set_grad_enabled(record):
             maps_by_layer = _maps(_clone_inference_tensors(request), formula, record)
         if maps_by_layer is not None:
             return maps_by_layer
@@ -136,7 +136,7 @@ def pixel_pass(request: Request) -> GradientPass:
     Raises:
         UserError: If the scores don't depend on the pixels or a layer.
     """
-    with exclusive(), torch.inference_mode(False), torch.enable_grad():
+    with examination_lock(), torch.inference_mode(False), torch.enable_grad():
         gradient_pass = forward_pass(_clone_inference_tensors(request), record=True, pixels=True)
     if gradient_pass is None:
         raise no_gradient_error(request)
@@ -156,7 +156,7 @@ def build_request(
     """What is asked, after refusing what can't be answered."""
     check_request_options(score, classes, "none", layout)
     check_image_batch(images)
-    with exclusive():
+    with examination_lock():
         check_separate_images(network, len(images))
     if layers is None:
         names: tuple[str, ...] = (last_layer(network, images, score=score, logits=logits),)

@@ -37,7 +37,7 @@ from camdistill.explain.gradients import (
     stack_classes,
 )
 from camdistill.explain.maps import relu, upsample
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.types import Images
 
 Rule = Literal["guided", "deconvnet"]
@@ -162,7 +162,7 @@ def replace_relu_rule(request: Request, gradient_pass: GradientPass, rule: Rule)
     relus = [node for node in _nodes(gradient_pass.scores) if _is_relu(node)]
     if not relus:
         raise UserError(
-            f"{type(bare(request.network)).__name__} has no ReLU between the pixels and the score, so "
+            f"{type(unwrap(request.network)).__name__} has no ReLU between the pixels and the score, so "
             "guided backpropagation would be the plain gradient: ask for that"
         )
 

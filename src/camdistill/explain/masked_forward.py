@@ -22,7 +22,7 @@ from camdistill.explain.engine.request import (
     upcast,
 )
 from camdistill.explain.gradients import build_request
-from camdistill.networks.capture import bare, plain
+from camdistill.networks.capture import unwrap, unwrap_outer
 from camdistill.networks.teachers import Preprocessed
 from camdistill.perturb.batched_forward import check_eval_mode
 from camdistill.perturb.imputers import Baseline, baseline
@@ -97,7 +97,7 @@ def make_scorer(
     """
     check_eval_mode(network)
     request = build_request(network, images, [], classes, score=score, logits=logits)
-    request = replace(request, network=plain(network), images=clone_if_inference(images))
+    request = replace(request, network=unwrap_outer(network), images=clone_if_inference(images))
     memory = memory_budget(images, memory)
     count = max(1, memory // footprint(network, images).without_graph)
     chunks = [request.network(part) for part in torch.split(request.images, count)]
@@ -154,7 +154,7 @@ def _check_same_alone(
         # What isn't a number would not be one in any batch.
         if bool((difference > TOLERANCE.get(images.dtype, 0.0) * largest).any()):
             raise UserError(
-                f"{type(bare(request.network)).__name__} mixes the images of a batch: an image's score "
+                f"{type(unwrap(request.network)).__name__} mixes the images of a batch: an image's score "
                 "alone is another one, and changed images are asked about together; give a "
                 "network (or score=, logits=) that keeps them apart"
             )
@@ -176,6 +176,6 @@ def make_replacement(network: nn.Module, images: Images, fill: Fill) -> Images:
     """The picture that shows where an image is removed."""
     if fill != "zero":
         return baseline(images, fill)
-    inner = plain(network)
+    inner = unwrap_outer(network)
     colour = inner.mean if isinstance(inner, Preprocessed) else torch.zeros(())
     return colour.to(images).expand_as(images)

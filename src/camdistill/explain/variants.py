@@ -17,7 +17,7 @@ from camdistill.explain.engine.request import Classes, Score, upcast
 from camdistill.explain.engine.tokens import Layout
 from camdistill.explain.gradcam import explain_images
 from camdistill.explain.gradients import gradient_maps
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.types import Activations, Images, Maps
 
 Logits = Callable[..., Tensor] | None
@@ -181,7 +181,7 @@ def cam(
     for name, head in explanation.heads.items():
         if head is None:
             raise UserError(
-                f"CAM has no weights for layer '{name}' of {type(bare(network)).__name__}: its "
+                f"CAM has no weights for layer '{name}' of {type(unwrap(network)).__name__}: its "
                 "logits are not a linear map of that layer's spatial mean; grad_cam has no such "
                 "condition"
             )

@@ -13,8 +13,14 @@ from camdistill.errors import UserError
 from camdistill.explain.engine.request import upcast
 from camdistill.layers.sweep.statistics.histograms import HistogramCounts, rebinned
 from camdistill.layers.sweep.sweep_summary import Histogram, Point
-from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
-from camdistill.networks.fusion import fold, foldable
+from camdistill.networks.capture import (
+    inspection_mode,
+    layer_names,
+    unwrap,
+    unwrap_outer,
+    visit_layers,
+)
+from camdistill.networks.fusion import find_foldable, fold_norm
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import Images
 
@@ -57,7 +63,7 @@ def first_filters(network: nn.Module, images: Images) -> FilterBank:
     Raises:
         UserError: The network has no two-dimensional convolution that runs on the images.
     """
-    inner = bare(network)
+    inner = unwrap(network)
     ran: list[str] = []
     convolutions = [
         name for name in layer_names(network) if isinstance(inner.get_submodule(name), nn.Conv2d)
@@ -66,9 +72,9 @@ def first_filters(network: nn.Module, images: Images) -> FilterBank:
     def note(name: str, output: object) -> None:
         ran.append(name)
 
-    with undisturbed(network):
-        with visiting(network, convolutions, note, required=False):
-            plain(network)(images[:1])
+    with inspection_mode(network):
+        with visit_layers(network, convolutions, note, required=False):
+            unwrap_outer(network)(images[:1])
         if not ran:
             raise UserError(
                 f"{type(inner).__name__} runs no two-dimensional convolution on these images, so "
@@ -77,12 +83,12 @@ def first_filters(network: nn.Module, images: Images) -> FilterBank:
         prepared = images[:1]
         if isinstance(network, Preprocessed):
             prepared = network.normalise(prepared)
-        pairs = dict(foldable(inner, prepared))
+        pairs = dict(find_foldable(inner, prepared))
     conv = inner.get_submodule(ran[0])
     assert isinstance(conv, nn.Conv2d), "they were chosen as such"
     norm = pairs.get(ran[0], "")
     if norm:
-        conv = fold(conv, inner.get_submodule(norm))  # type: ignore[arg-type]
+        conv = fold_norm(conv, inner.get_submodule(norm))  # type: ignore[arg-type]
     weights = conv.weight.detach().clone()
     known = isinstance(network, Preprocessed) and network.std.shape[1] == weights.shape[1]
     if known:
@@ -121,7 +127,7 @@ def weight_summaries(network: nn.Module, name: str = "network") -> dict[str, Wei
         network: Bare or wrapped.
         name: What the network is called.
     """
-    inner = bare(network)
+    inner = unwrap(network)
     layers = {path: inner.get_submodule(path) for path in layer_names(network)}
     return {
         path: summarised(layer.weight.detach(), Point(name, path, 0, "post"))

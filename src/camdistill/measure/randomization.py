@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.compare import spearman
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.perturb.ranks import check_finite
 from camdistill.types import Explain, Images, Labels, Logits, Maps, PerImage
 
@@ -119,7 +119,7 @@ def _randomize_layers(
     randomized = copy.deepcopy(network)
     layers = {
         name: module
-        for name, module in bare(randomized).named_modules()
+        for name, module in unwrap(randomized).named_modules()
         if next(module.parameters(recurse=False), None) is not None
     }
     if not layers:

@@ -22,7 +22,7 @@ from camdistill.networks.wrapper import Wrapper
 from camdistill.types import Images
 
 Visit = Callable[[str, object], Tensor | None]
-Look = Callable[[str, object], None]
+PreVisit = Callable[[str, object], None]
 SIZE_CURE = "give another --size, or another network"
 
 MANY_MODULES = 16
@@ -32,20 +32,20 @@ _EXAMINING = threading.RLock()
 _STANCE = threading.RLock()
 
 
-def bare(network: nn.Module) -> nn.Module:
+def unwrap(network: nn.Module) -> nn.Module:
     """The network inside its wrappers: torch.compile, DDP, DataParallel, `Preprocessed`."""
-    while (inner := _inside(network)) is not None:
+    while (inner := _unwrap_once(network)) is not None:
         network = inner
     return network
 
 
-def plain(network: nn.Module) -> nn.Module:
+def unwrap_outer(network: nn.Module) -> nn.Module:
     """The network without outer wrappers that only run it elsewhere or otherwise.
 
     Unlike `bare` this keeps what changes the result, such as a normalisation.
     """
     while isinstance(network, DataParallel | DistributedDataParallel) or _is_compiled(network):
-        inner = _inside(network)
+        inner = _unwrap_once(network)
         assert inner is not None, "such a wrapper holds a network"
         network = inner
     return network
@@ -53,11 +53,11 @@ def plain(network: nn.Module) -> nn.Module:
 
 def layer_names(network: nn.Module) -> tuple[str, ...]:
     """Every layer's name, in the order of definition; a shared module has one name each place."""
-    return tuple(_modules(bare(network)))
+    return tuple(_modules_by_name(unwrap(network)))
 
 
 @contextmanager
-def exclusive() -> Iterator[None]:
+def examination_lock() -> Iterator[None]:
     """Lets one thread at a time examine networks; others wait, calls inside the block don't.
 
     Modes, hooks and replaced functions belong to modules, which networks may share, so that two
@@ -69,7 +69,7 @@ def exclusive() -> Iterator[None]:
 
 
 @contextmanager
-def watching(
+def watch_modules(
     modules: Collection[nn.Module], note: Callable[[nn.Module, object], None]
 ) -> Iterator[None]:
     """Calls `note(module, output)` whenever one of the modules has run inside the block.
@@ -85,8 +85,8 @@ def watching(
 
     with ExitStack() as stack:
         # A part that is TorchScript takes no hook of its own.
-        own = not any(isinstance(module, torch.jit.ScriptModule) for module in watched)
-        if own and len(watched) < MANY_MODULES:
+        takes_hooks = not any(isinstance(module, torch.jit.ScriptModule) for module in watched)
+        if takes_hooks and len(watched) < MANY_MODULES:
             for module in watched:
                 stack.callback(module.register_forward_hook(hook).remove)
         else:  # one hook for all modules there are, as each registration takes its time
@@ -113,25 +113,25 @@ def capture(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Ten
             call it.
     """
     layers = tuple(dict.fromkeys(layers))
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str, output: object) -> Tensor:
-        found[name] = tensor(name, output)
-        return found[name].clone()
+        outputs[name] = check_tensor(name, output)
+        return outputs[name].clone()
 
-    with visiting(network, layers, keep):
-        yield found
+    with visit_layers(network, layers, keep):
+        yield outputs
     for name in layers:
-        found[name] = found.pop(name)
+        outputs[name] = outputs.pop(name)
 
 
 @contextmanager
-def visiting(
+def visit_layers(
     network: nn.Module,
     layers: Iterable[str],
     visit: Visit,
     *,
-    before: Look | None = None,
+    before: PreVisit | None = None,
     required: bool = True,
 ) -> Iterator[None]:
     """Call `visit(name, output)` whenever a layer has run inside the block.
@@ -151,44 +151,44 @@ def visiting(
     Raises:
         UserError: If there is no such layer, or (`required`) the forward didn't call it.
     """
-    wanted: dict[nn.Module, list[tuple[str, int | None]]] = defaultdict(list)
-    for name, (module, call) in _located(bare(network), layers).items():
-        wanted[module].append((name, call))
-    calls = dict.fromkeys(wanted, 0)
+    requests: dict[nn.Module, list[tuple[str, int | None]]] = defaultdict(list)
+    for name, (module, call) in _locate_layers(unwrap(network), layers).items():
+        requests[module].append((name, call))
+    calls = dict.fromkeys(requests, 0)
     owner = threading.get_ident()
 
     def hook(module: nn.Module, _: object, output: object) -> object:
         if threading.get_ident() != owner:
             return output
-        this, calls[module] = calls[module], calls[module] + 1
-        for name, call in wanted[module]:
-            if call in (None, this):
-                changed = visit(name, output)
-                output = output if changed is None else changed
+        number, calls[module] = calls[module], calls[module] + 1
+        for name, call in requests[module]:
+            if call in (None, number):
+                replacement = visit(name, output)
+                output = output if replacement is None else replacement
         return output
 
-    def entering(module: nn.Module, arguments: tuple[object, ...]) -> None:
+    def pre_hook(module: nn.Module, arguments: tuple[object, ...]) -> None:
         if threading.get_ident() != owner:
             return
-        for name, call in wanted[module]:
+        for name, call in requests[module]:
             if before is not None and call in (None, calls[module]):
                 before(name, arguments[0] if arguments else None)
 
     with ExitStack() as stack:
-        if wanted:
-            stack.enter_context(uncompiled(network))
-        for module in wanted:
+        if requests:
+            stack.enter_context(disable_compile(network))
+        for module in requests:
             stack.callback(module.register_forward_hook(hook).remove)
             if before is not None:
-                stack.callback(module.register_forward_pre_hook(entering).remove)
+                stack.callback(module.register_forward_pre_hook(pre_hook).remove)
         yield
     if required:
-        for module, places in wanted.items():
-            for name, call in places:
-                _demand_called(name, call, calls[module])
+        for module, names_and_calls in requests.items():
+            for name, call in names_and_calls:
+                _check_called(name, call, calls[module])
 
 
-def tensor(name: str, output: object) -> Tensor:
+def check_tensor(name: str, output: object) -> Tensor:
     """A layer's output if it is a tensor.
 
     Raises:
@@ -203,13 +203,13 @@ def tensor(name: str, output: object) -> Tensor:
 
 
 @contextmanager
-def undisturbed(network: nn.Module) -> Iterator[None]:
+def inspection_mode(network: nn.Module) -> Iterator[None]:
     """Run the network for a look, in eval mode without graph, and leave nothing behind.
 
     Modes, buffers and random states are put back, also after an exception.
     """
-    inner = bare(network)
-    with exclusive():
+    inner = unwrap(network)
+    with examination_lock():
         modes = [(module, module.training) for module in inner.modules()]
         buffers = [
             (module, name, buffer, buffer.detach().clone())
@@ -218,23 +218,23 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
             if buffer is not None
         ]
         devices = {weight.device.index for weight in inner.parameters() if weight.is_cuda}
-        drawn = torch.random.fork_rng(devices=[i for i in devices if i is not None])
+        random_state = torch.random.fork_rng(devices=[i for i in devices if i is not None])
         try:
             for module, _ in modes:
                 module.training = False
-            with drawn, torch.no_grad():
+            with random_state, torch.no_grad():
                 yield
         finally:
             for module, mode in modes:
                 module.training = mode
             with torch.no_grad():
-                for module, name, buffer, before in buffers:
+                for module, name, buffer, saved in buffers:
                     module._buffers[name] = buffer
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
+                    if not torch.equal(buffer, saved):
+                        buffer.copy_(saved)
 
 
-def demand_runs(
+def check_forward(
     networks: Mapping[str, nn.Module],
     image: Images,
     *,
@@ -263,45 +263,45 @@ def demand_runs(
             if isinstance(values, Tensor) and bool(values.isnan().any()):
                 broken.append(module)
 
-        inside = () if numbers else parts(bare(network))[1:]
+        inner_modules = () if numbers else list_modules(unwrap(network))[1:]
         try:
-            with undisturbed(network), watching(inside, note):
-                outputs = [network(some.to(weight.device)) for some in (pair, pair[:1])]
+            with inspection_mode(network), watch_modules(inner_modules, note):
+                outputs = [network(batch.to(weight.device)) for batch in (pair, pair[:1])]
         except UserError:
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             # What Python says of a forward that wants more, or less, than images.
             arguments = isinstance(error, TypeError) and "argument" in str(error)
-            do = "give a network whose forward takes images alone" if arguments else cure
+            advice = "give a network whose forward takes images alone" if arguments else cure
             raise UserError(
-                f"the {name} can't run on an image of {shape} ({_line_of(error)}); {do}"
+                f"the {name} can't run on an image of {shape} ({_first_line(error)}); {advice}"
             ) from error
         except (LookupError, AttributeError, ArithmeticError, OSError) as error:
             raise UserError(
                 f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
-                f"{_line_of(error)}); mend {type(bare(network)).__name__}"
+                f"{_first_line(error)}); mend {type(unwrap(network)).__name__}"
             ) from error
         for output, count in zip(outputs, (2, 1), strict=True):
             check_logits(f"the {name}", output, count, numbers=not broken)
 
 
-def _line_of(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def parts(network: nn.Module) -> list[nn.Module]:
+def list_modules(network: nn.Module) -> list[nn.Module]:
     """Every module once, the network itself first; `modules()` is three times as slow."""
-    found = {network: None}
-    waiting = [network]
-    while waiting:
-        for part in waiting.pop()._modules.values():
-            if part is not None and part not in found:
-                found[part] = None
-                waiting.append(part)
-    return list(found)
+    modules = {network: None}
+    pending = [network]
+    while pending:
+        for part in pending.pop()._modules.values():
+            if part is not None and part not in modules:
+                modules[part] = None
+                pending.append(part)
+    return list(modules)
 
 
-def structure(network: nn.Module) -> int:
+def structure_fingerprint(network: nn.Module) -> int:
     """A fingerprint of what a network is made of and of its modes.
 
     It changes when a module is replaced, gets a hook, or switches between train and eval. A network
@@ -316,12 +316,12 @@ def structure(network: nn.Module) -> int:
                 len(module._forward_hooks),
                 len(module._forward_pre_hooks),
             )
-            for module in parts(network)
+            for module in list_modules(network)
         )
     )
 
 
-def _inside(network: nn.Module) -> nn.Module | None:
+def _unwrap_once(network: nn.Module) -> nn.Module | None:
     """One wrapper less; None if there is none."""
     inner: object = None
     if _is_compiled(network):
@@ -342,14 +342,14 @@ def _is_compiled(network: nn.Module) -> bool:
 
 
 @contextmanager
-def uncompiled(network: nn.Module) -> Iterator[None]:
+def disable_compile(network: nn.Module) -> Iterator[None]:
     """Parts under torch.compile run as they were written: compiled code doesn't call hooks."""
-    layered = [network]
-    while (inner := _inside(layered[-1])) is not None:
-        layered.append(inner)
+    wrappers = [network]
+    while (inner := _unwrap_once(wrappers[-1])) is not None:
+        wrappers.append(inner)
     if any(
         _is_compiled(part) or part._compiled_call_impl is not None
-        for part in [*layered, *parts(layered[-1])]
+        for part in [*wrappers, *list_modules(wrappers[-1])]
     ):
         with _STANCE, torch.compiler.set_stance("force_eager"):
             yield
@@ -357,13 +357,15 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def _modules(inner: nn.Module) -> dict[str, nn.Module]:
+def _modules_by_name(inner: nn.Module) -> dict[str, nn.Module]:
     return {name: part for name, part in inner.named_modules(remove_duplicate=False) if name}
 
 
-def _located(inner: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Module, int | None]]:
+def _locate_layers(
+    inner: nn.Module, layers: Iterable[str]
+) -> dict[str, tuple[nn.Module, int | None]]:
     """Module and call number by name."""
-    found: dict[str, tuple[nn.Module, int | None]] = {}
+    locations: dict[str, tuple[nn.Module, int | None]] = {}
     for name in layers:
         base, mark, number = name.partition("#")
         try:
@@ -372,7 +374,7 @@ def _located(inner: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Modu
             module = inner
         if module is inner:
             raise UserError(
-                f"no layer '{name}' in {type(inner).__name__}; {nearest(base, _modules(inner))}"
+                f"no layer '{name}' in {type(inner).__name__}; {nearest(base, _modules_by_name(inner))}"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(
@@ -384,11 +386,11 @@ def _located(inner: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Modu
                 f"no layer '{name}': after # comes the number of the call, from 0, "
                 f"such as '{base}#0'"
             )
-        found[name] = module, int(number) if mark else None
-    return found
+        locations[name] = module, int(number) if mark else None
+    return locations
 
 
-def _demand_called(name: str, call: int | None, calls: int) -> None:
+def _check_called(name: str, call: int | None, calls: int) -> None:
     if calls == 0:
         raise UserError(
             f"layer '{name}' is part of the network but this forward didn't call it: "

@@ -128,9 +128,9 @@ class WideBlock(nn.Module):
     def forward(self, activations: Activations) -> Strided:
         """The sum of shortcut and convolutions, before any ReLU."""
         activated = self.relu(self.bn1(activations))
-        kept = activations if self.shortcut is None else self.shortcut(activated)
+        shortcut = activations if self.shortcut is None else self.shortcut(activated)
         hidden = self.relu(self.bn2(self.conv1(activated)))
-        return self.conv2(hidden) + kept  # type: ignore[no-any-return]
+        return self.conv2(hidden) + shortcut  # type: ignore[no-any-return]
 
 
 class WideResNet(nn.Module):

@@ -57,7 +57,7 @@ def resolve(
     private = any(part.startswith("_") or not part for part in path.split("."))
     if private and allowed is not None and package in SAFE_PACKAGES:
         raise UserError(f"class path '{path}' is private to {package}: name a public network")
-    factory = _attribute(path, module_name, name)
+    factory = _import_attribute(path, module_name, name)
     if inspect.isclass(factory) and not issubclass(factory, nn.Module):
         raise UserError(f"'{path}' is a class but not a torch.nn.Module: name a network's class")
     if not callable(factory):
@@ -65,17 +65,21 @@ def resolve(
             f"'{path}' is of type {type(factory).__name__} and can't be called: name {what}"
         )
     if allowed is not None:
-        _demand_network(path, factory, allowed)
+        _check_network(path, factory, allowed)
     return factory
 
 
-def _attribute(path: str, module_name: str, name: str) -> object:
+def _import_attribute(path: str, module_name: str, name: str) -> object:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
-        own = module_name == missing or module_name.startswith(f"{missing}.")
-        cause = f"there is no module '{missing}'" if own else f"it needs '{missing}', not installed"
+        is_own_module = module_name == missing or module_name.startswith(f"{missing}.")
+        cause = (
+            f"there is no module '{missing}'"
+            if is_own_module
+            else f"it needs '{missing}', not installed"
+        )
         cure = (
             "pip install 'camdistill[models]'"
             if missing == "timm"
@@ -83,43 +87,43 @@ def _attribute(path: str, module_name: str, name: str) -> object:
         )
         raise UserError(f"can't import '{path}': {cause}; {cure}") from error
     except (*FAILURES, SyntaxError, NameError) as error:
-        raise UserError(f"can't import '{path}': {_line(error)}; mend that module") from error
+        raise UserError(f"can't import '{path}': {_first_line(error)}; mend that module") from error
     if not hasattr(module, name):
         public = [option for option in dir(module) if not option.startswith("_")]
         raise UserError(f"no '{name}' in module '{module_name}'; {nearest(name, public)}")
-    found: object = getattr(module, name)
-    return found
+    attribute: object = getattr(module, name)
+    return attribute
 
 
-def _demand_network(path: str, factory: Factory, allowed: Sequence[str]) -> None:
+def _check_network(path: str, factory: Factory, allowed: Sequence[str]) -> None:
     """A stranger's path may re-export what isn't a network: `torch.hub.load` runs code."""
-    home = getattr(factory, "__module__", "").partition(".")[0]
-    if home not in allowed:
+    package = getattr(factory, "__module__", "").partition(".")[0]
+    if package not in allowed:
         raise UserError(
-            f"class path '{path}' leads to '{home}', outside {', '.join(allowed)}; "
-            f"add `--trust {home}` if you trust it"
+            f"class path '{path}' leads to '{package}', outside {', '.join(allowed)}; "
+            f"add `--trust {package}` if you trust it"
         )
-    if home in SAFE_PACKAGES and not inspect.isclass(factory) and not _registered(factory):
+    if package in SAFE_PACKAGES and not inspect.isclass(factory) and not _is_registered(factory):
         raise UserError(
-            f"'{path}' is no network of {home}, so it isn't called from a checkpoint; "
+            f"'{path}' is no network of {package}, so it isn't called from a checkpoint; "
             "name a network's class or a model that the package lists"
         )
 
 
-def _registered(factory: Factory) -> bool:
+def _is_registered(factory: Factory) -> bool:
     """Whether torchvision or timm list this function among their models."""
-    name, home = getattr(factory, "__name__", ""), getattr(factory, "__module__", "")
-    if home.startswith("torchvision.models"):
-        known = name in torchvision.models.list_models()
-        return known and torchvision.models.get_model_builder(name) is factory
-    if home.startswith("timm.models"):
+    name, module_name = getattr(factory, "__name__", ""), getattr(factory, "__module__", "")
+    if module_name.startswith("torchvision.models"):
+        is_listed = name in torchvision.models.list_models()
+        return is_listed and torchvision.models.get_model_builder(name) is factory
+    if module_name.startswith("timm.models"):
         timm = importlib.import_module("timm")
-        known = timm.is_model(name) and timm.model_entrypoint(name) is factory
-        return known or factory is timm.create_model
+        is_listed = timm.is_model(name) and timm.model_entrypoint(name) is factory
+        return is_listed or factory is timm.create_model
     return False
 
 
-def demand_harmless(path: str, args: Mapping[str, Argument]) -> None:
+def check_safe_arguments(path: str, args: Mapping[str, Argument]) -> None:
     """Refuse a checkpoint's arguments that would make a model fetch or read something.
 
     What the user trusts beyond `SAFE_PACKAGES` may take any argument.
@@ -153,17 +157,18 @@ def construct(
     Raises:
         UserError: If an argument is unknown, missing or wrong, or no network is made.
     """
-    parameters = parameters_of(factory)
-    open_ended = any(kind.kind is kind.VAR_KEYWORD for kind in parameters.values())
+    parameters = factory_parameters(factory)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     options = [
         option
-        for option, kind in parameters.items()
-        if option not in fixed and kind.kind in (kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY)
+        for option, parameter in parameters.items()
+        if option not in fixed
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]
-    for given in args:
-        if given in fixed or (given not in options and not open_ended):
-            hint = nearest(given, options) if options else "it takes none"
-            raise UserError(f"no argument '{given}' in {name}; {hint}")
+    for passed in args:
+        if passed in fixed or (passed not in options and not open_ended):
+            hint = nearest(passed, options) if options else "it takes none"
+            raise UserError(f"no argument '{passed}' in {name}; {hint}")
     missing = [
         option
         for option in options
@@ -174,7 +179,7 @@ def construct(
             f"{name} needs the argument '{missing[0]}'; give it in a config's args, or name a "
             "function of yours that gives it"
         )
-    _check_room(name, factory, {**fixed, **args})
+    _check_memory_need(name, factory, {**fixed, **args})
     try:
         network = factory(**fixed, **args)
     except UserError:
@@ -182,12 +187,12 @@ def construct(
     except (URLError, http.client.HTTPException) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise UserError(
-            f"{name} downloads something, which fails ({_line(error)}): put its file into "
+            f"{name} downloads something, which fails ({_first_line(error)}): put its file into "
             f"'{folder}', or name a network that starts without weights"
         ) from error
     except FAILURES as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "no arguments"
-        raise UserError(f"can't build {name} with {given}: {_line(error)}") from error
+        passed = ", ".join(f"{key}={value!r}" for key, value in args.items()) or "no arguments"
+        raise UserError(f"can't build {name} with {passed}: {_first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(
             f"{name} made a {type(network).__name__}, not a torch.nn.Module: name a network's "
@@ -196,32 +201,32 @@ def construct(
     return network
 
 
-def without_downloads(factory: Factory, args: Mapping[str, Argument]) -> dict[str, object]:
+def offline_arguments(factory: Factory, args: Mapping[str, Argument]) -> dict[str, object]:
     """Arguments that keep a factory from fetching weights that nobody asked for.
 
     torchvision's detection and segmentation networks fetch a backbone's weights by default.
     """
-    declined: dict[str, object] = {}
-    for name, parameter in parameters_of(factory).items():
+    overrides: dict[str, object] = {}
+    for name, parameter in factory_parameters(factory).items():
         default = parameter.default
         fetches = isinstance(default, WeightsEnum) or (
             (name.startswith("pretrained") and default is True)
             or (name.startswith("weights") and isinstance(default, str))
         )
         if fetches and name not in args:
-            declined[name] = False if default is True else None
-    return declined
+            overrides[name] = False if default is True else None
+    return overrides
 
 
-def _check_room(name: str, factory: Factory, args: Mapping[str, object]) -> None:
+def _check_memory_need(name: str, factory: Factory, args: Mapping[str, object]) -> None:
     """Refuses a network that wouldn't fit into memory, by its shapes alone.
 
     Asked of networks that are known to be made of shapes; what others do when they are called twice
     isn't known.
     """
-    home = getattr(factory, "__module__", "")
-    loads = any(args.get(word) for word in ("weights", "weights_backbone", "pretrained"))
-    if loads or not home.startswith(("camdistill.networks.", "torchvision.models.")):
+    module_name = getattr(factory, "__module__", "")
+    loads = any(args.get(option) for option in ("weights", "weights_backbone", "pretrained"))
+    if loads or not module_name.startswith(("camdistill.networks.", "torchvision.models.")):
         return
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -229,11 +234,11 @@ def _check_room(name: str, factory: Factory, args: Mapping[str, object]) -> None
     except (TypeError, ValueError, RuntimeError, LookupError, AssertionError):
         return  # what is wrong is told when it is built
     if isinstance(network, nn.Module):
-        size = sum(one.numel() * one.element_size() for one in network.parameters())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in network.parameters())
         check_memory(size, f"the weights of {name} with {shorten(str(dict(args)))}")
 
 
-def parameters_of(factory: Factory) -> dict[str, inspect.Parameter]:
+def factory_parameters(factory: Factory) -> dict[str, inspect.Parameter]:
     """A factory's parameters by name, empty where Python can't tell."""
     try:
         return dict(inspect.signature(factory).parameters)
@@ -241,5 +246,5 @@ def parameters_of(factory: Factory) -> dict[str, inspect.Parameter]:
         return {"args": inspect.Parameter("args", inspect.Parameter.VAR_KEYWORD)}
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

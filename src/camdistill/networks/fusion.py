@@ -28,27 +28,27 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.uses: Counter[int] = Counter()
         # Outputs of convolutions are kept alive: a freed one's id could come back.
-        self.made_by: dict[int, tuple[Tensor, Tensor]] = {}
+        self.conv_by_output: dict[int, tuple[Tensor, Tensor]] = {}
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        self.uses.update(read)
+        input_ids = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        self.uses.update(input_ids)
         output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
-            if id(leaf) not in read:
+            if id(leaf) not in input_ids:
                 # A new tensor may have the id of one that is gone.
                 self.uses.pop(id(leaf), None)
         name = func.overloadpacket.__name__
         if name == "convolution":
-            self.made_by[id(output)] = (output, args[1])
-        elif name in _NORMS and id(args[0]) in self.made_by:
-            output_of_conv, weight = self.made_by[id(args[0])]
+            self.conv_by_output[id(output)] = (output, args[1])
+        elif name in _NORMS and id(args[0]) in self.conv_by_output:
+            output_of_conv, weight = self.conv_by_output[id(args[0])]
             self.pairs.append((output_of_conv, weight, args[3]))
         return output
 
 
-def foldable(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
+def find_foldable(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
     """Names of convolutions whose only reader is one batch normalisation, with its name.
 
     Read off a real forward pass of these images; the network must be in eval mode. Only torch's
@@ -77,7 +77,7 @@ def foldable(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
     ]
 
 
-def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """One convolution that does what a convolution and a batch normalisation in eval mode do."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -94,7 +94,7 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     return folded
 
 
-def fused(
+def fuse_network(
     network: nn.Module, size: tuple[int, int], keep: Collection[str] = (), channels: int = 3
 ) -> nn.Module:
     """A frozen copy in eval mode with every batch normalisation folded that can be.
@@ -109,34 +109,36 @@ def fused(
         keep: Layers whose own outputs must stay what they are.
         channels: Channels of the images.
     """
-    plain = copy.deepcopy(network).eval().requires_grad_(False)
-    exact = copy.deepcopy(plain).cpu().double()
+    unfused = copy.deepcopy(network).eval().requires_grad_(False)
+    exact = copy.deepcopy(unfused).cpu().double()
     noise = torch.Generator().manual_seed(0)
     images = torch.randn(2, channels, *size, generator=noise, dtype=torch.float64)
     try:
         with torch.no_grad():
-            wanted = exact(images)
-        pairs = foldable(exact, images)
+            expected = exact(images)
+        pairs = find_foldable(exact, images)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         log.warning("teacher stays unfused: it can't run on %d x %d images: %s", *size, error)
-        return plain
+        return unfused
     pairs = [(conv, norm) for conv, norm in pairs if conv not in keep and norm not in keep]
     for conv, norm in pairs:
-        folded = fold(exact.get_submodule(conv), exact.get_submodule(norm))  # type: ignore[arg-type]
+        folded = fold_norm(exact.get_submodule(conv), exact.get_submodule(norm))  # type: ignore[arg-type]
         exact.set_submodule(conv, folded)
         exact.set_submodule(norm, nn.Identity())
     with torch.no_grad():
-        error_of_fused = (exact(images) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+        error_of_fused = (exact(images) - expected).abs().max() / expected.abs().max().clamp_min(
+            1e-30
+        )
     if not error_of_fused <= TOLERANCE:
         log.warning("teacher stays unfused: folding changes its logits by %g", error_of_fused)
-        return plain
+        return unfused
     for conv, norm in pairs:
-        weight = plain.get_submodule(conv).weight
+        weight = unfused.get_submodule(conv).weight
         assert isinstance(weight, Tensor)
         folded_conv = exact.get_submodule(conv).to(weight.device, weight.dtype)
-        plain.set_submodule(conv, folded_conv.to(memory_format=_layout(weight)))
-        plain.set_submodule(norm, nn.Identity())
-    return plain
+        unfused.set_submodule(conv, folded_conv.to(memory_format=_layout(weight)))
+        unfused.set_submodule(norm, nn.Identity())
+    return unfused
 
 
 def _layout(weight: Tensor) -> torch.memory_format:

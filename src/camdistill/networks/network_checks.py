@@ -39,12 +39,12 @@ def check_explainable(network: nn.Module, name: str, suspects: Iterable[nn.Modul
             )
         if isinstance(part, QUANTIZED):
             raise UserError(
-                f"{name} has quantized layers ('{_place(network, part)}'), which have no "
+                f"{name} has quantized layers ('{_module_name(network, part)}'), which have no "
                 "gradients: give the network of floats that it was made from"
             )
         if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():
             raise UserError(
-                f"{name} has layers without weights yet ('{_place(network, part)}' is lazy): run "
+                f"{name} has layers without weights yet ('{_module_name(network, part)}' is lazy): run "
                 "the network on an image once before (as a class path: name a function that does "
                 "so and returns the network)"
             )
@@ -58,16 +58,16 @@ def check_built(network: nn.Module, name: str) -> None:
     """
     suspects = [part for part in network.modules() if isinstance(part, SUSPECT)]
     check_explainable(network, name, suspects)
-    for place, weight in network.named_parameters():
+    for weight_name, weight in network.named_parameters():
         if weight.is_meta:
             raise UserError(
-                f"{name}'s '{place}' is on the meta device, which holds no numbers: build the "
+                f"{name}'s '{weight_name}' is on the meta device, which holds no numbers: build the "
                 "network on the CPU"
             )
         if weight.is_floating_point() and weight.dtype != torch.float32:
             dtype = str(weight.dtype).removeprefix("torch.")
             raise UserError(
-                f"{name}'s '{place}' is {dtype}, and images are float32: build the network in "
+                f"{name}'s '{weight_name}' is {dtype}, and images are float32: build the network in "
                 "float32, such as by network.float()"
             )
 
@@ -84,8 +84,8 @@ def check_logits(who: str, output: object, count: int, *, numbers: bool = True) 
     Raises:
         UserError: With what it gave, and where in it logits may be.
     """
-    if not _are_logits(output, count):
-        expression = _logits_in(output, count)
+    if not _is_logits(output, count):
+        expression = _find_logits(output, count)
         cure = "name a network that returns them alone"
         if expression is not None:
             cure = (
@@ -93,14 +93,14 @@ def check_logits(who: str, output: object, count: int, *, numbers: bool = True) 
                 f"self.network(images){expression}"
             )
         raise UserError(
-            f"{who} gives {_described(output)} for {count} images, not logits [images, classes]: "
+            f"{who} gives {_describe_output(output)} for {count} images, not logits [images, classes]: "
             f"{cure}"
         )
     if numbers and isinstance(output, Tensor) and bool(output.isnan().any()):
         raise UserError(f"{who} gives logits that are not numbers (nan); give other weights")
 
 
-def _are_logits(output: object, count: int) -> bool:
+def _is_logits(output: object, count: int) -> bool:
     return (
         isinstance(output, Tensor)
         and output.is_floating_point()
@@ -110,43 +110,43 @@ def _are_logits(output: object, count: int) -> bool:
     )
 
 
-def _logits_in(output: object, count: int) -> str | None:
+def _find_logits(output: object, count: int) -> str | None:
     """How logits may be taken out of an output, as Python code that follows its name."""
     if isinstance(output, Tensor):
         if not output.is_floating_point() or output.dim() == 0 or len(output) != count:
             return None
         rows = {1: "[:, None]", 2: "", 3: ".mean(1)", 4: ".mean((2, 3))"}
         return rows.get(output.dim())
-    places: list[tuple[object, object]] = []
+    entries: list[tuple[object, object]] = []
     if isinstance(output, Mapping):
-        places = sorted(output.items(), key=lambda item: str(item[0]) not in ("logits", "out"))
+        entries = sorted(output.items(), key=lambda entry: str(entry[0]) not in ("logits", "out"))
     elif isinstance(output, Sequence) and not isinstance(output, str):
-        places = list(enumerate(output))
-    for place, value in places:
-        inside = _logits_in(value, count)
-        if inside is not None:
-            return f"[{place!r}]{inside}"
+        entries = list(enumerate(output))
+    for key, value in entries:
+        inner = _find_logits(value, count)
+        if inner is not None:
+            return f"[{key!r}]{inner}"
     return None
 
 
-def _described(output: object) -> str:
+def _describe_output(output: object) -> str:
     """What an output is, with the shapes in it."""
     if isinstance(output, Tensor):
         dtype = "" if output.is_floating_point() else str(output.dtype).removeprefix("torch.")
         return f"a tensor {list(output.shape)}{f' of {dtype}' if dtype else ''}"
     name = type(output).__name__
     if isinstance(output, Mapping):
-        inside = [f"{key!r} {_shape(value)}" for key, value in list(output.items())[:3]]
+        shapes = [f"{key!r} {_describe_shape(value)}" for key, value in list(output.items())[:3]]
     elif isinstance(output, Sequence) and not isinstance(output, str):
-        inside = [_shape(value) for value in output[:3]]
+        shapes = [_describe_shape(value) for value in output[:3]]
     else:
         return "None" if output is None else f"one {name}"
-    return f"one {name} of {', '.join(inside)}" if inside else f"an empty {name}"
+    return f"one {name} of {', '.join(shapes)}" if shapes else f"an empty {name}"
 
 
-def _shape(value: object) -> str:
+def _describe_shape(value: object) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _place(network: nn.Module, part: nn.Module) -> str:
-    return next((name for name, other in network.named_modules() if other is part), "")
+def _module_name(network: nn.Module, part: nn.Module) -> str:
+    return next((name for name, module in network.named_modules() if module is part), "")

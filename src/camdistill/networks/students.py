@@ -65,9 +65,9 @@ class ShallowCNN(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        for name, given in {"channels": channels, "strides": strides}.items():
-            if isinstance(given, str) or not all(isinstance(one, int) for one in given):
-                raise UserError(f"{name} is {given!r}: give whole numbers, such as [32, 64]")
+        for name, setting in {"channels": channels, "strides": strides}.items():
+            if isinstance(setting, str) or not all(isinstance(entry, int) for entry in setting):
+                raise UserError(f"{name} is {setting!r}: give whole numbers, such as [32, 64]")
         if not channels or len(channels) != len(strides):
             raise UserError(
                 f"channels has {len(channels)} numbers and strides {len(strides)}: "

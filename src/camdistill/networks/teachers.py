@@ -12,15 +12,15 @@ from camdistill.networks import torchvision_models
 from camdistill.networks.cifar_resnet import CIFAR_DEPTHS, CifarResNet, WideResNet
 from camdistill.networks.class_paths import (
     Argument,
+    check_safe_arguments,
     construct,
-    demand_harmless,
-    parameters_of,
+    factory_parameters,
+    offline_arguments,
     resolve,
-    without_downloads,
 )
-from camdistill.networks.fitting import aligned, load_state, mismatch
-from camdistill.networks.fusion import fused
-from camdistill.networks.heads import head_of, head_size, swap_head
+from camdistill.networks.fitting import align_names, describe_mismatch, load_weights
+from camdistill.networks.fusion import fuse_network
+from camdistill.networks.heads import find_head, head_size, swap_head
 from camdistill.networks.network_checks import SUSPECT, check_built, check_explainable
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.training_facts import TrainingFacts, Triple, training_facts
@@ -88,7 +88,7 @@ def check_moments(mean: Sequence[float], std: Sequence[float], where: str = "") 
 
 def network_names() -> list[str]:
     """Every name that needs no class path."""
-    return [*_BUILT_IN, *torchvision_models.names()]
+    return [*_BUILT_IN, *torchvision_models.model_names()]
 
 
 def build(
@@ -110,10 +110,10 @@ def build(
     Raises:
         UserError: If there is no such network, its arguments are wrong, or its weights don't fit.
     """
-    return _assembled(spec, classes, allowed, replace_head)[0]
+    return _assemble(spec, classes, allowed, replace_head)[0]
 
 
-def preprocessed(
+def build_preprocessed(
     spec: NetworkSpec,
     *,
     classes: int | None = None,
@@ -121,34 +121,34 @@ def preprocessed(
     replace_head: bool = False,
 ) -> "Preprocessed":
     """`build` with the normalisation that the spec or its weights ask for."""
-    network, weights, facts = _assembled(spec, classes, allowed, replace_head)
+    network, weights, facts = _assemble(spec, classes, allowed, replace_head)
     return Preprocessed(network, *normalisation(spec, weights), facts=facts)
 
 
-def _assembled(
+def _assemble(
     spec: NetworkSpec, classes: int | None, allowed: Sequence[str] | None, replace_head: bool
 ) -> tuple[nn.Module, WeightFile | None, TrainingFacts]:
     if classes is not None and classes < 1:
         raise UserError(f"{classes} classes: a network needs at least 1")
     if spec.weights is None:
-        network = _constructed(spec, classes, allowed)
+        network = _construct(spec, classes, allowed)
         check_built(network, spec.name)
         if classes is not None and head_size(network) != classes:
             swap_head(network, classes)
         return network, None, TrainingFacts()
-    if torchvision_models.names_weights(spec.name, spec.weights):
-        path = torchvision_models.downloaded(spec.name, spec.weights)
+    if torchvision_models.is_weight_name(spec.name, spec.weights):
+        path = torchvision_models.download_weights(spec.name, spec.weights)
         weights = read_weights(path)
-        network = torchvision_models.pretrained(spec.name, spec.weights, spec.args)
-        facts = torchvision_models.facts(spec.name, spec.weights)
+        network = torchvision_models.build_pretrained(spec.name, spec.weights, spec.args)
+        facts = torchvision_models.weight_facts(spec.name, spec.weights)
     else:
         weights = read_weights(spec.weights)
         facts = training_facts(weights)
-        network = _trained(spec, weights, facts, allowed)
-    if classes is not None and (found := head_size(network)) != classes:
+        network = _build_trained(spec, weights, facts, allowed)
+    if classes is not None and (head_classes := head_size(network)) != classes:
         if not replace_head:
             raise UserError(
-                f"'{spec.weights}' is for {found} classes, not {classes}: give weights for "
+                f"'{spec.weights}' is for {head_classes} classes, not {classes}: give weights for "
                 f"{classes} classes or none; Classifier (in Python replace_head=True) gives these "
                 "a new head"
             )
@@ -156,75 +156,79 @@ def _assembled(
     return network, weights, facts
 
 
-def _trained(
+def _build_trained(
     spec: NetworkSpec, weights: WeightFile, facts: TrainingFacts, allowed: Sequence[str] | None
 ) -> nn.Module:
     """The network with the weights of a file, built as the file says if it is of this network."""
-    told = spec
+    build_spec = spec
     if facts.name == spec.name and not spec.args:
-        demand_harmless(spec.name, facts.args)
-        told = replace(spec, args=dict(facts.args))
-    network = _constructed(told, facts.classes if facts.name == spec.name else None, allowed)
+        check_safe_arguments(spec.name, facts.args)
+        build_spec = replace(spec, args=dict(facts.args))
+    network = _construct(build_spec, facts.classes if facts.name == spec.name else None, allowed)
     check_built(network, spec.name)
-    _load(spec, network, weights, facts.name)
+    _load_weights(spec, network, weights, facts.name)
     return network
 
 
-def _constructed(
-    spec: NetworkSpec, classes: int | None, allowed: Sequence[str] | None
-) -> nn.Module:
+def _construct(spec: NetworkSpec, classes: int | None, allowed: Sequence[str] | None) -> nn.Module:
     if spec.name in _BUILT_IN:
         factory, fixed = _BUILT_IN[spec.name]
-        return construct(spec.name, factory, _with_classes(factory, spec, classes), fixed)
-    if spec.name in torchvision_models.names():
-        return torchvision_models.untrained(spec.name, spec.args, classes)
+        return construct(spec.name, factory, _add_classes(factory, spec, classes), fixed)
+    if spec.name in torchvision_models.model_names():
+        return torchvision_models.build_untrained(spec.name, spec.args, classes)
     if "." not in spec.name:
         raise UserError(
             f"no network '{spec.name}'; {nearest(spec.name, network_names())}, or give a class "
             "path such as package.module.Network"
         )
     if allowed is not None:
-        demand_harmless(spec.name, spec.args)
+        check_safe_arguments(spec.name, spec.args)
     by_path = resolve(spec.name, allowed)
-    args = _with_classes(by_path, spec, classes)
-    return construct(spec.name, by_path, args, without_downloads(by_path, spec.args))
+    args = _add_classes(by_path, spec, classes)
+    return construct(spec.name, by_path, args, offline_arguments(by_path, spec.args))
 
 
-def _with_classes(
+def _add_classes(
     factory: Callable[..., object], spec: NetworkSpec, classes: int | None
 ) -> Mapping[str, Argument]:
     """The spec's arguments, with the number of classes if the factory has a word for it."""
-    word = next((w for w in ("classes", "num_classes") if w in parameters_of(factory)), None)
+    word = next((w for w in ("classes", "num_classes") if w in factory_parameters(factory)), None)
     if classes is None or word is None or word in spec.args:
         return spec.args
     return {**spec.args, word: classes}
 
 
-def _load(spec: NetworkSpec, network: nn.Module, weights: WeightFile, name_there: str) -> None:
-    state = aligned(network, weights.state)
-    name, head = head_of(network)
+def _load_weights(
+    spec: NetworkSpec, network: nn.Module, weights: WeightFile, trained_name: str
+) -> None:
+    state = align_names(network, weights.state)
+    name, head = find_head(network)
     rows = state.get(f"{name}.weight" if name else "weight")
     same_inputs = rows is not None and rows.shape[1:] == head.weight.shape[1:]
     if rows is not None and same_inputs and len(rows) != len(head.weight):
         swap_head(network, len(rows))
-    if problem := mismatch(network, state):
-        alike = [other for other in _BUILT_IN if other != spec.name and _fits(other, weights)]
+    if problem := describe_mismatch(network, state):
+        alike = [
+            candidate
+            for candidate in _BUILT_IN
+            if candidate != spec.name and _can_load(candidate, weights)
+        ]
         cure = f"it fits '{alike[0]}'" if alike else "name the network it was trained as"
-        if name_there and name_there != spec.name:
-            cure = f"it was trained as '{name_there}'"
+        if trained_name and trained_name != spec.name:
+            cure = f"it was trained as '{trained_name}'"
         raise UserError(f"'{weights.path}' doesn't fit {spec.name}: it {problem}; {cure}")
-    load_state(network, weights)
+    load_weights(network, weights)
 
 
-def _fits(name: str, weights: WeightFile) -> bool:
+def _can_load(name: str, weights: WeightFile) -> bool:
     factory, fixed = _BUILT_IN[name]
     with torch.device("meta"):
         network = factory(**fixed)
-        state = aligned(network, weights.state)
+        state = align_names(network, weights.state)
         rows = state.get("linear.weight")
         if rows is not None and rows.ndim == 2:
             swap_head(network, len(rows))
-    return not mismatch(network, state)
+    return not describe_mismatch(network, state)
 
 
 def normalisation(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple[Triple, Triple]:
@@ -233,16 +237,16 @@ def normalisation(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple
     The spec's, where they aren't the default; else those that its weights were trained with, where
     torchvision or the file (its experiment, or `mean` and `std` as JSON) says; else the default.
     """
-    own = (spec.mean, spec.std)
-    if own != (IMAGENET_MEAN, IMAGENET_STD):
-        return own
+    spec_moments = (spec.mean, spec.std)
+    if spec_moments != (IMAGENET_MEAN, IMAGENET_STD):
+        return spec_moments
     facts = TrainingFacts()
-    if spec.weights is not None and torchvision_models.names_weights(spec.name, spec.weights):
-        facts = torchvision_models.facts(spec.name, spec.weights)
+    if spec.weights is not None and torchvision_models.is_weight_name(spec.name, spec.weights):
+        facts = torchvision_models.weight_facts(spec.name, spec.weights)
     elif weights is not None:
         facts = training_facts(weights)
     if facts.mean is None or facts.std is None:
-        return own
+        return spec_moments
     where = f"; '{spec.weights}' has these in its metadata: write it again"
     check_moments(facts.mean, facts.std, where)
     return facts.mean, facts.std
@@ -321,14 +325,14 @@ class Teacher(Preprocessed):
     holds_precision = False
 
     def __init__(self, spec: NetworkSpec, *, allowed: Sequence[str] | None = None) -> None:
-        network, weights, facts = _assembled(spec, None, allowed, False)
+        network, weights, facts = _assemble(spec, None, allowed, False)
         super().__init__(network, *normalisation(spec, weights), facts=facts)
         self.spec: NetworkSpec | None = spec
         self.sha256: str | None = weights.sha256 if weights else None
         self._freeze()
 
     @classmethod
-    def of(
+    def from_network(
         cls,
         network: nn.Module,
         mean: Sequence[float] = IMAGENET_MEAN,
@@ -358,12 +362,14 @@ class Teacher(Preprocessed):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
         """What `to`, `cuda`, `bfloat16` and the like are made of; the holder's calls ours."""
-        fn = _in_its_precision(fn) if self.holds_precision else fn
+        fn = _keep_precision(fn) if self.holds_precision else fn
         self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)
         return self
 
-    def fused(self, size: tuple[int, int] = (32, 32), keep: Collection[str] = ()) -> "Teacher":
+    def fuse_batch_norm(
+        self, size: tuple[int, int] = (32, 32), keep: Collection[str] = ()
+    ) -> "Teacher":
         """A copy with batch normalisation folded into the convolutions, for speed.
 
         Layers keep their names. A convolution whose normalisation is folded gives the normalised
@@ -375,13 +381,15 @@ class Teacher(Preprocessed):
             keep: Layers whose own outputs must stay what they are, at whatever call.
         """
         modules = {layer.partition("#")[0] for layer in keep}
-        network = fused(self.network, size, modules, self.mean.shape[1])
-        copy = type(self).of(network, self.mean.flatten().tolist(), self.std.flatten().tolist())
+        network = fuse_network(self.network, size, modules, self.mean.shape[1])
+        copy = type(self).from_network(
+            network, self.mean.flatten().tolist(), self.std.flatten().tolist()
+        )
         copy.spec, copy.sha256, copy.facts = self.spec, self.sha256, self.facts
         return copy.to(self.mean.device)
 
 
-def _in_its_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _keep_precision(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The same move without a change of precision, which would round."""
 
     def move(tensor: Tensor) -> Tensor:

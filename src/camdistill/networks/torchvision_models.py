@@ -13,35 +13,35 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from camdistill.errors import UserError, nearest
-from camdistill.networks.class_paths import Argument, construct, parameters_of
+from camdistill.networks.class_paths import Argument, construct, factory_parameters
 from camdistill.networks.training_facts import TrainingFacts
 
 
 @cache
-def names() -> tuple[str, ...]:
+def model_names() -> tuple[str, ...]:
     """The classification networks, ResNets first."""
-    every = torchvision.models.list_models(module=torchvision.models)
-    return tuple(sorted(every, key=lambda name: (not name.startswith("resnet"), name)))
+    all_models = torchvision.models.list_models(module=torchvision.models)
+    return tuple(sorted(all_models, key=lambda name: (not name.startswith("resnet"), name)))
 
 
-def names_weights(name: str, weights: str) -> bool:
+def is_weight_name(name: str, weights: str) -> bool:
     """Whether these weights are named, not a file's.
 
     Raises:
         UserError: If they look like a name that the network hasn't got.
     """
-    known = list(_weights_enum(name).__members__) if name in names() else []
+    available = list(_weights_enum(name).__members__) if name in model_names() else []
     short = weights.rpartition(".")[2] if weights.split(".")[0].endswith("_Weights") else weights
-    if short in known:
+    if short in available:
         return True
     looks_named = "_Weights" in weights or not ("." in weights or "/" in weights)
     if looks_named and not Path(weights).exists():
-        if not known:
+        if not available:
             raise UserError(
                 f"no weights '{weights}' for {name}: only torchvision's networks have "
                 "weights by name; give a file"
             )
-        raise UserError(f"no weights '{weights}' for {name}; {nearest(weights, known)}")
+        raise UserError(f"no weights '{weights}' for {name}; {nearest(weights, available)}")
     return False
 
 
@@ -50,17 +50,17 @@ def _weights_enum(name: str) -> type[WeightsEnum]:
     return enum
 
 
-def _member(name: str, weights: str) -> WeightsEnum:
+def _weight_entry(name: str, weights: str) -> WeightsEnum:
     return _weights_enum(name)[weights.rpartition(".")[2]]
 
 
-def downloaded(name: str, weights: str) -> Path:
+def download_weights(name: str, weights: str) -> Path:
     """The file of named weights, downloaded if it isn't in torch's cache yet.
 
     Raises:
         UserError: If it can't be downloaded.
     """
-    url: str = _member(name, weights).url
+    url: str = _weight_entry(name, weights).url
     file = PurePosixPath(urlparse(url).path).name
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if path.exists():
@@ -79,16 +79,16 @@ def downloaded(name: str, weights: str) -> Path:
     return path
 
 
-def pretrained(name: str, weights: str, args: Mapping[str, Argument]) -> nn.Module:
+def build_pretrained(name: str, weights: str, args: Mapping[str, Argument]) -> nn.Module:
     """A network with named weights that are in the cache already."""
-    _demand_known(name, args, ("weights", "num_classes"))
-    fixed = {"weights": _member(name, weights), "progress": False}
+    _check_arguments(name, args, ("weights", "num_classes"))
+    fixed = {"weights": _weight_entry(name, weights), "progress": False}
     return construct(name, torchvision.models.get_model_builder(name), args, fixed)
 
 
-def untrained(name: str, args: Mapping[str, Argument], classes: int | None) -> nn.Module:
+def build_untrained(name: str, args: Mapping[str, Argument], classes: int | None) -> nn.Module:
     """A network with random weights."""
-    _demand_known(name, args, ("weights",))
+    _check_arguments(name, args, ("weights",))
     fixed: dict[str, object] = {"weights": None}
     if classes is not None and "num_classes" not in args:
         fixed["num_classes"] = classes
@@ -98,15 +98,15 @@ def untrained(name: str, args: Mapping[str, Argument], classes: int | None) -> n
     return construct(name, torchvision.models.get_model_builder(name), args, fixed)
 
 
-def facts(name: str, weights: str) -> TrainingFacts:
+def weight_facts(name: str, weights: str) -> TrainingFacts:
     """What torchvision says of named weights: images, normalisation and names of classes."""
-    member = _member(name, weights)
+    member = _weight_entry(name, weights)
     transforms = member.transforms()
     mean, std = (tuple(float(number) for number in t) for t in (transforms.mean, transforms.std))
     side = int(transforms.crop_size[0])
-    names = tuple(str(name) for name in member.meta.get("categories", ()))
+    class_names = tuple(str(name) for name in member.meta.get("categories", ()))
     return TrainingFacts(
-        class_names=names,
+        class_names=class_names,
         size=(side, side),
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
@@ -117,15 +117,15 @@ def facts(name: str, weights: str) -> TrainingFacts:
 def _class_parameters(name: str) -> tuple[str, ...]:
     """Arguments of the network's class: the builders take any and pass them on."""
     builder = torchvision.models.get_model_builder(name)
-    made = inspect.signature(builder).return_annotation
-    return tuple(parameters_of(made)) if inspect.isclass(made) else ()
+    network_class = inspect.signature(builder).return_annotation
+    return tuple(factory_parameters(network_class)) if inspect.isclass(network_class) else ()
 
 
-def _demand_known(name: str, args: Mapping[str, Argument], taken: tuple[str, ...]) -> None:
-    options = [option for option in _class_parameters(name) if option not in taken]
-    for given in args:
-        if given in taken:
-            cure = "give it as `weights`" if given == "weights" else "the weights say it"
-            raise UserError(f"{given} is not an argument of {name} here: {cure}")
-        if options and given not in options:
-            raise UserError(f"no argument '{given}' in {name}; {nearest(given, options)}")
+def _check_arguments(name: str, args: Mapping[str, Argument], reserved: tuple[str, ...]) -> None:
+    options = [option for option in _class_parameters(name) if option not in reserved]
+    for argument in args:
+        if argument in reserved:
+            cure = "give it as `weights`" if argument == "weights" else "the weights say it"
+            raise UserError(f"{argument} is not an argument of {name} here: {cure}")
+        if options and argument not in options:
+            raise UserError(f"no argument '{argument}' in {name}; {nearest(argument, options)}")

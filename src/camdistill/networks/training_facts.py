@@ -75,7 +75,7 @@ def training_facts(weights: WeightFile) -> TrainingFacts:
     """
     moments = {key: weights.metadata[key] for key in ("mean", "std") if key in weights.metadata}
     try:
-        mean, std = _triples({key: json.loads(text) for key, text in moments.items()})
+        mean, std = _parse_moments({key: json.loads(text) for key, text in moments.items()})
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(
             f"the metadata of '{weights.path}' has a mean or std that is not three numbers; "
@@ -85,7 +85,7 @@ def training_facts(weights: WeightFile) -> TrainingFacts:
     if text is None:
         return TrainingFacts(mean=mean, std=std)
     try:
-        facts = _of_experiment(parse_experiment(text, f"'{weights.path}'"))
+        facts = _parse_experiment(parse_experiment(text, f"'{weights.path}'"))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(
             f"the experiment in '{weights.path}' can't be read ({type(error).__name__}: {error}); "
@@ -96,11 +96,11 @@ def training_facts(weights: WeightFile) -> TrainingFacts:
     return facts
 
 
-def _of_experiment(settings: Mapping[str, Any]) -> TrainingFacts:
+def _parse_experiment(settings: Mapping[str, Any]) -> TrainingFacts:
     network: Mapping[str, Any] = next((settings[part] for part in PARTS if part in settings), {})
-    mean, std = _triples(settings)
+    mean, std = _parse_moments(settings)
     if mean is None or std is None:
-        mean, std = _triples(network)
+        mean, std = _parse_moments(network)
     size, classes = settings.get("size") or (0, 0), settings.get("classes")
     height, width = (int(side) for side in size)
     carving = settings.get("carving") or {}
@@ -116,13 +116,13 @@ def _of_experiment(settings: Mapping[str, Any]) -> TrainingFacts:
     )
 
 
-def _triples(settings: Mapping[str, Any]) -> tuple[Triple | None, Triple | None]:
+def _parse_moments(settings: Mapping[str, Any]) -> tuple[Triple | None, Triple | None]:
     if not {"mean", "std"} <= set(settings):
         return None, None
     mean, std = ([float(value) for value in settings[key]] for key in ("mean", "std"))
-    return _triple(mean), _triple(std)
+    return _parse_triple(mean), _parse_triple(std)
 
 
-def _triple(values: list[float]) -> Triple:
+def _parse_triple(values: list[float]) -> Triple:
     red, green, blue = values
     return red, green, blue

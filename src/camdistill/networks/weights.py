@@ -39,7 +39,7 @@ WRAPPERS = (
     "params_ema",
 )
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".th", ".bin")
-SMALL = 64 << 20  # bytes: the code in a TorchScript file is compressed
+ARCHIVE_SLACK = 64 << 20  # bytes: the code in a TorchScript file is compressed
 # What our own checkpoints call the network that they trained.
 PARTS = ("student", "network")
 # What a damaged file makes torch's reader raise, whichever byte is hit.
@@ -60,14 +60,14 @@ class WeightFile:
             of ours.
         sha256: Of the file, in hexadecimal.
         path: Where they were read.
-        whole: Whether it is a Lightning checkpoint, from which a training can go on.
+        is_lightning: Whether it is a Lightning checkpoint, from which a training can go on.
     """
 
     state: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     sha256: str = ""
     path: Path = Path("weights")
-    whole: bool = False
+    is_lightning: bool = False
 
 
 def sha256_of(path: Path) -> str:
@@ -89,7 +89,7 @@ def read_weights(path: str | Path, *, part: str | None = None) -> WeightFile:
     """
     path = expand_home(path)
     try:
-        _demand_file(path)
+        _check_path(path)
         with path.open("rb") as file:
             head = file.read(512)
         sha256 = sha256_of(path)
@@ -97,21 +97,23 @@ def read_weights(path: str | Path, *, part: str | None = None) -> WeightFile:
         raise mistake_of_system(error) or UserError(
             f"can't read '{path}': {error.strerror}; check its permissions"
         ) from error
-    _demand_weights(path, head)
+    _check_format(path, head)
     metadata: dict[str, str] = {}
-    whole = False
+    is_lightning = False
     if head[8:9] == b"{":
         state, metadata = _read_safetensors(path)
-        state = _part(path, unwrapped(state), part, False)
+        state = _select_network(path, strip_wrapper_names(state), part, False)
     else:
         content = _read_torch(path)
-        whole = isinstance(content, Mapping) and "pytorch-lightning_version" in content
-        state = _part(path, unwrapped(_tensors(path, content)), part, whole)
-        metadata = _experiment(content) if whole else {}
-    return WeightFile(unwrapped(state), metadata, sha256, path, whole)
+        is_lightning = isinstance(content, Mapping) and "pytorch-lightning_version" in content
+        state = _select_network(
+            path, strip_wrapper_names(_find_tensors(path, content)), part, is_lightning
+        )
+        metadata = _read_experiment(content) if is_lightning else {}
+    return WeightFile(strip_wrapper_names(state), metadata, sha256, path, is_lightning)
 
 
-def _demand_file(path: Path) -> None:
+def _check_path(path: Path) -> None:
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
         names = [name for name in names if name.endswith(SUFFIXES)] or names
@@ -128,7 +130,7 @@ def _demand_file(path: Path) -> None:
         raise UserError(f"no file '{path.name}' in '{path.parent}'; {hint}")
 
 
-def _demand_weights(path: Path, head: bytes) -> None:
+def _check_format(path: Path, head: bytes) -> None:
     text = head.lstrip().lower()
     if not head:
         raise UserError(f"'{path}' is empty (0 bytes); copy or download it again")
@@ -145,7 +147,7 @@ def _demand_weights(path: Path, head: bytes) -> None:
         )
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damage_error(path: Path, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
     return UserError(
         f"'{path}' is truncated or damaged ({path.stat().st_size:,} bytes; {reason}); "
@@ -160,31 +162,31 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
     except (SafetensorError, *_DAMAGE) as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
     if not state:
         raise UserError(f"no weights in '{path}': its table is empty; give a file with weights")
     return state, metadata
 
 
 def _read_torch(path: Path) -> object:
-    _demand_stored(path)
+    _check_archive(path)
     try:
         with warnings.catch_warnings():
             # Of unusual pickle protocols; what can't be read is an error anyway.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        raise _not_opened(path, str(error)) from error
+        raise _unsafe_error(path, str(error)) from error
     except _DAMAGE as error:
         if "TorchScript" in str(error):
             raise UserError(
                 f"'{path}' is a TorchScript program, which camdistill doesn't run; save its "
                 "weights: torch.save(torch.jit.load(file).state_dict(), ...)"
             ) from error
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
 
 
-def _demand_stored(path: Path) -> None:
+def _check_archive(path: Path) -> None:
     """Refuses an archive that unfolds: torch stores weights as they are, each byte once.
 
     A few megabytes that stand for many gigabytes, by compression or by overlapping entries, would
@@ -193,7 +195,7 @@ def _demand_stored(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            whole = sum(entry.file_size for entry in archive.infolist())
+            unpacked_size = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return  # an old kind of file, or a damaged one: torch says it
     if not any(name.endswith(("data.pkl", "constants.pkl")) for name in names):
@@ -202,19 +204,19 @@ def _demand_stored(path: Path) -> None:
             "weights; give a file written by `torch.save(network.state_dict(), ...)` or safetensors"
         )
     size = path.stat().st_size
-    if whole > 2 * size + SMALL:
+    if unpacked_size > 2 * size + ARCHIVE_SLACK:
         raise UserError(
-            f"'{path}' has {size:,} bytes and unfolds to {whole:,}, which torch's "
+            f"'{path}' has {size:,} bytes and unfolds to {unpacked_size:,}, which torch's "
             "own files never do; it isn't opened: save it with torch.save, or download it again"
         )
 
 
-def _not_opened(path: Path, reason: str) -> UserError:
+def _unsafe_error(path: Path, reason: str) -> UserError:
     """Torch's reader met something that is neither a tensor nor a plain value."""
-    named = re.search(r"GLOBAL ([\w.]+)", reason)
-    if named is None and "Unsupported operand" not in reason:
-        return _damaged(path, EOFError("the table of weights breaks off"))
-    what = f" ({named[1]})" if named else ""
+    global_name = re.search(r"GLOBAL ([\w.]+)", reason)
+    if global_name is None and "Unsupported operand" not in reason:
+        return _damage_error(path, EOFError("the table of weights breaks off"))
+    what = f" ({global_name[1]})" if global_name else ""
     return UserError(
         f"'{path}' holds Python objects{what}, which could run code, or is damaged, so it isn't "
         "opened: download it again or, if you trust it, save its weights alone with "
@@ -222,7 +224,7 @@ def _not_opened(path: Path, reason: str) -> UserError:
     )
 
 
-def _tensors(path: Path, content: object, depth: int = 0) -> dict[str, Tensor]:
+def _find_tensors(path: Path, content: object, depth: int = 0) -> dict[str, Tensor]:
     """The mapping of names to tensors, however deep the training program put it."""
     if not isinstance(content, Mapping):
         raise UserError(
@@ -232,7 +234,7 @@ def _tensors(path: Path, content: object, depth: int = 0) -> dict[str, Tensor]:
     if depth < 3:
         for name in WRAPPERS:
             if isinstance(content.get(name), Mapping) and content[name]:
-                return _tensors(path, content[name], depth + 1)
+                return _find_tensors(path, content[name], depth + 1)
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not state:
         names = ", ".join(repr(name) for name in list(content)[:6]) or "nothing"
@@ -243,7 +245,7 @@ def _tensors(path: Path, content: object, depth: int = 0) -> dict[str, Tensor]:
     return state
 
 
-def _part(
+def _select_network(
     path: Path, state: dict[str, Tensor], part: str | None, lightning: bool
 ) -> dict[str, Tensor]:
     """The weights of one of several networks; without a name, ours from a checkpoint of ours."""
@@ -258,21 +260,21 @@ def _part(
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _experiment(content: object) -> dict[str, str]:
+def _read_experiment(content: object) -> dict[str, str]:
     """What a Lightning checkpoint of ours says of its experiment, as our safetensors say it."""
     text = content.get("camdistill") if isinstance(content, Mapping) else None
     return {"camdistill": text} if isinstance(text, str) else {}
 
 
-def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_wrapper_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without what torch.compile and the parallel wrappers put before the names."""
-    state = {_uncompiled(name): value for name, value in state.items()}
+    state = {_strip_compile_name(name): value for name, value in state.items()}
     while state and all(name.startswith("module.") for name in state):
         state = {name[len("module.") :]: value for name, value in state.items()}
-    return {_uncompiled(name): value for name, value in state.items()}
+    return {_strip_compile_name(name): value for name, value in state.items()}
 
 
-def _uncompiled(name: str) -> str:
+def _strip_compile_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
@@ -293,17 +295,17 @@ def save_safetensors(
         UserError: If the file can't be written (no space, no permission); an old one is intact.
     """
     path = expand_home(path)
-    content = _serialised(state, metadata or {})
+    content = _serialize(state, metadata or {})
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
 def sha256_when_saved(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """The sha256 of the file that `save_safetensors` would write."""
-    return hashlib.sha256(_serialised(state, metadata)).hexdigest()
+    return hashlib.sha256(_serialize(state, metadata)).hexdigest()
 
 
-def _serialised(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def _serialize(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     # Clones, because safetensors refuses tensors that share memory.
     tensors = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -319,8 +321,8 @@ def _serialised(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
 
 def weights_digest(network: nn.Module) -> str:
     """A sha256 of a network's weights: what tells it from another of the same kind."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
-        whole.update(name.encode())
-        whole.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return whole.hexdigest()
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

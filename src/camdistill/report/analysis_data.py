@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 
 from camdistill.data.datasets import ImageSet, Positions
-from camdistill.distill.training import as_images, as_taken
+from camdistill.distill.training import as_images, match_channels
 from camdistill.layers.units.unit_inspection import Sample
 from camdistill.types import Images
 
@@ -43,7 +43,7 @@ class Subject:
     def fetch(self, numbers: Sequence[int] | Positions) -> Images:
         """Images in [0, 1], in the order of the numbers."""
         images = as_images(self.images.batch(numbers).pixels).to(self.device)
-        return as_taken(images, self.channels)
+        return match_channels(images, self.channels)
 
     def sample(self) -> Sample:
         """Images whose units are looked at closely, with what is known of where things are."""

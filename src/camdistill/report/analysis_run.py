@@ -23,7 +23,7 @@ from camdistill.layers.through_depth import spatial, stage_ends, through_depth
 from camdistill.layers.units.unit_cards import Portrait
 from camdistill.layers.units.unit_inspection import Closeness, Sample, close_up
 from camdistill.layers.units.unit_pairs import clearest_pairs
-from camdistill.networks.capture import demand_runs
+from camdistill.networks.capture import check_forward
 from camdistill.report.analysis_data import Subject
 from camdistill.report.first_units import of_first_filters
 from camdistill.report.layer_report import LayerReport
@@ -80,7 +80,7 @@ class Opening:
             explained=min(EXPLAINED / count, 1.0),
         )
         example = self.subject.fetch(order[:BATCH])
-        demand_runs(self.networks, example[:1], numbers=False)
+        check_forward(self.networks, example[:1], numbers=False)
         looking = LayerSweep(self.networks, example, layers=self.layers or None, options=options)
         self._demand_units(looking.plan.layers)
         kept = KeptSweep(self.report.written, fingerprint(self.networks, self.subject))

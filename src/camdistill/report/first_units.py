@@ -6,7 +6,13 @@ from torch import Tensor, nn
 
 from camdistill.layers.filters import FilterBank
 from camdistill.layers.sweep.sweep_summary import Point
-from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
+from camdistill.networks.capture import (
+    inspection_mode,
+    layer_names,
+    unwrap,
+    unwrap_outer,
+    visit_layers,
+)
 from camdistill.types import Images
 
 MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
@@ -25,7 +31,7 @@ def of_first_filters(
         bank: Of its first convolution.
         points: Outputs of layers.
     """
-    inner = bare(network)
+    inner = unwrap(network)
     mixing = {
         name for name in layer_names(network) if isinstance(inner.get_submodule(name), MIXING)
     }
@@ -40,6 +46,6 @@ def of_first_filters(
         if name in keys and ran == [bank.layer] and fits:
             found.append(keys[name])
 
-    with undisturbed(network), visiting(network, [*mixing, *keys], note, required=False):
-        plain(network)(images[:1])
+    with inspection_mode(network), visit_layers(network, [*mixing, *keys], note, required=False):
+        unwrap_outer(network)(images[:1])
     return found

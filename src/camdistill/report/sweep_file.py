@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from camdistill.errors import UserError
 from camdistill.layers.sweep.layer_sweep import LayerSweep
 from camdistill.layers.sweep.sweep_state import load_state, save_state
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.report.analysis_data import Subject
 from camdistill.report.file_manifest import SWEEP, Written
 from camdistill.report.results import versions
@@ -118,9 +118,9 @@ def fingerprint(networks: Mapping[str, nn.Module], subject: Subject) -> str:
     what = [MEASURED_AS, versions(), subject.device, subject.channels]
     digest = hashlib.sha256(json.dumps(what).encode())
     for name, network in networks.items():
-        digest.update(f"{name} {bare(network)}".encode())
+        digest.update(f"{name} {unwrap(network)}".encode())
         # A frozen teacher's network is not among its registered modules.
-        for held in (network, bare(network)):
+        for held in (network, unwrap(network)):
             for path, value in chain(held.named_parameters(), held.named_buffers()):
                 digest.update(f"{path} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(_bytes(value))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from camdistill.errors import UserError, writing_mistake
 
-Key = dict[str, object]
+CacheKey = dict[str, object]
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class CacheError(Exception):
     """A cache that can't be used; the message says why."""
 
 
-class Draft:
+class ArrayWriter:
     """A folder of memory-mapped arrays in the making.
 
     Attributes:
@@ -39,18 +39,18 @@ class Draft:
         done: Images whose rows are written.
     """
 
-    def __init__(self, folder: Path, key: Key) -> None:
+    def __init__(self, folder: Path, key: CacheKey) -> None:
         self._folder = folder.with_suffix(".part")
         self._final = folder
         self._key = key
         self.arrays: dict[str, NDArray[np.generic]] = {}
         self.done = 0
         try:
-            note = json.loads((self._folder / "progress.json").read_text())
-            if note["key"] == key:
-                for name in note["arrays"]:
-                    self.arrays[name] = np.load(file_of(self._folder, name), mmap_mode="r+")
-                self.done = int(note["done"])
+            progress = json.loads((self._folder / "progress.json").read_text())
+            if progress["key"] == key:
+                for name in progress["arrays"]:
+                    self.arrays[name] = np.load(array_path(self._folder, name), mmap_mode="r+")
+                self.done = int(progress["done"])
         except (OSError, ValueError, KeyError, TypeError):
             self.arrays = {}
         if not self.done:
@@ -63,7 +63,7 @@ class Draft:
         Raises:
             OSError: When the disk has no room for it.
         """
-        path = file_of(self._folder, name)
+        path = array_path(self._folder, name)
         needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if shutil.disk_usage(self._folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -76,21 +76,21 @@ class Draft:
                     if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                         raise
 
-    def note(self) -> None:
+    def save_progress(self) -> None:
         """Write down where to go on from."""
         self._flush()
-        note = {"key": self._key, "done": self.done, "arrays": sorted(self.arrays)}
-        _write(self._folder / "progress.json", json.dumps(note))
+        progress = {"key": self._key, "done": self.done, "arrays": sorted(self.arrays)}
+        _write(self._folder / "progress.json", json.dumps(progress))
 
-    def finish(self, small: Mapping[str, NDArray[np.float32]]) -> None:
+    def finish(self, small_arrays: Mapping[str, NDArray[np.float32]]) -> None:
         """Add small arrays, the sums of all files, and give the folder its name."""
         self._flush()
-        for name, array in small.items():
-            np.save(file_of(self._folder, name), array)
-        names = sorted((*self.arrays, *small))
-        sums = {name: _sha256(file_of(self._folder, name)) for name in names}
+        for name, array in small_arrays.items():
+            np.save(array_path(self._folder, name), array)
+        names = sorted((*self.arrays, *small_arrays))
+        digests = {name: _sha256(array_path(self._folder, name)) for name in names}
         (self._folder / "progress.json").unlink(missing_ok=True)
-        _write(self._folder / "meta.json", json.dumps({"key": self._key, "sha256": sums}))
+        _write(self._folder / "meta.json", json.dumps({"key": self._key, "sha256": digests}))
         self._folder.rename(self._final)
 
     def discard(self) -> None:
@@ -105,7 +105,7 @@ class Draft:
                 array.flush()
 
 
-def read_arrays(folder: Path, key: Key) -> dict[str, Tensor]:
+def open_arrays(folder: Path, key: CacheKey) -> dict[str, Tensor]:
     """The memory-mapped arrays of a finished folder, after checking every file's sha256.
 
     Raises:
@@ -116,11 +116,11 @@ def read_arrays(folder: Path, key: Key) -> dict[str, Tensor]:
         if meta["key"] != key:
             raise CacheError("it was made of something else")
         for name, expected in meta["sha256"].items():
-            if _sha256(file_of(folder, name)) != expected:
-                raise CacheError(f"{file_of(folder, name).name} is damaged")
+            if _sha256(array_path(folder, name)) != expected:
+                raise CacheError(f"{array_path(folder, name).name} is damaged")
         # Copy-on-write, because torch warns of arrays that can't be written.
         return {
-            name: torch.from_numpy(np.load(file_of(folder, name), mmap_mode="c"))
+            name: torch.from_numpy(np.load(array_path(folder, name), mmap_mode="c"))
             for name in meta["sha256"]
         }
     except FileNotFoundError as error:
@@ -141,13 +141,13 @@ def unpack(packed: Tensor, scale: Tensor) -> Tensor:
     return packed.float() * scale
 
 
-def file_of(folder: Path, name: str) -> Path:
+def array_path(folder: Path, name: str) -> Path:
     """Where an array lies."""
     return folder / f"{name.replace('/', '-')}.npy"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+def lock_cache(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """One process at a time; the system takes the lock back when a process dies.
 
     Raises:
@@ -172,17 +172,15 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told(
-    folder: Path, elsewhere: str = "name another folder with CAMDISTILL_CACHE"
+def report_write_errors(
+    folder: Path, cure: str = "name another folder with CAMDISTILL_CACHE"
 ) -> Iterator[None]:
     """A full disk, or a folder that can't be written, as a user's mistake with its cure."""
     try:
         yield
     except OSError as error:
-        mistake = writing_mistake(error, "write the teacher cache", folder, elsewhere)
-        raise (
-            mistake if elsewhere in str(mistake) else UserError(f"{mistake}; or {elsewhere}")
-        ) from error
+        mistake = writing_mistake(error, "write the teacher cache", folder, cure)
+        raise (mistake if cure in str(mistake) else UserError(f"{mistake}; or {cure}")) from error
 
 
 def _sha256(path: Path) -> str:
@@ -191,6 +189,6 @@ def _sha256(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text)
-    fresh.replace(path)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text)
+    temporary.replace(path)

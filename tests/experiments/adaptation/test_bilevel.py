@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from camdistill.data.views import Augment
 from camdistill.distill.optimization import Optimisation
-from camdistill.distill.training import seeded
+from camdistill.distill.training import build_with_seed
 from camdistill.errors import UserError
 from camdistill.experiments.adaptation.bilevel import (
     Learner,
@@ -25,7 +25,7 @@ from camdistill.experiments.ranking.student_training import Students, teach
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.learnable import LearnableCAM
 from camdistill.networks.students import ShallowCNN
-from camdistill.networks.teachers import NetworkSpec, Teacher, preprocessed
+from camdistill.networks.teachers import NetworkSpec, Teacher, build_preprocessed
 
 SPEC = NetworkSpec("shallow_cnn", args={"channels": [5, 6], "strides": [2, 2]})
 FAMILY = Family(SPEC, "stage2", (4, 4))
@@ -109,7 +109,7 @@ def test_unrolled_gradient_is_the_finite_difference_of_plain_training(
 ) -> None:
     """float64, every parameter, batch normalisation in train mode, flips among the views."""
     how = recipe(augment=Augment(crop="none", flip=True))
-    network = seeded(7, lambda: preprocessed(SPEC, classes=CLASSES)).double()
+    network = build_with_seed(7, lambda: build_preprocessed(SPEC, classes=CLASSES)).double()
     plain = copy.deepcopy(network)
     exact = task._replace(parts={name: part.double() for name, part in task.parts.items()})
     asked = torch.tensor([0, 2, 3, 5, 8])
@@ -140,7 +140,7 @@ def test_unrolled_gradient_is_the_finite_difference_of_plain_training(
 def test_looking_ahead_leaves_the_students_weights_and_notes_one_batch(
     task: Task, explainer: LearnableCAM
 ) -> None:
-    network = seeded(7, lambda: preprocessed(SPEC, classes=CLASSES))
+    network = build_with_seed(7, lambda: build_preprocessed(SPEC, classes=CLASSES))
     before = copy.deepcopy(network.state_dict())
     learner = Learner(network, "stage2")
     look_ahead(
@@ -255,7 +255,7 @@ def test_the_only_useful_unit_is_found(generator: torch.Generator, layer: str, u
 def test_parts_are_of_the_class_that_the_pool_says(generator: torch.Generator) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        teacher = Teacher.of(ShallowCNN(CLASSES, (4, 5), (2, 2)))
+        teacher = Teacher.from_network(ShallowCNN(CLASSES, (4, 5), (2, 2)))
     pixels = torch.randint(0, 256, (5, 3, 16, 16), generator=generator, dtype=torch.uint8)
     pool = Pool(pixels, torch.arange(5), torch.randn(5, 2, CLASSES, generator=generator))
     seen: list[tuple[int, int]] = []

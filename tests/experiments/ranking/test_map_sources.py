@@ -26,7 +26,7 @@ DATA = ShapesData(train=30, val=10, test=10, classes=6)
 @pytest.fixture
 def teacher() -> Teacher:
     torch.manual_seed(0)
-    return Teacher.of(ShallowCNN(6, (4, 6), (2, 2)))
+    return Teacher.from_network(ShallowCNN(6, (4, 6), (2, 2)))
 
 
 @pytest.fixture

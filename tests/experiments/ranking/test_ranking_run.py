@@ -19,7 +19,7 @@ from camdistill.experiments.ranking.student_task import Recipe
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.networks.weights import save_safetensors
-from camdistill.store.array_files import locked
+from camdistill.store.array_files import lock_cache
 from camdistill.store.run_log import Ledger
 
 SPEC = {"channels": [4, 6], "strides": [2, 2]}
@@ -283,7 +283,7 @@ def test_keys_tell_apart_what_gives_other_numbers(study: Study, whole: Found) ->
 
 def test_one_process_at_a_time_works_in_a_folder(study: Study, tmp_path: Path) -> None:
     with (
-        locked(tmp_path / "study"),
+        lock_cache(tmp_path / "study"),
         pytest.raises(UserError, match=r"another process works in .*; wait for it"),
     ):
         ranked(replace(study, folder=tmp_path))

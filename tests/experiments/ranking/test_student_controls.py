@@ -169,7 +169,7 @@ def test_mixing_is_of_maps_of_length_one(maps: torch.Tensor) -> None:
 
 def test_randomised_teacher_is_another_function_and_the_first_stays() -> None:
     torch.manual_seed(0)
-    teacher = Teacher.of(CifarResNet(20, 10))
+    teacher = Teacher.from_network(CifarResNet(20, 10))
     images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     state = {name: value.clone() for name, value in teacher.network.state_dict().items()}
     other = randomised(teacher, images, 3)
@@ -204,7 +204,7 @@ def test_wrong_use_is_refused(maps: torch.Tensor, classes: torch.Tensor) -> None
 
 
 def test_randomised_network_without_normalisation_keeps_biases_at_zero() -> None:
-    teacher = Teacher.of(ShallowCNN(4, (4,), (2,)))
+    teacher = Teacher.from_network(ShallowCNN(4, (4,), (2,)))
     other = randomised(teacher, torch.rand(8, 3, 8, 8), 0)
     assert not other.network.linear.bias.any()
 
@@ -217,7 +217,7 @@ def test_random_teacher_without_batch_normalisation_is_alive() -> None:
             nn.Flatten(), nn.Linear(8, 4),
         )  # fmt: skip
     images = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    other = randomised(Teacher.of(network), images, 0)
+    other = randomised(Teacher.from_network(network), images, 0)
     norm = other.network[1]
     assert (norm.weight == 1).all()
     assert not norm.bias.any()

@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from camdistill.data.views import Augment, draw_view, view_images
 from camdistill.distill.optimization import Optimisation
-from camdistill.distill.training import seeded
+from camdistill.distill.training import build_with_seed
 from camdistill.errors import UserError
 from camdistill.experiments.ranking.student_task import Lesson, Pool, Recipe, batch_at
 from camdistill.experiments.ranking.student_training import Students, judged, pooled_layer, teach
 from camdistill.explain.gradcam import grad_cam
 from camdistill.networks.students import ShallowCNN
-from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, build_preprocessed
 
 FAMILY = NetworkSpec("shallow_cnn", args={"channels": [6, 8], "strides": [2, 2]})
 WIDE = NetworkSpec("wrn_16_1")
@@ -116,7 +116,9 @@ def test_a_stacks_step_in_half_precision_is_that_of_students_alone(
 def test_training_alone_is_plain_torch(pool: Pool, maps: torch.Tensor) -> None:
     """The loop against one written from the definitions, with Grad-CAM by autograd."""
     how = recipe(optimisation=Optimisation(lr=0.05, momentum=0.8), augment=Augment(flip=True))
-    network = seeded(7, lambda: preprocessed(FAMILY, classes=CLASSES)).double().train()
+    network = (
+        build_with_seed(7, lambda: build_preprocessed(FAMILY, classes=CLASSES)).double().train()
+    )
     single = Students.untrained(FAMILY, CLASSES, [7], layer="stage2", dtype=torch.float64)
     teach(single, pool, [Lesson(7, 3.0, maps[0])], how)
     optimiser = torch.optim.SGD(
@@ -130,7 +132,7 @@ def test_training_alone_is_plain_torch(pool: Pool, maps: torch.Tensor) -> None:
     )
     for step in range(how.steps):
         for group in optimiser.param_groups:
-            group["lr"] = 0.05 * how.optimisation.rate(step / how.steps)
+            group["lr"] = 0.05 * how.optimisation.lr_factor(step / how.steps)
         batch = batch_at(pool, how, 7, step)
         wanted = torch.stack(
             [pool.logits[i, int(f)] for i, f in zip(batch.positions, batch.view.flip, strict=True)]
@@ -221,7 +223,7 @@ def test_views_are_those_of_the_ids_and_the_step(pool: Pool) -> None:
 
 
 def test_judged_is_top_class_and_divergence_in_eval_mode(pool: Pool) -> None:
-    network = seeded(0, lambda: preprocessed(FAMILY, classes=CLASSES))
+    network = build_with_seed(0, lambda: build_preprocessed(FAMILY, classes=CLASSES))
     students = Students([copy.deepcopy(network)], "stage2")
     found = judged(students, pool.pixels, pool.logits[:, 0])
     with torch.no_grad():

@@ -22,7 +22,7 @@ DATA = ShapesData(train=40, val=9, test=11, classes=6)
 @pytest.fixture
 def teacher() -> Teacher:
     torch.manual_seed(0)
-    return Teacher.of(ShallowCNN(6, (4, 6), (2, 2)))
+    return Teacher.from_network(ShallowCNN(6, (4, 6), (2, 2)))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_nothing_is_asked_twice_and_what_changed_is_asked_anew(
     assert asked == ["a", "a"]
     assert made() == first
     assert asked == ["a", "a"]
-    other = Teacher.of(ShallowCNN(6, (4, 6), (2, 2)))
+    other = Teacher.from_network(ShallowCNN(6, (4, 6), (2, 2)))
     assert len({made("b").folder, made(of=other).folder, first.folder}) == 3
     assert len(asked) == 6
     # damage: made anew, with the same content
@@ -145,7 +145,12 @@ def test_pools_that_were_asked_about_are_found(
     assert teacher_outputs.answered(tmp_path, teacher, sets.first(30)) == [24]
     other = Sets(sets.pool.subset(np.arange(40)[::-1]), sets.val, sets.test)
     assert teacher_outputs.answered(tmp_path, teacher, other) == []
-    assert teacher_outputs.answered(tmp_path, Teacher.of(ShallowCNN(6, (4, 6), (2, 2))), sets) == []
+    assert (
+        teacher_outputs.answered(
+            tmp_path, Teacher.from_network(ShallowCNN(6, (4, 6), (2, 2))), sets
+        )
+        == []
+    )
     (damaged,) = (path for path in tmp_path.glob("*/pool-ids.npy") if len(np.load(path)) == 24)
     damaged.write_bytes(damaged.read_bytes()[:20])
     assert teacher_outputs.answered(tmp_path, teacher, sets) == [40]

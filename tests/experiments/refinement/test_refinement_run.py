@@ -547,7 +547,7 @@ def test_a_control_that_is_not_matched_is_told(tmp_path: Path) -> None:
 
 
 def test_insertion_with_another_fill_holds_no_insertion_out(tmp_path: Path) -> None:
-    also = {"grey": Objective(shown="grey")}
+    also = {"grey": Objective(replacement="grey")}
     found = planted(tmp_path, {}, {}, also=also)
     assert trained(found, "grey") == ("insertion_blur", "deletion_blur")
 

@@ -16,11 +16,11 @@ from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.optimization import Optimisation
-from camdistill.distill.training import seeded
+from camdistill.distill.training import build_with_seed
 from camdistill.errors import UserError
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.networks.students import ShallowCNN
-from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, build_preprocessed
 from camdistill.types import Images, Logits
 
 HIDDEN = 128
@@ -79,7 +79,7 @@ def pooling_network(setup: ClaimSetup, run: int = 0) -> Preprocessed:
 def _train_network(
     setup: ClaimSetup, name: str, run: int, path: str, extra_args: dict[str, int]
 ) -> Preprocessed:
-    trunk = bare(setup.student)
+    trunk = unwrap(setup.student)
     if not isinstance(trunk, ShallowCNN):
         raise UserError(
             f"the student is a {type(trunk).__name__}, and this row gives a shallow_cnn other "
@@ -102,7 +102,7 @@ def _train_network(
         optimisation=Optimisation("adamw", lr=2e-3, weight_decay=1e-2),
         seed=seed,
     )
-    module.network = seeded(seed, lambda: preprocessed(spec))
+    module.network = build_with_seed(seed, lambda: build_preprocessed(spec))
     trunk_weights = {
         key: value for key, value in trunk.state_dict().items() if key.startswith("stage")
     }

@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 from camdistill.claims.claim import ClaimSetup
 from camdistill.data.modules import ImageData, ShapesData
-from camdistill.distill.checkpoints import load, save
+from camdistill.distill.checkpoints import load, write_checkpoint
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.networks.teachers import Preprocessed
@@ -40,7 +40,7 @@ def train_or_load(
     if not path.exists():
         setup.announce(f"training {name}")
         fit(setup, module, data, epochs)
-        save(module, path)
+        write_checkpoint(module, path)
     return load(path).network.eval().requires_grad_(False).to(setup.device)
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from camdistill.claims.claim import ClaimSetup
 from camdistill.claims.networks.claim_training import fit
-from camdistill.data.loading import Order
+from camdistill.data.loading import BatchSampler
 from camdistill.distill.optimization import Optimisation
-from camdistill.distill.training import plain, seeded
+from camdistill.distill.training import build_with_seed, to_plain_data
 from camdistill.errors import UserError
-from camdistill.networks.fitting import load_state
+from camdistill.networks.fitting import load_weights
 from camdistill.networks.weights import read_weights, save_safetensors
 from camdistill.types import PerImage
 
@@ -74,12 +74,12 @@ def fit_or_load(
     seed = setup.seed if seed is None else seed
     all_settings = {
         "version": VERSION,
-        "recipe": plain(asdict(recipe)),
+        "recipe": to_plain_data(asdict(recipe)),
         "seed": seed,
-        **plain(settings),
+        **to_plain_data(settings),
     }
     settings_json = json.dumps(all_settings, sort_keys=True)
-    network = seeded(seed, build)
+    network = build_with_seed(seed, build)
     digest = hashlib.sha256(settings_json.encode()).hexdigest()[:10]
     path = setup.folder / f"{name}-{digest}.safetensors"
     if not _try_load(network, path, settings_json):
@@ -99,7 +99,7 @@ def _try_load(network: nn.Module, path: Path, settings_json: str) -> bool:
     with contextlib.suppress(UserError):
         weights = read_weights(path)
         if weights.metadata.get("settings") == settings_json:
-            load_state(network, weights)
+            load_weights(network, weights)
             return True
     return False
 
@@ -111,7 +111,7 @@ class Batches:
 
     def __init__(self, examples: Examples, batch: int, seed: int) -> None:
         self.examples = examples
-        self.sampler = Order(len(examples[0]), batch, train=True, seed=seed)
+        self.sampler = BatchSampler(len(examples[0]), batch, train=True, seed=seed)
 
     def __len__(self) -> int:
         return len(self.sampler)

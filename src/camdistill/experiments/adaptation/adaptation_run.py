@@ -31,7 +31,7 @@ from camdistill.experiments.ranking.teacher_outputs import pool_of
 from camdistill.explain.gradcam import last_layer
 from camdistill.explain.learnable import LearnableCAM
 from camdistill.networks.teachers import Teacher
-from camdistill.store.array_files import locked
+from camdistill.store.array_files import lock_cache
 
 ADAPTED, RANDOMISED = "adapted.safetensors", "adapted_randomised.npz"
 
@@ -93,7 +93,7 @@ def adapt_study(
     base = f"grad_cam@{how.layers[-1]}" if how.layers else "grad_cam"
     folder = study.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "adapt", wait=False):
+    with lock_cache(folder / "adapt", wait=False):
         teacher = Teacher(study.teacher).to(device)
         # what is wrong with the other methods is told before hours of learning
         alone = replace(

@@ -20,15 +20,15 @@ from torch.func import functional_call
 
 from camdistill.data.views import view_maps
 from camdistill.distill.losses import map_distance, soft_targets_kl
-from camdistill.distill.training import as_images, seeded
+from camdistill.distill.training import as_images, build_with_seed
 from camdistill.errors import UserError
 from camdistill.experiments.ranking.ranking_arms import Family
 from camdistill.experiments.ranking.student_task import Pool, Recipe, Taught, batch_at
 from camdistill.explain.learnable import LearnableCAM, unit_contributions
 from camdistill.explain.maps import relu, resize
 from camdistill.networks.capture import capture
-from camdistill.networks.heads import head_of
-from camdistill.networks.teachers import Preprocessed, Teacher, preprocessed
+from camdistill.networks.heads import find_head
+from camdistill.networks.teachers import Preprocessed, Teacher, build_preprocessed
 from camdistill.types import Images, Logits, Pixels
 
 CHUNK = 64  # images of which the teacher is asked at once
@@ -104,7 +104,7 @@ class Learner:
     def __init__(self, network: Preprocessed, layer: str) -> None:
         self._network = network.train()
         self._layer = layer
-        self._head = f"network.{head_of(network.network)[0]}.weight"
+        self._head = f"network.{find_head(network.network)[0]}.weight"
         self.weights: Weights = dict(network.named_parameters())
         self.buffers: Weights = dict(network.named_buffers())
 
@@ -235,16 +235,18 @@ def adapt_once(
     """
     classes = task.logits.shape[1]
     device = task.pool.pixels.device
-    network = seeded(seed, lambda: preprocessed(family.spec, classes=classes)).to(device)
+    network = build_with_seed(seed, lambda: build_preprocessed(family.spec, classes=classes)).to(
+        device
+    )
     learner = Learner(network, family.layer)
-    optimiser = recipe.optimisation.optimiser_of(
+    optimiser = recipe.optimisation.build_optimizer(
         [weight for weight in learner.weights.values() if weight.ndim > 1],
         [weight for weight in learner.weights.values() if weight.ndim <= 1],
     )
     phi = [own for own in explainer.parameters() if own.requires_grad]
     outer = torch.optim.AdamW(phi, lr=lr, weight_decay=0.0)
     for step in range(recipe.steps):
-        rate = recipe.optimisation.lr * recipe.optimisation.rate(step / recipe.steps)
+        rate = recipe.optimisation.lr * recipe.optimisation.lr_factor(step / recipe.steps)
         ahead = look_ahead(
             learner,
             explainer,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from camdistill.data.datasets import ImageSet
 from camdistill.data.shapes import Shapes
-from camdistill.distill.training import as_images, as_taken
+from camdistill.distill.training import as_images, match_channels
 from camdistill.errors import UserError
 from camdistill.experiments.evaluation.evaluation_values import (
     CURVES,
@@ -179,7 +179,7 @@ def pictures(evaluation: Evaluation, start: int) -> Images:
 def _as_taken(
     subject: Subject, pixels: Pixels
 ) -> Float[Tensor, "batch channels_taken height width"]:
-    return as_taken(as_images(pixels), subject.channels)
+    return match_channels(as_images(pixels), subject.channels)
 
 
 def _positions(evaluation: Evaluation, start: int) -> NDArray[np.int64]:

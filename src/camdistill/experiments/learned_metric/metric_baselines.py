@@ -52,7 +52,7 @@ def by_hand(
     images = as_images(pool.pixels[rows])
     masks = _masks(found, pool.ids[rows].numpy())
     located = found.study.data.train_set
-    truth = [located.truth] if located is not None and located.truth else []
+    truth = [located.annotation_digest] if located is not None and located.annotation_digest else []
     names = [
         name
         for name, one in METRICS.items()

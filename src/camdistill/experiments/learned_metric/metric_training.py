@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from camdistill.distill.training import as_images, seeded
+from camdistill.distill.training import as_images, build_with_seed
 from camdistill.errors import UserError, check_number
 from camdistill.experiments.ranking.ranking_analysis import scores_of
 from camdistill.experiments.ranking.ranking_arms import NONE, Arm, arms_of
@@ -188,7 +188,7 @@ def fitted(
     bags = {name: some for name, some in bags.items() if len(some) > 1}
     maps = {name: torch.stack([bag.maps for bag in some]) for name, some in bags.items()}
     goals = {name: lessons[name].targets(some) for name, some in bags.items()}
-    metric = seeded(how.seed, lambda: LearnedMetric(how.members, how.units))
+    metric = build_with_seed(how.seed, lambda: LearnedMetric(how.members, how.units))
     optimiser = torch.optim.AdamW(metric.parameters(), lr=how.lr, weight_decay=how.weight_decay)
     generator = torch.Generator().manual_seed(how.seed)
     for step in range(how.steps):

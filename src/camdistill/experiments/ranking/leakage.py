@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from camdistill.distill.training import seeded
+from camdistill.distill.training import build_with_seed
 from camdistill.measure.intervals import Interval, bootstrap_interval
 from camdistill.types import Labels
 
@@ -45,7 +45,7 @@ def leak(maps: Float[Tensor, "images rows columns"], classes: Labels, seed: int 
     train, held = order[:cut], order[cut:]
     if not len(held):
         raise ValueError(f"{len(maps)} maps are too few to train with and to judge")
-    network = seeded(seed, lambda: _reader(int(classes.max()) + 1))
+    network = build_with_seed(seed, lambda: _reader(int(classes.max()) + 1))
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     network.train()
     for _ in range(STEPS):

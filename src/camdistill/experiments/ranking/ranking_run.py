@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from camdistill.distill.checks import check_images
+from camdistill.distill.checks import check_data_matches
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.experiments.ranking import teacher_outputs
@@ -24,9 +24,9 @@ from camdistill.experiments.ranking.student_controls import Control, randomised
 from camdistill.experiments.ranking.student_training import pooled_layer
 from camdistill.experiments.ranking.teacher_outputs import Piece, Sets
 from camdistill.experiments.shared.worker_pool import Crew
-from camdistill.networks.capture import capture, demand_runs
+from camdistill.networks.capture import capture, check_forward
 from camdistill.networks.teachers import Teacher
-from camdistill.store.array_files import locked
+from camdistill.store.array_files import lock_cache
 from camdistill.store.run_log import Ledger
 
 LEDGER = "runs.jsonl"
@@ -59,10 +59,10 @@ def prepared(study: Study, device: str, on_progress: Progress | None = None) -> 
     sources = {name: source(name, study.data, study.trust) for name in study.methods}
     sets = _sets(study)
     teacher = Teacher(study.teacher).to(device)
-    check_images(teacher.facts, sets.pool.size, sets.pool.classes, "teacher")
+    check_data_matches(teacher.facts, sets.pool.size, sets.pool.classes, "teacher")
     # what is wrong with the question is told before the teacher is asked for minutes
     images = as_images(sets.pool.batch([0, 1]).pixels)
-    demand_runs({"teacher": teacher}, images, cure="give another --data.size, or another teacher")
+    check_forward({"teacher": teacher}, images, cure="give another --data.size, or another teacher")
     with torch.no_grad(), capture(teacher, [one.layer for one in sources.values() if one.layer]):
         teacher(images.to(device))
     families = {
@@ -159,7 +159,7 @@ def ranked(
         on_unused: Told how many finished runs in the folder are of other settings, if any.
     """
     study.folder.mkdir(parents=True, exist_ok=True)
-    with locked(study.folder / "study", wait=False):
+    with lock_cache(study.folder / "study", wait=False):
         classroom = prepared(study, device, on_progress)
         asked = {method for method, kind in classroom.stored if kind}
         arms = arms_of(study.methods, study.controls, study.with_controls, study.shares, asked)

@@ -174,7 +174,9 @@ def randomised(teacher: Teacher, images: Images, seed: int) -> Teacher:
             weight.data.copy_(drawn * deviation + float(scales and not name.endswith("bias")))
     with torch.no_grad():
         bare(teacher.normalise(images))
-    return Teacher.of(bare, teacher.mean.flatten().tolist(), teacher.std.flatten().tolist())
+    return Teacher.from_network(
+        bare, teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()
+    )
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -17,14 +17,14 @@ from torchvision.ops import StochasticDepth
 
 from camdistill.data.views import View, view_maps
 from camdistill.distill.losses import map_distance, soft_targets_kl
-from camdistill.distill.training import as_images, seeded
+from camdistill.distill.training import as_images, build_with_seed
 from camdistill.errors import UserError
 from camdistill.experiments.ranking.student_task import Lesson, Pool, Recipe, batch_at
 from camdistill.explain.gradcam import explain_images, last_layer
 from camdistill.explain.maps import relu
-from camdistill.networks.capture import capture, demand_runs
-from camdistill.networks.heads import head_of
-from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
+from camdistill.networks.capture import capture, check_forward
+from camdistill.networks.heads import find_head
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, build_preprocessed
 from camdistill.perturb.probability import predict_labels
 from camdistill.types import Images, Pixels
 
@@ -63,7 +63,7 @@ class Students:
     def __init__(self, networks: Sequence[Preprocessed], layer: str) -> None:
         self.count = len(networks)
         self.layer = layer
-        self._head = f"network.{head_of(networks[0].network)[0]}.weight"
+        self._head = f"network.{find_head(networks[0].network)[0]}.weight"
         self._buffers: dict[str, Tensor] = {}
         if self.count == 1:
             self._network = networks[0].to(memory_format=torch.channels_last)
@@ -88,7 +88,9 @@ class Students:
     ) -> "Students":
         """Students that start from their seeds: equal seeds, equal weights."""
         starts = {
-            seed: seeded(seed, lambda: preprocessed(family, classes=classes)).to(device, dtype)
+            seed: build_with_seed(seed, lambda: build_preprocessed(family, classes=classes)).to(
+                device, dtype
+            )
             for seed in dict.fromkeys(seeds)
         }
         return cls([copy.deepcopy(starts[seed]) for seed in seeds], layer)
@@ -146,13 +148,13 @@ def pooled_layer(family: NetworkSpec, classes: int, images: Images) -> tuple[str
         UserError: The class activation map there is not Grad-CAM, as the head is not global average
             pooling and one linear layer.
     """
-    network = seeded(0, lambda: preprocessed(family, classes=classes)).eval()
+    network = build_with_seed(0, lambda: build_preprocessed(family, classes=classes)).eval()
     cure = "give another --data.size, or other students"
-    demand_runs({f"student '{family.name}'": network}, images, cure=cure)
+    check_forward({f"student '{family.name}'": network}, images, cure=cure)
     layer = last_layer(network, images)
     wanted = explain_images(network, images, [layer])
     own = None
-    if head_of(network.network)[1].weight.shape[1] == wanted.activations[layer].shape[1]:
+    if find_head(network.network)[1].weight.shape[1] == wanted.activations[layer].shape[1]:
         students = Students([network], layer)
         with torch.no_grad():
             _, activations = students.answers(images, shared=True)
@@ -196,13 +198,15 @@ def teach(students: Students, pool: Pool, lessons: Sequence[Lesson], recipe: Rec
     device, dtype = pool.pixels.device, students.decayed[0].dtype
     row = torch.tensor([seeds.index(lesson.seed) for lesson in lessons], device=device)
     guide = _Guide.of(lessons, row, dtype)
-    optimiser = recipe.optimisation.optimiser_of(students.decayed, students.others)
+    optimiser = recipe.optimisation.build_optimizer(students.decayed, students.others)
     half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
     students.train(True)
     loss = torch.zeros(len(lessons), device=device)
     for step in range(recipe.steps):
         for group in optimiser.param_groups:
-            group["lr"] = recipe.optimisation.lr * recipe.optimisation.rate(step / recipe.steps)
+            group["lr"] = recipe.optimisation.lr * recipe.optimisation.lr_factor(
+                step / recipe.steps
+            )
         batches = _Batches.of(pool, recipe, seeds, step)
         images = batches.images.to(dtype)
         with half:

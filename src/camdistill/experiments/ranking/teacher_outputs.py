@@ -28,13 +28,13 @@ from camdistill.experiments.ranking.student_task import Pool
 from camdistill.explain.maps import relu, resize
 from camdistill.networks.teachers import Teacher
 from camdistill.store.array_files import (
+    ArrayWriter,
     CacheError,
-    Draft,
-    Key,
-    locked,
+    CacheKey,
+    lock_cache,
+    open_arrays,
     pack,
-    read_arrays,
-    told,
+    report_write_errors,
     unpack,
 )
 from camdistill.types import Logits, Pixels
@@ -67,7 +67,7 @@ class Piece:
 def opened(piece: Piece) -> dict[str, Tensor]:
     """A piece's arrays, kept for the next run."""
     key = json.loads((piece.folder / "meta.json").read_text())["key"]
-    return read_arrays(piece.folder, key)
+    return open_arrays(piece.folder, key)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def answers(
     """Pixels and the teacher's logits of all sets, those of mirrored images too for the pool."""
     parts = _parts(sets)
 
-    def write(draft: Draft) -> None:
+    def write(draft: ArrayWriter) -> None:
         done, total = 0, sum(map(len, parts.values()))
         for name, images in parts.items():
             for rows in _chunks(draft, len(images), before=done):
@@ -123,7 +123,7 @@ def _parts(sets: Sets) -> dict[str, ImageSet]:
     return {"pool": sets.pool, "val": sets.val, "test": sets.test}
 
 
-def _key_of_answers(teacher: Teacher, sets: Sets) -> Key:
+def _key_of_answers(teacher: Teacher, sets: Sets) -> CacheKey:
     parts = _parts(sets).items()
     return {
         "version": VERSION,
@@ -132,7 +132,7 @@ def _key_of_answers(teacher: Teacher, sets: Sets) -> Key:
     }
 
 
-def _answer(draft: Draft, name: str, images: ImageSet, rows: slice, teacher: Teacher) -> None:
+def _answer(draft: ArrayWriter, name: str, images: ImageSet, rows: slice, teacher: Teacher) -> None:
     """Writes down what the teacher says of some images of a set, and with the first their ids."""
     views = 2 if name == "pool" else 1
     if rows.start == 0:
@@ -148,7 +148,7 @@ def _answer(draft: Draft, name: str, images: ImageSet, rows: slice, teacher: Tea
         draft.arrays[f"{name}/logits"][rows, view] = _logits(teacher, own).numpy()
 
 
-def _chunks(draft: Draft, count: int, *, before: int = 0) -> Iterator[slice]:
+def _chunks(draft: ArrayWriter, count: int, *, before: int = 0) -> Iterator[slice]:
     """The rows that a draft lacks, some at a time; what is done is noted in between.
 
     Args:
@@ -162,7 +162,7 @@ def _chunks(draft: Draft, count: int, *, before: int = 0) -> Iterator[slice]:
         yield rows
         draft.done = before + rows.stop
         if time.monotonic() - noted >= PAUSE:
-            draft.note()
+            draft.save_progress()
             noted = time.monotonic()
 
 
@@ -183,14 +183,14 @@ def maps(
         source: The method.
         on_progress: Told what is being made, and how many images are done of how many.
     """
-    key: Key = {
+    key: CacheKey = {
         "version": VERSION,
         "teacher": teacher_sha256(teacher) if source.of_teacher else None,
         "answers": known.sha256,
         "source": dict(source.key),
     }
 
-    def write(draft: Draft) -> None:
+    def write(draft: ArrayWriter) -> None:
         pool = pool_of(known)
         count, device = len(pool.pixels), teacher.mean.device
         for rows in _chunks(draft, count):
@@ -243,16 +243,16 @@ def _logits(teacher: Teacher, pixels: Pixels) -> Logits:
     return found.float().cpu()
 
 
-def _piece(root: Path, kind: str, key: Key, write: Callable[[Draft], None]) -> Piece:
+def _piece(root: Path, kind: str, key: CacheKey, write: Callable[[ArrayWriter], None]) -> Piece:
     folder = _folder(root, kind, key)
-    with told(folder, "name another --out"):
+    with report_write_errors(folder, "name another --out"):
         root.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with lock_cache(folder):
             try:
-                read_arrays(folder, key)
+                open_arrays(folder, key)
             except CacheError:
                 shutil.rmtree(folder, ignore_errors=True)
-                draft = Draft(folder, key)
+                draft = ArrayWriter(folder, key)
                 try:
                     write(draft)
                 except UserError:
@@ -263,7 +263,7 @@ def _piece(root: Path, kind: str, key: Key, write: Callable[[Draft], None]) -> P
     return Piece(folder, digest_of(meta["sha256"]))
 
 
-def _folder(root: Path, kind: str, key: Key) -> Path:
+def _folder(root: Path, kind: str, key: CacheKey) -> Path:
     return root / f"{kind}-{digest_of(key)[:24]}"
 
 

@@ -83,8 +83,8 @@ def controls(found: Found) -> list[str]:
 
 def trained(found: Found, arm: str) -> tuple[str, ...]:
     """The metrics that an arm was trained on, whatever stood where its images were changed."""
-    shown = found.plan.objective.shown  # where they are measured
-    return trained_metrics(replace(found.plan.refined[arm][0], shown=shown))
+    shown = found.plan.objective.replacement  # where they are measured
+    return trained_metrics(replace(found.plan.refined[arm][0], replacement=shown))
 
 
 def held_out(found: Found, arm: str) -> list[str]:

@@ -6,19 +6,19 @@ import numpy as np
 import torch
 
 from camdistill.data.views import identity_view
-from camdistill.distill.checks import check_images
-from camdistill.distill.differentiable_maps import explained
-from camdistill.distill.refinement_targets import Refinement, Seen
-from camdistill.distill.refiner import masks_of
+from camdistill.distill.checks import check_data_matches
+from camdistill.distill.differentiable_maps import explain_with_graph
+from camdistill.distill.refinement_targets import Refinement, ViewBatch
+from camdistill.distill.refiner import object_masks
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.experiments.refinement.refinement_config import CE, Plan
 from camdistill.experiments.refinement.refinement_worker import Workshop
 from camdistill.explain.methods import image_explainer
 from camdistill.measure.learned import load_metric
-from camdistill.networks.capture import demand_runs
+from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
-from camdistill.networks.teachers import Preprocessed, Teacher, preprocessed
+from camdistill.networks.teachers import Preprocessed, Teacher, build_preprocessed
 from camdistill.networks.weights import sha256_of
 from camdistill.perturb.probability import label_count
 from camdistill.types import Images, Labels, Maps
@@ -34,7 +34,7 @@ def demand_possible(workshop: Workshop) -> None:
     train, classes = sets.whole.train_set, len(sets.whole.classes)
     assert train is not None, "setup made it"
     if any(objective.kind == "energy" for objective, _ in plan.refined.values()):
-        masks_of(train)
+        object_masks(train)
     for objective, _ in plan.refined.values():
         if objective.file is not None:
             load_metric(objective.file)
@@ -45,8 +45,8 @@ def demand_possible(workshop: Workshop) -> None:
     networks = workshop.starting()
     _demand_different(plan)
     for network in networks:
-        demand_runs({"start network": network}, images, cure="give another --data.size")
-        check_images(network.facts, sets.test.size, sets.whole.classes, "start network")
+        check_forward({"start network": network}, images, cure="give another --data.size")
+        check_data_matches(network.facts, sets.test.size, sets.whole.classes, "start network")
         own = head_size(network.network)
         if classes and label_count(own) != classes and plan.recipe.keep != "start":
             raise UserError(
@@ -61,7 +61,7 @@ def demand_possible(workshop: Workshop) -> None:
         _demand_layers(plan, network, images)
         _demand_objectives(plan, network, images, ids)
         if plan.students is not None:  # they are judged at the same layers
-            student = preprocessed(plan.students.network, classes=own)
+            student = build_preprocessed(plan.students.network, classes=own)
             _demand_layers(plan, student.to(workshop.device).eval(), images)
 
 
@@ -109,7 +109,7 @@ def _demand_objectives(plan: Plan, network: Preprocessed, images: Images, ids: L
             continue
         refinement = Refinement(objective, arm, plan.seed)
         try:
-            _, classes, maps = explained(network, images, objective.cam, objective.layer)
-            refinement.loss(network, Seen(images, ids, view, classes, maps, masks), 0)
+            _, classes, maps = explain_with_graph(network, images, objective.cam, objective.layer)
+            refinement.loss(network, ViewBatch(images, ids, view, classes, maps, masks), 0)
         except ValueError as error:
             raise UserError(f"{name} can't be asked about these images: {error}") from error

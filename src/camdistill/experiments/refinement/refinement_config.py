@@ -8,9 +8,9 @@ from typing import Literal
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment
 from camdistill.distill.optimization import Optimisation
-from camdistill.distill.refinement_targets import ARMS, Arm, Objective
+from camdistill.distill.refinement_targets import ARMS, Objective, RefinementArm
 from camdistill.distill.refiner import RECIPE
-from camdistill.distill.training import plain
+from camdistill.distill.training import to_plain_data
 from camdistill.errors import UserError, check_each_once, check_folder_name, check_number
 from camdistill.explain.methods import AT_PIXELS, find_method
 from camdistill.measure.removal import ROAD_LEVELS
@@ -18,7 +18,7 @@ from camdistill.networks.teachers import NetworkSpec
 from camdistill.networks.weights import sha256_of
 
 START: Literal["start"] = "start"
-CE: Arm = "ce"
+CE: RefinementArm = "ce"
 STUDENT = "student of "
 """Before the arm whose network taught it."""
 Precision = Literal["float32", "bfloat16"]
@@ -166,7 +166,7 @@ class Plan:
     checkpoints: Sequence[Path] = ()
     network: NetworkSpec | None = None
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    arms: Sequence[Arm] = ARMS
+    arms: Sequence[RefinementArm] = ARMS
     also: Mapping[str, Objective] = field(default_factory=dict)
     start: StartRecipe = field(default_factory=StartRecipe)
     recipe: RefineRecipe = field(default_factory=RefineRecipe)
@@ -247,9 +247,9 @@ class Plan:
         return self.objective.kind
 
     @property
-    def refined(self) -> dict[str, tuple[Objective, Arm]]:
+    def refined(self) -> dict[str, tuple[Objective, RefinementArm]]:
         """Every arm by name, cross-entropy alone first: what the others are matched to."""
-        chosen: dict[str, tuple[Objective, Arm]] = {CE: (self.objective, CE)}
+        chosen: dict[str, tuple[Objective, RefinementArm]] = {CE: (self.objective, CE)}
         for arm in self.objective.arms:
             if arm in self.arms and arm != CE:
                 chosen[self.main if arm == "objective" else arm] = (self.objective, arm)
@@ -258,7 +258,7 @@ class Plan:
 
 def told(objective: Objective) -> dict[str, object]:
     """All that decides what is trained: of files what is in them, not where they are."""
-    said: dict[str, object] = plain(objective)
+    said: dict[str, object] = to_plain_data(objective)
     del said["file"]
     if objective.teacher is not None:
         said["teacher"] = _content_of(objective.teacher)
@@ -267,7 +267,7 @@ def told(objective: Objective) -> dict[str, object]:
 
 def _content_of(network: NetworkSpec) -> dict[str, object]:
     """A network's settings, with what is in its file of weights where it has one."""
-    said: dict[str, object] = plain(network)
+    said: dict[str, object] = to_plain_data(network)
     file = Path(network.weights or "")
     return said | {"weights": sha256_of(file)} if file.is_file() else said
 
@@ -280,8 +280,8 @@ def of_maps(plan: Plan) -> Mapping[str, object]:
         teacher = [_content_of(one.teacher), one.teacher_layer]
     file = None if one.file is None else sha256_of(Path(one.file))
     return {
-        "cam": [one.cam, one.layer, one.shown],
-        "views": plain(one.views),
+        "cam": [one.cam, one.layer, one.replacement],
+        "views": to_plain_data(one.views),
         "teacher": teacher,
         "metric": file,
     }

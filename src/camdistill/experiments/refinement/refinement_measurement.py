@@ -133,7 +133,7 @@ class Judge:
             ).combine(),
         }
         if refined:
-            kind = self.objective.shown
+            kind = self.objective.replacement
             inserted = insertion(network, images, classes, order, scene.shown)
             removed = deletion(network, images, classes, order, scene.shown)
             found |= {f"insertion_{kind}": inserted.area(), f"deletion_{kind}": removed.area()}
@@ -220,7 +220,7 @@ def _scene(
         classes=classes,
         plan=BANK,
     )
-    shown = baseline(images, judge.objective.shown)
+    shown = baseline(images, judge.objective.replacement)
     known = None if judge.objective.file is None else image_context(network, images, classes)
     labels = predict_labels(logits)
     return _Scene(network, images, classes, labels, masks, shown, asked, known, seed)
@@ -240,9 +240,9 @@ def trained_metrics(objective: Objective) -> tuple[str, ...]:
     """What an objective is trained on; everything else is held out."""
     return {
         "insertion_deletion": (
-            (f"insertion_{objective.shown}", f"deletion_{objective.shown}")
+            (f"insertion_{objective.replacement}", f"deletion_{objective.replacement}")
             if objective.deletion
-            else (f"insertion_{objective.shown}",)
+            else (f"insertion_{objective.replacement}",)
         ),
         "faithfulness": ("faithfulness_correlation",),
         "consistency": ("view_cosine",),

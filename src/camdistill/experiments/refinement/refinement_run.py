@@ -21,7 +21,7 @@ from camdistill.experiments.refinement.refinement_records import Job, Refined
 from camdistill.experiments.refinement.refinement_worker import Workshop
 from camdistill.experiments.shared.worker_pool import Crew
 from camdistill.measure.metrics import METRICS
-from camdistill.store.array_files import locked
+from camdistill.store.array_files import lock_cache
 from camdistill.store.run_log import Ledger
 
 LEDGER = "runs.jsonl"
@@ -128,7 +128,7 @@ def refined(
         on_unused: Told how many finished runs in the folder are of other settings, if any.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with locked(plan.folder / "study", wait=False):
+    with lock_cache(plan.folder / "study", wait=False):
         workshop = Workshop(plan, device)
         demand_possible(workshop)
         ledger = Ledger(plan.folder / LEDGER, Refined)

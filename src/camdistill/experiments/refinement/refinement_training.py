@@ -14,7 +14,7 @@ from torch import Tensor
 
 from camdistill.data.modules import ImageData
 from camdistill.distill.refiner import Refiner
-from camdistill.distill.training import Training
+from camdistill.distill.training import TrainingModule
 from camdistill.experiments.refinement.refinement_config import Precision
 
 
@@ -44,7 +44,7 @@ class Chosen(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at an epoch."""
         assert isinstance(pl_module, Refiner), "it chooses among epochs of a refinement"
-        self.look(pl_module.kept_share(), pl_module.fitted.network.state_dict())
+        self.look(pl_module.retention(), pl_module.fitted.network.state_dict())
 
     def look(self, accuracy: float, state: Mapping[str, Tensor]) -> None:
         """Looks at an epoch's accuracy and weights; these are copied where they are kept."""
@@ -58,7 +58,7 @@ class Chosen(Callback):
 
 
 def trained(
-    module: Training,
+    module: TrainingModule,
     data: ImageData,
     *,
     epochs: int,

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from camdistill.data.datasets import ImageSet, limited
+from camdistill.data.datasets import ImageSet, limit_set
 from camdistill.data.modules import ImageData
-from camdistill.distill.checkpoints import load, save
+from camdistill.distill.checkpoints import load, write_checkpoint
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.distill.refiner import Refiner
-from camdistill.distill.training import plain
+from camdistill.distill.training import to_plain_data
 from camdistill.errors import UserError
 from camdistill.experiments.ranking.teacher_outputs import digest_of
 from camdistill.experiments.refinement import refinement_measurement
@@ -29,7 +29,7 @@ from camdistill.experiments.refinement.refinement_config import (
 from camdistill.experiments.refinement.refinement_measurement import Judge
 from camdistill.experiments.refinement.refinement_records import Job, Refined, packed
 from camdistill.experiments.refinement.refinement_training import Chosen, trained
-from camdistill.networks.teachers import NetworkSpec, Preprocessed, preprocessed
+from camdistill.networks.teachers import NetworkSpec, Preprocessed, build_preprocessed
 from camdistill.networks.weights import sha256_of
 from camdistill.types import Images, Labels, Maps
 
@@ -91,16 +91,16 @@ class Workshop:
         common = {
             "version": [VERSION, refinement_measurement.VERSION],
             "test": sets.whole.fingerprints["test"],
-            **({"truth": sets.test.truth} if sets.test.truth else {}),
-            "judged": [plain(plan.judging), len(sets.test), plan.seed],
-            "maps": plain(of_maps(plan)),
+            **({"truth": sets.test.annotation_digest} if sets.test.annotation_digest else {}),
+            "judged": [to_plain_data(plan.judging), len(sets.test), plan.seed],
+            "maps": to_plain_data(of_maps(plan)),
             "start": self._start_digest(job.start),
         }
         if job.arm == START:
             return digest_of(common)
         if job.arm.startswith(STUDENT):
             teacher = replace(job, arm=job.arm.removeprefix(STUDENT))
-            taught = [plain(plan.students), self.key(teacher)]
+            taught = [to_plain_data(plan.students), self.key(teacher)]
             base = replace(job, arm=STUDENT + CE, floor=None)
             against = None if job == base else self.key(base)
             return digest_of(common | {"student": taught, "against": against})
@@ -108,12 +108,14 @@ class Workshop:
         own = {
             "objective": told(objective) if arm != "ce" else None,
             "arm": arm,
-            "recipe": plain(plan.recipe),
+            "recipe": to_plain_data(plan.recipe),
             "floor": job.floor,
             "order": self._order(job.start),
             "images": self._images(),
         }
-        located = _known(sets.whole.train_set).truth if objective.kind == "energy" else ""
+        located = (
+            _known(sets.whole.train_set).annotation_digest if objective.kind == "energy" else ""
+        )
         return digest_of(common | own | ({"located": located} if located else {}))
 
     def path(self, job: Job) -> Path:
@@ -154,7 +156,7 @@ class Workshop:
                 if recipe is not None:
                     recipe.augment.check_size(train.size)
             refining = copy.copy(data)
-            refining.train_set = limited(train, plan.recipe.images, plan.seed)
+            refining.train_set = limit_set(train, plan.recipe.images, plan.seed)
             order = np.random.default_rng([plan.seed, *b"refine"]).permutation(len(test))
             rows = np.sort(order[: plan.judging.images])
             self._sets = _Sets(data, refining, test.subset(rows))
@@ -169,7 +171,7 @@ class Workshop:
             raise UserError(
                 "the images have no labels, so no start network can be trained; give --checkpoints"
             )
-        return [preprocessed(plan.network, classes=classes).to(self.device).eval()]
+        return [build_preprocessed(plan.network, classes=classes).to(self.device).eval()]
 
     def _started(self, start: str) -> Preprocessed:
         plan, path = self.plan, self.path(Job(start, START))
@@ -190,7 +192,7 @@ class Workshop:
                 precision=plan.start.precision,
                 device=self.device,
             )
-            save(module, path)
+            write_checkpoint(module, path)
         return self.network(start)
 
     def _refined(self, job: Job) -> tuple[Preprocessed, Chosen]:
@@ -218,7 +220,7 @@ class Workshop:
             callbacks=[chosen],
         )
         module.network.network.load_state_dict(chosen.state)
-        save(module, self.path(job))
+        write_checkpoint(module, self.path(job))
         return module.network.to(self.device).eval(), chosen
 
     def _taught(self, job: Job) -> Preprocessed:
@@ -239,7 +241,7 @@ class Workshop:
         )
         module.cure = _cure(job.start, job.arm, "students")
         data = copy.copy(sets.whole)
-        data.train_set = limited(_known(data.train_set), recipe.images, self.plan.seed)
+        data.train_set = limit_set(_known(data.train_set), recipe.images, self.plan.seed)
         trained(
             module,
             data,
@@ -248,7 +250,7 @@ class Workshop:
             precision="float32",
             device=self.device,
         )
-        save(module, self.path(job))
+        write_checkpoint(module, self.path(job))
         return module.student.to(self.device).eval()
 
     def _spec(self, start: str) -> NetworkSpec:
@@ -278,7 +280,7 @@ class Workshop:
         if plan.network is None:
             return sha256_of(self.path(Job(start, START)))
         seed = plan.seeds[plan.starts.index(start)]
-        made = [plain(plan.network), plain(plan.start), seed, self._images()]
+        made = [to_plain_data(plan.network), to_plain_data(plan.start), seed, self._images()]
         return digest_of({"version": VERSION, "start": made})
 
     def _images(self) -> list[object]:

@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
-from camdistill.distill.checkpoints import is_saved, restore, save
+from camdistill.distill.checkpoints import is_saved, restore, write_checkpoint
 from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.errors import UserError, check_number, shorten
 from camdistill.experiments.training.checkpoint_io import (
@@ -200,7 +200,7 @@ class Experiment(LightningCLI):
     def _readable(self, path: str) -> str | None:
         """A checkpoint for Lightning; a small one, which has weights alone, is ours to read."""
         found = read_weights(path)
-        if found.whole:
+        if found.is_lightning:
             return path
         if self.subcommand == "fit":
             raise UserError(
@@ -285,7 +285,7 @@ class Experiment(LightningCLI):
         if self.trainer.is_global_zero:
             if not is_saved(self.model, path):
                 self.removed = remove_earlier_results(self.folder)
-            save(self.model, path)
+            write_checkpoint(self.model, path)
         return path
 
     def write_results(self) -> dict[str, object]:

@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.strategies import StrategyRegistry
 
-from camdistill.distill.training import Training
+from camdistill.distill.training import TrainingModule
 from camdistill.errors import UserError, nearest, shorten
 
 LARGEST_SEED = 2**32 - 1  # numpy's
@@ -207,7 +207,7 @@ def check_callbacks(callbacks: list[Callback], model: LightningModule) -> None:
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
             _check_file_name(callback)
-    if not isinstance(model, Training):
+    if not isinstance(model, TrainingModule):
         return
     for callback in callbacks:
         if isinstance(callback, LearningRateFinder):

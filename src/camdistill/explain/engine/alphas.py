@@ -13,7 +13,7 @@ from camdistill.explain.engine.graph import ScoreGraph
 from camdistill.explain.engine.image_separation import keeps_images_apart, measure_mixing
 from camdistill.explain.engine.recording import LayerRecord
 from camdistill.explain.engine.request import Grad, Request, class_columns, score_columns, upcast
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.perturb.probability import probabilities
 
 # Gradients in float16 below 6e-8 are 0; as S is scaled and alpha scaled back, they aren't.
@@ -111,7 +111,7 @@ def check_unmixed_graph(
             return False
         if is_mixed:
             raise UserError(
-                f"{type(bare(request.network)).__name__} mixes the images of a batch behind layer "
+                f"{type(unwrap(request.network)).__name__} mixes the images of a batch behind layer "
                 f"'{name}': give one image at a time"
             )
     return True
@@ -123,7 +123,7 @@ def _gradients(
     """The gradients [N, ...] of every column's sum at the places."""
     totals, edges = scores.sum(0), list(places.values())
     chunk_size = _chunk_size(request, graph) if len(totals) > 1 else 1
-    one_by_one = _ONE_BY_ONE.setdefault(bare(request.network), set())
+    one_by_one = _ONE_BY_ONE.setdefault(unwrap(request.network), set())
     if chunk_size > 1 and one_by_one.isdisjoint(places):
         try:
             return _in_chunks(totals, edges, chunk_size, request.grad)

@@ -10,7 +10,7 @@ from camdistill.explain.engine.alphas import alphas_by_gradient, linear_head_map
 from camdistill.explain.engine.closed_form import find_linear_head, head_weight
 from camdistill.explain.engine.recording import Recording, check_intact_outputs, record_forward
 from camdistill.explain.engine.request import Request, resolve_classes, score_columns, upcast
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.types import Activations
 
 
@@ -72,7 +72,7 @@ def _ends_with(forward: Recording, request: Request) -> bool:
     """Whether the layer asked for is the last that gave a grid of cells; of tokens nobody knows."""
     (layer,) = request.names
     last, shape = forward.finished[-1] if forward.finished else (None, ())
-    return len(shape) == 4 and last is bare(request.network).get_submodule(layer)
+    return len(shape) == 4 and last is unwrap(request.network).get_submodule(layer)
 
 
 def _linear_heads(forward: Recording) -> dict[str, nn.Module | None]:

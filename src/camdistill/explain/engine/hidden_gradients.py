@@ -9,7 +9,13 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from camdistill.errors import UserError
-from camdistill.networks.capture import bare, layer_names, plain, undisturbed, visiting
+from camdistill.networks.capture import (
+    inspection_mode,
+    layer_names,
+    unwrap,
+    unwrap_outer,
+    visit_layers,
+)
 from camdistill.types import Images
 
 
@@ -36,7 +42,7 @@ def describe_missing_gradient(network: nn.Module, images: Images, names: Sequenc
         images: That it was asked about.
         names: The layers; none stands for the pixels.
     """
-    inner = type(bare(network)).__name__
+    inner = type(unwrap(network)).__name__
     places = f"every one of the layers {list(names)}" if names else "the pixels"
     if _in_reentrant(network, images, names or layer_names(network)):
         return _refusal(inner, places)
@@ -64,6 +70,6 @@ def _in_reentrant(network: nn.Module, images: Images, names: Sequence[str]) -> b
             is_inside = frame.f_code is CheckpointFunction.forward.__code__
             frame = frame.f_back
 
-    with undisturbed(network), visiting(network, names, look, required=False):
-        plain(network)(images[:1])
+    with inspection_mode(network), visit_layers(network, names, look, required=False):
+        unwrap_outer(network)(images[:1])
     return is_inside

@@ -5,7 +5,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from camdistill.networks.capture import bare, plain, structure, undisturbed, visiting
+from camdistill.networks.capture import (
+    inspection_mode,
+    structure_fingerprint,
+    unwrap,
+    unwrap_outer,
+    visit_layers,
+)
 from camdistill.types import Images
 
 # A CPU is fastest while a forward fits its caches: ResNet-20, occlusion of 8 images of 32 pixels
@@ -61,9 +67,9 @@ def memory_budget(images: Images, memory: int | None) -> int:
 
 def footprint(network: nn.Module, images: Images) -> Footprint:
     """Measures a network by running it on one image; it is remembered."""
-    inner = bare(network)
+    inner = unwrap(network)
     footprints = _FOOTPRINTS.setdefault(inner, {})
-    key = (tuple(images.shape[1:]), images.element_size(), structure(inner))
+    key = (tuple(images.shape[1:]), images.element_size(), structure_fingerprint(inner))
     if key not in footprints:
         outputs: list[tuple[str, int]] = []
 
@@ -72,8 +78,8 @@ def footprint(network: nn.Module, images: Images) -> Footprint:
                 outputs.append((name, output.numel() * output.element_size()))
 
         names = [name for name, part in inner.named_modules() if name and not list(part.children())]
-        with undisturbed(network), visiting(network, names, note, required=False):
-            plain(network)(images[:1])
+        with inspection_mode(network), visit_layers(network, names, note, required=False):
+            unwrap_outer(network)(images[:1])
         footprints[key] = Footprint(images[:1].numel() * images.element_size(), tuple(outputs))
     return footprints[key]
 

@@ -16,7 +16,14 @@ from camdistill.explain.engine.graph import Edge
 from camdistill.explain.engine.norms import light_norms
 from camdistill.explain.engine.request import Request, upcast
 from camdistill.explain.engine.tokens import are_tokens, cell_transform
-from camdistill.networks.capture import bare, parts, plain, tensor, visiting, watching
+from camdistill.networks.capture import (
+    check_tensor,
+    list_modules,
+    unwrap,
+    unwrap_outer,
+    visit_layers,
+    watch_modules,
+)
 
 # Modules that only pass on what the layer before them gave, smaller or thinned out.
 PASS_THROUGH = (
@@ -82,14 +89,14 @@ def record_forward(request: Request, record: bool, *, follow: bool = False) -> R
         record: Whether the whole network has a graph.
         follow: Whether to note every module that gives a spatial output.
     """
-    inner = bare(request.network)
+    inner = unwrap(request.network)
     layers: dict[str, LayerRecord] = {}
     heads: dict[nn.Module, Node] = {}
     finished: list[tuple[nn.Module, torch.Size]] = []
     size = (request.images.shape[-2], request.images.shape[-1])
 
     def visit(name: str, output: object) -> Tensor | None:
-        values = tensor(name, output)
+        values = check_tensor(name, output)
         to_cells = cell_transform(name, values, size, request.layout)
         activations = values if to_cells is None else to_cells(values)
         _check_spatial(name, values, activations, len(request.images))
@@ -101,7 +108,7 @@ def record_forward(request: Request, record: bool, *, follow: bool = False) -> R
             torch.set_grad_enabled(True)
         return _tap(layers[name])
 
-    modules = parts(inner)
+    modules = list_modules(inner)
     head_candidates = (
         {module for module in modules if may_be_head(module)} if request.maps else set()
     )
@@ -114,8 +121,8 @@ def record_forward(request: Request, record: bool, *, follow: bool = False) -> R
             finished.append((module, shape))
 
     with (
-        visiting(request.network, request.names, visit),
-        watching(head_candidates | spatial, note),
+        visit_layers(request.network, request.names, visit),
+        watch_modules(head_candidates | spatial, note),
         light_norms(modules) if request.maps and request.grad == "none" else nullcontext(),
     ):
         output = _output(request, modules)
@@ -150,7 +157,7 @@ def check_intact_outputs(layers: dict[str, LayerRecord]) -> None:
 def _output(request: Request, modules: Sequence[nn.Module]) -> object:
     if request.grad != "none":
         return request.network(request.images)
-    network = plain(request.network)
+    network = unwrap_outer(request.network)
     if request.maps and any(
         value is not None and value.is_inference()
         for part in {network, *modules}

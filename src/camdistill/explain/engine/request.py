@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from camdistill.errors import UserError
 from camdistill.explain.engine.image_separation import measure_mixing
 from camdistill.explain.engine.tokens import Kind, Layout
-from camdistill.networks.capture import bare, parts
+from camdistill.networks.capture import list_modules, unwrap
 from camdistill.networks.network_checks import SUSPECT, check_explainable
 from camdistill.perturb.probability import probabilities
 from camdistill.types import Images
@@ -156,7 +156,7 @@ def check_output_logits(request: Request, output: object) -> Tensor:
             f"{list(output.shape)}{'' if output.is_floating_point() else f' {output.dtype}'}"
         )
     raise UserError(
-        f"{type(bare(request.network)).__name__} gives {description}, not logits "
+        f"{type(unwrap(request.network)).__name__} gives {description}, not logits "
         f"[{len(request.images)}, classes]: give logits=, a function that takes them out of it, or "
         "score=, a function of that output which returns one score an image"
     )
@@ -198,7 +198,7 @@ def check_separate_images(network: nn.Module, count: int) -> None:
 
     And what can't be explained at all.
     """
-    inner, suspects = bare(network), check_explainable_network(network)
+    inner, suspects = unwrap(network), check_explainable_network(network)
     if not any(_mixes(module, count) for module in suspects):
         return
     name, module = next(entry for entry in inner.named_modules() if _mixes(entry[1], count))
@@ -216,8 +216,8 @@ def check_separate_images(network: nn.Module, count: int) -> None:
 
 def check_explainable_network(network: nn.Module) -> list[nn.Module]:
     """Refuse what has no layers, gradients or weights; returns the parts that were looked at."""
-    inner = bare(network)
-    suspects = [module for module in parts(inner) if isinstance(module, _SUSPECT)]
+    inner = unwrap(network)
+    suspects = [module for module in list_modules(inner) if isinstance(module, _SUSPECT)]
     check_explainable(inner, type(inner).__name__, suspects)
     return suspects
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from camdistill.errors import UserError, nearest
-from camdistill.networks.capture import bare, plain, undisturbed, visiting
+from camdistill.networks.capture import inspection_mode, unwrap, unwrap_outer, visit_layers
 from camdistill.types import Images
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus)
@@ -119,7 +119,7 @@ def choice(
             if not meant:
                 known = nearest(pattern, dict.fromkeys(_names(events)))
                 raise UserError(
-                    f"no layer '{pattern}' in {type(bare(network)).__name__}; {known}. "
+                    f"no layer '{pattern}' in {type(unwrap(network)).__name__}; {known}. "
                     "Patterns such as 'layer3.*' work too"
                 )
             _demand_units_first(f"layers '{pattern}'", meant)
@@ -127,7 +127,7 @@ def choice(
         chosen = [event for event in events if id(event) in wanted]
     if not chosen:
         raise UserError(
-            f"{type(bare(network)).__name__} has no convolution and no non-linearity as a module: "
+            f"{type(unwrap(network)).__name__} has no convolution and no non-linearity as a module: "
             "name layers by --layers"
         )
     if patterns is None:
@@ -154,7 +154,7 @@ def all_layers(network: nn.Module, images: Images) -> tuple[Layer, ...]:
 
 
 def _events(network: nn.Module, images: Images) -> list[_Event]:
-    inner = bare(network)
+    inner = unwrap(network)
     # A module that stands in two places has two names; it is one layer, under the first.
     modules = {path: module for path, module in inner.named_modules() if path}
     calls: Counter[str] = Counter()
@@ -183,8 +183,11 @@ def _events(network: nn.Module, images: Images) -> list[_Event]:
         event.units_last = _units_last(event, value, found)
         found.append(event)
 
-    with undisturbed(network), visiting(network, modules, note, before=enter, required=False):
-        plain(network)(images[:1])
+    with (
+        inspection_mode(network),
+        visit_layers(network, modules, note, before=enter, required=False),
+    ):
+        unwrap_outer(network)(images[:1])
     return found
 
 

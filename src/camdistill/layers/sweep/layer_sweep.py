@@ -27,7 +27,7 @@ from camdistill.layers.sweep.sweep_plan import Options, Plan
 from camdistill.layers.sweep.sweep_result import told
 from camdistill.layers.sweep.sweep_state import Seen, State, from_tensors, size_of, to_tensors
 from camdistill.layers.sweep.sweep_summary import Sweep
-from camdistill.networks.capture import plain, tensor, undisturbed, visiting
+from camdistill.networks.capture import check_tensor, inspection_mode, unwrap_outer, visit_layers
 from camdistill.types import Batch, Images, Labels
 
 ROWS = 64  # images that the untrained copies' batch statistics are of, at most
@@ -179,10 +179,10 @@ class LayerSweep:
         keys = [layer.key for layer in self.plan.layers[name]]
         network = self.networks[name]
         with (
-            undisturbed(network),
-            visiting(network, keys, glance.after, before=glance.before),
+            inspection_mode(network),
+            visit_layers(network, keys, glance.after, before=glance.before),
         ):
-            plain(network)(images)
+            unwrap_outer(network)(images)
         return glance
 
     def _compared(self, glances: Mapping[str, Glance]) -> dict[str, State]:
@@ -204,10 +204,10 @@ class LayerSweep:
         means: dict[str, Tensor] = {}
 
         def visit(key: str, output: object) -> None:
-            means[key] = spatial(tensor(key, output)).mean((2, 3)).cpu().double()
+            means[key] = spatial(check_tensor(key, output)).mean((2, 3)).cpu().double()
 
         fresh = self._untrained[name]
-        with visiting(fresh, [layer.key for layer in layers], visit):
+        with visit_layers(fresh, [layer.key for layer in layers], visit):
             fresh(images)
         found: dict[str, State] = {}
         for kind, features in (

@@ -14,7 +14,7 @@ from camdistill.layers.sweep.statistics.top_images import TopKeys
 from camdistill.layers.sweep.statistics.unit_activity import UnitSums
 from camdistill.layers.sweep.sweep_plan import Plan
 from camdistill.layers.sweep.sweep_state import State
-from camdistill.networks.capture import tensor
+from camdistill.networks.capture import check_tensor
 
 
 class Glance:
@@ -43,12 +43,12 @@ class Glance:
         """What a layer is given, before it may overwrite it."""
         layer = self.layers[key]
         if layer.activated:
-            self.states[self._key(layer, "pre")] = _counted(tensor(key, given))
+            self.states[self._key(layer, "pre")] = _counted(check_tensor(key, given))
 
     def after(self, key: str, gave: object) -> None:
         """What a layer gave."""
         layer = self.layers[key]
-        output = spatial(self._checked(layer, tensor(key, gave)))
+        output = spatial(self._checked(layer, check_tensor(key, gave)))
         numbers = reduced(output, rectified=layer.rectified, bound=layer.bound)
         self._numbers[key] = numbers
         self.states[self._key(layer, "units")] = UnitSums.of(numbers)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from camdistill.layers.units.image_spectra import COLOURS, draw_spectra, painted
 from camdistill.layers.units.jitter import move_images
 from camdistill.layers.units.random_images import RandomLevels, random_levels, unit_values
-from camdistill.networks.capture import bare
+from camdistill.networks.capture import unwrap
 from camdistill.types import Images, PerImage
 
 __all__ = ["COLOURS", "Maximised", "maximised", "painted"]
@@ -104,7 +104,7 @@ def maximised(
     Raises:
         UserError: The layer has no such unit.
     """
-    device = next((weight.device for weight in bare(network).parameters()), torch.device("cpu"))
+    device = next((weight.device for weight in unwrap(network).parameters()), torch.device("cpu"))
     asked = _Asked(network, layer, tuple(units), before, size, channels)
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.enable_grad(), _frozen(network):
@@ -281,7 +281,7 @@ def _scores(asked: _Asked, spectra: Spectra) -> Float[Tensor, "images units"]:
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
     """Eval mode and no gradient of weights, put back afterwards."""
-    inner = bare(network)  # a teacher doesn't count its network among its modules
+    inner = unwrap(network)  # a teacher doesn't count its network among its modules
     modes = [(module, module.training) for module in inner.modules()]
     asked = [(weight, weight.requires_grad) for weight in inner.parameters()]
     try:

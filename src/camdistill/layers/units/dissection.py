@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.engine.request import upcast
-from camdistill.networks.capture import capture, plain, undisturbed
+from camdistill.networks.capture import capture, inspection_mode, unwrap_outer
 from camdistill.types import Images
 
 TOPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -102,13 +102,13 @@ def dissect(
     concepts = torch.stack([mask.flatten(1) for mask in masks.values()], 1)
     thresholds: dict[str, Tensor] = {}
     tallies: dict[str, list[_Tally]] = {}
-    with undisturbed(network):
+    with inspection_mode(network):
         for layer, values in _sampled(network, images[0::2], layers, chunk).items():
             thresholds[layer] = _quantiles(values, images.shape[2:], room)
         for start in range(0, count, chunk):
             part = images[start : start + chunk]
             with capture(network, layers) as outputs:
-                plain(network)(part)
+                unwrap_outer(network)(part)
             half = (torch.arange(start, start + len(part)) % 2).bool()
             for layer in layers:
                 both = tallies.setdefault(layer, [_Tally(), _Tally()])
@@ -191,7 +191,7 @@ def _sampled(
     found: dict[str, list[Tensor]] = {}
     for part in torch.split(images[places], chunk):
         with capture(network, layers) as outputs:
-            plain(network)(part)
+            unwrap_outer(network)(part)
         for layer, output in outputs.items():
             found.setdefault(layer, []).append(output)
     return {layer: torch.cat(parts) for layer, parts in found.items()}

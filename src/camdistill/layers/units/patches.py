@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from camdistill.explain.engine.request import upcast
 from camdistill.layers.units.receptive_spans import Field, ReceptiveField
-from camdistill.networks.capture import capture, plain, undisturbed
+from camdistill.networks.capture import capture, inspection_mode, unwrap_outer
 from camdistill.types import Images
 
 ACTIVE_SHARE = 0.5  # of the unit's maximum in the image: where the region's border is drawn
@@ -104,9 +104,9 @@ def unit_maps(
         chunk: Images in one forward.
     """
     found = []
-    with undisturbed(network):
+    with inspection_mode(network):
         for part in torch.split(images, chunk):
             with capture(network, [layer]) as outputs:
-                plain(network)(part)
+                unwrap_outer(network)(part)
             found.append(upcast(outputs[layer][:, list(units)]).float().cpu())
     return torch.cat(found)

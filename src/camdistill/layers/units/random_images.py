@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from camdistill.errors import UserError
 from camdistill.explain.engine.request import upcast
 from camdistill.layers.units.image_spectra import draw_spectra, painted
-from camdistill.networks.capture import bare, plain, tensor, undisturbed, visiting
+from camdistill.networks.capture import (
+    check_tensor,
+    inspection_mode,
+    unwrap,
+    unwrap_outer,
+    visit_layers,
+)
 from camdistill.types import Images
 
 COUNT = 1000  # random images of each kind
@@ -57,9 +63,9 @@ def random_levels(
         channels: Of the images.
         count: How many images of each kind.
     """
-    device = next((weight.device for weight in bare(network).parameters()), torch.device("cpu"))
+    device = next((weight.device for weight in unwrap(network).parameters()), torch.device("cpu"))
     kinds: dict[str, list[list[Tensor]]] = {name: [[], []] for name in layers}
-    with undisturbed(network):
+    with inspection_mode(network):
         for kind in (0, 1):
             for images in _random_images(kind, count, channels, size):
                 found = unit_values(network, layers, images.to(device))
@@ -97,14 +103,14 @@ def unit_values(
 
     def entering(name: str, value: object) -> None:
         if layers[name]:
-            given[name] = tensor(name, value).clone()  # the layer may overwrite it
+            given[name] = check_tensor(name, value).clone()  # the layer may overwrite it
 
     def leaving(name: str, value: object) -> Tensor:
-        outputs[name] = tensor(name, value)
+        outputs[name] = check_tensor(name, value)
         return outputs[name].clone()  # so may what comes after
 
-    with visiting(network, list(layers), leaving, before=entering):
-        plain(network)(images)
+    with visit_layers(network, list(layers), leaving, before=entering):
+        unwrap_outer(network)(images)
     return {
         name: (
             _spatial(name, given.get(name, outputs[name]), units),

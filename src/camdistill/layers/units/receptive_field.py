@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from camdistill.layers.units.receptive_field_trace import Walk
 from camdistill.layers.units.receptive_spans import Field, ReceptiveField, Span
-from camdistill.networks.capture import capture, layer_names, plain, undisturbed, visiting
+from camdistill.networks.capture import (
+    capture,
+    inspection_mode,
+    layer_names,
+    unwrap_outer,
+    visit_layers,
+)
 from camdistill.types import Images
 
 
@@ -36,7 +42,7 @@ def receptive_fields(
     names = list(layer_names(network) if layers is None else layers)
     found: dict[str, Field] = {}
     vectors: set[str] = set()
-    with undisturbed(network), Walk(images[:1]) as walk:
+    with inspection_mode(network), Walk(images[:1]) as walk:
 
         def note(name: str, output: object) -> None:
             if isinstance(output, Tensor) and output.dim() == 4:
@@ -45,8 +51,8 @@ def receptive_fields(
                 found[name] = None
                 vectors.add(name)
 
-        with visiting(network, names, note, required=layers is not None):
-            plain(network)(walk.images)
+        with visit_layers(network, names, note, required=layers is not None):
+            unwrap_outer(network)(walk.images)
     lost = [name for name in found if found[name] is None and name not in vectors]
     if walk.unknown and lost:
         found |= measured_fields(network, images, lost)
@@ -80,7 +86,7 @@ def measured_fields(
     noise = noise.to(images.device).requires_grad_()
     with torch.inference_mode(False), torch.enable_grad():
         with capture(double, names) as outputs:
-            plain(double)(noise)
+            unwrap_outer(double)(noise)
         return {name: _support(outputs[name], noise) for name in names}
 
 

@@ -22,7 +22,7 @@ from camdistill.layers.sweep.statistics.layer_statistics import Cams
 from camdistill.layers.sweep.statistics.similarity import CamSimilarity
 from camdistill.layers.sweep.sweep_state import counts, zeros
 from camdistill.layers.sweep.sweep_summary import Point
-from camdistill.networks.capture import undisturbed
+from camdistill.networks.capture import inspection_mode
 from camdistill.types import Images
 
 Maps = Float[Tensor, "_ _ _"]  # of sizes that differ from layer to layer
@@ -119,7 +119,7 @@ def layer_maps(
     outputs = -1
     for name, network in networks.items():
         keys = [layer.key for layer in layers[name]]
-        with undisturbed(network):
+        with inspection_mode(network):
             other = classes is not None and outputs != _outputs(network, images)
             explanation = explain_images(network, images, keys, None if other else classes)
         broken = ~torch.isfinite(explanation.logits).all(1)

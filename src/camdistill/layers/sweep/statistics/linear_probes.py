@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from camdistill.layers.sweep.sampling import ALL, drawn
 from camdistill.layers.sweep.sweep_state import counts, zeros
-from camdistill.networks.capture import bare, plain
+from camdistill.networks.capture import unwrap, unwrap_outer
 from camdistill.types import Images
 
 HELD_OUT = 0.2
@@ -190,12 +190,12 @@ def untrained(network: nn.Module, images: Images, seed: int) -> nn.Module:
         images: As it takes them, for the batch normalisations' statistics.
         seed: Of the weights.
     """
-    fresh = copy.deepcopy(plain(network)).eval()
+    fresh = copy.deepcopy(unwrap_outer(network)).eval()
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         norms = []
-        for module in bare(fresh).modules():
+        for module in unwrap(fresh).modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
