@@ -73,7 +73,9 @@ def test_forwards_are_counted(
     room = lab()
     monkeypatch.setattr(faithfulness_rows, "REPEATS", 2)
     monkeypatch.setattr(faithfulness_rows, "TIMED", 4)
-    monkeypatch.setattr(faithfulness_rows.backbones, "fully_connected_network", lambda lab: lab.student)
+    monkeypatch.setattr(
+        faithfulness_rows.backbones, "fully_connected_network", lambda lab: lab.student
+    )
     row = faithfulness_rows.run_cost(room)
     forwards = {m.name: m.value for m in row.ours if m.measure == "forwards an image"}
     assert forwards["grad_cam, teacher"] == 1

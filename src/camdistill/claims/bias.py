@@ -132,7 +132,8 @@ def run_bias_removal(setup: ClaimSetup) -> ClaimResult:
             ),
         ),
         criterion=f"rho {BIASED:g} against rho 0: accuracy lower, energy on the patch higher; and "
-        f"{', '.join(promised_cures)}, each against training on as long with the bias: accuracy higher, "
+        f"{', '.join(promised_cures)}, each against training on as long with the bias: accuracy "
+        "higher, "
         "energy on the patch lower (paired differences, whole intervals)",
         passed=biased < 0
         and patch_difference.above_zero

@@ -118,7 +118,8 @@ def _load_outcomes(
     ]
     if conflicts:
         raise UserError(
-            f"{path} holds results of other settings ({', '.join(conflicts)}): name another folder with "
+            f"{path} holds results of other settings ({', '.join(conflicts)}): name another "
+            "folder with "
             "--out, or remove the file"
         )
     known_settings = {name: value for name, value in settings.items() if value is not None}

@@ -144,6 +144,7 @@ def judge_pooling_cost(
         ours=(*means, accuracy_gain, error_gain),
         criterion="flattened - pooled above 0 in accuracy, and cam - grad_cam above 0 in box error",
         passed=accuracy_gain.above_zero and error_gain.above_zero,
-        note=f"one trunk, two heads, both trained alike {len(correct_by_head['pooled'])} times; differences "
+        note=f"one trunk, two heads, both trained alike {len(correct_by_head['pooled'])} times; "
+        "differences "
         "over trainings and images, thresholds chosen on other images",
     )

@@ -149,7 +149,8 @@ def judge_own_thresholds(setup: ClaimSetup, errors: dict[str, BoxErrors]) -> Cla
         criterion="in all networks errors rise from grad_cam to gradient to random, each at the "
         "threshold that is best for it on other images; all steps above 0",
         passed=all(difference.above_zero for difference in ours),
-        note=f"the paper's {PAPER_THRESHOLD:.0%} suits objects that fill much of a photograph; here they "
+        note=f"the paper's {PAPER_THRESHOLD:.0%} suits objects that fill much of a photograph; "
+        "here they "
         "are 11 pixels wide, and a cell of the maps is 4",
     )
 
@@ -249,7 +250,8 @@ def judge_pointing(
         criterion="accuracy above that of the gradient and of never rejecting, both paired "
         "intervals above 0",
         passed=all(difference.above_zero for difference in differences),
-        note=f"two objects an image, the network's first {POINTED_CLASSES} classes, {NEAR} pixels of "
+        note=f"two objects an image, the network's first {POINTED_CLASSES} classes, {NEAR} "
+        "pixels of "
         "tolerance; a peak below a threshold, chosen on other images, rejects; rejecting all "
         f"would be right of {(POINTED_CLASSES - 2) / POINTED_CLASSES:.0%}",
     )

@@ -192,7 +192,8 @@ def _print_summary(analysis: Opening, out: Path) -> None:
     assert findings is not None, "swept"
     if findings.unfinished:
         print(
-            f"Partial report: {findings.unfinished}. The same command goes on with what was swept.\n"
+            f"Partial report: {findings.unfinished}. The same command goes on with what was "
+            "swept.\n"
         )
     if analysis.restored:
         note = f"{analysis.restored:,} images were looked at before ({out / SWEEP}"

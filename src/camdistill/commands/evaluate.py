@@ -178,8 +178,10 @@ def _check_weight_metrics(metrics: Sequence[str], explainers: Sequence[Explainer
         explainer.apart or explainer.explain is None for explainer in explainers
     ):
         raise UserError(
-            f"metric '{weight_metrics[0]}' redraws the weights of the explained network, and all of these "
-            f"maps are another network's, so it would be {OF_WEIGHTS[weight_metrics[0]]} by construction: "
+            f"metric '{weight_metrics[0]}' redraws the weights of the explained network, and all "
+            "of these "
+            f"maps are another network's, so it would be {OF_WEIGHTS[weight_metrics[0]]} by "
+            "construction: "
             "leave it out, or compare a method too"
         )
 

@@ -196,9 +196,10 @@ def _layer_pairs(
         (layer for layer, parts in zip(layers, split, strict=True) if len(parts) != 2), ""
     )
     if malformed:
+        pairs = ", ".join(f"{student}:{teacher}" for teacher, student in selection.pairs)
         raise UserError(
-            f"layer '{malformed}': name the student's and the teacher's, such as stage3:layer2; the "
-            f"checkpoint's own are {', '.join(f'{student_layer}:{teacher_layer}' for teacher_layer, student_layer in selection.pairs)}"
+            f"layer '{malformed}': name the student's and the teacher's, such as stage3:layer2; "
+            f"the checkpoint's own are {pairs}"
         )
     return [(teacher, student) for student, teacher in split]
 

@@ -188,7 +188,8 @@ def _checkpoint_explainer(
     )
     if class_count != explained_count:
         raise UserError(
-            f"'{path}' tells {class_count} classes apart, the network that is explained {explained_count}: give "
+            f"'{path}' tells {class_count} classes apart, the network that is explained "
+            f"{explained_count}: give "
             "a student of the same classes"
         )
     layer = student.pairs[-1][0] if student.pairs else None

@@ -170,7 +170,8 @@ def _check_against_pytorch(
             allowed = MAX_DIFFERENCE * max(1.0, float(expected_tensor.abs().max()))
             if not largest[output_name] < allowed:
                 raise UserError(
-                    f"the {name} file gives {output_name} that are up to {largest[output_name]:.1e} from PyTorch's "
+                    f"the {name} file gives {output_name} that are up to "
+                    f"{largest[output_name]:.1e} from PyTorch's "
                     f"at batch {count}, where {allowed:.1e} is allowed; nothing was written for "
                     "it: try another --format"
                 )

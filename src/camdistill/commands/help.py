@@ -89,7 +89,8 @@ def command_help(name: str, command: Callable[..., object], group: str | None = 
         *_rows([*(Option(*row) for row in _COMMON.items()), *options]),
     ]
     for parameter in groups.values():
-        title = f"{parameter.name}: {parameter.text} All of it: camdistill {name} --help {parameter.name}"
+        more = f"camdistill {name} --help {parameter.name}"
+        title = f"{parameter.name}: {parameter.text} All of it: {more}"
         lines += ["", *textwrap.wrap(title, WIDTH)]
         lines += [line for inner in group_parameters(parameter) for line in _short_rows(inner)]
     return "\n".join(lines)

@@ -71,7 +71,8 @@ class _ReportingExperiment(Experiment):
         if self.removed:
             removed_names = ", ".join(self.removed)
             print(
-                f"\nRemoved from {self.folder}, as it was of the earlier {path.stem}: {removed_names}"
+                f"\nRemoved from {self.folder}, as it was of the earlier {path.stem}: "
+                f"{removed_names}"
             )
         return path
 

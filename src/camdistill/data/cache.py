@@ -62,7 +62,7 @@ class DecodedImages:
     Attributes:
         pixels: uint8 [N, 3, H, W] (or [N, 1, H, W] for masks), read-only memory map.
         sizes: int32 [N, 2], width and height of the upright originals.
-        positions: int64 [N], position of each image in the list of files (skipped ones are missing).
+        positions: int64 [N], position of each image in the list of files; skipped ones are missing.
         digest: sha256 of the pixels.
         path: The cache file.
     """

@@ -161,7 +161,8 @@ def carve(
     cut_count = int(fraction) if fraction >= 1 else math.ceil(fraction * count - 1e-9)
     if cut_count >= count:
         raise UserError(
-            f"{purpose}_fraction {fraction} asks for {cut_count} of {count} images and leaves none to "
+            f"{purpose}_fraction {fraction} asks for {cut_count} of {count} images and leaves "
+            "none to "
             "train on; give a smaller one"
         )
     order = _generator(seed, purpose).permutation(count)

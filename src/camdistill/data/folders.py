@@ -284,7 +284,8 @@ def find_classes(folder: Path, labelled: bool | None) -> tuple[str, ...]:
         return ()
     if labelled is None and loose_count:
         raise UserError(
-            f"{folder} holds {loose_count} images and one folder {classes[0]!r}; set labelled: false to "
+            f"{folder} holds {loose_count} images and one folder {classes[0]!r}; set labelled: "
+            "false to "
             "train without labels on all of them, or move the images into class folders"
         )
     if not classes:

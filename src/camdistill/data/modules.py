@@ -205,9 +205,11 @@ class ShapesData(ImageData):
         return dataclasses.replace(self._options, split=split, length=self._lengths[split])
 
     def load_fit_sets(self) -> tuple[ImageSet, ImageSet]:
+        """Loads the images to train and to validate with."""
         return shapes_set(self.shapes("train")), shapes_set(self.shapes("val"))
 
     def load_test_set(self) -> ImageSet:
+        """Loads the images to test with."""
         return shapes_set(self.shapes("test"))
 
 
@@ -247,10 +249,12 @@ class CIFARData(ImageData):
         load_cifar(self.dataset, self.root, "train", download=self.download)
 
     def load_fit_sets(self) -> tuple[ImageSet, ImageSet]:
+        """Loads the images to train and to validate with."""
         images = load_cifar(self.dataset, self.root, "train", download=self.download)
         return carve(images, self.val_fraction, self.split_seed)
 
     def load_test_set(self) -> ImageSet:
+        """Loads the images to test with."""
         return load_cifar(self.dataset, self.root, "test", download=self.download)
 
 
@@ -342,6 +346,7 @@ class FolderData(ImageData):
         self.load_fit_sets()
 
     def load_fit_sets(self) -> tuple[ImageSet, ImageSet]:
+        """Loads the images to train and to validate with."""
         layout, train = self._find_layout(), self._load_split("train")
         if layout.val is not None:
             return train, self._load_split("val")
@@ -358,6 +363,7 @@ class FolderData(ImageData):
             )
 
     def load_test_set(self) -> ImageSet:
+        """Loads the images to test with."""
         self.check_test_set()
         if self._find_layout().test is not None:
             return self._load_split("test")

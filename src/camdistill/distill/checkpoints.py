@@ -94,7 +94,7 @@ class TrainedExplainer(nn.Module):
         score: Score = "logit",
         grad: Grad = "none",
     ) -> Explanation:
-        """Logits and maps of the network itself; see `camdistill.explain.gradcam.explain_images`."""
+        """Logits and maps of the network itself; see `explain.gradcam.explain_images`."""
         return explain_images(self.network, images, layers, classes, score=score, grad=grad)
 
 

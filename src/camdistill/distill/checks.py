@@ -38,7 +38,8 @@ def check_label_count(data_classes: int, teacher_classes: int, ce: float) -> Non
     if not data_classes:
         raise UserError(f"the images have no labels, but ce is {ce}; --model.ce 0 trains without")
     raise UserError(
-        f"the images have {data_classes} classes, the teacher {teacher_classes}; --model.ce 0 distils the "
+        f"the images have {data_classes} classes, the teacher {teacher_classes}; --model.ce 0 "
+        "distils the "
         "teacher's own classes, or fine-tune a teacher for yours with Classifier"
     )
 
@@ -65,7 +66,8 @@ def check_data_matches(
             number for number, name in enumerate(trained_classes) if name != classes[number]
         )
         raise UserError(
-            f"class {index} is '{classes[index]}' in the data and '{trained_classes[index]}' in the {who}: the "
+            f"class {index} is '{classes[index]}' in the data and '{trained_classes[index]}' in "
+            f"the {who}: the "
             "classes are the same in another order; name the folders so that they sort as the "
             f"{who}'s classes do"
         )

@@ -121,7 +121,8 @@ class Objective:
         if (self.kind == "learned") != (self.file is not None):
             file_text = "no objective.file" if self.file is None else f"a file '{self.file}'"
             raise UserError(
-                f"objective.kind is {self.kind} with {file_text}; a learned objective, and no other, "
+                f"objective.kind is {self.kind} with {file_text}; a learned objective, and no "
+                "other, "
                 "has the metric.safetensors that `camdistill learn` wrote"
             )
 

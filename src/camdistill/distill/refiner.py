@@ -123,7 +123,8 @@ class Refiner(TrainingModule):
             raise UserError("keep is labels, but the images have none; --keep start needs no label")
         if classes and classes != network_classes and self.keep != "start":
             raise UserError(
-                f"the images have {classes} classes, the network {network_classes}; give the data that it was "
+                f"the images have {classes} classes, the network {network_classes}; give the "
+                "data that it was "
                 "trained with, or --keep start, which needs no label"
             )
         size_cure = "give another --data.size, or another network"

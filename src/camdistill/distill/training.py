@@ -286,7 +286,8 @@ def _check_same_weights(current: dict[str, Tensor], stored: dict[str, Tensor]) -
     ]
     if differing:
         raise UserError(
-            f"the checkpoint is of another network ('{differing[0]}' differs); give the config that it "
+            f"the checkpoint is of another network ('{differing[0]}' differs); give the config "
+            "that it "
             "was trained with, or start without --ckpt_path"
         )
 

@@ -69,8 +69,8 @@ def gradient_x_input(
 ) -> PixelMaps:
     """Gradient times input, x dS/dx: Shrikumar et al. 2016, https://arxiv.org/abs/1605.01713.
 
-    Arguments are those of `explain.gradcam.explain_images`. x is the image as it is given: in [0, 1] black
-    has no attribution.
+    Arguments are those of `explain.gradcam.explain_images`. x is the image as it is given: in
+    [0, 1] black has no attribution.
     """
     gradients, target_classes = _gradients(
         build_request(network, images, [], classes, score=score, logits=logits)

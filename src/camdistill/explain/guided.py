@@ -162,7 +162,8 @@ def replace_relu_rule(request: Request, gradient_pass: GradientPass, rule: Rule)
     relus = [node for node in _nodes(gradient_pass.scores) if _is_relu(node)]
     if not relus:
         raise UserError(
-            f"{type(unwrap(request.network)).__name__} has no ReLU between the pixels and the score, so "
+            f"{type(unwrap(request.network)).__name__} has no ReLU between the pixels and the "
+            "score, so "
             "guided backpropagation would be the plain gradient: ask for that"
         )
 

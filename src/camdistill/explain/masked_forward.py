@@ -131,8 +131,8 @@ def _check_same_alone(
         request: With the images.
         classes: Of all images.
         expected_scores: Their scores.
-        in_one_batch: Whether several images were asked about together. Then the first and the last are
-            asked about alone, else the first one between two others.
+        in_one_batch: Whether several images were asked about together. Then the first and the
+            last are asked about alone, else the first one between two others.
     """
     images = request.images
     if in_one_batch:
@@ -154,7 +154,8 @@ def _check_same_alone(
         # What isn't a number would not be one in any batch.
         if bool((difference > TOLERANCE.get(images.dtype, 0.0) * largest).any()):
             raise UserError(
-                f"{type(unwrap(request.network)).__name__} mixes the images of a batch: an image's score "
+                f"{type(unwrap(request.network)).__name__} mixes the images of a batch: an "
+                "image's score "
                 "alone is another one, and changed images are asked about together; give a "
                 "network (or score=, logits=) that keeps them apart"
             )

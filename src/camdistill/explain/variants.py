@@ -2,8 +2,8 @@
 
 A is a layer's output with units k and cells ij, Z its number of cells, S the score, G = dS/dA. All
 maps are raw and signed, at the layer's resolution, in float32 at least; where a paper ends with a
-ReLU that is `explain.maps.relu`. Arguments are those of `explain.gradcam.explain_images`: any layers, and
-classes None, one number, [B], or [B, C] for maps [B, C, h, w].
+ReLU that is `explain.maps.relu`. Arguments are those of `explain.gradcam.explain_images`: any
+layers, and classes None, one number, [B], or [B, C] for maps [B, C, h, w].
 """
 
 from collections.abc import Callable, Sequence

@@ -43,8 +43,8 @@ class EvaluationBatch:
         logits: Of the images.
         seed: Of every random choice; all explainers get the same ones.
         bank: Answers to changes that no explainer chose; None where no metric needs it.
-        replacements: What stands where something is removed, by kind; "rerendered" is the image drawn
-            again without its objects.
+        replacements: What stands where something is removed, by kind; "rerendered" is the image
+            drawn again without its objects.
         masks: The objects'; empty ones where there is none.
         learned: Metrics that were learnt, by their file.
         context: What those are told of the images; None without any.

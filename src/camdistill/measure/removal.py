@@ -61,8 +61,8 @@ def deletion(
         images: In [0, 1] for a network that normalises them itself.
         classes: Whose probability is watched: the network's own top class needs no label.
         order: `ranks` of the maps.
-        replacement: What stands where something is removed. It decides what is measured: with black, at
-            32 pixels, hardly the map.
+        replacement: What stands where something is removed. It decides what is measured: with
+            black, at 32 pixels, hardly the map.
         fractions: Removed at each level.
     """
     counts = level_counts(fractions, order[0].numel())
@@ -79,7 +79,7 @@ def insertion(
     replacement: Replacement,
     fractions: Sequence[float] = LEVELS,
 ) -> Curve:
-    """Most relevant pixels put in first, in place of `replacement`; the larger the area, the better.
+    """Most relevant pixels put in first, over `replacement`; the larger the area, the better.
 
     Petsiuk et al. 2018, section 4.1, who put pixels into a blurred image. See `deletion`.
     """

@@ -374,7 +374,8 @@ def _locate_layers(
             module = inner
         if module is inner:
             raise UserError(
-                f"no layer '{name}' in {type(inner).__name__}; {nearest(base, _modules_by_name(inner))}"
+                f"no layer '{name}' in {type(inner).__name__}; "
+                f"{nearest(base, _modules_by_name(inner))}"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(

@@ -48,7 +48,8 @@ def describe_mismatch(network: nn.Module, state: Mapping[str, Tensor]) -> str:
         problems = []
         if missing:
             problems.append(
-                f"lacks {len(missing)} of its {len(network_state)} weights ({_quote_first(missing)})"
+                f"lacks {len(missing)} of its {len(network_state)} weights "
+                f"({_quote_first(missing)})"
             )
         if unknown:
             problems.append(f"has {len(unknown)} that it doesn't know ({_quote_first(unknown)})")

@@ -44,7 +44,8 @@ def check_explainable(network: nn.Module, name: str, suspects: Iterable[nn.Modul
             )
         if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():
             raise UserError(
-                f"{name} has layers without weights yet ('{_module_name(network, part)}' is lazy): run "
+                f"{name} has layers without weights yet ('{_module_name(network, part)}' is "
+                "lazy): run "
                 "the network on an image once before (as a class path: name a function that does "
                 "so and returns the network)"
             )
@@ -61,13 +62,15 @@ def check_built(network: nn.Module, name: str) -> None:
     for weight_name, weight in network.named_parameters():
         if weight.is_meta:
             raise UserError(
-                f"{name}'s '{weight_name}' is on the meta device, which holds no numbers: build the "
+                f"{name}'s '{weight_name}' is on the meta device, which holds no numbers: build "
+                "the "
                 "network on the CPU"
             )
         if weight.is_floating_point() and weight.dtype != torch.float32:
             dtype = str(weight.dtype).removeprefix("torch.")
             raise UserError(
-                f"{name}'s '{weight_name}' is {dtype}, and images are float32: build the network in "
+                f"{name}'s '{weight_name}' is {dtype}, and images are float32: build the network "
+                "in "
                 "float32, such as by network.float()"
             )
 
@@ -93,7 +96,8 @@ def check_logits(who: str, output: object, count: int, *, numbers: bool = True) 
                 f"self.network(images){expression}"
             )
         raise UserError(
-            f"{who} gives {_describe_output(output)} for {count} images, not logits [images, classes]: "
+            f"{who} gives {_describe_output(output)} for {count} images, not logits [images, "
+            "classes]: "
             f"{cure}"
         )
     if numbers and isinstance(output, Tensor) and bool(output.isnan().any()):

@@ -82,7 +82,8 @@ def check_memory(size: int, what: str) -> None:
     total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > total_memory / 4:
         raise UserError(
-            f"{what} take {size / 1e9:,.1f} GB, and this machine has {total_memory / 1e9:,.1f} GB of "
+            f"{what} take {size / 1e9:,.1f} GB, and this machine has {total_memory / 1e9:,.1f} "
+            "GB of "
             "memory; give fewer or smaller ones"
         )
 

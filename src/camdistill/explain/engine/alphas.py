@@ -111,7 +111,8 @@ def check_unmixed_graph(
             return False
         if is_mixed:
             raise UserError(
-                f"{type(unwrap(request.network)).__name__} mixes the images of a batch behind layer "
+                f"{type(unwrap(request.network)).__name__} mixes the images of a batch behind "
+                "layer "
                 f"'{name}': give one image at a time"
             )
     return True

@@ -190,7 +190,8 @@ def _check_spatial(name: str, output: Tensor, activations: Tensor, images: int) 
     if len(shape) != 4 or shape[2] * shape[3] < 2:
         as_cells = "" if output_shape == shape else f", as cells {shape}"
         raise UserError(
-            f"layer '{name}' gives {output_shape}{as_cells}, which has no spatial size: ask for a layer "
+            f"layer '{name}' gives {output_shape}{as_cells}, which has no spatial size: ask for "
+            "a layer "
             "with an output [B, K, h, w] of more than one cell, before the pooling"
         )
     if shape[0] != images:

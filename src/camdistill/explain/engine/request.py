@@ -127,7 +127,8 @@ def resolve_classes(request: Request, output: object) -> Tensor:
         class_numbers = class_numbers.expand(count)
     if class_numbers.dim() > 2 or class_numbers.shape[0] != count:
         raise UserError(
-            f"classes have the shape {list(class_numbers.shape)} for {count} images: give None, one "
+            f"classes have the shape {list(class_numbers.shape)} for {count} images: give None, "
+            "one "
             f"number, [{count}], or [{count}, C] for several classes an image"
         )
     outputs = check_output_logits(request, output).shape[1]

@@ -127,7 +127,8 @@ def choice(
         chosen = [event for event in events if id(event) in wanted]
     if not chosen:
         raise UserError(
-            f"{type(unwrap(network)).__name__} has no convolution and no non-linearity as a module: "
+            f"{type(unwrap(network)).__name__} has no convolution and no non-linearity as a "
+            "module: "
             "name layers by --layers"
         )
     if patterns is None:
