@@ -46,7 +46,7 @@ from camdistill.experiments.training.checkpoint_io import WholeFiles
 from camdistill.experiments.training.lightning_cli import Experiment
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
-from camdistill.report.tensorboard import scalars
+from camdistill.report.tensorboard import read_scalars
 from camdistill.store.run_log import Ledger
 
 NETWORK = {"name": "shallow_cnn", "args": {"channels": [4, 6], "strides": [1, 2]}}
@@ -328,7 +328,7 @@ def left(place: Path, cache: Path | None) -> dict[str, object]:
                 folder = file.parent
                 lines = {
                     tag: points
-                    for tag, points in scalars(folder).items()
+                    for tag, points in read_scalars(folder).items()
                     if not any(word in tag for word in TIMES)
                 }
                 found[f"{root.name}/{folder.relative_to(root)} scalars"] = lines

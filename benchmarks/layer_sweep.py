@@ -23,15 +23,15 @@ from camdistill import load
 from camdistill.data.datasets import shapes_set
 from camdistill.data.shapes import Shapes
 from camdistill.layers.sweep.layer_sweep import LayerSweep
-from camdistill.layers.sweep.sweep_plan import Options
+from camdistill.layers.sweep.sweep_plan import SweepOptions
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 
 ARMS = {
-    "sweep without CKA": Options(cka=False),
-    "sweep": Options(),
-    "sweep, probes": Options(probes=10),
-    "sweep, Grad-CAM of 5 % of the images": Options(explained=0.05),
+    "sweep without CKA": SweepOptions(cka=False),
+    "sweep": SweepOptions(),
+    "sweep, probes": SweepOptions(probes=10),
+    "sweep, Grad-CAM of 5 % of the images": SweepOptions(cam_share=0.05),
 }
 
 

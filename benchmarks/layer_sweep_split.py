@@ -22,8 +22,8 @@ from camdistill.data.datasets import ImageSet, load_folder, shapes_set
 from camdistill.data.shapes import Shapes
 from camdistill.layers.findings import findings
 from camdistill.layers.sweep.layer_sweep import LayerSweep
-from camdistill.layers.sweep.sweep_plan import Options
-from camdistill.layers.sweep.sweep_state import load_state, save_state
+from camdistill.layers.sweep.sweep_plan import SweepOptions
+from camdistill.layers.sweep.sweep_state import load_sweep_state, save_sweep_state
 
 Given = argparse.Namespace
 
@@ -49,7 +49,7 @@ def started(given: Given, images: ImageSet) -> LayerSweep:
     if loaded.teacher is not None:
         networks = {"teacher": loaded.teacher, **networks}
     example = fetched(images, order_of(images, given)[:64])
-    options = Options(explained=min(256 / given.count, 1.0))
+    options = SweepOptions(cam_share=min(256 / given.count, 1.0))
     return LayerSweep(networks, example, options=options)
 
 
@@ -61,7 +61,7 @@ def swept(given: Given, rank: int, world: int, file: Path) -> None:
     for start in range(rank * given.batch, len(order), world * given.batch):
         part = order[start : start + given.batch]
         state.update(fetched(images, part), torch.from_numpy(part))
-    save_state(file, state.state_dict())
+    save_sweep_state(file, state.state_dict())
 
 
 def relative_gap(one: torch.Tensor, two: torch.Tensor) -> float:
@@ -101,7 +101,7 @@ def main() -> None:
                 process.join()
             assert all(process.exitcode == 0 for process in running)
             print(f"{world} process{'es' * (world > 1)}: {time.perf_counter() - start:.0f} s")
-        whole, *halves = (load_state(file) for file in files.values())
+        whole, *halves = (load_sweep_state(file) for file in files.values())
     images = images_of(given)
     one, two = (started(given, images).load_state_dict(half) for half in halves)
     merged = one.merge(two).state_dict()

@@ -25,7 +25,7 @@ from camdistill.data.views import Augment
 from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.callbacks import MapGrids, RunText, Throughput
-from camdistill.report.layer_callbacks import LayersForm
+from camdistill.report.layer_callbacks import LayerMonitor
 from camdistill.report.tensorboard import TensorBoardLogger
 
 
@@ -63,7 +63,7 @@ class TimedGrids(Timed, MapGrids):
     """Pictures of maps."""
 
 
-class TimedLayers(Timed, LayersForm):
+class TimedLayers(Timed, LayerMonitor):
     """Every layer."""
 
 

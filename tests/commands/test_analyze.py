@@ -18,8 +18,8 @@ from camdistill.layers.sweep.layer_sweep import LayerSweep
 from camdistill.networks.capture import unwrap
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
-from camdistill.report.analysis_run import Opening
-from camdistill.report.tensorboard import scalars
+from camdistill.report.analysis_run import AnalysisRun
+from camdistill.report.tensorboard import read_scalars
 
 QUICK = ["--count", "24", "--steps", "2", "--cards", "1", "--pictures", "1"]
 
@@ -170,7 +170,7 @@ def test_mistake_after_the_sweep_loses_nothing_that_was_computed(
     def mistaken(*_: object, **__: object) -> None:
         raise UserError("the logits don't depend on it")
 
-    monkeypatch.setattr("camdistill.report.analysis_run.close_up", mistaken)
+    monkeypatch.setattr("camdistill.report.analysis_run.inspect_units", mistaken)
     given = ["--teacher", "resnet20", "--data", "shapes", "--layers", "layer3"]
     out = tmp_path / "out"
     assert main(["analyze", *given, *QUICK, "--out", str(out)]) == 2
@@ -185,8 +185,12 @@ def test_mistake_after_the_sweep_loses_nothing_that_was_computed(
 @pytest.mark.parametrize(
     ("where", "code", "told"),
     [
-        ("camdistill.layers.sweep.layer_sweep.told", 130, "start the same command again"),
-        ("camdistill.report.layer_report.charts", 130, "stopped during the charts of the sweep"),
+        ("camdistill.layers.sweep.layer_sweep.summarize", 130, "start the same command again"),
+        (
+            "camdistill.report.layer_report.sweep_charts",
+            130,
+            "stopped during the charts of the sweep",
+        ),
     ],
 )
 def test_stop_between_the_last_image_and_the_pictures_loses_no_image(
@@ -233,15 +237,15 @@ def test_mistake_before_the_sweep_keeps_the_earlier_report(tmp_path: Path, capsy
 
 def test_networks_and_images_go_to_the_device(tmp_path: Path, monkeypatch) -> None:
     asked: list[tuple[str, str]] = []
-    moved = Opening.sweep
+    moved = AnalysisRun.sweep
 
-    def sweep(opening: Opening, *, probes: bool) -> None:
+    def sweep(opening: AnalysisRun, *, probes: bool) -> None:
         (network,) = opening.networks.values()
         weight = next(unwrap(network).parameters())
-        asked.append((weight.device.type, opening.subject.device))
+        asked.append((weight.device.type, opening.dataset.device))
         moved(opening, probes=probes)
 
-    monkeypatch.setattr(Opening, "sweep", sweep)
+    monkeypatch.setattr(AnalysisRun, "sweep", sweep)
     given = ["--teacher", "resnet20", "--data", "shapes", "--out", str(tmp_path / "out")]
     given += ["--layers", "layer3", "--count", "8", "--cards", "0", "--pictures", "0"]
     assert main(["analyze", *given, "--device", "cpu"]) == 0
@@ -347,7 +351,7 @@ def test_ctrl_c_in_the_middle_leaves_a_readable_report_of_a_part(tmp_path: Path)
     assert "**This report is partial" in (out / "report.md").read_text()
     with np.load(out / "numbers.npz") as arrays:
         assert arrays["teacher/layer3/unit_variance"].shape == (64,)
-    read = scalars(out / "teacher")
+    read = read_scalars(out / "teacher")
     assert len(read[tags.profile("active")]) == 4
     assert main(["analyze", *given[:-6], "--steps", "0", "--cards", "0", "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())

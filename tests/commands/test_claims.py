@@ -9,7 +9,7 @@ from PIL import Image
 
 from camdistill.claims.networks import backbones
 from camdistill.cli import main
-from camdistill.report.tensorboard import written
+from camdistill.report.tensorboard import read_tags
 
 ROOT = Path(__file__).parents[2]
 LEAST = ["claims", "--count", "16", "--seed", "5"]
@@ -43,7 +43,7 @@ def test_rows_reach_the_terminal_the_file_the_chart_and_tensorboard(
     assert len(list(Path("out/networks").glob("flattened0-*.safetensors"))) == 1
     with Image.open("out/claims_localisation.png") as picture:
         assert np.asarray(picture).std() > 10
-    cards = written(Path("out/tensorboard"))
+    cards = read_tags(Path("out/tensorboard"))
     assert cards["0_evaluation/claims"] == "text"
     assert cards["0_evaluation/claims_localisation"] == "images"
 

@@ -14,7 +14,7 @@ from camdistill import tags
 from camdistill.cli import main
 from camdistill.commands.loops import _arrays_by_name
 from camdistill.distill.comparison import Comparison
-from camdistill.report.tensorboard import scalars
+from camdistill.report.tensorboard import read_scalars
 
 RUN = Path("runs/tiny/version_1")
 CLASSIFIER = "camdistill.distill.classifier.Classifier"
@@ -46,7 +46,7 @@ def test_fit_says_what_it_trains_and_ends_with_numbers_and_a_command(
     assert "36 images to train, 36 images to validate, 6 classes, 2 epochs, on cpu" in said
     assert f"camdistill report --run {RUN}" in said
     row = next(one for one in said.splitlines() if one.startswith("last validation"))
-    curve = scalars(RUN)
+    curve = read_scalars(RUN)
     measures = (tags.ACCURACY_STUDENT, tags.AGREEMENT, tags.PEARSON, tags.SKILL)
     assert row.split()[2:] == [f"{curve[tag][-1][1]:.3f}" for tag in measures]
 
@@ -76,7 +76,7 @@ def test_the_end_of_a_training_is_always_validated(
 ) -> None:
     whole = "--trainer.max_epochs null" if "max_epochs" not in options else ""
     assert main(["fit", "-c", "tiny.yaml", *whole.split(), *options.split()]) == 0
-    assert [step for step, _ in scalars(RUN)[tags.AGREEMENT]] == validated
+    assert [step for step, _ in read_scalars(RUN)[tags.AGREEMENT]] == validated
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from camdistill.cli import main
 from camdistill.measure.learned import LearnedMetric
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
-from camdistill.report.tensorboard import written
+from camdistill.report.tensorboard import read_tags
 
 CONFIG = {
     "data": {
@@ -62,7 +62,7 @@ def test_it_runs_and_every_other_command_takes_what_it_made(
     assert (folder / "out/table.txt").read_text() in told
     assert (folder / "out/map_parts.png").stat().st_size > 1000
     assert (folder / "out/maps-0.png").stat().st_size > 1000
-    cards = written(folder / "out/tensorboard/study")
+    cards = read_tags(folder / "out/tensorboard/study")
     assert {"0_evaluation/map_parts", "2_maps/refined", "0_evaluation/table"} <= set(cards)
     refined = results["checkpoints"]["seed0/insertion_deletion"]
     assert main(["explain", "--checkpoint", refined, "--data", "shapes", "--count", "1"]) == 0

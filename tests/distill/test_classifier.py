@@ -19,7 +19,7 @@ from camdistill.distill.classifier import Classifier
 from camdistill.distill.optimization import Optimisation
 from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec
-from camdistill.report.tensorboard import TensorBoardLogger, scalars
+from camdistill.report.tensorboard import TensorBoardLogger, read_scalars
 
 Data = Callable[..., ShapesData]
 Trainers = Callable[..., Trainer]
@@ -70,7 +70,7 @@ def test_it_learns_and_its_numbers_are_those_of_the_network(
 
     accuracy, _ = truth(data.test_set)
     assert results["network"] == {"accuracy": pytest.approx(accuracy)}
-    found = scalars(tmp_path / "run")
+    found = read_scalars(tmp_path / "run")
     accuracy, loss = truth(data.val_set)
     assert found[tags.ACCURACY_VAL][-1] == (23, pytest.approx(accuracy))
     assert found[tags.LOSS_VAL][-1] == (23, pytest.approx(loss, rel=1e-5))

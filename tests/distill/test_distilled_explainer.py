@@ -24,7 +24,7 @@ from camdistill.explain.gradcam import explain_images
 from camdistill.measure.fidelity import flatten
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.callbacks import MapGrids
-from camdistill.report.tensorboard import TensorBoardLogger, scalars
+from camdistill.report.tensorboard import TensorBoardLogger, read_scalars
 
 Explainer = Callable[..., DistilledExplainer]
 Data = Callable[..., ShapesData]
@@ -325,7 +325,7 @@ def test_beta_follows_its_schedule(
     module = explainer(beta=8.0, cached=False, transfer=Transfer(schedule=schedule))  # type: ignore[arg-type]
     logger = TensorBoardLogger(tmp_path, version="run")
     trainer_of(logger=logger, max_epochs=3, log_every_n_steps=1).fit(module, shapes())
-    found = dict(scalars(tmp_path / "run")[tags.BETA])
+    found = dict(read_scalars(tmp_path / "run")[tags.BETA])
     steps = 12
     for step in range(steps):
         done = step / steps
@@ -341,7 +341,7 @@ def test_scalars_are_logged_under_their_tags(
     trainer = trainer_of(logger=logger, max_epochs=2, log_every_n_steps=1)
     data = shapes()
     trainer.fit(module, data)
-    found = scalars(tmp_path / "run")
+    found = read_scalars(tmp_path / "run")
     each_step = {tags.LOSS_TRAIN, tags.LOSS_CE, tags.LOSS_KD, tags.LOSS_MAPS}
     each_step |= {tags.BETA, tags.LEARNING_RATE}
     names = ("pearson", "spearman", "cosine", "skill")
@@ -368,7 +368,7 @@ def test_scalars_are_logged_under_their_tags(
     logger.finalize("success")
     test_logger = TensorBoardLogger(tmp_path, version="test")
     trainer_of(logger=test_logger).test(module, data, verbose=False)
-    tested = scalars(tmp_path / "test")
+    tested = read_scalars(tmp_path / "test")
     assert set(tested) == {tags.on_test(tag) for tag in {*each_epoch, tags.RUNNER_UP}}
     assert tested[tags.on_test(tags.SKILL)][0][1] == pytest.approx(
         module.results()["student"]["skill"]  # type: ignore[index]

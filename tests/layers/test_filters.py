@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from camdistill.errors import UserError
-from camdistill.layers.filters import first_filters, summarised, weight_summaries
-from camdistill.layers.sweep.statistics.histograms import edges
+from camdistill.layers.filters import first_filters, summarize_weights, weight_summaries
+from camdistill.layers.sweep.statistics.histograms import bin_edges
 from camdistill.layers.sweep.sweep_summary import Point
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
@@ -56,28 +56,28 @@ POINT = Point("student", "conv", 0, "post")
 
 def test_summary_of_weights_is_numpys(generator: torch.Generator) -> None:
     weights = torch.randn(8, 3, 3, 3, generator=generator)
-    found = summarised(weights, POINT)
+    found = summarize_weights(weights, POINT)
     own = weights.double().numpy()
     assert found.count == weights.numel() == found.signed.finite == found.sizes.finite
     assert np.isclose(found.mean, own.mean())
     assert np.isclose(found.std, own.std())
     assert np.isclose(found.limit, np.abs(own).max())
     assert np.allclose(found.norms, np.linalg.norm(own.reshape(8, -1), axis=1))
-    counts, _ = np.histogram(np.abs(own), edges().numpy())
+    counts, _ = np.histogram(np.abs(own), bin_edges().numpy())
     assert found.sizes.counts.tolist() == counts.tolist()
     assert found.signed.negatives == (own < 0).sum()
 
 
 def test_weights_that_are_not_numbers_are_counted_and_left_out() -> None:
     weights = torch.tensor([[1.0, float("nan")], [float("inf"), -2.0]])
-    found = summarised(weights, POINT)
+    found = summarize_weights(weights, POINT)
     assert found.signed.nonfinite == 2
     assert found.signed.finite == 2
     assert (found.mean, found.limit) == (-0.5, 2.0)
 
 
 def test_dead_layer_is_all_zeros() -> None:
-    found = summarised(torch.zeros(4, 3), POINT)
+    found = summarize_weights(torch.zeros(4, 3), POINT)
     assert found.limit == 0
     assert found.sizes.zero_share == 1.0
 

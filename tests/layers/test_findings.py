@@ -22,7 +22,7 @@ from camdistill.data.datasets import shapes_set
 from camdistill.data.shapes import Shapes
 from camdistill.layers.findings import Finding, findings
 from camdistill.layers.sweep.layer_sweep import LayerSweep
-from camdistill.layers.sweep.sweep_summary import Sweep
+from camdistill.layers.sweep.sweep_summary import SweepResult
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 
@@ -70,7 +70,7 @@ def student(seed: int) -> nn.Module:
     return trained(copy.deepcopy(teacher(seed)), 8, seed + 5000, 0.01)
 
 
-def swept(first: nn.Module, second: nn.Module, *, default: bool = False) -> Sweep:
+def swept(first: nn.Module, second: nn.Module, *, default: bool = False) -> SweepResult:
     """At every ReLU and stage, or where a report looks by default."""
     images, _ = shapes("test", IMAGES)
     layers = {

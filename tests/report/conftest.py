@@ -17,21 +17,21 @@ import torch
 from camdistill.data.concepts import shape_concepts
 from camdistill.data.datasets import shapes_set
 from camdistill.data.shapes import Shapes
-from camdistill.layers.units.unit_inspection import Closeness
+from camdistill.layers.units.unit_inspection import InspectionOptions
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed, Teacher
-from camdistill.report.analysis_data import Subject
-from camdistill.report.analysis_run import Opening
+from camdistill.report.analysis_data import AnalysisData
+from camdistill.report.analysis_run import AnalysisRun
 from camdistill.report.layer_report import LayerReport
 
 IMAGES = 40
 
 
-def subject_of(count: int = IMAGES) -> Subject:
+def subject_of(count: int = IMAGES) -> AnalysisData:
     shapes = Shapes("test", count)
     order = np.random.default_rng(0).permutation(count)
-    return Subject(
+    return AnalysisData(
         shapes_set(shapes),
         order,
         "shapes",
@@ -41,13 +41,13 @@ def subject_of(count: int = IMAGES) -> Subject:
 
 
 @pytest.fixture(scope="session")
-def subject() -> Subject:
+def subject() -> AnalysisData:
     """Some images with the masks of what is in them."""
     return subject_of()
 
 
 @pytest.fixture(scope="session")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Opening:
+def opened(tmp_path_factory: pytest.TempPathFactory) -> AnalysisRun:
     """All of a report, in a folder that nobody changes."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -56,13 +56,13 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opening:
     networks = {"teacher": teacher, "student": student.eval()}
     folder = tmp_path_factory.mktemp("opened")
     layers = ["relu", "layer1.2", "layer3.2", "stage?"]
-    opening = Opening(networks, subject_of(), LayerReport(folder, tuple(networks)), layers)
+    opening = AnalysisRun(networks, subject_of(), LayerReport(folder, tuple(networks)), layers)
     opening.sweep()
-    opening.filters()
-    opening.through_depth(3)
-    opening.close_up(Closeness(units=2, steps=2))
-    opening.pairs(2)
-    opening.report.finish(opening.found)
+    opening.report_filters()
+    opening.report_depth_views(3)
+    opening.inspect_units(InspectionOptions(units=2, steps=2))
+    opening.report_pairs(2)
+    opening.report.finish(opening.analysis)
     return opening
 
 

@@ -16,16 +16,16 @@ from camdistill import tags
 from camdistill.errors import UserError
 from camdistill.layers.filters import first_filters
 from camdistill.layers.sweep.sweep_summary import Point
-from camdistill.layers.units.unit_inspection import Closeness
+from camdistill.layers.units.unit_inspection import InspectionOptions
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
-from camdistill.report.analysis_data import Subject
-from camdistill.report.analysis_run import Opening
-from camdistill.report.first_units import of_first_filters
+from camdistill.report.analysis_data import AnalysisData
+from camdistill.report.analysis_run import AnalysisRun
+from camdistill.report.first_units import points_of_first_filters
 from camdistill.report.layer_figures import depth_picture
 from camdistill.report.layer_page import findings_page
 from camdistill.report.layer_report import LayerReport
-from camdistill.report.tensorboard import scalars
+from camdistill.report.tensorboard import read_scalars
 
 
 def _reader(folder: Path) -> EventAccumulator:
@@ -34,7 +34,7 @@ def _reader(folder: Path) -> EventAccumulator:
     return found
 
 
-def test_what_stands_out_is_on_the_page_of_a_report(tmp_path: Path, subject: Subject) -> None:
+def test_what_stands_out_is_on_the_page_of_a_report(tmp_path: Path, subject: AnalysisData) -> None:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         network = ShallowCNN(8, (8, 12), (2, 2)).eval()
@@ -42,58 +42,60 @@ def test_what_stands_out_is_on_the_page_of_a_report(tmp_path: Path, subject: Sub
             network.stage2.bn.weight[unit] = 0
             network.stage2.bn.bias[unit] = -1
     networks = {"teacher": Preprocessed(network).eval()}
-    opening = Opening(networks, subject, LayerReport(tmp_path, ("teacher",)))
+    opening = AnalysisRun(networks, subject, LayerReport(tmp_path, ("teacher",)))
     opening.sweep()
     sentence = (
         "teacher stage2: 2 of 12 units dead on 40 images (active in at most 7.5 % of images, "
         "95 % confidence): 3, 7"
     )
-    (finding,) = [one for one in opening.found.findings if one.kind == "dead"]
+    (finding,) = [one for one in opening.analysis.findings if one.kind == "dead"]
     assert finding.text == sentence
     assert finding.units == (3, 7)
-    assert f"- **dead** — {sentence}" in findings_page(opening.found)
+    assert f"- **dead** — {sentence}" in findings_page(opening.analysis)
 
 
-def test_units_of_a_vector_are_refused_before_the_sweep(tmp_path: Path, subject: Subject) -> None:
+def test_units_of_a_vector_are_refused_before_the_sweep(
+    tmp_path: Path, subject: AnalysisData
+) -> None:
     network = ShallowCNN(8, (4, 5), (1, 2)).eval()
     report = LayerReport(tmp_path / "out", ("network",))
     layers, units = ["stage1", "linear"], {"linear": [1]}
-    opening = Opening({"network": network}, subject, report, layers, units)
+    opening = AnalysisRun({"network": network}, subject, report, layers, units)
     with pytest.raises(UserError, match="linear gives one number a unit"):
         opening.sweep()
-    assert opening.found is None
+    assert opening.analysis is None
     assert not (tmp_path / "out").exists()
 
 
 def test_network_without_convolutions_gets_a_note_in_place_of_filters(
-    tmp_path: Path, subject: Subject
+    tmp_path: Path, subject: AnalysisData
 ) -> None:
     parts = [nn.AvgPool2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(8)]
     network = nn.Sequential(*parts)
     network(subject.fetch([0]))
     report = LayerReport(tmp_path, ("network",))
-    opening = Opening({"network": network.eval()}, subject, report)
+    opening = AnalysisRun({"network": network.eval()}, subject, report)
     opening.sweep()
-    opening.filters()
-    report.finish(opening.found)
+    opening.report_filters()
+    report.finish(opening.analysis)
     assert "no two-dimensional convolution" in (tmp_path / "report.md").read_text()
-    assert set(opening.found.weights["network"]) == {"3"}
+    assert set(opening.analysis.weights["network"]) == {"3"}
 
 
-def test_first_filters_belong_to_layers_that_no_other_weights_reach(subject: Subject) -> None:
+def test_first_filters_belong_to_layers_that_no_other_weights_reach(subject: AnalysisData) -> None:
     network = nn.Sequential(
         *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 8)),
     ).eval()
     example = subject.fetch([0])
     points = [Point("network", path, 0, "post") for path in ("0", "2", "3", "4", "5")]
-    found = of_first_filters(network, example, first_filters(network, example), points)
+    found = points_of_first_filters(network, example, first_filters(network, example), points)
     assert [point.path for point in found] == ["0", "2", "3"]
 
 
-def test_card_of_a_first_unit_shows_its_filter(opened: Opening) -> None:
-    bank = opened.found.filters["student"]
-    (one, *_) = opened.found.portraits["student"]["stage1"]
+def test_card_of_a_first_unit_shows_its_filter(opened: AnalysisRun) -> None:
+    bank = opened.analysis.filters["student"]
+    (one, *_) = opened.analysis.unit_records["student"]["stage1"]
     tall, wide = bank.weights.shape[2:]
     unit = bank.weights[one.unit].numpy()
     factor = round(96 / max(tall, wide))
@@ -119,23 +121,23 @@ def _never_finite() -> nn.Module:
     return Preprocessed(network).eval()
 
 
-def _opened(folder: Path, networks: dict[str, nn.Module], subject: Subject) -> Opening:
+def _opened(folder: Path, networks: dict[str, nn.Module], subject: AnalysisData) -> AnalysisRun:
     few = replace(subject, order=subject.order[:12])
-    opening = Opening(networks, few, LayerReport(folder, tuple(networks)))
+    opening = AnalysisRun(networks, few, LayerReport(folder, tuple(networks)))
     opening.sweep()
-    opening.filters()
-    opening.through_depth(2)
-    opening.close_up(Closeness(units=1, steps=0))
-    opening.pairs(1)
-    opening.report.finish(opening.found)
+    opening.report_filters()
+    opening.report_depth_views(2)
+    opening.inspect_units(InspectionOptions(units=1, steps=0))
+    opening.report_pairs(1)
+    opening.report.finish(opening.analysis)
     return opening
 
 
 def test_network_that_is_never_finite_is_told_in_words_and_has_no_statistics(
-    tmp_path: Path, subject: Subject
+    tmp_path: Path, subject: AnalysisData
 ) -> None:
     opening = _opened(tmp_path, {"network": _never_finite()}, subject)
-    (finding,) = opening.found.findings
+    (finding,) = opening.analysis.findings
     values = 12 * 6 * 16 * 16
     assert finding.text == (
         "network: each of 12 images has values that are not finite at 2 of 3 layers, stage2 the "
@@ -155,7 +157,7 @@ def test_network_that_is_never_finite_is_told_in_words_and_has_no_statistics(
     assert {path.name for path in (tmp_path / "pictures").glob("7_units-*")} == {
         "7_units-cards_stage1-network.png"
     }
-    read = scalars(tmp_path / "network")
+    read = read_scalars(tmp_path / "network")
     assert [value for _, value in read[tags.NONFINITE]] == [0, values, 12 * 6 * 8 * 8]
     for name in ("active", "dead", "nearly_dead", "always_on", "effective_rank", "largest"):
         assert [step for step, _ in read[tags.profile(name)]] == [0], "stage1's alone"
@@ -166,7 +168,7 @@ def test_network_that_is_never_finite_is_told_in_words_and_has_no_statistics(
 
 
 def test_student_that_is_never_finite_changes_no_number_of_its_teacher(
-    tmp_path: Path, subject: Subject
+    tmp_path: Path, subject: AnalysisData
 ) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -185,7 +187,7 @@ def test_student_that_is_never_finite_changes_no_number_of_its_teacher(
     assert not list((tmp_path / "both" / "pictures").glob("7_units-maps_*-student.png"))
 
 
-def test_words_of_a_network_alone_are_of_one_network(tmp_path: Path, subject: Subject) -> None:
+def test_words_of_a_network_alone_are_of_one_network(tmp_path: Path, subject: AnalysisData) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Preprocessed(ShallowCNN(8, (8, 12), (1, 2))).eval()
@@ -195,7 +197,7 @@ def test_words_of_a_network_alone_are_of_one_network(tmp_path: Path, subject: Su
     assert tags.CKA_WITHIN in written
     assert tags.CKA_CHART not in written
     assert tags.CKA_WITHIN in urllib.parse.unquote(opening.report.link())
-    nothing = findings_page(replace(opening.found, findings=()))
+    nothing = findings_page(replace(opening.analysis, findings=()))
     said = [nothing, (tmp_path / "report.md").read_text()]
     said += [
         make_ndarray(event.tensor_proto).item().decode()
@@ -212,9 +214,9 @@ def test_words_of_a_network_alone_are_of_one_network(tmp_path: Path, subject: Su
 
 
 def test_title_says_whose_class_it_is_where_there_are_two_networks(
-    opened: Opening, monkeypatch: pytest.MonkeyPatch
+    opened: AnalysisRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    picture = opened.found.pictures[0]
+    picture = opened.analysis.pictures[0]
     alone = replace(picture, views={"teacher": picture.views["teacher"]})
     titles: list[str] = []
     monkeypatch.setattr(
@@ -224,19 +226,21 @@ def test_title_says_whose_class_it_is_where_there_are_two_networks(
     for shown in (picture, alone):
         depth_picture(shown, (), dict.fromkeys(shown.views, 0))
     assert titles[0].endswith("? (teacher's class)")
-    assert titles[1].endswith(f"why class {picture.explained}?")
+    assert titles[1].endswith(f"why class {picture.explained_class}?")
 
 
 @pytest.mark.slow
-def test_picture_of_fewer_layers_than_there_are_says_so(tmp_path: Path, subject: Subject) -> None:
+def test_picture_of_fewer_layers_than_there_are_says_so(
+    tmp_path: Path, subject: AnalysisData
+) -> None:
     parts = [part for _ in range(70) for part in (nn.Conv2d(3, 3, 1), nn.ReLU())]
     network = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8))
     few = replace(subject, order=subject.order[:2])
-    opening = Opening({"network": network.eval()}, few, LayerReport(tmp_path, ("network",)))
+    opening = AnalysisRun({"network": network.eval()}, few, LayerReport(tmp_path, ("network",)))
     said: list[tuple] = []
     opening.sweep()
-    opening.report.picture = lambda *given: said.append(given)
-    opening.through_depth(1)
+    opening.report.show_depth_view = lambda *given: said.append(given)
+    opening.report_depth_views(1)
     ((_, picture, _, whole),) = said
     assert len(picture.views["network"]) == 60
     assert whole == {"network": 70}
@@ -245,7 +249,7 @@ def test_picture_of_fewer_layers_than_there_are_says_so(tmp_path: Path, subject:
 
 
 def test_network_without_maps_or_filters_gets_notes_in_their_place(
-    tmp_path: Path, subject: Subject
+    tmp_path: Path, subject: AnalysisData
 ) -> None:
     class Vectors(nn.Module):
         def __init__(self) -> None:
@@ -256,15 +260,15 @@ def test_network_without_maps_or_filters_gets_notes_in_their_place(
             return self.linear(self.relu(self.hidden(images.mean((2, 3)))))
 
     report = LayerReport(tmp_path, ("network",))
-    opening = Opening({"network": Vectors().eval()}, subject, report)
+    opening = AnalysisRun({"network": Vectors().eval()}, subject, report)
     opening.sweep()
-    opening.filters()
-    opening.through_depth(2)
-    opening.close_up(Closeness(units=2, steps=2))
-    opening.pairs(2)
-    report.finish(opening.found)
+    opening.report_filters()
+    opening.report_depth_views(2)
+    opening.inspect_units(InspectionOptions(units=2, steps=2))
+    opening.report_pairs(2)
+    report.finish(opening.analysis)
     page = (tmp_path / "report.md").read_text()
     assert "no two-dimensional convolution" in page
     assert "no layer of the network has a map" in page
-    assert not opening.found.portraits
-    assert set(opening.found.weights["network"]) == {"hidden", "linear"}
+    assert not opening.analysis.unit_records
+    assert set(opening.analysis.weights["network"]) == {"hidden", "linear"}

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from camdistill import tags
-from camdistill.report.analysis_run import Opening
-from camdistill.report.layer_report import front_page
+from camdistill.report.analysis_run import AnalysisRun
+from camdistill.report.layer_report import report_url
 from camdistill.report.tensorboard import TensorBoardLogger
 
 CHROMIUM = next(
@@ -74,12 +74,12 @@ def _svg(url: str) -> str:
 
 
 def test_front_page_shows_curves_pictures_and_histograms(
-    opened: Opening, served, tmp_path: Path
+    opened: AnalysisRun, served, tmp_path: Path
 ) -> None:
     folder = opened.report.folder
     with served(folder, "true") as base:
         path = _artifacts(tmp_path) / "front_page.png"
-        picture = _rendered(_svg(front_page(folder, base)), path, 0.02)
+        picture = _rendered(_svg(report_url(folder, base)), path, 0.02)
     assert _ink(picture) > 0.02
     # The profiles' own colours: the picture of `1_overview/profiles` is pinned near the top.
     for colour in ([59, 82, 139], [225, 98, 47]):
@@ -98,7 +98,7 @@ def test_front_page_shows_curves_pictures_and_histograms(
     ],
 )
 def test_tab_is_drawn(
-    opened: Opening, served, tmp_path: Path, tab: str, query: str, least: float
+    opened: AnalysisRun, served, tmp_path: Path, tab: str, query: str, least: float
 ) -> None:
     with served(opened.report.folder, "true") as base:
         url = _svg(f"{base}/?{query}#{tab}")
@@ -119,7 +119,7 @@ def test_hparams_are_drawn(served, tmp_path: Path) -> None:
 
 
 def test_page_without_cards_has_less_ink_than_any_page_here(
-    opened: Opening, served, tmp_path: Path
+    opened: AnalysisRun, served, tmp_path: Path
 ) -> None:
     with served(opened.report.folder, "true") as base:
         url = _svg(f"{base}/?tagFilter=nothing_has_this_name#timeseries")

@@ -26,7 +26,7 @@ from camdistill.report.callbacks import (
     RunText,
     Throughput,
 )
-from camdistill.report.tensorboard import TensorBoardLogger, scalars
+from camdistill.report.tensorboard import TensorBoardLogger, read_scalars
 from camdistill.types import Batch
 
 TRAIN, VAL = 4, 5  # batches an epoch
@@ -130,7 +130,7 @@ def every_callback() -> list[Callback]:
 @pytest.mark.usefixtures("quick_pictures")
 def test_grids_stand_at_the_step_of_the_scalars(tmp_path: Path) -> None:
     fit(tmp_path, [MapGrids()])
-    steps = [step for step, _ in scalars(tmp_path / "run")[tags.AGREEMENT]]
+    steps = [step for step, _ in read_scalars(tmp_path / "run")[tags.AGREEMENT]]
     assert steps == [3, 7, 11]
     for layer in ("stage4", "stage5"):
         assert [step for step, _ in events(tmp_path, tags.grid(layer))] == steps
@@ -266,7 +266,7 @@ def test_resumed_run_writes_the_lines_of_the_unbroken_one(
     time.sleep(1.1)  # event files are put in order by the second
     last = broken / "checkpoints" / "last.ckpt"
     fit(broken, reports(), epochs=4, enable_checkpointing=True, checkpoint=last)
-    expected, found = scalars(whole / "run"), scalars(broken / "run")
+    expected, found = read_scalars(whole / "run"), read_scalars(broken / "run")
     assert set(found) == set(expected)
     for tag in expected:
         assert [step for step, _ in found[tag]] == [step for step, _ in expected[tag]], tag
@@ -292,12 +292,12 @@ def test_throughput_leaves_out_validation_and_the_first_steps(
 
     monkeypatch.setitem(globals(), "Tiny", Takes)
     fit(tmp_path, [Throughput(skip=2)], epochs=2)
-    assert scalars(tmp_path / "run")[tags.IMAGES_PER_SECOND] == [(3, 8.0), (7, 8.0)]
+    assert read_scalars(tmp_path / "run")[tags.IMAGES_PER_SECOND] == [(3, 8.0), (7, 8.0)]
 
 
 def test_run_shorter_than_the_skipped_steps_logs_no_speed(tmp_path: Path) -> None:
     fit(tmp_path, [Throughput(skip=100)], epochs=1)
-    assert tags.IMAGES_PER_SECOND not in scalars(tmp_path / "run")
+    assert tags.IMAGES_PER_SECOND not in read_scalars(tmp_path / "run")
 
 
 def test_progress_tells_the_numbers_that_matter_once_a_validation(

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from camdistill import tags
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed, Teacher
-from camdistill.report.layer_callbacks import LayersForm
-from camdistill.report.tensorboard import TensorBoardLogger, scalars
+from camdistill.report.layer_callbacks import LayerMonitor
+from camdistill.report.tensorboard import TensorBoardLogger, read_scalars
 from camdistill.types import Batch
 
 TRAIN, VAL = 4, 5
@@ -92,8 +92,8 @@ def _events(folder: Path, run: str = "run") -> EventAccumulator:
 
 
 def test_histograms_and_numbers_stand_at_the_step_of_the_scalars(tmp_path: Path) -> None:
-    _fit(tmp_path, [LayersForm(images=12)])
-    read = scalars(tmp_path / "run")
+    _fit(tmp_path, [LayerMonitor(images=12)])
+    read = read_scalars(tmp_path / "run")
     steps = [step for step, _ in read[tags.ACCURACY_VAL]]
     assert steps == [3, 7, 11], "none of the sanity check"
     for statistic in tags.OF_LAYERS:
@@ -108,7 +108,7 @@ def test_histograms_and_numbers_stand_at_the_step_of_the_scalars(tmp_path: Path)
 
 
 def test_histogram_is_of_the_same_images_and_of_the_weights_of_that_epoch(tmp_path: Path) -> None:
-    tiny = _fit(tmp_path, [LayersForm(images=10)])
+    tiny = _fit(tmp_path, [LayerMonitor(images=10)])
     shares = [batch.pixels[:2] for batch in _loader(VAL)]
     images = torch.cat(shares)[:10] / 255
     network = tiny.fitted.eval()
@@ -119,7 +119,7 @@ def test_histogram_is_of_the_same_images_and_of_the_weights_of_that_epoch(tmp_pa
     positive = stage[stage > 0]
     assert counts.sum() == len(positive)
     assert 10 ** left[0] <= positive.min() * (1 + 1e-6)
-    read = scalars(tmp_path / "run")[tags.of_layer("active", "00.stage1")]
+    read = read_scalars(tmp_path / "run")[tags.of_layer("active", "00.stage1")]
     assert read[-1][1] == pytest.approx((stage > 0).mean(), rel=1e-6)
     weights = make_ndarray(
         _events(tmp_path).Tensors(tags.weights("00.stage1.conv"))[-1].tensor_proto
@@ -131,12 +131,12 @@ def test_histogram_is_of_the_same_images_and_of_the_weights_of_that_epoch(tmp_pa
 
 def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
     plain = _fit(tmp_path / "a", []).state_dict()
-    watched = _fit(tmp_path / "b", [LayersForm(images=12)]).state_dict()
+    watched = _fit(tmp_path / "b", [LayerMonitor(images=12)]).state_dict()
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
 
 
 def test_dead_layer_while_training_keeps_its_steps(tmp_path: Path) -> None:
-    class Dead(LayersForm):
+    class Dead(LayerMonitor):
         def on_validation_epoch_end(self, trainer, pl_module) -> None:
             pl_module.network.network.stage1.bn.bias.data.fill_(-1e3)
             super().on_validation_epoch_end(trainer, pl_module)
@@ -144,7 +144,7 @@ def test_dead_layer_while_training_keeps_its_steps(tmp_path: Path) -> None:
     _fit(tmp_path, [Dead(images=12)], epochs=1)
     (event,) = _events(tmp_path).Tensors(tags.log10("00.stage1"))
     assert np.isfinite(make_ndarray(event.tensor_proto)).all()
-    assert scalars(tmp_path / "run")[tags.of_layer("dead", "00.stage1")] == [(3, 1.0)]
+    assert read_scalars(tmp_path / "run")[tags.of_layer("dead", "00.stage1")] == [(3, 1.0)]
 
 
 def test_resumed_run_keeps_the_epochs_before_in_its_picture(tmp_path: Path) -> None:
@@ -153,20 +153,20 @@ def test_resumed_run_keeps_the_epochs_before_in_its_picture(tmp_path: Path) -> N
         def on_train_epoch_end(self, trainer, pl_module) -> None:
             trainer.should_stop = trainer.current_epoch == 1
 
-    _fit(tmp_path, [first := LayersForm(images=6), Killed()], 3, save=tmp_path / "last.ckpt")
-    resumed = LayersForm(images=6)
+    _fit(tmp_path, [first := LayerMonitor(images=6), Killed()], 3, save=tmp_path / "last.ckpt")
+    resumed = LayerMonitor(images=6)
     _fit(tmp_path, [resumed], 3, checkpoint=tmp_path / "last.ckpt")
-    assert [past["label"] for past in first._past] == ["epoch 1", "epoch 2"]
-    assert [past["label"] for past in resumed._past] == ["epoch 1", "epoch 2", "epoch 3"]
+    assert [past["label"] for past in first._history] == ["epoch 1", "epoch 2"]
+    assert [past["label"] for past in resumed._history] == ["epoch 1", "epoch 2", "epoch 3"]
 
 
 def test_at_most_so_many_pictures(tmp_path: Path) -> None:
-    _fit(tmp_path, [LayersForm(images=6, pictures=2)], epochs=5)
+    _fit(tmp_path, [LayerMonitor(images=6, pictures=2)], epochs=5)
     assert len(_events(tmp_path).Tensors(tags.FORMING)) == 2
 
 
 def test_teacher_stands_beside_its_student_on_the_same_images(tmp_path: Path) -> None:
-    taught = _fit(tmp_path, [LayersForm(images=10)], module=Taught)
+    taught = _fit(tmp_path, [LayerMonitor(images=10)], module=Taught)
     images = torch.cat([batch.pixels[:2] for batch in _loader(VAL)])[:10] / 255
     teacher = taught.teacher
     with torch.no_grad():
@@ -178,9 +178,9 @@ def test_teacher_stands_beside_its_student_on_the_same_images(tmp_path: Path) ->
     (weights,) = events.Tensors(tags.weights("00.stage1.conv"))
     assert make_ndarray(weights.tensor_proto)[:, 2].sum() == pytest.approx(8 * 3 * 9)
     assert len(events.Tensors(tags.norms("01.stage2.conv"))) == 1
-    level = scalars(tmp_path / "run" / "teacher")[tags.of_layer("active", "00.stage1")]
+    level = read_scalars(tmp_path / "run" / "teacher")[tags.of_layer("active", "00.stage1")]
     assert level == [(step, pytest.approx((stage > 0).mean(), rel=1e-6)) for step in (3, 7, 11)]
-    own = scalars(tmp_path / "run")[tags.of_layer("active", "00.stage1")]
+    own = read_scalars(tmp_path / "run")[tags.of_layer("active", "00.stage1")]
     assert own[-1][1] != level[-1][1], "the student's own"
     assert not (tmp_path / "run" / "teacher" / "hparams.yaml").exists()
 
@@ -191,25 +191,25 @@ def test_resumed_run_looks_at_the_teacher_no_second_time(tmp_path: Path, monkeyp
 
     stop = Callback()
     stop.on_train_epoch_end = killed
-    _fit(tmp_path, [LayersForm(images=6), stop], 3, save=tmp_path / "last.ckpt", module=Taught)
+    _fit(tmp_path, [LayerMonitor(images=6), stop], 3, save=tmp_path / "last.ckpt", module=Taught)
     looked = []
-    sweep = LayersForm._sweep
+    sweep = LayerMonitor._sweep
     monkeypatch.setattr(
-        LayersForm,
+        LayerMonitor,
         "_sweep",
         lambda self, name, network: looked.append(name) or sweep(self, name, network),
     )
-    resumed = LayersForm(images=6)
+    resumed = LayerMonitor(images=6)
     _fit(tmp_path, [resumed], 3, checkpoint=tmp_path / "last.ckpt", module=Taught)
     assert looked == ["student", "student"]
-    level = scalars(tmp_path / "run" / "teacher")[tags.of_layer("active", "00.stage1")]
+    level = read_scalars(tmp_path / "run" / "teacher")[tags.of_layer("active", "00.stage1")]
     assert [step for step, _ in level] == [3, 7, 11]
     assert len({value for _, value in level}) == 1
 
 
 def test_other_loggers_and_modules_are_left_alone(tmp_path: Path) -> None:
-    _fit(tmp_path, [watching := LayersForm(images=6)], 1, logger=CSVLogger(tmp_path))
-    assert not watching._past
+    _fit(tmp_path, [watching := LayerMonitor(images=6)], 1, logger=CSVLogger(tmp_path))
+    assert not watching._history
 
 
 def test_a_config_switches_it_on(trained: Path, tmp_path: Path, monkeypatch) -> None:
@@ -218,9 +218,9 @@ def test_a_config_switches_it_on(trained: Path, tmp_path: Path, monkeypatch) -> 
     monkeypatch.chdir(trained)
     run = tmp_path / "run"
     callbacks = (
-        "[{class_path: camdistill.report.layer_callbacks.LayersForm, init_args: {images: 8}}]"
+        "[{class_path: camdistill.report.layer_callbacks.LayerMonitor, init_args: {images: 8}}]"
     )
     given = ["fit", "-c", "tiny.yaml", "--run", f"{run}/x", "--trainer.callbacks", callbacks]
     assert main(given) == 0
     (folder,) = run.rglob("version_0")
-    assert tags.of_layer("active", "00.stage1") in scalars(folder)
+    assert tags.of_layer("active", "00.stage1") in read_scalars(folder)

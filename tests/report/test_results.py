@@ -11,9 +11,9 @@ from camdistill.errors import UserError
 from camdistill.measure.intervals import Interval
 from camdistill.report.results import (
     machine,
+    package_versions,
     read_results,
     text_table,
-    versions,
     write_results,
 )
 
@@ -43,7 +43,7 @@ def test_results_come_back_as_plain_values(tmp_path: Path) -> None:
     assert found["interval"] == {"mean": 0.5, "low": 0.25, "high": 0.75}
     assert (found["seconds"], found["sha256"], found["nothing"]) == (1.2, {"teacher": "ab"}, None)
     assert found["machine"] == machine()
-    assert found["versions"] == versions()
+    assert found["versions"] == package_versions()
 
 
 def test_file_reads_well(tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_file_reads_well(tmp_path: Path) -> None:
 
 
 def test_machine_and_versions_say_what_ran() -> None:
-    assert versions()["torch"] == torch.__version__
-    assert set(versions()) >= {"camdistill", "torchvision", "lightning", "python"}
+    assert package_versions()["torch"] == torch.__version__
+    assert set(package_versions()) >= {"camdistill", "torchvision", "lightning", "python"}
     assert machine()["cores"] >= 1
     assert machine()["cpu"]
     assert (machine()["gpu"] is not None) == torch.cuda.is_available()

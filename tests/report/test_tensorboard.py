@@ -19,7 +19,12 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
 from camdistill import tags
-from camdistill.report.tensorboard import TensorBoardLogger, front_page_url, scalars, settings_page
+from camdistill.report.tensorboard import (
+    TensorBoardLogger,
+    front_page_url,
+    read_scalars,
+    settings_page,
+)
 
 from .conftest import get, tensorboard_of
 
@@ -55,7 +60,7 @@ def test_scalars_come_back_once_with_step_value_and_description(tmp_path: Path) 
         logger.log_metrics(values, step)
     logger.save()
     found = events(Path(logger.log_dir))
-    assert scalars(Path(logger.log_dir)) == {
+    assert read_scalars(Path(logger.log_dir)) == {
         tags.LOSS_VAL: [(0, 0.5), (1, 0.25), (2, pytest.approx(1 / 6))],
         tags.AGREEMENT: [(0, 0.25), (1, 0.25), (2, 0.25)],
     }
@@ -69,7 +74,7 @@ def test_nan_is_logged_as_nan(tmp_path: Path) -> None:
     logger = logger_in(tmp_path)
     logger.log_metrics({tags.LOSS_VAL: float("nan")}, 0)
     logger.save()
-    ((step, value),) = scalars(Path(logger.log_dir))[tags.LOSS_VAL]
+    ((step, value),) = read_scalars(Path(logger.log_dir))[tags.LOSS_VAL]
     assert step == 0
     assert np.isnan(value)
 
@@ -156,7 +161,7 @@ def test_resumed_run_hides_what_was_logged_after_its_checkpoint(tmp_path: Path) 
         resumed.log_metrics({tags.LOSS_TRAIN: 100.0 + step}, step)
     resumed.save()
     expected = [(step, step + (100.0 if step >= 6 else 0.0)) for step in range(12)]
-    assert scalars(Path(killed.log_dir))[tags.LOSS_TRAIN] == expected
+    assert read_scalars(Path(killed.log_dir))[tags.LOSS_TRAIN] == expected
     pictures = events(Path(killed.log_dir)).Tensors(tags.grid("layer3"))
     assert [event.step for event in pictures] == [3]
 
@@ -167,7 +172,7 @@ def test_settings_are_a_row_without_placeholder_points(tmp_path: Path) -> None:
     logger.log_hyperparams({**settings, "file": Path("a/b"), "none": None, "_instantiator": "x"})
     logger.finalize("success")
     found = events(Path(logger.log_dir))
-    assert scalars(Path(logger.log_dir)) == {}
+    assert read_scalars(Path(logger.log_dir)) == {}
     assert set(found.Tags()["tensors"]) == {
         "_hparams_/experiment",
         "_hparams_/session_start_info",

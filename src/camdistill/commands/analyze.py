@@ -17,12 +17,12 @@ from camdistill.commands.networks import NetworkSelection, image_side, load_netw
 from camdistill.commands.progress import resolve_device
 from camdistill.data.concepts import shape_concepts
 from camdistill.errors import UserError
-from camdistill.layers.sweep.layer_selection import all_layers, find_layers
-from camdistill.layers.units.unit_inspection import Closeness
+from camdistill.layers.sweep.layer_selection import find_layers, list_layers
+from camdistill.layers.units.unit_inspection import InspectionOptions
 from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
-from camdistill.report.analysis_data import Subject
-from camdistill.report.analysis_run import Opening, Step
+from camdistill.report.analysis_data import AnalysisData
+from camdistill.report.analysis_run import AnalysisRun, StepCallback
 from camdistill.report.file_manifest import SWEEP
 from camdistill.report.layer_report import LayerReport
 from camdistill.report.results import Cell, text_table
@@ -95,23 +95,23 @@ def analyze(
     for network in networks.values():
         network.to(torch_device)
     subject = _subject(source, selection, torch_device)
-    analysis = Opening(
+    analysis = AnalysisRun(
         networks, subject, LayerReport(out, tuple(networks)), layers, _parse_units(units)
     )
     with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
         analysis.on_step = _progress_step(progress)
         try:
             analysis.sweep(probes=probes)
-            analysis.filters()
-            analysis.through_depth(pictures)
+            analysis.report_filters()
+            analysis.report_depth_views(pictures)
             if cards or units:
-                analysis.close_up(Closeness(cards, steps))
+                analysis.inspect_units(InspectionOptions(cards, steps))
             if cards:
-                analysis.pairs(cards)
+                analysis.report_pairs(cards)
         except (KeyboardInterrupt, UserError) as error:
-            if analysis.found is None:
+            if analysis.analysis is None:
                 raise
-            analysis.stopped()
+            analysis.mark_stopped()
             # What was computed until then may have taken hours.
             _finish(analysis, selection, start_time)
             if isinstance(error, KeyboardInterrupt):
@@ -122,18 +122,20 @@ def analyze(
     return results
 
 
-def _finish(analysis: Opening, selection: NetworkSelection, start_time: float) -> dict[str, object]:
-    assert analysis.found is not None, "swept"
+def _finish(
+    analysis: AnalysisRun, selection: NetworkSelection, start_time: float
+) -> dict[str, object]:
+    assert analysis.analysis is not None, "swept"
     seconds = time.monotonic() - start_time
-    return analysis.report.finish(analysis.found, seconds=seconds, sha256=selection.sha256)
+    return analysis.report.finish(analysis.analysis, seconds=seconds, sha256=selection.sha256)
 
 
-def _subject(source: ImageSource, selection: NetworkSelection, device: str) -> Subject:
+def _subject(source: ImageSource, selection: NetworkSelection, device: str) -> AnalysisData:
     classes_match = len(source.images.classes) == head_size(selection.teacher.network)
     masks = None
     if source.shapes is not None:
         masks = functools.partial(shape_concepts, source.shapes)
-    return Subject(
+    return AnalysisData(
         source.images,
         source.order,
         source.name,
@@ -155,7 +157,7 @@ def _parse_units(words: Sequence[str]) -> dict[str, list[int]]:
     return units_by_layer
 
 
-def _progress_step(progress: Progress) -> Step:
+def _progress_step(progress: Progress) -> StepCallback:
     tasks: dict[str, TaskID] = {}
 
     def step(stage: str, done: int, total: int) -> None:
@@ -174,7 +176,7 @@ def _list_layers(networks: Mapping[str, nn.Module], size: int, channels: int) ->
         check_forward({name: network}, example, numbers=False)
         default_keys = {layer.key for layer in find_layers(network, example)}
         rows: dict[str, dict[str, Cell]] = {}
-        for layer in all_layers(network, example):
+        for layer in list_layers(network, example):
             units, height, width = layer.shape
             rows[layer.name] = {
                 "units": units,
@@ -186,9 +188,9 @@ def _list_layers(networks: Mapping[str, nn.Module], size: int, channels: int) ->
     return names_by_network
 
 
-def _print_summary(analysis: Opening, out: Path) -> None:
+def _print_summary(analysis: AnalysisRun, out: Path) -> None:
     """Prints what stands out, and where everything is."""
-    findings = analysis.found
+    findings = analysis.analysis
     assert findings is not None, "swept"
     if findings.unfinished:
         print(

@@ -17,7 +17,7 @@ from camdistill.distill.checkpoints import TrainedExplainer, load
 from camdistill.errors import UserError
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
-from camdistill.report.tensorboard import how_to_look
+from camdistill.report.tensorboard import tensorboard_command
 
 MIN_IMAGES = 16  # images: fewer and an interval says nothing
 
@@ -72,7 +72,7 @@ def claims(
     write_claim_pictures(read_outcomes(out / "results.json"), out)
     print(claims_verdict(outcome_by_number))
     print(f"{out / 'results.json'}; table.txt and charts of all its rows beside it")
-    print(how_to_look(out))
+    print(tensorboard_command(out))
     return {number: outcome.row for number, outcome in outcome_by_number.items()}
 
 

@@ -33,7 +33,7 @@ from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
 from camdistill.networks.weights import sha256_of, weights_digest
 from camdistill.report.results import write_results
-from camdistill.report.tensorboard import how_to_look
+from camdistill.report.tensorboard import tensorboard_command
 from camdistill.store.atomic_files import write_atomically
 
 MEASUREMENT_VERSION = 3  # goes up when the same settings would give other values
@@ -154,7 +154,7 @@ def evaluate(
     for name, reason in omitted.items():
         print(f"{name} is left out: {reason}.")
     print(f"{out / 'results.json'}, values.npz and pictures beside it")
-    print(how_to_look(out))
+    print(tensorboard_command(out))
     return results
 
 

@@ -21,7 +21,7 @@ from camdistill.measure.scores import map_scores
 from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
 from camdistill.perturb.probability import probabilities
-from camdistill.report.figures.maps import Row, map_panel
+from camdistill.report.figures.maps import PanelRow, map_panel
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import Cell, text_table, write_results
 from camdistill.store.atomic_files import write_atomically
@@ -102,7 +102,7 @@ def explain(
             selection, source, teacher_explanation, student_explanation, names, method, out
         )
     rows: dict[str, dict[str, object]] = {}
-    overview: list[Row] = []
+    overview: list[PanelRow] = []
     for index, name in enumerate(source.names):
         pairs = list(
             _pairs_of_image(index, selection, teacher_explanation, student_explanation, names)
@@ -295,13 +295,13 @@ def _write_image(
     pairs: Sequence[LayerPairMaps],
     predictions: dict[str, object],
     first: str,
-) -> list[Row]:
+) -> list[PanelRow]:
     """Writes an image's panel and its raw maps; returns the panel's rows."""
     rows, arrays = [], {}
     for pair in pairs:
         caption = [pair.label, pair.class_name]
         caption += [f"Pearson {pair.scores['pearson']:.2f}"] if pair.scores else []
-        rows.append(Row(image, pair.teacher, pair.student, caption))
+        rows.append(PanelRow(image, pair.teacher, pair.student, caption))
         arrays[f"{first}/{pair.layers[0]}/{pair.class_name}"] = pair.teacher
         if pair.student is not None:
             arrays[f"student/{pair.layers[1]}/{pair.class_name}"] = pair.student

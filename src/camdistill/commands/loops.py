@@ -21,7 +21,7 @@ from camdistill.experiments.training.earlier_results import PREDICTIONS
 from camdistill.experiments.training.lightning_cli import Experiment
 from camdistill.experiments.training.option_checks import check_words
 from camdistill.report.results import text_table
-from camdistill.report.tensorboard import how_to_look
+from camdistill.report.tensorboard import tensorboard_command
 from camdistill.store.atomic_files import read_arrays, write_atomically
 
 # What a validation measures: the last words of its tags, as the test's table calls them.
@@ -63,7 +63,7 @@ class _ReportingExperiment(Experiment):
         events = any(self.folder.glob("events.out.tfevents.*"))
         if events:
             print(f"  its curves:  camdistill report --run {shlex.quote(str(self.folder))}")
-        print(f"  {how_to_look(self.folder.parent)}")
+        print(f"  {tensorboard_command(self.folder.parent)}")
 
     def save_network(self) -> Path:
         """Writes what was trained, and says what was removed because it was of an earlier one."""

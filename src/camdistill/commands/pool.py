@@ -10,7 +10,7 @@ from camdistill.experiments.evaluation.evaluation_values import FILE
 from camdistill.experiments.evaluation.pooling import read_pool
 from camdistill.networks.weights import sha256_of
 from camdistill.report.results import write_results
-from camdistill.report.tensorboard import how_to_look
+from camdistill.report.tensorboard import tensorboard_command
 from camdistill.store.atomic_files import write_atomically
 
 
@@ -52,5 +52,5 @@ def pool(
     write_atomically(out / "table.txt", text.encode())
     print(text)
     print(f"{out / 'results.json'} and charts beside it")
-    print(how_to_look(out))
+    print(tensorboard_command(out))
     return results

@@ -30,7 +30,7 @@ from camdistill.experiments.ranking.student_task import Recipe
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import write_results
-from camdistill.report.tensorboard import how_to_look
+from camdistill.report.tensorboard import tensorboard_command
 from camdistill.store.atomic_files import write_atomically
 
 SHARES = [0.25, 0.5, 0.75]
@@ -121,5 +121,5 @@ def _write_results(ranking: Found, seconds: float) -> dict[str, object]:
     picture = save_png(out / "gains.png", chart(ranking))
     board = log_scalars(ranking, out)
     print(f"\n{text}\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
-    print(how_to_look(board))
+    print(tensorboard_command(board))
     return summary

@@ -32,7 +32,7 @@ from camdistill.experiments.refinement.refinement_worker import Workshop
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import write_results
-from camdistill.report.tensorboard import how_to_look
+from camdistill.report.tensorboard import tensorboard_command
 from camdistill.store.atomic_files import write_atomically
 
 
@@ -113,5 +113,5 @@ def _write_results(refinement: Found, worker: Workshop, seconds: float) -> dict[
     board = log_board(refinement, out, parts, panels, text)
     print(f"\n{text}\n\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
     print(f"Networks, for --checkpoint: {out / 'networks'}")
-    print(how_to_look(board))
+    print(tensorboard_command(board))
     return summary

@@ -8,8 +8,8 @@ from tensorboard import program
 
 from camdistill import tags
 from camdistill.errors import UserError, check_number
-from camdistill.report.layer_report import REPORT, front_page
-from camdistill.report.tensorboard import front_page_url, written
+from camdistill.report.layer_report import REPORT, report_url
+from camdistill.report.tensorboard import front_page_url, read_tags
 
 
 def report(
@@ -44,7 +44,7 @@ def report(
         url = server.launch()
     except program.TensorBoardServerException as error:
         raise UserError(f"TensorBoard doesn't start: {error}; give another --port") from None
-    link = front_page(run, url) if (run / REPORT).is_dir() else _training_page(run, url)
+    link = report_url(run, url) if (run / REPORT).is_dir() else _training_page(run, url)
     print(f"TensorBoard shows {run}. The cards that matter, on top:\n\n  {link}\n")
     try:
         print("Ctrl-C stops it.", flush=True)
@@ -56,7 +56,7 @@ def report(
 def _training_page(run: Path, base: str) -> str:
     """Of a training run, or of several: the scalars that matter, and the maps of the first."""
     folders = sorted({file.parent for file in run.rglob("events.out.tfevents.*")})
-    kinds_by_folder = {folder.relative_to(run).as_posix(): written(folder) for folder in folders}
+    kinds_by_folder = {folder.relative_to(run).as_posix(): read_tags(folder) for folder in folders}
     written_tags = {tag for kind_by_tag in kinds_by_folder.values() for tag in kind_by_tag}
     cards = [tag for tag in (*tags.STUDENT_CARDS, *tags.CLASSIFIER_CARDS) if tag in written_tags]
     maps = [

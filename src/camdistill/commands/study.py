@@ -6,7 +6,7 @@ from camdistill.experiments.training.arms_and_seeds import Study, run_study, say
 from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import text_table
-from camdistill.report.tensorboard import how_to_look
+from camdistill.report.tensorboard import tensorboard_command
 from camdistill.store.atomic_files import write_atomically
 
 # What an option of a run may be: a value, or a list as model.transfer.pairs is.
@@ -42,7 +42,7 @@ def study(
     write_atomically(out / "table.txt", text.encode())
     chart = save_png(out / "table.png", interval_chart(rows, title=f"95 % intervals over {over}"))
     print(f"\n{text}\nResults: {out / 'results.json'}   Chart: {chart}")
-    print(how_to_look(out))
+    print(tensorboard_command(out))
     return results
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from camdistill.layers.filters import FilterBank, WeightSummary
 from camdistill.layers.findings import Finding
-from camdistill.layers.sweep.sweep_summary import Sweep
-from camdistill.layers.through_depth import ThroughDepth
-from camdistill.layers.units.unit_cards import Portrait
-from camdistill.layers.units.unit_pairs import Pair
+from camdistill.layers.sweep.sweep_summary import SweepResult
+from camdistill.layers.through_depth import DepthView
+from camdistill.layers.units.unit_cards import UnitRecord
+from camdistill.layers.units.unit_pairs import UnitPair
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,19 @@ class Analysis:
         filters: First filters, by network.
         weights: By network, then by layer.
         pictures: Single images at all layers.
-        portraits: By network, then by layer.
+        unit_records: By network, then by layer.
         pairs: Units of teacher and student that do the same, by the student's layer.
         data: What the images are, for titles.
         unfinished: Why parts are missing; empty when everything was done.
     """
 
-    sweep: Sweep
+    sweep: SweepResult
     data: str
     classes: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     filters: Mapping[str, FilterBank] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, WeightSummary]] = field(default_factory=dict)
-    pictures: tuple[ThroughDepth, ...] = ()
-    portraits: Mapping[str, Mapping[str, tuple[Portrait, ...]]] = field(default_factory=dict)
-    pairs: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
+    pictures: tuple[DepthView, ...] = ()
+    unit_records: Mapping[str, Mapping[str, tuple[UnitRecord, ...]]] = field(default_factory=dict)
+    pairs: Mapping[str, tuple[UnitPair, ...]] = field(default_factory=dict)
     unfinished: str = ""

@@ -71,20 +71,28 @@ def contributions(
     """
     with torch.inference_mode(False), torch.enable_grad():
         # Frozen weights alone would record no graph.
-        asked = images.detach().clone().requires_grad_()
-        found = explain_images(network, asked, layers, classes, grad="activations", maps=False)
-        chosen = found.logits.gather(1, found.classes.view(-1, 1)).sum()
-        outputs = [found.activations[layer] for layer in layers]
+        traced_images = images.detach().clone().requires_grad_()
+        explanation = explain_images(
+            network, traced_images, layers, classes, grad="activations", maps=False
+        )
+        total_logit = explanation.logits.gather(1, explanation.classes.view(-1, 1)).sum()
+        outputs = [explanation.activations[layer] for layer in layers]
         with refuse_reentrant():
-            gradients = torch.autograd.grad(chosen, outputs, allow_unused=True) if outputs else ()
-    by_layer = {}
+            gradients = (
+                torch.autograd.grad(total_logit, outputs, allow_unused=True) if outputs else ()
+            )
+    contribution_by_layer = {}
     for layer, output, gradient in zip(layers, outputs, gradients, strict=True):
         if gradient is None:
             raise UserError(
                 f"the logits don't depend on layer '{layer}': ask for layers that they are "
                 "computed from"
             )
-        by_layer[layer] = Contribution(
+        contribution_by_layer[layer] = Contribution(
             upcast(output.detach()).float().cpu(), upcast(gradient.detach()).float().cpu()
         )
-    return found.logits.detach().float().cpu(), found.classes.detach().cpu(), by_layer
+    return (
+        explanation.logits.detach().float().cpu(),
+        explanation.classes.detach().cpu(),
+        contribution_by_layer,
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.engine.request import upcast
-from camdistill.layers.sweep.statistics.histograms import HistogramCounts, rebinned
+from camdistill.layers.sweep.statistics.histograms import HistogramCounts, rebin
 from camdistill.layers.sweep.sweep_summary import Histogram, Point
 from camdistill.networks.capture import (
     inspection_mode,
@@ -64,18 +64,18 @@ def first_filters(network: nn.Module, images: Images) -> FilterBank:
         UserError: The network has no two-dimensional convolution that runs on the images.
     """
     inner = unwrap(network)
-    ran: list[str] = []
+    run_names: list[str] = []
     convolutions = [
         name for name in layer_names(network) if isinstance(inner.get_submodule(name), nn.Conv2d)
     ]
 
     def note(name: str, output: object) -> None:
-        ran.append(name)
+        run_names.append(name)
 
     with inspection_mode(network):
         with visit_layers(network, convolutions, note, required=False):
             unwrap_outer(network)(images[:1])
-        if not ran:
+        if not run_names:
             raise UserError(
                 f"{type(inner).__name__} runs no two-dimensional convolution on these images, so "
                 "there are no filters to show"
@@ -84,17 +84,17 @@ def first_filters(network: nn.Module, images: Images) -> FilterBank:
         if isinstance(network, Preprocessed):
             prepared = network.normalise(prepared)
         pairs = dict(find_foldable(inner, prepared))
-    conv = inner.get_submodule(ran[0])
-    assert isinstance(conv, nn.Conv2d), "they were chosen as such"
-    norm = pairs.get(ran[0], "")
+    convolution = inner.get_submodule(run_names[0])
+    assert isinstance(convolution, nn.Conv2d), "they were chosen as such"
+    norm = pairs.get(run_names[0], "")
     if norm:
-        conv = fold_norm(conv, inner.get_submodule(norm))  # type: ignore[arg-type]
-    weights = conv.weight.detach().clone()
-    known = isinstance(network, Preprocessed) and network.std.shape[1] == weights.shape[1]
-    if known:
+        convolution = fold_norm(convolution, inner.get_submodule(norm))  # type: ignore[arg-type]
+    weights = convolution.weight.detach().clone()
+    has_std = isinstance(network, Preprocessed) and network.std.shape[1] == weights.shape[1]
+    if has_std:
         assert isinstance(network, Preprocessed), "just asked"
         weights = weights / network.std.to(weights)
-    return FilterBank(ran[0], weights, norm, known)
+    return FilterBank(run_names[0], weights, norm, has_std)
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ def weight_summaries(network: nn.Module, name: str = "network") -> dict[str, Wei
     inner = unwrap(network)
     layers = {path: inner.get_submodule(path) for path in layer_names(network)}
     return {
-        path: summarised(layer.weight.detach(), Point(name, path, 0, "post"))
+        path: summarize_weights(layer.weight.detach(), Point(name, path, 0, "post"))
         for path, layer in layers.items()
         if isinstance(layer, nn.Conv2d | nn.Linear)
     }
 
 
-def summarised(weights: Float[Tensor, "units *rest"], point: Point) -> WeightSummary:
+def summarize_weights(weights: Float[Tensor, "units *rest"], point: Point) -> WeightSummary:
     """Moments, norms and histograms of weights whose first axis is units.
 
     Args:
@@ -156,7 +156,7 @@ def summarised(weights: Float[Tensor, "units *rest"], point: Point) -> WeightSum
     )
 
 
-def binned_weights(
+def bin_weights(
     summary: WeightSummary, *, relative: bool = False
 ) -> tuple[Float[np.ndarray, "edges"], Float[np.ndarray, "bins"]]:
     """Edges and counts of 60 bins about zero, up to the largest magnitude.
@@ -168,9 +168,9 @@ def binned_weights(
     edges = torch.linspace(-1.0, 1.0, BINS + 1, dtype=torch.float64)
     limits = edges * (summary.limit or 1.0)
     # The largest weight belongs to the last bin: its own bin in the summary reaches further.
-    reaching = limits.clone()
-    reaching[0], reaching[-1] = -math.inf, math.inf
-    counts = rebinned(summary.signed, reaching.clamp(-(2.0**128), 2.0**128))
+    outer_limits = limits.clone()
+    outer_limits[0], outer_limits[-1] = -math.inf, math.inf
+    counts = rebin(summary.signed, outer_limits.clamp(-(2.0**128), 2.0**128))
     return (edges if relative else limits).numpy(), counts.numpy()
 
 
@@ -178,12 +178,12 @@ def weight_rows(summaries: Mapping[str, WeightSummary]) -> dict[str, dict[str, o
     """The summaries as plain numbers, by layer."""
     return {
         name: {
-            "count": found.count,
-            "mean": found.mean,
-            "std": found.std,
-            "limit": found.limit,
-            "nonfinite": found.signed.nonfinite,
-            "norms": found.norms.tolist(),
+            "count": summary.count,
+            "mean": summary.mean,
+            "std": summary.std,
+            "limit": summary.limit,
+            "nonfinite": summary.signed.nonfinite,
+            "norms": summary.norms.tolist(),
         }
-        for name, found in summaries.items()
+        for name, summary in summaries.items()
     }

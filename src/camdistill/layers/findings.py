@@ -19,9 +19,9 @@ from typing import Literal, get_args
 import torch
 
 from camdistill.layers.sweep.statistics.similarity import Match
-from camdistill.layers.sweep.sweep_summary import LayerSummary, Sweep
+from camdistill.layers.sweep.sweep_summary import LayerSummary, SweepResult
 
-Kind = Literal[
+FindingKind = Literal[
     "not finite",
     "dead",
     "collapsed rank",
@@ -58,7 +58,7 @@ class Finding:
         value: The number that the finding stands on: how many units, or the statistic.
     """
 
-    kind: Kind
+    kind: FindingKind
     network: str
     layer: str
     text: str
@@ -66,47 +66,64 @@ class Finding:
     value: float
 
 
-def findings(sweep: Sweep) -> tuple[Finding, ...]:
+def findings(sweep: SweepResult) -> tuple[Finding, ...]:
     """What stands out, the gravest first, then by network and depth."""
-    found = [one for layers in sweep.networks.values() for one in _of_network(layers, sweep.images)]
+    all_findings = [
+        finding
+        for layers in sweep.networks.values()
+        for finding in _network_findings(layers, sweep.images)
+    ]
     if len(sweep.networks) == 2:
-        found += _of_pair(sweep)
-    order = get_args(Kind)
-    return tuple(sorted(found, key=lambda one: order.index(one.kind)))
+        all_findings += _pair_findings(sweep)
+    order = get_args(FindingKind)
+    return tuple(sorted(all_findings, key=lambda finding: order.index(finding.kind)))
 
 
-def _of_network(layers: Sequence[LayerSummary], images: int) -> list[Finding]:
-    lost = [layer for layer in layers if layer.lost]
-    sound = [layer for layer in layers if not layer.lost]
-    found = [one for layer in sound for one in _of_layer(layer)]
-    return [*([_lost(lost, layers, images)] if lost else []), *found]
+def _network_findings(layers: Sequence[LayerSummary], images: int) -> list[Finding]:
+    broken = [layer for layer in layers if layer.all_nonfinite]
+    finite_layers = [layer for layer in layers if not layer.all_nonfinite]
+    layer_findings = [finding for layer in finite_layers for finding in _layer_findings(layer)]
+    return [*([_find_nonfinite_layers(broken, layers, images)] if broken else []), *layer_findings]
 
 
-def _lost(lost: Sequence[LayerSummary], layers: Sequence[LayerSummary], images: int) -> Finding:
+def _find_nonfinite_layers(
+    broken: Sequence[LayerSummary], layers: Sequence[LayerSummary], images: int
+) -> Finding:
     """One sentence for all layers: behind the first of them there is nothing to be seen."""
-    where = f"at {len(lost)} of {len(layers)} layers, {lost[0].name} the first of them"
+    where = f"at {len(broken)} of {len(layers)} layers, {broken[0].name} the first of them"
     text = (
         f"each of {images:,} images has values that are not finite {where} "
-        f"({_broken(lost[0])}): these layers have no statistics, and no average, comparison or map "
+        f"({_nonfinite_words(broken[0])}): these layers have no statistics, and no average, "
+        "comparison or map "
         "counts them"
     )
-    whole = f"{lost[0].network}: {text}"
-    return Finding("not finite", lost[0].network, lost[0].name, whole, (), float(len(lost)))
+    sentence = f"{broken[0].network}: {text}"
+    return Finding(
+        "not finite", broken[0].network, broken[0].name, sentence, (), float(len(broken))
+    )
 
 
-def _of_layer(layer: LayerSummary) -> list[Finding]:
-    parts = (_not_finite, _dead, _collapsed, _always_on, _saturated, _duplicates, _nearly_dead)
-    return [one for part in parts if (one := part(layer)) is not None]
+def _layer_findings(layer: LayerSummary) -> list[Finding]:
+    detectors = (
+        _find_nonfinite,
+        _find_dead,
+        _find_collapsed,
+        _find_always_on,
+        _find_saturated,
+        _find_duplicates,
+        _find_nearly_dead,
+    )
+    return [finding for detector in detectors if (finding := detector(layer)) is not None]
 
 
-def _not_finite(layer: LayerSummary) -> Finding | None:
+def _find_nonfinite(layer: LayerSummary) -> Finding | None:
     histogram = layer.pre if layer.pre is not None else layer.post
     if histogram.nonfinite == 0:
         return None
-    return _finding("not finite", layer, _broken(layer), (), histogram.nonfinite)
+    return _finding("not finite", layer, _nonfinite_words(layer), (), histogram.nonfinite)
 
 
-def _broken(layer: LayerSummary) -> str:
+def _nonfinite_words(layer: LayerSummary) -> str:
     """How many values of which kind, where the layer is read first."""
     histogram = layer.pre if layer.pre is not None else layer.post
     kinds = [
@@ -122,49 +139,49 @@ def _broken(layer: LayerSummary) -> str:
     return f"{' and '.join(kinds)} among {histogram.total:,} values {side} the non-linearity"
 
 
-def _dead(layer: LayerSummary) -> Finding | None:
+def _find_dead(layer: LayerSummary) -> Finding | None:
     units = layer.units
     if not units.dead or units.bound >= 1:  # so few images say nothing of a unit's death
         return None
     text = (
-        f"{_counted(units.dead, layer)} dead on {units.images:,} images (active in at most "
-        f"{100 * units.bound:.2g} % of images, 95 % confidence): {_listed(units.dead)}"
+        f"{_count_of(units.dead, layer)} dead on {units.images:,} images (active in at most "
+        f"{100 * units.bound:.2g} % of images, 95 % confidence): {_list_units(units.dead)}"
     )
     return _finding("dead", layer, text, units.dead, len(units.dead))
 
 
-def _nearly_dead(layer: LayerSummary) -> Finding | None:
+def _find_nearly_dead(layer: LayerSummary) -> Finding | None:
     units = layer.units
     if not units.nearly_dead:
         return None
     text = (
-        f"{_counted(units.nearly_dead, layer)} active in fewer than one of 1,000 images "
-        f"({units.images:,} seen): {_listed(units.nearly_dead)}"
+        f"{_count_of(units.nearly_dead, layer)} active in fewer than one of 1,000 images "
+        f"({units.images:,} seen): {_list_units(units.nearly_dead)}"
     )
     return _finding("nearly dead", layer, text, units.nearly_dead, len(units.nearly_dead))
 
 
-def _always_on(layer: LayerSummary) -> Finding | None:
+def _find_always_on(layer: LayerSummary) -> Finding | None:
     units = layer.units
     if len(units.always_on) < max(ALWAYS_ON_SHARE * layer.channels, 1):
         return None
     text = (
-        f"{_counted(units.always_on, layer)} above 0 at more than 99.9 % of places, where cutting "
-        f"at 0 does nothing: {_listed(units.always_on)}"
+        f"{_count_of(units.always_on, layer)} above 0 at more than 99.9 % of places, where cutting "
+        f"at 0 does nothing: {_list_units(units.always_on)}"
     )
     return _finding("always on", layer, text, units.always_on, len(units.always_on))
 
 
-def _saturated(layer: LayerSummary) -> Finding | None:
+def _find_saturated(layer: LayerSummary) -> Finding | None:
     shares = layer.units.saturated
     if shares is None or not float(shares.mean()) > SATURATED_SHARE:
         return None
-    chosen = tuple((shares > SATURATED_SHARE).nonzero().flatten().tolist())
+    saturated_units = tuple((shares > SATURATED_SHARE).nonzero().flatten().tolist())
     text = f"{100 * float(shares.mean()):.0f} % of the values are at the non-linearity's bound"
-    return _finding("saturated", layer, text, chosen, float(shares.mean()))
+    return _finding("saturated", layer, text, saturated_units, float(shares.mean()))
 
 
-def _collapsed(layer: LayerSummary) -> Finding | None:
+def _find_collapsed(layer: LayerSummary) -> Finding | None:
     rank = layer.rank
     if rank.possible < FEWEST_DIRECTIONS:
         return None
@@ -180,47 +197,52 @@ def _collapsed(layer: LayerSummary) -> Finding | None:
     return _finding("collapsed rank", layer, text, (), rank.effective)
 
 
-def _duplicates(layer: LayerSummary) -> Finding | None:
+def _find_duplicates(layer: LayerSummary) -> Finding | None:
     units, count = layer.units, layer.units.duplicate_pairs
     if not count:
         return None
-    shown = ", ".join(f"{one} and {two}" for one, two, _ in units.duplicates[:6])
+    examples = ", ".join(f"{first} and {second}" for first, second, _ in units.duplicates[:6])
     text = (
         f"{count:,} pair{'s' if count > 1 else ''} of units do the same, up to scale: "
-        f"{shown}{', ...' if count > 6 else ''}"
+        f"{examples}{', ...' if count > 6 else ''}"
     )
     return _finding("duplicates", layer, text, units.duplicated, count)
 
 
-def _of_pair(sweep: Sweep) -> list[Finding]:
+def _pair_findings(sweep: SweepResult) -> list[Finding]:
     teacher, student = sweep.networks
     twins = [match for match in sweep.matches if match.teacher == match.student]
     twins = [match for match in twins if match.same is not None]
     # Heads correlate by design: both are taught the same labels. So do maps of very few units.
-    telling = [
+    comparable = [
         match
         for match in twins
-        if (own := sweep.layer(student, match.student)).spatial and own.channels >= FEWEST_UNITS
+        if (student_layer := sweep.layer(student, match.student)).spatial
+        and student_layer.channels >= FEWEST_UNITS
     ]
-    related = any(float(_same_number(match).median()) >= RELATED for match in telling)
-    found = []
+    related = any(
+        float(_same_number_correlations(match).median()) >= RELATED for match in comparable
+    )
+    pair_findings = []
     for match in twins:
         layer = sweep.layer(student, match.student)
-        if (one := _permuted(match, layer, teacher, related)) is not None:
-            found.append(one)
-    moved = {one.layer for one in found}
-    found += _unlike(sweep, related, moved)
-    return found
+        if (finding := _find_permuted(match, layer, teacher, related)) is not None:
+            pair_findings.append(finding)
+    moved = {finding.layer for finding in pair_findings}
+    pair_findings += _find_unlike(sweep, related, moved)
+    return pair_findings
 
 
-def _same_number(match: Match) -> torch.Tensor:
+def _same_number_correlations(match: Match) -> torch.Tensor:
     assert match.same is not None, "layers of one size"
     # A unit that doesn't vary correlates with none and says nothing of the others.
     varying = match.best >= 0
     return match.same[varying] if varying.any() else match.same
 
 
-def _permuted(match: Match, layer: LayerSummary, teacher: str, related: bool) -> Finding | None:
+def _find_permuted(
+    match: Match, layer: LayerSummary, teacher: str, related: bool
+) -> Finding | None:
     assert match.same is not None, "layers of one size"
     follows = match.partner_correlation
     numbers = torch.arange(len(match.partner))
@@ -230,21 +252,21 @@ def _permuted(match: Match, layer: LayerSummary, teacher: str, related: bool) ->
         return None
     units = tuple(moved.nonzero().flatten().tolist())
     text = (
-        f"{_counted(units, layer)} follow another unit of {teacher} {match.teacher} than that of "
+        f"{_count_of(units, layer)} follow another unit of {teacher} {match.teacher} than that of "
         f"their number (correlation {float(follows[moved].median()):.2f}, with their own "
         f"{float(match.same[moved].median()):.2f}): the layer's units are in another order"
     )
     return _finding("permuted", layer, text, units, len(units))
 
 
-def _unlike(sweep: Sweep, related: bool, moved: set[str]) -> list[Finding]:
+def _find_unlike(sweep: SweepResult, related: bool, moved: set[str]) -> list[Finding]:
     """A student's layers that resemble none of the teacher's, or where a copy parts from it."""
     if sweep.similarity is None:
         return []
     teacher, student = sweep.networks
     table = sweep.similarity.between(teacher, student)
     rows = sweep.similarity.names(teacher)
-    found = []
+    unlike_findings = []
     before = 1.0  # both see the same images
     for place, name in enumerate(sweep.similarity.names(student)):
         column = table[:, place]
@@ -252,30 +274,30 @@ def _unlike(sweep: Sweep, related: bool, moved: set[str]) -> list[Finding]:
         layer = sweep.layer(student, name)
         if best < UNLIKE:
             text = f"like no layer of the {teacher}: CKA is {best:.2f} at most"
-            found.append(_finding("unlike", layer, text, (), best))
+            unlike_findings.append(_finding("unlike", layer, text, (), best))
         if related and name in rows:
-            own = float(column[rows.index(name)])
-            if before - own > FALL and not moved and best >= UNLIKE:
+            same_layer_cka = float(column[rows.index(name)])
+            if before - same_layer_cka > FALL and not moved and best >= UNLIKE:
                 text = (
                     f"here the {student} parts from the {teacher}: CKA with its {name} is "
-                    f"{own:.2f}, one layer before {before:.2f}"
+                    f"{same_layer_cka:.2f}, one layer before {before:.2f}"
                 )
-                found.append(_finding("unlike", layer, text, (), own))
-            before = own if own == own else before
-    return found
+                unlike_findings.append(_finding("unlike", layer, text, (), same_layer_cka))
+            before = same_layer_cka if same_layer_cka == same_layer_cka else before
+    return unlike_findings
 
 
 def _finding(
-    kind: Kind, layer: LayerSummary, text: str, units: Sequence[int], value: float | int
+    kind: FindingKind, layer: LayerSummary, text: str, units: Sequence[int], value: float | int
 ) -> Finding:
-    whole = f"{layer.network} {layer.name}: {text}"
-    return Finding(kind, layer.network, layer.name, whole, tuple(units), float(value))
+    sentence = f"{layer.network} {layer.name}: {text}"
+    return Finding(kind, layer.network, layer.name, sentence, tuple(units), float(value))
 
 
-def _counted(units: Sequence[int], layer: LayerSummary) -> str:
+def _count_of(units: Sequence[int], layer: LayerSummary) -> str:
     return f"{len(units)} of {layer.channels} units"
 
 
-def _listed(units: Sequence[int]) -> str:
-    shown = ", ".join(map(str, units[:10]))
-    return f"{shown}, ..." if len(units) > 10 else shown
+def _list_units(units: Sequence[int]) -> str:
+    listing = ", ".join(map(str, units[:10]))
+    return f"{listing}, ..." if len(units) > 10 else listing

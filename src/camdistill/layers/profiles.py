@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from camdistill.layers.sweep.sweep_summary import LayerSummary, Sweep
+from camdistill.layers.sweep.sweep_summary import LayerSummary, SweepResult
 
 
-class Profile(NamedTuple):
+class LayerProfile(NamedTuple):
     """A statistic of every layer of one network that has it, in the order of depth.
 
     Attributes:
@@ -49,32 +49,32 @@ _STATISTICS: dict[str, Callable[[LayerSummary], float | None]] = {
 }
 
 
-def profiles(sweep: Sweep) -> dict[str, dict[str, Profile]]:
+def profiles(sweep: SweepResult) -> dict[str, dict[str, LayerProfile]]:
     """Every statistic against depth, by statistic, then by network.
 
     Statistics that no layer has (probes that weren't asked for) are left out.
     """
-    table: dict[str, dict[str, Profile]] = {}
+    table: dict[str, dict[str, LayerProfile]] = {}
     for name, statistic in _STATISTICS.items():
         for network, layers in sweep.networks.items():
-            found = [(layer, statistic(layer)) for layer in layers]
-            known = [(layer, value) for layer, value in found if value is not None]
-            if any(not math.isnan(value) for _, value in known):
-                table.setdefault(name, {})[network] = _profile(known)
-    return table | _of_similarity(sweep)
+            numbers = [(layer, statistic(layer)) for layer in layers]
+            defined = [(layer, value) for layer, value in numbers if value is not None]
+            if any(not math.isnan(value) for _, value in defined):
+                table.setdefault(name, {})[network] = _profile(defined)
+    return table | _similarity_profiles(sweep)
 
 
-def _profile(found: list[tuple[LayerSummary, float]]) -> Profile:
-    return Profile(
-        tuple(layer.name for layer, _ in found),
-        tuple(100 * layer.depth for layer, _ in found),
-        tuple(float(value) for _, value in found),
+def _profile(numbers: list[tuple[LayerSummary, float]]) -> LayerProfile:
+    return LayerProfile(
+        tuple(layer.name for layer, _ in numbers),
+        tuple(100 * layer.depth for layer, _ in numbers),
+        tuple(float(value) for _, value in numbers),
     )
 
 
-def _of_similarity(sweep: Sweep) -> dict[str, dict[str, Profile]]:
+def _similarity_profiles(sweep: SweepResult) -> dict[str, dict[str, LayerProfile]]:
     """The best CKA of each layer with the other network, and the units' best correlations."""
-    table: dict[str, dict[str, Profile]] = {}
+    table: dict[str, dict[str, LayerProfile]] = {}
     names = list(sweep.networks)
     if sweep.similarity is not None and len(names) == 2:
         between = sweep.similarity.between(*names)
@@ -95,20 +95,24 @@ def _of_similarity(sweep: Sweep) -> dict[str, dict[str, Profile]]:
         for match in sweep.matches:
             mean = float(match.correlation.double().nanmean())
             best_match[match.student] = max(best_match.get(match.student, -math.inf), mean)
-        known = [(sweep.layer(names[1], name), value) for name, value in best_match.items()]
-        table["matched"] = {names[1]: _profile(sorted(known, key=lambda row: row[0].order))}
+        mean_correlations = [
+            (sweep.layer(names[1], name), value) for name, value in best_match.items()
+        ]
+        table["matched"] = {
+            names[1]: _profile(sorted(mean_correlations, key=lambda row: row[0].order))
+        }
     return table
 
 
-def rows_by_layer(sweep: Sweep) -> dict[str, dict[str, dict[str, object]]]:
+def rows_by_layer(sweep: SweepResult) -> dict[str, dict[str, dict[str, object]]]:
     """What `results.json` says of every layer, by network, then by layer."""
     return {
-        network: {layer.name: _row(layer) for layer in layers}
+        network: {layer.name: _layer_row(layer) for layer in layers}
         for network, layers in sweep.networks.items()
     }
 
 
-def _row(layer: LayerSummary) -> dict[str, object]:
+def _layer_row(layer: LayerSummary) -> dict[str, object]:
     units = layer.units
     numbers: Mapping[str, object] = {
         name: value
@@ -129,12 +133,12 @@ def _row(layer: LayerSummary) -> dict[str, object]:
         "nearly_dead_units": list(units.nearly_dead) if units.images else None,
         "always_on_units": list(units.always_on) if units.images else None,
         "duplicates": [list(pair) for pair in units.duplicates],
-        "unit_mean": _rounded(units.mean),
-        "unit_active": _rounded(units.active),
-        "unit_largest": _rounded(units.largest),
+        "unit_mean": _round_values(units.mean),
+        "unit_active": _round_values(units.active),
+        "unit_largest": _round_values(units.largest),
     }
 
 
-def _rounded(values: torch.Tensor) -> list[float]:
+def _round_values(values: torch.Tensor) -> list[float]:
     """Six digits: as many as float32 has."""
     return [float(f"{value:.6g}") for value in values.tolist()]

@@ -35,47 +35,51 @@ class LayerView:
 
 
 @dataclass(frozen=True)
-class ThroughDepth:
+class DepthView:
     """One image.
 
     Attributes:
         image: In [0, 1].
         name: What it is called.
-        explained: The class that all maps are of: the first network's top class.
+        explained_class: The class that all maps are of: the first network's top class.
         tops: Each network's own top class and its probability.
         views: By network, then by layer in the order of depth.
     """
 
     image: Float[Tensor, "channels height width"]
     name: str
-    explained: int
+    explained_class: int
     tops: Mapping[str, tuple[int, float]]
     views: Mapping[str, Mapping[str, LayerView]]
 
 
-def spatial(layers: Sequence[LayerSummary], most: int, wanted: Collection[str] = ()) -> list[str]:
+def spread_layers(
+    layers: Sequence[LayerSummary], max_layers: int, required: Collection[str] = ()
+) -> list[str]:
     """Names of layers with more than one cell, evenly spread over depth, the last among them.
 
     Args:
         layers: Of one network, in the order of depth.
-        most: At most so many.
-        wanted: Shown in any case, besides.
+        max_layers: At most so many.
+        required: Shown in any case, besides.
     """
     names = [layer.name for layer in layers if layer.spatial]
-    if most >= len(names):
+    if max_layers >= len(names):
         return names
-    places = {round(place * (len(names) - 1) / max(most - 1, 1)) for place in range(most)}
-    chosen = {names[place] for place in places} if most > 1 else {names[-1]}
-    return [name for name in names if name in chosen or name in wanted]
+    indices = {
+        round(index * (len(names) - 1) / max(max_layers - 1, 1)) for index in range(max_layers)
+    }
+    selected = {names[index] for index in indices} if max_layers > 1 else {names[-1]}
+    return [name for name in names if name in selected or name in required]
 
 
-def stage_ends(layers: Sequence[LayerSummary], most: int) -> list[str]:
+def stage_ends(layers: Sequence[LayerSummary], max_layers: int) -> list[str]:
     """The last layer of each resolution: at most so many, the deepest."""
-    last: dict[tuple[int, int], str] = {}
+    last_by_size: dict[tuple[int, int], str] = {}
     for layer in layers:
         if layer.spatial:
-            last[layer.shape[1], layer.shape[2]] = layer.name
-    return list(last.values())[-most:]
+            last_by_size[layer.shape[1], layer.shape[2]] = layer.name
+    return list(last_by_size.values())[-max_layers:]
 
 
 def through_depth(
@@ -84,9 +88,9 @@ def through_depth(
     names: Sequence[str],
     layers: Mapping[str, Sequence[str]],
     *,
-    features: int = 16,
+    feature_count: int = 16,
     units: Mapping[str, Sequence[int]] | None = None,
-) -> list[ThroughDepth]:
+) -> list[DepthView]:
     """Maps of some images at the chosen layers of all networks.
 
     Args:
@@ -94,7 +98,7 @@ def through_depth(
         images: As all networks take them.
         names: What the images are called.
         layers: By network.
-        features: Feature maps kept of a layer.
+        feature_count: Feature maps kept of a layer.
         units: Of which units, by layer; of other layers those whose alpha is largest in magnitude.
 
     Returns:
@@ -102,36 +106,48 @@ def through_depth(
     """
     if not any(layers.values()):
         return []
-    found: list[ThroughDepth] = []
+    depth_views: list[DepthView] = []
     for start in range(0, len(images), CHUNK):
-        part = images[start : start + CHUNK]
+        chunk = images[start : start + CHUNK]
         classes: Tensor | None = None
         tops: dict[str, list[tuple[int, float]]] = {}
         views: dict[str, list[dict[str, LayerView]]] = {}
         for network, model in networks.items():
-            logits, chosen, by_layer = contributions(model, part, layers[network], classes)
-            classes = chosen if classes is None else classes
-            likely = probabilities(logits).max(1)
-            tops[network] = list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
-            views[network] = [{} for _ in part]
-            for layer, one in by_layer.items():
+            logits, explained_classes, by_layer = contributions(
+                model, chunk, layers[network], classes
+            )
+            classes = explained_classes if classes is None else classes
+            top_probabilities = probabilities(logits).max(1)
+            tops[network] = list(
+                zip(
+                    top_probabilities.indices.tolist(),
+                    top_probabilities.values.tolist(),
+                    strict=True,
+                )
+            )
+            views[network] = [{} for _ in chunk]
+            for layer, contribution in by_layer.items():
                 # Once for all images, not once an image.
-                maps, cams, alphas = one.grad_cam, one.layer_cam, one.alphas
-                for row in range(len(part)):
-                    shown = one.strongest(row, features)
+                maps, cams, alphas = (
+                    contribution.grad_cam,
+                    contribution.layer_cam,
+                    contribution.alphas,
+                )
+                for row in range(len(chunk)):
+                    top_units = contribution.strongest(row, feature_count)
                     if layer in (units or {}):
-                        shown = torch.tensor(list((units or {})[layer]))
+                        top_units = torch.tensor(list((units or {})[layer]))
                     views[network][row][layer] = LayerView(
                         maps[row],
                         cams[row],
-                        tuple(shown.tolist()),
-                        tuple(alphas[row, shown].tolist()),
-                        one.activations[row, shown],
+                        tuple(top_units.tolist()),
+                        tuple(alphas[row, top_units].tolist()),
+                        contribution.activations[row, top_units],
                     )
         assert classes is not None, "there is at least one network"
-        for row, image in enumerate(part):
-            found.append(
-                ThroughDepth(
+        for row, image in enumerate(chunk):
+            depth_views.append(
+                DepthView(
                     image.detach().cpu(),
                     names[start + row],
                     int(classes[row]),
@@ -139,4 +155,4 @@ def through_depth(
                     {network: views[network][row] for network in networks},
                 )
             )
-    return found
+    return depth_views

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 
 from camdistill.data.datasets import ImageSet, Positions
 from camdistill.distill.training import as_images, match_channels
-from camdistill.layers.units.unit_inspection import Sample
+from camdistill.layers.units.unit_inspection import InspectionSample
 from camdistill.types import Images
 
 SAMPLE = 512  # images that single units are looked at with
@@ -18,7 +18,7 @@ MasksOf = Callable[[Positions], Mapping[str, Bool[np.ndarray, "n height width"]]
 
 
 @dataclass(frozen=True)
-class Subject:
+class AnalysisData:
     """The images that layers are opened with.
 
     Attributes:
@@ -45,9 +45,11 @@ class Subject:
         images = as_images(self.images.batch(numbers).pixels).to(self.device)
         return match_channels(images, self.channels)
 
-    def sample(self) -> Sample:
+    def sample(self) -> InspectionSample:
         """Images whose units are looked at closely, with what is known of where things are."""
-        chosen = self.order[:SAMPLE]
-        found = {} if self.masks_of is None else self.masks_of(chosen)
-        masks = {name: torch.from_numpy(mask).to(self.device) for name, mask in found.items()}
-        return Sample(self.fetch(chosen), masks, self.fetch)
+        positions = self.order[:SAMPLE]
+        concept_masks = {} if self.masks_of is None else self.masks_of(positions)
+        masks = {
+            name: torch.from_numpy(mask).to(self.device) for name, mask in concept_masks.items()
+        }
+        return InspectionSample(self.fetch(positions), masks, self.fetch)

@@ -17,48 +17,52 @@ from camdistill.layers.filters import FilterBank, first_filters, weight_summarie
 from camdistill.layers.findings import findings
 from camdistill.layers.sweep.layer_selection import Layer
 from camdistill.layers.sweep.layer_sweep import LayerSweep
-from camdistill.layers.sweep.sweep_plan import Options
+from camdistill.layers.sweep.sweep_plan import SweepOptions
 from camdistill.layers.sweep.sweep_summary import LayerSummary
-from camdistill.layers.through_depth import spatial, stage_ends, through_depth
-from camdistill.layers.units.unit_cards import Portrait
-from camdistill.layers.units.unit_inspection import Closeness, Sample, close_up
+from camdistill.layers.through_depth import spread_layers, stage_ends, through_depth
+from camdistill.layers.units.unit_cards import UnitRecord
+from camdistill.layers.units.unit_inspection import (
+    InspectionOptions,
+    InspectionSample,
+    inspect_units,
+)
 from camdistill.layers.units.unit_pairs import clearest_pairs
 from camdistill.networks.capture import check_forward
-from camdistill.report.analysis_data import Subject
-from camdistill.report.first_units import of_first_filters
+from camdistill.report.analysis_data import AnalysisData
+from camdistill.report.first_units import points_of_first_filters
 from camdistill.report.layer_report import LayerReport
-from camdistill.report.sweep_file import BATCH, KeptSweep, fingerprint, look
+from camdistill.report.sweep_file import BATCH, SweepFile, run_sweep, sweep_fingerprint
 
-EXPLAINED = 256  # images, about, of which every layer's Grad-CAM is measured
-ACROSS = 60  # layers in the picture of one image through depth: ResNet-152 has 53 by default
-CLOSE = 4  # layers whose units are looked at closely: the last of each resolution
+CAM_IMAGES = 256  # images, about, of which every layer's Grad-CAM is measured
+DEPTH_LAYERS = 60  # layers in the picture of one image through depth: ResNet-152 has 53 by default
+INSPECTED_LAYERS = 4  # layers whose units are looked at closely: the last of each resolution
 
-Step = Callable[[str, int, int], None]
+StepCallback = Callable[[str, int, int], None]
 
 
 @dataclass
-class Opening:
+class AnalysisRun:
     """One analysis in the making.
 
     Attributes:
         networks: One or two, by name; the first says of which class maps are.
-        subject: The images.
+        dataset: The images.
         report: What is written.
         layers: Names or patterns; empty for blocks and non-linearities outside them.
         units: Units to look at closely, by layer, in place of interesting ones.
         on_step: Called with a stage's name, what is done of it, and of how much.
-        found: What is known so far; None before the sweep.
+        analysis: What is known so far; None before the sweep.
         stage: What is being done.
         restored: Images whose sweep an earlier run had kept.
     """
 
     networks: Mapping[str, nn.Module]
-    subject: Subject
+    dataset: AnalysisData
     report: LayerReport
     layers: Sequence[str] = ()
     units: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    on_step: Step = lambda stage, done, total: None
-    found: Analysis | None = None
+    on_step: StepCallback = lambda stage, done, total: None
+    analysis: Analysis | None = None
     stage: str = "the sweep"
     restored: int = 0
 
@@ -68,44 +72,48 @@ class Opening:
 
         An earlier run's sweep of the same networks, layers and images isn't repeated.
         """
-        order, count = self.subject.order, len(self.subject.order)
-        labels = self.subject.images.labels
+        order, count = self.dataset.order, len(self.dataset.order)
+        labels = self.dataset.images.labels
         if probes and int(labels[order].max()) < 1:
             raise UserError(
-                f"--probes reads labels out, and {self.subject.name} has none, or one alone; leave "
+                f"--probes reads labels out, and {self.dataset.name} has none, or one alone; leave "
                 "it out, or give --data with class folders"
             )
-        options = Options(
+        options = SweepOptions(
             probes=int(labels.max()) + 1 if probes else 0,
-            explained=min(EXPLAINED / count, 1.0),
+            cam_share=min(CAM_IMAGES / count, 1.0),
         )
-        example = self.subject.fetch(order[:BATCH])
+        example = self.dataset.fetch(order[:BATCH])
         check_forward(self.networks, example[:1], numbers=False)
-        looking = LayerSweep(self.networks, example, layers=self.layers or None, options=options)
-        self._demand_units(looking.plan.layers)
-        kept = KeptSweep(self.report.written, fingerprint(self.networks, self.subject))
+        layer_sweep = LayerSweep(
+            self.networks, example, layers=self.layers or None, options=options
+        )
+        self._check_units(layer_sweep.plan.layers)
+        sweep_file = SweepFile(self.report.manifest, sweep_fingerprint(self.networks, self.dataset))
         stopped = ""
-        if look(looking, self.subject, kept, lambda done, of: self.on_step("sweep", done, of)):
-            stopped = f"stopped after {looking.images:,} of {count:,} images"
-        sweep = looking.result()
-        self.restored = kept.restored
-        sweep = replace(sweep, notes=(*sweep.notes, *_of_file(kept, count)))
-        self.found = Analysis(
+        if run_sweep(
+            layer_sweep, self.dataset, sweep_file, lambda done, of: self.on_step("sweep", done, of)
+        ):
+            stopped = f"stopped after {layer_sweep.images:,} of {count:,} images"
+        sweep = layer_sweep.result()
+        self.restored = sweep_file.restored
+        sweep = replace(sweep, notes=(*sweep.notes, *_sweep_file_notes(sweep_file, count)))
+        self.analysis = Analysis(
             sweep,
-            self.subject.name,
-            self.subject.classes,
+            self.dataset.name,
+            self.dataset.classes,
             findings=findings(sweep),
             unfinished=stopped,
         )
         self.stage = "the charts of the sweep"
-        self.report.sweep(self.found)
+        self.report.show_sweep(self.analysis)
         if stopped:
             raise KeyboardInterrupt
 
-    def filters(self) -> None:
+    def report_filters(self) -> None:
         """First filters and all weights."""
         self.stage = "the filters"
-        example = self.subject.fetch(self.subject.order[:1])
+        example = self.dataset.fetch(self.dataset.order[:1])
         banks: dict[str, FilterBank] = {}
         for name, network in self.networks.items():
             try:
@@ -114,58 +122,65 @@ class Opening:
                 self._note(str(reason))
         weights = {name: weight_summaries(net, name) for name, net in self.networks.items()}
         for name, bank in banks.items():
-            self.report.filters(name, bank)
-        self.report.weights(weights)
+            self.report.show_filters(name, bank)
+        self.report.show_weights(weights)
         broken = [
-            f"{name} {layer} ({one.signed.nonfinite:,} of {one.count:,})"
+            f"{name} {layer} ({summary.signed.nonfinite:,} of {summary.count:,})"
             for name, layers in weights.items()
-            for layer, one in layers.items()
-            if one.signed.nonfinite
+            for layer, summary in layers.items()
+            if summary.signed.nonfinite
         ]
         if broken:
             more = f" and {len(broken) - 6} more" if len(broken) > 6 else ""
             self._note(f"weights that are not finite: {', '.join(broken[:6])}{more}")
-        self.found = replace(self._known, filters=banks, weights=weights)
+        self.analysis = replace(self._current, filters=banks, weights=weights)
 
-    def through_depth(self, count: int) -> None:
+    def report_depth_views(self, count: int) -> None:
         """Some images at all layers."""
         self.stage = "the maps through depth"
         if not count:
             return
-        sweep = self._known.sweep
-        numbers = np.sort(self.subject.order[:count])
-        layers = {name: spatial(sweep.networks[name], ACROSS, self.units) for name in self.networks}
+        sweep = self._current.sweep
+        numbers = np.sort(self.dataset.order[:count])
+        layers = {
+            name: spread_layers(sweep.networks[name], DEPTH_LAYERS, self.units)
+            for name in self.networks
+        }
         networks = {name: network for name, network in self.networks.items() if layers[name]}
         for name in self.networks.keys() - networks.keys():
             self._note(f"no layer of the {name} has a map: all give one number a unit (1x1)")
         if not networks:
             return
-        whole = {
-            name: len(spatial(sweep.networks[name], len(sweep.networks[name]))) for name in networks
+        layer_counts = {
+            name: len(spread_layers(sweep.networks[name], len(sweep.networks[name])))
+            for name in networks
         }
-        names = [str(self.subject.images.names[number]) for number in numbers.tolist()]
-        shown = through_depth(
-            networks, self.subject.fetch(numbers), names, layers, units=self.units
+        names = [str(self.dataset.images.names[number]) for number in numbers.tolist()]
+        views = through_depth(
+            networks, self.dataset.fetch(numbers), names, layers, units=self.units
         )
         first = next(iter(networks))
         # Without a top class there is nothing to explain.
-        told = [one for one in shown if math.isfinite(one.tops[first][1])]
-        if len(told) < len(shown):
+        valid = [view for view in views if math.isfinite(view.tops[first][1])]
+        if len(valid) < len(views):
             self._note(
-                f"no maps of {len(shown) - len(told)} of {len(shown)} images: the logits of the "
+                f"no maps of {len(views) - len(valid)} of {len(views)} images: the logits of the "
                 f"{first} are not finite there, so it has no top class"
             )
-        for number, picture in enumerate(told):
-            self.report.picture(number, picture, self.subject.classes, whole)
-            self.on_step("maps", number + 1, len(told))
-        self.found = replace(self._known, pictures=tuple(told))
+        for number, picture in enumerate(valid):
+            self.report.show_depth_view(number, picture, self.dataset.classes, layer_counts)
+            self.on_step("maps", number + 1, len(valid))
+        self.analysis = replace(self._current, pictures=tuple(valid))
 
-    def close_up(self, how: Closeness) -> None:
+    def inspect_units(self, options: InspectionOptions) -> None:
         """Some units of some layers, closely."""
         self.stage = "the look at units"
-        sample = self.subject.sample()
-        wanted = {name: self._wanted(layers) for name, layers in self._known.sweep.networks.items()}
-        total = sum(map(len, wanted.values())) * (how.steps + 1)
+        sample = self.dataset.sample()
+        layers_by_network = {
+            name: self._layers_to_inspect(layers)
+            for name, layers in self._current.sweep.networks.items()
+        }
+        total = sum(map(len, layers_by_network.values())) * (options.steps + 1)
         done = 0
 
         def step() -> None:
@@ -174,120 +189,140 @@ class Opening:
             self.on_step("units", done, total)
 
         for name, network in self.networks.items():
-            if not wanted[name]:
+            if not layers_by_network[name]:
                 continue
-            drawn: dict[str, tuple[Portrait, ...]] = {}
+            records_by_layer: dict[str, tuple[UnitRecord, ...]] = {}
             failed: list[str] = []
-            bank = self._known.filters.get(name)
-            example = self.subject.fetch(self.subject.order[:1])
-            points = {layer.post.point: layer.name for layer in wanted[name]}
-            first = of_first_filters(network, example, bank, list(points)) if bank else ()
-            own = {points[point] for point in first}
-            for layer, found in close_up(
-                network, wanted[name], sample, how, chosen=self.units, on_step=step
+            bank = self._current.filters.get(name)
+            example = self.dataset.fetch(self.dataset.order[:1])
+            layer_by_point = {layer.post.point: layer.name for layer in layers_by_network[name]}
+            first_points = (
+                points_of_first_filters(network, example, bank, list(layer_by_point))
+                if bank
+                else ()
+            )
+            first_layers = {layer_by_point[point] for point in first_points}
+            for layer, records in inspect_units(
+                network,
+                layers_by_network[name],
+                sample,
+                options,
+                units_by_layer=self.units,
+                on_step=step,
             ):
-                self.report.portraits(
-                    name, layer, found, self._known.findings, bank if layer in own else None
+                self.report.show_units(
+                    name,
+                    layer,
+                    records,
+                    self._current.findings,
+                    bank if layer in first_layers else None,
                 )
-                drawn[layer] = found
-                failed += [f"{layer}:{one.unit}" for one in found if one.failed]
-                portraits = {**self._known.portraits, name: drawn}
-                self.found = replace(self._known, portraits=portraits)
+                records_by_layer[layer] = records
+                failed += [f"{layer}:{record.unit}" for record in records if record.failed]
+                unit_records = {**self._current.unit_records, name: records_by_layer}
+                self.analysis = replace(self._current, unit_records=unit_records)
             if failed:
                 self._note(
                     f"images made to excite units of the {name} failed for {', '.join(failed)}: "
                     "random images excite these as much"
                 )
 
-    def _wanted(self, layers: Sequence[LayerSummary]) -> list[LayerSummary]:
+    def _layers_to_inspect(self, layers: Sequence[LayerSummary]) -> list[LayerSummary]:
         """Layers whose units are looked at closely; of what no image tells there is nothing."""
-        names = self.units or stage_ends(layers, CLOSE)
-        wanted = [layer for layer in layers if layer.name in names]
-        if lost := [layer.name for layer in wanted if layer.lost]:
+        names = self.units or stage_ends(layers, INSPECTED_LAYERS)
+        requested = [layer for layer in layers if layer.name in names]
+        if broken := [layer.name for layer in requested if layer.all_nonfinite]:
             self._note(
-                f"no cards of units of {layers[0].network} {', '.join(lost)}: no image is finite "
+                f"no cards of units of {layers[0].network} {', '.join(broken)}: no image is finite "
                 "there"
             )
-        return [layer for layer in wanted if not layer.lost]
+        return [layer for layer in requested if not layer.all_nonfinite]
 
-    def pairs(self, count: int) -> None:
+    def report_pairs(self, count: int) -> None:
         """Units of the student beside the teacher's that they follow."""
         self.stage = "the pairs of units"
-        sweep, sample = self._known.sweep, self.subject.sample()
+        sweep, sample = self._current.sweep, self.dataset.sample()
         if len(self.networks) < 2:
             return
         (first, teacher), (second, student) = self.networks.items()
         layers = {
             name: {layer.name: layer for layer in sweep.networks[name]} for name in sweep.networks
         }
-        among = spatial(sweep.networks[first], len(sweep.networks[first]))
-        for layer in stage_ends(sweep.networks[second], CLOSE):
+        among = spread_layers(sweep.networks[first], len(sweep.networks[first]))
+        for layer in stage_ends(sweep.networks[second], INSPECTED_LAYERS):
             pairs = clearest_pairs(sweep.matches, layer, count, among=among)
             if not pairs:
                 continue
-            own = self._portraits(
-                student, layers[second][layer], [one.student[1] for one in pairs], sample
+            student_records = self._unit_records(
+                student, layers[second][layer], [pair.student[1] for pair in pairs], sample
             )
-            its = self._portraits(
+            teacher_records = self._unit_records(
                 teacher,
                 layers[first][pairs[0].teacher[0]],
-                [one.teacher[1] for one in pairs],
+                [pair.teacher[1] for pair in pairs],
                 sample,
             )
-            self.report.pairs(layer, list(zip(pairs, its, own, strict=True)))
-            self.found = replace(self._known, pairs={**self._known.pairs, layer: pairs})
+            self.report.show_pairs(
+                layer, list(zip(pairs, teacher_records, student_records, strict=True))
+            )
+            self.analysis = replace(self._current, pairs={**self._current.pairs, layer: pairs})
 
-    def _portraits(
-        self, network: nn.Module, layer: LayerSummary, units: Sequence[int], sample: Sample
-    ) -> tuple[Portrait, ...]:
+    def _unit_records(
+        self,
+        network: nn.Module,
+        layer: LayerSummary,
+        units: Sequence[int],
+        sample: InspectionSample,
+    ) -> tuple[UnitRecord, ...]:
         """Of units that were chosen, without images made for them."""
-        ((_, found),) = close_up(
-            network, [layer], sample, Closeness(steps=0), chosen={layer.name: units}
+        ((_, records),) = inspect_units(
+            network, [layer], sample, InspectionOptions(steps=0), units_by_layer={layer.name: units}
         )
-        return found
+        return records
 
-    def stopped(self) -> None:
+    def mark_stopped(self) -> None:
         """Notes that what comes from this stage on is missing."""
-        known = self._known
-        why = known.unfinished or f"stopped during {self.stage}"
-        self.found = replace(known, unfinished=why)
+        analysis = self._current
+        reason = analysis.unfinished or f"stopped during {self.stage}"
+        self.analysis = replace(analysis, unfinished=reason)
 
     def _note(self, text: str) -> None:
         """Adds to what a reader must know."""
-        sweep = replace(self._known.sweep, notes=(*self._known.sweep.notes, text))
-        self.found = replace(self._known, sweep=sweep)
+        sweep = replace(self._current.sweep, notes=(*self._current.sweep.notes, text))
+        self.analysis = replace(self._current, sweep=sweep)
 
     @property
-    def _known(self) -> Analysis:
-        assert self.found is not None, "swept first"
-        return self.found
+    def _current(self) -> Analysis:
+        assert self.analysis is not None, "swept first"
+        return self.analysis
 
-    def _demand_units(self, layers: Mapping[str, Sequence[Layer]]) -> None:
+    def _check_units(self, layers: Mapping[str, Sequence[Layer]]) -> None:
         """Before a long sweep, not after it."""
         for name, units in self.units.items():
-            known = [layer for found in layers.values() for layer in found]
-            fitting = [layer for layer in known if layer.name == name]
+            swept_layers = [layer for network_layers in layers.values() for layer in network_layers]
+            fitting = [layer for layer in swept_layers if layer.name == name]
             if not fitting:
-                swept = nearest(name, [layer.name for layer in known])
-                raise UserError(f"no layer '{name}' is looked at; {swept}. --layers chooses others")
+                hint = nearest(name, [layer.name for layer in swept_layers])
+                raise UserError(f"no layer '{name}' is looked at; {hint}. --layers chooses others")
             if any(layer.shape[1] * layer.shape[2] == 1 for layer in fitting):
                 raise UserError(
                     f"{name} gives one number a unit (1x1), so there is no place in the image to "
                     "show: leave it out of --units"
                 )
             if max(units) >= min(layer.shape[0] for layer in fitting):
-                most = min(layer.shape[0] for layer in fitting) - 1
-                raise UserError(f"{name} has no unit {max(units)}; it has 0 to {most}")
+                largest_unit = min(layer.shape[0] for layer in fitting) - 1
+                raise UserError(f"{name} has no unit {max(units)}; it has 0 to {largest_unit}")
 
 
-def _of_file(kept: KeptSweep, count: int) -> list[str]:
+def _sweep_file_notes(sweep_file: SweepFile, count: int) -> list[str]:
     """What a reader must know of the sweep's file."""
     notes = []
-    if kept.restored:
+    if sweep_file.restored:
         notes.append(
-            f"{kept.restored:,} of {count:,} images were looked at by an earlier run, which kept "
-            f"what they gave in {kept.file.name}; delete it to look at them anew"
+            f"{sweep_file.restored:,} of {count:,} images were looked at by an earlier run, "
+            "which kept "
+            f"what they gave in {sweep_file.file.name}; delete it to look at them anew"
         )
-    if kept.problem:
-        notes.append(f"the sweep isn't kept for another run: {kept.problem}")
+    if sweep_file.problem:
+        notes.append(f"the sweep isn't kept for another run: {sweep_file.problem}")
     return notes

@@ -16,15 +16,15 @@ from pytorch_lightning.utilities.types import STEP_OUTPUT
 from camdistill import tags
 from camdistill.distill.comparison import MapComparison
 from camdistill.measure.scores import map_scores
-from camdistill.report.figures.maps import Row, map_panel
+from camdistill.report.figures.maps import PanelRow, map_panel
 from camdistill.report.tensorboard import (
     Picture,
     front_page_url,
-    logged_step,
+    is_reporting,
     picture_due,
-    reports,
+    scalar_step,
     settings_page,
-    tensorboards,
+    tensorboard_loggers,
 )
 from camdistill.report.training_log import epoch_line, last_numbers
 from camdistill.types import Batch
@@ -58,18 +58,18 @@ class MapGrids(Callback):
         self.images, self.pictures = images, pictures
         self.size: int = size
         self.scale: Literal["own", "shared"] = scale
-        self._drawn = 0
+        self._pictures_drawn = 0
         self._validations = 0
-        self._found: list[Batch] = []
-        self._shown: Batch | None = None
+        self._picked: list[Batch] = []
+        self._batch: Batch | None = None
 
     def state_dict(self) -> dict[str, int]:
         """So that a resumed run doesn't start its pictures anew."""
-        return {"drawn": self._drawn, "validations": self._validations}
+        return {"drawn": self._pictures_drawn, "validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Counterpart of `state_dict`."""
-        self._drawn, self._validations = state_dict["drawn"], state_dict["validations"]
+        self._pictures_drawn, self._validations = state_dict["drawn"], state_dict["validations"]
 
     def on_validation_batch_start(
         self,
@@ -80,36 +80,36 @@ class MapGrids(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Picks the images out of the first validation."""
-        if self._shown is not None or not self._shows(trainer, pl_module) or dataloader_idx:
+        if self._batch is not None or not self._can_draw(trainer, pl_module) or dataloader_idx:
             return
         batches = int(cast(list[float], trainer.num_val_batches)[0])
         for number in range(self.images):
             place = (number + 0.5) / self.images * batches
             if int(place) == batch_idx:
                 row = int((place - int(place)) * len(batch.pixels))
-                self._found.append(Batch(*(part[row : row + 1].cpu() for part in batch)))
+                self._picked.append(Batch(*(part[row : row + 1].cpu() for part in batch)))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws, when enough of the run has passed since the last picture."""
-        if not self._shows(trainer, pl_module):
+        if not self._can_draw(trainer, pl_module):
             return
-        if self._shown is None and self._found:
-            self._shown = Batch(*(torch.cat(parts) for parts in zip(*self._found, strict=True)))
-            self._found = []
+        if self._batch is None and self._picked:
+            self._batch = Batch(*(torch.cat(parts) for parts in zip(*self._picked, strict=True)))
+            self._picked = []
         self._validations += 1
         due = picture_due(trainer, self._validations, self.pictures)
-        if self._shown is None or due == self._drawn:
+        if self._batch is None or due == self._pictures_drawn:
             return
-        self._drawn = due
-        shown = Batch(*(part.to(pl_module.device) for part in self._shown))
-        comparison = cast(ExplainsImages, pl_module).explain_images(shown)
+        self._pictures_drawn = due
+        batch = Batch(*(part.to(pl_module.device) for part in self._batch))
+        comparison = cast(ExplainsImages, pl_module).explain_images(batch)
         names = class_names(trainer)
-        for tag, picture in self._panels(comparison, names, logged_step(trainer)).items():
-            for logger in tensorboards(trainer):
-                logger.log_picture(tag, picture, logged_step(trainer))
+        for tag, picture in self._panels(comparison, names, scalar_step(trainer)).items():
+            for logger in tensorboard_loggers(trainer):
+                logger.log_picture(tag, picture, scalar_step(trainer))
 
-    def _shows(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        return reports(trainer) and isinstance(pl_module, ExplainsImages)
+    def _can_draw(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        return is_reporting(trainer) and isinstance(pl_module, ExplainsImages)
 
     def _panels(
         self, comparison: MapComparison, names: tuple[str, ...], step: int
@@ -120,7 +120,7 @@ class MapGrids(Callback):
             student_maps = comparison.student_maps_by_layer[layer]
             scores = map_scores(student_maps, teacher_maps).pearson.tolist()
             rows = [
-                Row(
+                PanelRow(
                     comparison.images01[n].float().numpy(),
                     teacher_maps[n].float().numpy(),
                     student_maps[n].float().numpy(),
@@ -146,17 +146,17 @@ class RunText(Callback):
         """A resumed run has these pages already."""
         if trainer.global_step:
             return
-        for logger in tensorboards(trainer):
+        for logger in tensorboard_loggers(trainer):
             file = Path(logger.log_dir) / "config.yaml"
-            own = getattr(pl_module, "settings", pl_module.hparams)
-            settings = {**own, **getattr(_data(trainer), "hparams", {})}
+            module_settings = getattr(pl_module, "settings", pl_module.hparams)
+            settings = {**module_settings, **getattr(_data_module(trainer), "hparams", {})}
             page = file.read_text(encoding="utf-8") if file.exists() else settings_page(settings)
             logger.log_text(tags.CONFIG, f"```yaml\n{page.rstrip()}\n```")
             cards = getattr(pl_module, "cards", tags.STUDENT_CARDS)
             page_url = front_page_url(scalars=cards)
             link = f"[The cards that matter, on top]({page_url})"
-            here = f" (with `tensorboard --logdir {logger.save_dir}` at its usual port)."
-            logger.log_text(tags.HOW_TO_READ, f"{link}{here}\n\n{tags.how_to_read()}")
+            usage = f" (with `tensorboard --logdir {logger.save_dir}` at its usual port)."
+            logger.log_text(tags.HOW_TO_READ, f"{link}{usage}\n\n{tags.how_to_read()}")
 
 
 class ResumedEvents(Callback):
@@ -174,7 +174,7 @@ class ResumedEvents(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The checkpoint is loaded by now."""
         if trainer.global_step or self.again:
-            for logger in tensorboards(trainer):
+            for logger in tensorboard_loggers(trainer):
                 logger.resume_at(trainer.global_step)
 
 
@@ -251,7 +251,7 @@ class Progress(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate=refresh_rate if sys.stdout.isatty() else 0)
         self._started = time.monotonic()
-        self._written = -1  # the last epoch that has a line
+        self._last_line_epoch = -1  # the last epoch that has a line
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
@@ -267,7 +267,7 @@ class Progress(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts epochs from 1, as the lines do."""
         super().on_train_epoch_start(trainer, pl_module)
-        self.train_progress_bar.set_description(_epoch(trainer))
+        self.train_progress_bar.set_description(_epoch_words(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the line of this validation."""
@@ -279,11 +279,11 @@ class Progress(TQDMProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the line of an epoch that was not validated."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self._written != trainer.current_epoch and trainer.is_global_zero:
+        if self._last_line_epoch != trainer.current_epoch and trainer.is_global_zero:
             self._write_line(trainer)
 
     def _write_line(self, trainer: Trainer) -> None:
-        self._written = trainer.current_epoch
+        self._last_line_epoch = trainer.current_epoch
         line = epoch_line(trainer, time.monotonic() - self._started)
         if self.is_enabled:
             self.print(line)  # above the bar
@@ -294,15 +294,15 @@ class Progress(TQDMProgressBar):
 
 def class_names(trainer: Trainer) -> tuple[str, ...]:
     """The data's class names; empty where it has none."""
-    return tuple(getattr(_data(trainer), "classes", ()))
+    return tuple(getattr(_data_module(trainer), "classes", ()))
 
 
-def _data(trainer: Trainer) -> object:
+def _data_module(trainer: Trainer) -> object:
     """The data module, or None where loaders were given."""
     return getattr(trainer, "datamodule", None)
 
 
-def _epoch(trainer: Trainer) -> str:
+def _epoch_words(trainer: Trainer) -> str:
     last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
     return f"epoch {trainer.current_epoch + 1}{last}"
 
@@ -310,10 +310,10 @@ def _epoch(trainer: Trainer) -> str:
 def _caption(
     comparison: MapComparison, n: int, names: tuple[str, ...], score: float
 ) -> tuple[str, ...]:
-    def name(index: int, known: tuple[str, ...]) -> str:
-        return known[index] if index < len(known) else f"class {index}"
+    def name(index: int, known_names: tuple[str, ...]) -> str:
+        return known_names[index] if index < len(known_names) else f"class {index}"
 
-    own = names if len(names) == comparison.class_count else ()
+    output_names = names if len(names) == comparison.class_count else ()
     label, teacher, student = (
         int(classes[n])
         for classes in (comparison.labels, comparison.teacher_classes, comparison.student_classes)
@@ -321,8 +321,8 @@ def _caption(
     pearson = "no map" if score != score else f"pearson {score:.3f}"
     return (
         name(label, names) if label >= 0 else "no label",
-        f"teacher: {name(teacher, own)}",
-        f"student: {name(student, own)}",
+        f"teacher: {name(teacher, output_names)}",
+        f"student: {name(student, output_names)}",
         pearson,
     )
 

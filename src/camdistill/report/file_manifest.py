@@ -16,7 +16,7 @@ SWEEP = "sweep.safetensors"  # what all images gave: outlives the report that wa
 EVENTS = "events.out.tfevents.*"
 
 
-class Written:
+class FileManifest:
     """The list of one folder.
 
     Attributes:
@@ -36,8 +36,8 @@ class Written:
         inside = [Path(line) for line in lines if line and ".." not in Path(line).parts]
         listed = [path for path in dict.fromkeys(inside) if not path.is_absolute()]
         patterns = [str(path) for path in listed if "*" in path.name]
-        found = [file for pattern in patterns for file in self.folder.glob(pattern)]
-        return [*(self.folder / path for path in listed), *found]
+        matched_files = [file for pattern in patterns for file in self.folder.glob(pattern)]
+        return [*(self.folder / path for path in listed), *matched_files]
 
     @property
     def runs(self) -> list[str]:
@@ -45,7 +45,7 @@ class Written:
         events = [file for file in self.files if file.match(EVENTS) and file.is_file()]
         return list(dict.fromkeys(file.parent.name for file in events))
 
-    def demand_free(self, files: Collection[str]) -> None:
+    def check_free(self, files: Collection[str]) -> None:
         """Before a long analysis: nothing of others is where it will write, and no other run.
 
         TensorBoard shows all events below a folder, those of a training run among the report's.
@@ -53,19 +53,19 @@ class Written:
         Raises:
             UserError: Somebody else's events or results are there.
         """
-        own = set(self.files)
+        listed = set(self.files)
         results = [self.folder / name for name in files if (self.folder / name).exists()]
-        if foreign := [file for file in results if file not in own]:
+        if foreign := [file for file in results if file not in listed]:
             raise UserError(
                 f"{foreign[0]} is there, and no analysis listed in {LIST} wrote it; give another "
                 "--out"
             )
         events = sorted(self.folder.rglob(EVENTS), key=lambda file: (len(file.parts), file))
-        if others := [file for file in events if file not in own]:
-            named = self.folder if self.folder.name else self.folder.absolute()
+        if others := [file for file in events if file not in listed]:
+            base = self.folder if self.folder.name else self.folder.absolute()
             raise UserError(
                 f"{others[0].parent} holds another run's events, which TensorBoard would show "
-                f"among the report's; give another --out, such as {named}-layers"
+                f"among the report's; give another --out, such as {base}-layers"
             )
 
     def clear(self) -> None:

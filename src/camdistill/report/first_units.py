@@ -18,7 +18,7 @@ from camdistill.types import Images
 MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.MultiheadAttention)
 
 
-def of_first_filters(
+def points_of_first_filters(
     network: nn.Module, images: Images, bank: FilterBank, points: Sequence[Point]
 ) -> Collection[Point]:
     """Points with as many units as the first convolution, after which no other weights ran yet.
@@ -36,16 +36,16 @@ def of_first_filters(
         name for name in layer_names(network) if isinstance(inner.get_submodule(name), MIXING)
     }
     keys = {f"{point.path}#{point.call}": point for point in points}
-    ran: list[str] = []
-    found: list[Point] = []
+    run_names: list[str] = []
+    fitting_points: list[Point] = []
 
     def note(name: str, output: object) -> None:
         if name in mixing:
-            ran.append(name)
+            run_names.append(name)
         fits = isinstance(output, Tensor) and output.shape[1:2] == bank.weights.shape[:1]
-        if name in keys and ran == [bank.layer] and fits:
-            found.append(keys[name])
+        if name in keys and run_names == [bank.layer] and fits:
+            fitting_points.append(keys[name])
 
     with inspection_mode(network), visit_layers(network, [*mixing, *keys], note, required=False):
         unwrap_outer(network)(images[:1])
-    return found
+    return fitting_points

@@ -8,25 +8,25 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from camdistill import tags
-from camdistill.layers.filters import WeightSummary, binned_weights, weight_summaries
+from camdistill.layers.filters import WeightSummary, bin_weights, weight_summaries
 from camdistill.layers.profiles import profiles
-from camdistill.layers.sweep.layer_sweep import sweep
-from camdistill.layers.sweep.statistics.histograms import octaves
-from camdistill.layers.sweep.sweep_plan import Options
-from camdistill.layers.sweep.sweep_summary import Sweep
+from camdistill.layers.sweep.layer_sweep import sweep_layers
+from camdistill.layers.sweep.statistics.histograms import log10_bins
+from camdistill.layers.sweep.sweep_plan import SweepOptions
+from camdistill.layers.sweep.sweep_summary import SweepResult
 from camdistill.networks.teachers import Preprocessed
-from camdistill.report.figures.depth import Profile, profile_chart
+from camdistill.report.figures.depth import ProfileLine, profile_chart
 from camdistill.report.tensorboard import (
     TensorBoardLogger,
-    logged_step,
+    is_reporting,
     picture_due,
-    reports,
-    tensorboards,
+    scalar_step,
+    tensorboard_loggers,
 )
 from camdistill.types import Batch
 
 TEACHER = "teacher"  # its run's folder below the student's, and its line in the picture
-SHOWN = ("active", "dead", "lifetime_sparsity", "effective_rank")  # in the picture
+PLOTTED = ("active", "dead", "lifetime_sparsity", "effective_rank")  # in the picture
 BATCH = 64  # images in a forward of the sweep
 
 
@@ -48,21 +48,21 @@ class HasTeacher(Protocol):
         """The frozen network, with its normalisation."""
 
 
-class Past(TypedDict):
+class EpochProfiles(TypedDict):
     """What the picture shows of one epoch, as a checkpoint holds it."""
 
     label: str
     profiles: dict[str, tuple[list[float], list[float]]]
 
 
-class Standing(TypedDict):
+class TeacherProfiles(TypedDict):
     """What stays of a network that doesn't change: looked at once, shown at every epoch."""
 
     numbers: dict[str, float]
     profiles: dict[str, tuple[list[float], list[float]]]
 
 
-class LayersForm(Callback):
+class LayerMonitor(Callback):
     """Activations and weights of every layer on the same validation images, at epoch ends.
 
     A histogram a layer, the layer's numbers as scalars, and a picture in which each epoch's profile
@@ -89,28 +89,28 @@ class LayersForm(Callback):
     ) -> None:
         self.images, self.pictures = images, pictures
         self.layers, self.weights = layers, weights
-        self._past: list[Past] = []
-        self._teacher: Standing | None = None
-        self._beside: list[TensorBoardLogger] = []
-        self._drawn = 0
+        self._history: list[EpochProfiles] = []
+        self._teacher: TeacherProfiles | None = None
+        self._teacher_loggers: list[TensorBoardLogger] = []
+        self._pictures_drawn = 0
         self._validations = 0
-        self._found: list[Batch] = []
-        self._probe: list[Batch] = []
+        self._picked: list[Batch] = []
+        self._batches: list[Batch] = []
 
     def state_dict(self) -> dict[str, object]:
         """So that a resumed run's picture holds the epochs before."""
         return {
-            "past": self._past,
+            "past": self._history,
             "teacher": self._teacher,
-            "drawn": self._drawn,
+            "drawn": self._pictures_drawn,
             "validations": self._validations,
         }
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Counterpart of `state_dict`."""
-        self._past = cast(list[Past], state_dict["past"])
-        self._teacher = cast(Standing | None, state_dict.get("teacher"))
-        self._drawn = cast(int, state_dict["drawn"])
+        self._history = cast(list[EpochProfiles], state_dict["past"])
+        self._teacher = cast(TeacherProfiles | None, state_dict.get("teacher"))
+        self._pictures_drawn = cast(int, state_dict["drawn"])
         self._validations = cast(int, state_dict["validations"])
 
     def on_validation_batch_start(
@@ -122,120 +122,124 @@ class LayersForm(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Picks the images out of the first validation: as many from each batch."""
-        if self._probe or dataloader_idx or not self._shows(trainer, pl_module):
+        if self._batches or dataloader_idx or not self._can_report(trainer, pl_module):
             return
         batches = int(cast(list[float], trainer.num_val_batches)[0])
         share = -(-self.images // max(batches, 1))
-        self._found.append(Batch(*(part[:share].cpu() for part in batch)))
+        self._picked.append(Batch(*(part[:share].cpu() for part in batch)))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the network as it is now."""
-        if not self._shows(trainer, pl_module):
+        if not self._can_report(trainer, pl_module):
             return
-        if self._found and not self._probe:
-            parts = zip(*self._found, strict=True)
-            whole = Batch(*(torch.cat(part)[: self.images] for part in parts))
-            self._probe = [
-                Batch(*(part[start : start + BATCH] for part in whole))
-                for start in range(0, len(whole.pixels), BATCH)
+        if self._picked and not self._batches:
+            parts = zip(*self._picked, strict=True)
+            all_images = Batch(*(torch.cat(part)[: self.images] for part in parts))
+            self._batches = [
+                Batch(*(part[start : start + BATCH] for part in all_images))
+                for start in range(0, len(all_images.pixels), BATCH)
             ]
-            self._found = []
-        if not self._probe:
+            self._picked = []
+        if not self._batches:
             return
         self._validations += 1
         network = cast(FitsNetwork, pl_module).fitted
-        found = self._sweep("student", network)
-        step = logged_step(trainer)
-        for logger in tensorboards(trainer):
-            _log_layers(logger, found, step)
-            logger.log_metrics(_numbers(found), step)
+        swept = self._sweep("student", network)
+        step = scalar_step(trainer)
+        for logger in tensorboard_loggers(trainer):
+            _log_layers(logger, swept, step)
+            logger.log_metrics(_scalars_by_tag(swept), step)
             if self.weights:
                 _log_weights(logger, weight_summaries(network), step)
         if isinstance(pl_module, HasTeacher):
             self._log_teacher(trainer, pl_module.teacher, step)
-        self._draw(trainer, found, step)
+        self._draw(trainer, swept, step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Closes the teacher's run, however the loop ended."""
-        for logger in self._beside:
+        for logger in self._teacher_loggers:
             logger.experiment.close()
-        self._beside = []
+        self._teacher_loggers = []
 
-    def _sweep(self, name: str, network: Preprocessed) -> Sweep:
-        return sweep(
+    def _sweep(self, name: str, network: Preprocessed) -> SweepResult:
+        return sweep_layers(
             {name: network},
-            self._probe,
+            self._batches,
             layers=None if name == TEACHER else self.layers,
-            options=Options(top=1, cka=False, matching=False),
+            options=SweepOptions(top=1, cka=False, matching=False),
         )
 
     def _log_teacher(self, trainer: Trainer, teacher: Preprocessed, step: int) -> None:
         """Histograms once, and numbers at every epoch: a level to read the student's curve by."""
-        self._beside = self._beside or [one.beside(TEACHER) for one in tensorboards(trainer)]
+        self._teacher_loggers = self._teacher_loggers or [
+            parent.sub_logger(TEACHER) for parent in tensorboard_loggers(trainer)
+        ]
         if self._teacher is None:
-            found = self._sweep(TEACHER, teacher)
-            self._teacher = {"numbers": _numbers(found), "profiles": _shown(found)}
-            for logger in self._beside:
-                _log_layers(logger, found, step)
+            swept = self._sweep(TEACHER, teacher)
+            self._teacher = {"numbers": _scalars_by_tag(swept), "profiles": _lines_to_plot(swept)}
+            for logger in self._teacher_loggers:
+                _log_layers(logger, swept, step)
                 if self.weights:
                     _log_weights(logger, weight_summaries(teacher), step)
-        for logger in self._beside:
+        for logger in self._teacher_loggers:
             logger.log_metrics(self._teacher["numbers"], step)
 
-    def _draw(self, trainer: Trainer, found: Sweep, step: int) -> None:
+    def _draw(self, trainer: Trainer, swept: SweepResult, step: int) -> None:
         """The picture, when enough of the run has passed since the last one."""
-        if (due := picture_due(trainer, self._validations, self.pictures)) == self._drawn:
+        if (due := picture_due(trainer, self._validations, self.pictures)) == self._pictures_drawn:
             return
-        self._drawn = due
-        self._past.append(
-            {"label": f"epoch {trainer.current_epoch + 1}", "profiles": _shown(found)}
+        self._pictures_drawn = due
+        self._history.append(
+            {"label": f"epoch {trainer.current_epoch + 1}", "profiles": _lines_to_plot(swept)}
         )
         picture = profile_chart(
             {
                 name.replace("_", " "): {
-                    past["label"]: Profile(*(np.asarray(line) for line in past["profiles"][name]))
-                    for past in self._past
-                    if name in past["profiles"]
+                    epoch["label"]: ProfileLine(
+                        *(np.asarray(line) for line in epoch["profiles"][name])
+                    )
+                    for epoch in self._history
+                    if name in epoch["profiles"]
                 }
-                for name in SHOWN
+                for name in PLOTTED
             },
-            title=f"Layers as they form, {found.images} validation images",
+            title=f"Layers as they form, {swept.images} validation images",
             columns=2,
-            ranges=dict.fromkeys((name.replace("_", " ") for name in SHOWN), (0.0, 1.0)),
+            ranges=dict.fromkeys((name.replace("_", " ") for name in PLOTTED), (0.0, 1.0)),
             graded=True,
-            beside=self._standing(),
+            references=self._teacher_lines(),
         )
-        for logger in tensorboards(trainer):
+        for logger in tensorboard_loggers(trainer):
             logger.log_picture(tags.FORMING, picture, step)
 
-    def _standing(self) -> dict[str, dict[str, Profile]]:
+    def _teacher_lines(self) -> dict[str, dict[str, ProfileLine]]:
         """The teacher's line in each chart."""
         if self._teacher is None:
             return {}
         return {
-            name.replace("_", " "): {TEACHER: Profile(*(np.asarray(line) for line in lines))}
+            name.replace("_", " "): {TEACHER: ProfileLine(*(np.asarray(line) for line in lines))}
             for name, lines in self._teacher["profiles"].items()
         }
 
-    def _shows(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        return reports(trainer) and isinstance(pl_module, FitsNetwork)
+    def _can_report(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        return is_reporting(trainer) and isinstance(pl_module, FitsNetwork)
 
 
-def _shown(found: Sweep) -> dict[str, tuple[list[float], list[float]]]:
+def _lines_to_plot(swept: SweepResult) -> dict[str, tuple[list[float], list[float]]]:
     """What the picture shows of one network."""
-    (name,) = found.networks
-    table = profiles(found)
+    (name,) = swept.networks
+    table = profiles(swept)
     return {
         statistic: (list(line.depth), list(line.values))
-        for statistic in SHOWN
+        for statistic in PLOTTED
         if (line := table.get(statistic, {}).get(name)) is not None
     }
 
 
-def _numbers(found: Sweep) -> dict[str, float]:
+def _scalars_by_tag(swept: SweepResult) -> dict[str, float]:
     """Each layer's numbers, by tag."""
     numbers: dict[str, float] = {}
-    for statistic, lines in profiles(found).items():
+    for statistic, lines in profiles(swept).items():
         if statistic in tags.OF_LAYERS:
             (line,) = lines.values()
             for order, (layer_name, value) in enumerate(zip(line.layers, line.values, strict=True)):
@@ -244,11 +248,11 @@ def _numbers(found: Sweep) -> dict[str, float]:
     return numbers
 
 
-def _log_layers(logger: TensorBoardLogger, found: Sweep, step: int) -> None:
+def _log_layers(logger: TensorBoardLogger, swept: SweepResult, step: int) -> None:
     """A histogram of each layer."""
-    (layers,) = found.networks.values()
+    (layers,) = swept.networks.values()
     for layer in layers:
-        edges, counts = octaves(layer.post)
+        edges, counts = log10_bins(layer.post)
         tag = tags.log10(f"{layer.order:02d}.{layer.name}")
         logger.log_histogram(tag, edges.numpy(), counts.numpy(), step)
 
@@ -257,7 +261,7 @@ def _log_weights(logger: TensorBoardLogger, summaries: dict[str, WeightSummary],
     """Histograms of each layer's weights and of its filters' norms."""
     for order, (layer, summary) in enumerate(summaries.items()):
         name = f"{order:02d}.{layer}"
-        logger.log_histogram(tags.weights(name), *binned_weights(summary), step)
+        logger.log_histogram(tags.weights(name), *bin_weights(summary), step)
         norms = summary.norms[torch.isfinite(summary.norms)].numpy()
         if len(norms):
             counts, edges = np.histogram(norms, 30)

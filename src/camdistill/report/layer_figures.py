@@ -10,12 +10,12 @@ from camdistill import tags
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.filters import FilterBank, WeightSummary
 from camdistill.layers.profiles import profiles
-from camdistill.layers.sweep.statistics.histograms import octaves
+from camdistill.layers.sweep.statistics.histograms import log10_bins
 from camdistill.layers.sweep.sweep_summary import Histogram
-from camdistill.layers.through_depth import ThroughDepth
+from camdistill.layers.through_depth import DepthView
 from camdistill.report.figures.depth import (
     LogHistogram,
-    Profile,
+    ProfileLine,
     profile_chart,
     ridge_chart,
     similarity_chart,
@@ -31,7 +31,7 @@ from camdistill.report.figures.tiles import (
 )
 
 SHOWN_FILTERS = 128
-FEW = 1000  # values in the fullest bin
+FEW_VALUES = 1000  # values in the fullest bin
 DECADES = np.linspace(-6.0, 4.0, 81)  # an eighth of a decade each
 _UNIT_RANGE = (
     *("active", "dead", "population_sparsity", "lifetime_sparsity", "effective_rank"),
@@ -39,43 +39,46 @@ _UNIT_RANGE = (
 )
 
 
-def charts(found: Analysis) -> Iterator[tuple[str, Picture]]:
+def sweep_charts(analysis: Analysis) -> Iterator[tuple[str, Picture]]:
     """What a sweep alone gives: (tag, picture)."""
-    images = f"{found.sweep.images:,} images of {found.data}"
-    table = profiles(found.sweep)
-    shown = {
-        name: {network: _drawn(line) for network, line in lines.items()}
+    images = f"{analysis.sweep.images:,} images of {analysis.data}"
+    table = profiles(analysis.sweep)
+    lines_by_statistic = {
+        name: {network: _to_profile_line(line) for network, line in lines.items()}
         for name, lines in table.items()
-        if name in _CHARTED
+        if name in _PROFILE_CHARTS
     }
-    lost = [
-        name for name, layers in found.sweep.networks.items() if all(one.lost for one in layers)
+    nonfinite_networks = [
+        name
+        for name, layers in analysis.sweep.networks.items()
+        if all(summary.all_nonfinite for summary in layers)
     ]
-    if shown:
+    if lines_by_statistic:
         yield (
             tags.PROFILE_CHART,
             profile_chart(
-                {_CHARTED[name][0]: lines for name, lines in shown.items()},
-                title=f"Layers through depth, {images}{''.join(map(_without, lost))}",
-                notes=dict(_CHARTED.values()),
-                ranges={_CHARTED[name][0]: (0.0, 1.0) for name in _UNIT_RANGE},
+                {_PROFILE_CHARTS[name][0]: lines for name, lines in lines_by_statistic.items()},
+                title="Layers through depth, "
+                f"{images}{''.join(map(_nonfinite_note, nonfinite_networks))}",
+                notes=dict(_PROFILE_CHARTS.values()),
+                ranges={_PROFILE_CHARTS[name][0]: (0.0, 1.0) for name in _UNIT_RANGE},
             ),
         )
     ridges = {
         network: {layer.name: log_histogram(layer.post) for layer in layers}
-        for network, layers in found.sweep.networks.items()
+        for network, layers in analysis.sweep.networks.items()
         if layers
     }
     title = f"Activations after the non-linearity, {images}"
     yield tags.RIDGE_CHART, ridge_chart(ridges, title=title)
-    yield from _similarities(found)
+    yield from _similarity_charts(analysis)
 
 
-def _without(network: str) -> str:
+def _nonfinite_note(network: str) -> str:
     return f"; {network}: not finite"
 
 
-_CHARTED = {
+_PROFILE_CHARTS = {
     "active": ("active", "share of values above 0"),
     "dead": ("dead units", "share that is 0 on every image"),
     "population_sparsity": ("population sparsity", "1: one unit carries an image"),
@@ -91,10 +94,10 @@ _CHARTED = {
 }
 
 
-def _similarities(found: Analysis) -> Iterator[tuple[str, Picture]]:
-    names = list(found.sweep.networks)
+def _similarity_charts(analysis: Analysis) -> Iterator[tuple[str, Picture]]:
+    names = list(analysis.sweep.networks)
     first, last = names[0], names[-1]
-    similarity = found.sweep.similarity
+    similarity = analysis.sweep.similarity
     if similarity is not None and similarity.between(first, last).isfinite().any():
         note = (
             f"linear CKA, unbiased, {similarity.images:,} images in {similarity.batches} batches; "
@@ -112,7 +115,7 @@ def _similarities(found: Analysis) -> Iterator[tuple[str, Picture]]:
                 column_axis=last,
             ),
         )
-    cams = found.sweep.cam_similarity
+    cams = analysis.sweep.cam_similarity
     if cams is not None and cams.cosine.isfinite().any():
         yield (
             tags.CAM_CHART,
@@ -132,7 +135,7 @@ def filter_pictures(network: str, bank: FilterBank) -> Iterator[tuple[str, Pictu
     """The first filters by shape and by size."""
     weights = bank.weights.float().cpu().numpy()
     count = len(weights)
-    shown = weights[:SHOWN_FILTERS]
+    visible = weights[:SHOWN_FILTERS]
     norms = bank.norms.cpu().numpy()
     dead = set(np.flatnonzero(norms <= 1e-3 * np.median(norms)).tolist())
     lines = [_filter_words(bank)]
@@ -145,7 +148,7 @@ def filter_pictures(network: str, bank: FilterBank) -> Iterator[tuple[str, Pictu
     yield (
         tags.FIRST_SHAPE,
         tile_grid(
-            filter_tiles(shown, marked=dead),
+            filter_tiles(visible, marked=dead),
             title=f"{name}: shape",
             lines=[*lines, "each by its own largest weight; grey is zero"],
             bar=bar,
@@ -154,7 +157,7 @@ def filter_pictures(network: str, bank: FilterBank) -> Iterator[tuple[str, Pictu
     yield (
         tags.FIRST_SIZE,
         tile_grid(
-            filter_tiles(shown, shared=True, marked=dead),
+            filter_tiles(visible, shared=True, marked=dead),
             title=f"{name}: size",
             lines=[*lines, "all on one scale; below: unit and norm; red: as good as zero"],
             bar=bar,
@@ -190,22 +193,22 @@ def norm_picture(weights: Mapping[str, Mapping[str, WeightSummary]]) -> Picture:
 
 
 def depth_picture(
-    picture: ThroughDepth, classes: Sequence[str], whole: Mapping[str, int]
+    picture: DepthView, classes: Sequence[str], layer_counts: Mapping[str, int]
 ) -> Picture:
     """One image's maps at all layers; where a network has more than are shown, it says so."""
     first = next(iter(picture.views))
-    fewer = [
-        f"{network}: {len(layers)} of {whole[network]} layers, evenly spread"
+    omissions = [
+        f"{network}: {len(layers)} of {layer_counts[network]} layers, evenly spread"
         for network, layers in picture.views.items()
-        if len(layers) < whole[network]
+        if len(layers) < layer_counts[network]
     ]
-    told = [
-        f"{network}: {_class(top, classes)} {likely:.2f}"
-        if math.isfinite(likely)
+    predictions = [
+        f"{network}: {_class_name(top, classes)} {probability:.2f}"
+        if math.isfinite(probability)
         else f"{network}: its logits are not finite"
-        for network, (top, likely) in picture.tops.items()
+        for network, (top, probability) in picture.tops.items()
     ]
-    explained = _class(picture.explained, classes)
+    class_name = _class_name(picture.explained_class, classes)
     whose = f" ({first}'s class)" if len(picture.views) > 1 else ""
     return depth_panel(
         picture.image.float().numpy(),
@@ -219,13 +222,13 @@ def depth_picture(
                 for network, layers in picture.views.items()
             },
         },
-        title=f"{picture.name}: why {explained}?{whose}",
-        lines=["   ".join(told), *fewer],
+        title=f"{picture.name}: why {class_name}?{whose}",
+        lines=["   ".join(predictions), *omissions],
     )
 
 
 def feature_picture(
-    network: str, layer: str, picture: ThroughDepth, classes: Sequence[str]
+    network: str, layer: str, picture: DepthView, classes: Sequence[str]
 ) -> Picture:
     """Feature maps of one image: the units with the largest alpha."""
     view = picture.views[network][layer]
@@ -241,7 +244,7 @@ def feature_picture(
         tiles,
         title=f"{network} {layer}: feature maps of {picture.name}",
         lines=[
-            f"for {_class(picture.explained, classes)}; {rows}x{columns} cells",
+            f"for {_class_name(picture.explained_class, classes)}; {rows}x{columns} cells",
             "below: unit, and the logit's change if it grew by 1 everywhere (to first order)",
         ],
         bar=Bar(SEQUENTIAL, ("0", "activation / its own maximum", "1")),
@@ -250,10 +253,10 @@ def feature_picture(
 
 def log_histogram(histogram: Histogram) -> LogHistogram:
     """A sweep's histogram as the figures want it."""
-    edges, counts = octaves(histogram)
+    edges, counts = log10_bins(histogram)
     if not len(counts):
         edges, counts = torch.tensor([-1.0, 1.0]), counts.new_zeros(1)
-    if int(counts.max()) < FEW:
+    if int(counts.max()) < FEW_VALUES:
         # Half octaves instead of eighths: chance would make a comb of few values.
         padded = torch.nn.functional.pad(counts, (0, -len(counts) % 4))
         counts = padded.view(-1, 4).sum(1)
@@ -274,11 +277,11 @@ def value_histogram(values: torch.Tensor) -> LogHistogram:
     return LogHistogram(DECADES, counts.astype(float), zeros, values.numel() - finite.size)
 
 
-def _drawn(line: object) -> Profile:
+def _to_profile_line(line: object) -> ProfileLine:
     assert hasattr(line, "depth"), "a profile of layers"
     assert hasattr(line, "values"), "a profile of layers"
-    return Profile(np.asarray(line.depth, np.float64), np.asarray(line.values, np.float64))
+    return ProfileLine(np.asarray(line.depth, np.float64), np.asarray(line.values, np.float64))
 
 
-def _class(number: int, names: Sequence[str]) -> str:
+def _class_name(number: int, names: Sequence[str]) -> str:
     return names[number] if number < len(names) else f"class {number}"

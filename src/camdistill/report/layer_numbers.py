@@ -10,28 +10,31 @@ from jaxtyping import Shaped
 from camdistill.layers.analysis import Analysis
 from camdistill.layers.filters import weight_rows
 from camdistill.layers.profiles import rows_by_layer
-from camdistill.layers.sweep.statistics.histograms import edges
+from camdistill.layers.sweep.statistics.histograms import bin_edges
 from camdistill.layers.sweep.sweep_summary import Histogram, LayerSummary
-from camdistill.layers.units.unit_cards import Portrait
+from camdistill.layers.units.unit_cards import UnitRecord
 
 Numbers = Shaped[np.ndarray, "..."]
 
 
-def analysis_results(found: Analysis) -> dict[str, object]:
+def analysis_results(analysis: Analysis) -> dict[str, object]:
     """What `results.json` holds."""
-    sweep = found.sweep
+    sweep = analysis.sweep
     results: dict[str, object] = {
         "n": sweep.images,
-        "data": found.data,
+        "data": analysis.data,
         "used": dict(sweep.used),
         "notes": list(sweep.notes),
-        "unfinished": found.unfinished,
-        "findings": [asdict(one) for one in found.findings],
+        "unfinished": analysis.unfinished,
+        "findings": [asdict(record) for record in analysis.findings],
         "networks": {
-            network: {name: row | _cams(sweep.layer(network, name)) for name, row in layers.items()}
+            network: {
+                name: row | _cam_quartiles(sweep.layer(network, name))
+                for name, row in layers.items()
+            }
             for network, layers in rows_by_layer(sweep).items()
         },
-        "weights": {network: weight_rows(rows) for network, rows in found.weights.items()},
+        "weights": {network: weight_rows(rows) for network, rows in analysis.weights.items()},
     }
     if sweep.similarity is not None:
         results["cka"] = {
@@ -60,32 +63,33 @@ def analysis_results(found: Analysis) -> dict[str, object]:
         for match in sweep.matches
     ]
     results["pairs"] = {
-        layer: [asdict(pair) for pair in pairs] for layer, pairs in found.pairs.items()
+        layer: [asdict(pair) for pair in pairs] for layer, pairs in analysis.pairs.items()
     }
     results["units"] = {
         network: {
-            layer: [_unit_row(one) for one in portraits] for layer, portraits in layers.items()
+            layer: [_unit_row(record) for record in portraits]
+            for layer, portraits in layers.items()
         }
-        for network, layers in found.portraits.items()
+        for network, layers in analysis.unit_records.items()
     }
     return results
 
 
-def _unit_row(one: Portrait) -> dict[str, object]:
+def _unit_row(record: UnitRecord) -> dict[str, object]:
     return {
-        "unit": one.unit,
-        "sees": one.seen if one.known else "unknown",
-        "images": [patch.image for patch in one.patches],
-        "values": [patch.value for patch in one.patches],
-        "reached": one.reached,
-        "random": one.random,
-        "failed": one.failed,
-        "natural": one.natural,
-        "concepts": [list(concept) for concept in one.concepts],
+        "unit": record.unit,
+        "sees": record.receptive_size if record.field_known else "unknown",
+        "images": [patch.image for patch in record.patches],
+        "values": [patch.value for patch in record.patches],
+        "reached": record.reached,
+        "random": record.random,
+        "failed": record.failed,
+        "natural": record.natural,
+        "concepts": [list(concept) for concept in record.concepts],
     }
 
 
-def _cams(layer: LayerSummary) -> dict[str, object]:
+def _cam_quartiles(layer: LayerSummary) -> dict[str, object]:
     """Grad-CAM's quartiles; `cam_scale` is the middle one."""
     if layer.cams is None:
         return {}
@@ -96,32 +100,32 @@ def _cams(layer: LayerSummary) -> dict[str, object]:
     }
 
 
-def analysis_arrays(found: Analysis) -> dict[str, Numbers]:
+def analysis_arrays(analysis: Analysis) -> dict[str, Numbers]:
     """What `numbers.npz` holds: every unit's numbers, whole histograms, spectra.
 
     Names are `network/layer/what`; weights of a module are `network/module/weights_...`.
     """
     arrays: dict[str, Numbers] = {}
-    for network, layers in found.sweep.networks.items():
+    for network, layers in analysis.sweep.networks.items():
         for layer in layers:
-            for name, values in _of_layer(layer):
+            for name, values in _layer_arrays(layer):
                 arrays[f"{network}/{layer.name}/{name}"] = values
-    for network, summaries in found.weights.items():
+    for network, summaries in analysis.weights.items():
         for module, summary in summaries.items():
             stem = f"{network}/{module}/weights"
             arrays[f"{stem}_norm"] = summary.norms.numpy()
-            arrays[f"{stem}_edges"], arrays[f"{stem}_counts"] = trimmed(summary.signed)
+            arrays[f"{stem}_edges"], arrays[f"{stem}_counts"] = trim_bins(summary.signed)
     return arrays
 
 
-def packed(arrays: Mapping[str, Numbers]) -> bytes:
+def pack_npz(arrays: Mapping[str, Numbers]) -> bytes:
     """Arrays as a compressed .npz."""
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
     return content.getvalue()
 
 
-def trimmed(
+def trim_bins(
     histogram: Histogram,
 ) -> tuple[Shaped[np.ndarray, "bins_and_one"], Shaped[np.ndarray, "bins"]]:
     """Edges and counts, exact, without the empty bins at both ends.
@@ -132,10 +136,10 @@ def trimmed(
     if not len(used):
         return np.zeros(1), np.zeros(0, np.int64)
     first, last = int(used[0]), int(used[-1])
-    return edges()[first : last + 2].numpy(), histogram.counts[first : last + 1].numpy()
+    return bin_edges()[first : last + 2].numpy(), histogram.counts[first : last + 1].numpy()
 
 
-def _of_layer(layer: LayerSummary) -> Iterator[tuple[str, Numbers]]:
+def _layer_arrays(layer: LayerSummary) -> Iterator[tuple[str, Numbers]]:
     units, top = layer.units, layer.top
     yield "unit_mean", units.mean.numpy()
     yield "unit_variance", units.variance.numpy()
@@ -152,6 +156,6 @@ def _of_layer(layer: LayerSummary) -> Iterator[tuple[str, Numbers]]:
     yield "top_columns", top.columns.numpy()
     for side, histogram in (("post", layer.post), ("pre", layer.pre)):
         if histogram is not None:
-            limits, counts = trimmed(histogram)
+            limits, counts = trim_bins(histogram)
             yield f"{side}_edges", limits
             yield f"{side}_counts", counts

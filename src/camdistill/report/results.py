@@ -44,20 +44,20 @@ def write_results(
     Raises:
         UserError: The file can't be written; what was there is intact.
     """
-    whole: dict[str, object] = {**results, "machine": machine(), "versions": versions()}
+    content: dict[str, object] = {**results, "machine": machine(), "versions": package_versions()}
     if seconds is not None:
-        whole["seconds"] = round(seconds, 1)
+        content["seconds"] = round(seconds, 1)
     if sha256 is not None:
-        whole["sha256"] = dict(sha256)
-    text = json.dumps(_plain(whole), indent=2, ensure_ascii=False, allow_nan=False)
+        content["sha256"] = dict(sha256)
+    text = json.dumps(_to_json(content), indent=2, ensure_ascii=False, allow_nan=False)
     # Lists of numbers (seeds, values by seed) on one line.
     text = _TEXT_OR_NUMBERS.sub(_on_one_line, text)
     write_atomically(path, f"{text}\n".encode())
     return path
 
 
-def _on_one_line(found: re.Match[str]) -> str:
-    return found[0] if found[0].startswith('"') else f"[{' '.join(found[0][1:-1].split())}]"
+def _on_one_line(match: re.Match[str]) -> str:
+    return match[0] if match[0].startswith('"') else f"[{' '.join(match[0][1:-1].split())}]"
 
 
 def read_results(path: Path) -> dict[str, object]:
@@ -100,12 +100,12 @@ def machine() -> dict[str, object]:
     }
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of what computed the numbers."""
     packages = {"lightning": "pytorch-lightning"}
     names = ("camdistill", "torch", "torchvision", "lightning", "numpy")
-    found = {name: importlib.metadata.version(packages.get(name, name)) for name in names}
-    return {**found, "torch": torch.__version__, "python": platform.python_version()}
+    version_by_name = {name: importlib.metadata.version(packages.get(name, name)) for name in names}
+    return {**version_by_name, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def text_table(
@@ -121,10 +121,10 @@ def text_table(
         lines.append([name, *(_cell(row.get(column), digits) for column in columns)])
     widths = [max(len(line[place]) for line in lines) for place in range(len(columns) + 1)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(_aligned(line, widths) for line in lines)
+    return "\n".join(_align_cells(line, widths) for line in lines)
 
 
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
+def _align_cells(line: Sequence[str], widths: Sequence[int]) -> str:
     first, *others = (
         cell.ljust(width) if place == 0 else cell.rjust(width)
         for place, (cell, width) in enumerate(zip(line, widths, strict=True))
@@ -141,16 +141,16 @@ def _cell(value: Cell, digits: int) -> str:
     return "-" if value is None else str(value)
 
 
-def _plain(value: object) -> object:
+def _to_json(value: object) -> object:
     """Values as JSON has them; what is none of its types as text."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _to_json(item) for name, item in value.items()}
     if isinstance(value, Interval):
-        return {name: _plain(item) for name, item in value._asdict().items()}
+        return {name: _to_json(item) for name, item in value._asdict().items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, bool | int | str | None) else str(value)

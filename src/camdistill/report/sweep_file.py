@@ -16,21 +16,21 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.layers.sweep.layer_sweep import LayerSweep
-from camdistill.layers.sweep.sweep_state import load_state, save_state
+from camdistill.layers.sweep.sweep_state import load_sweep_state, save_sweep_state
 from camdistill.networks.capture import unwrap
-from camdistill.report.analysis_data import Subject
-from camdistill.report.file_manifest import SWEEP, Written
-from camdistill.report.results import versions
+from camdistill.report.analysis_data import AnalysisData
+from camdistill.report.file_manifest import SWEEP, FileManifest
+from camdistill.report.results import package_versions
 
 BATCH = 64  # images in a forward, and in a group of the unbiased CKA
-EVERY = 60.0  # seconds of work that a killed process loses, at most
-MEASURED_AS = 2  # goes up when the same images would give other numbers
-_OF_WHAT = "of"  # the tensor that holds the fingerprint
+SAVE_INTERVAL = 60.0  # seconds of work that a killed process loses, at most
+SWEEP_VERSION = 2  # goes up when the same images would give other numbers
+_FINGERPRINT_KEY = "of"  # the tensor that holds the fingerprint
 
-Seen = Callable[[int, int], None]
+BatchCallback = Callable[[int, int], None]
 
 
-class KeptSweep:
+class SweepFile:
     """The state of one sweep in a file.
 
     Attributes:
@@ -39,99 +39,105 @@ class KeptSweep:
         problem: Why the file can't be written; empty when it can.
 
     Args:
-        written: List of what stands in the report's folder.
+        manifest: List of what stands in the report's folder.
         fingerprint: Of networks and images: a state of others is not taken.
     """
 
-    def __init__(self, written: Written, fingerprint: str) -> None:
-        self.file = written.folder / SWEEP
-        self._written = written
+    def __init__(self, manifest: FileManifest, fingerprint: str) -> None:
+        self.file = manifest.folder / SWEEP
+        self._manifest = manifest
         self.restored = 0
         self.problem = ""
-        self._of = torch.tensor(list(fingerprint.encode()), dtype=torch.uint8)
+        self._fingerprint = torch.tensor(list(fingerprint.encode()), dtype=torch.uint8)
 
-    def restore(self, looking: LayerSweep) -> None:
+    def restore(self, layer_sweep: LayerSweep) -> None:
         """Puts what is in the file into a sweep that has seen nothing, if it is of the same."""
         try:
-            found = load_state(self.file)
-            of = found.pop(_OF_WHAT, None)
-            if of is None or not torch.equal(of, self._of):
+            tensors = load_sweep_state(self.file)
+            saved_fingerprint = tensors.pop(_FINGERPRINT_KEY, None)
+            if saved_fingerprint is None or not torch.equal(saved_fingerprint, self._fingerprint):
                 return
-            if found.keys() == looking.state_dict().keys():
-                looking.load_state_dict(found)
+            if tensors.keys() == layer_sweep.state_dict().keys():
+                layer_sweep.load_state_dict(tensors)
         except UserError:
             # None is there, or a damaged one, or one of other layers: it is made anew.
             return
-        self.restored = looking.images
+        self.restored = layer_sweep.images
 
-    def keep(self, looking: LayerSweep) -> None:
+    def save(self, layer_sweep: LayerSweep) -> None:
         """Writes the file, whole or not at all; a sweep goes on without it."""
         try:
-            self._written.add(self.file)
-            save_state(self.file, {**looking.state_dict(), _OF_WHAT: self._of})
+            self._manifest.add(self.file)
+            save_sweep_state(
+                self.file, {**layer_sweep.state_dict(), _FINGERPRINT_KEY: self._fingerprint}
+            )
             self.problem = ""
         except (UserError, OSError) as error:
             self.problem = str(error)
 
 
-def look(looking: LayerSweep, subject: Subject, kept: KeptSweep, seen: Seen) -> bool:
+def run_sweep(
+    layer_sweep: LayerSweep, dataset: AnalysisData, sweep_file: SweepFile, on_batch: BatchCallback
+) -> bool:
     """Looks at all images that a kept sweep hasn't seen; whether that was interrupted.
 
     Args:
-        looking: A sweep that has seen nothing.
-        subject: The images.
-        kept: Its file.
-        seen: Called after each batch with the images seen and their whole number.
+        layer_sweep: A sweep that has seen nothing.
+        dataset: The images.
+        sweep_file: Its file.
+        on_batch: Called after each batch with the images seen and their whole number.
 
     Raises:
         KeyboardInterrupt: Before the first batch was seen.
     """
-    order, labels = subject.order, subject.images.labels
-    kept.restore(looking)
-    saved, written = time.monotonic(), looking.images
+    order, labels = dataset.order, dataset.images.labels
+    sweep_file.restore(layer_sweep)
+    last_save, saved_images = time.monotonic(), layer_sweep.images
     try:
-        for start in range(looking.images, len(order), BATCH):
-            part = order[start : start + BATCH]
-            looking.update(
-                subject.fetch(part), torch.from_numpy(part), torch.from_numpy(labels[part])
+        for start in range(layer_sweep.images, len(order), BATCH):
+            positions = order[start : start + BATCH]
+            layer_sweep.update(
+                dataset.fetch(positions),
+                torch.from_numpy(positions),
+                torch.from_numpy(labels[positions]),
             )
-            seen(looking.images, len(order))
-            if time.monotonic() - saved > EVERY:
-                kept.keep(looking)
-                saved, written = time.monotonic(), looking.images
+            on_batch(layer_sweep.images, len(order))
+            if time.monotonic() - last_save > SAVE_INTERVAL:
+                sweep_file.save(layer_sweep)
+                last_save, saved_images = time.monotonic(), layer_sweep.images
     except KeyboardInterrupt:
-        if not looking.images:
+        if not layer_sweep.images:
             raise
         return True
     finally:
-        if looking.images > written:
-            kept.keep(looking)
+        if layer_sweep.images > saved_images:
+            sweep_file.save(layer_sweep)
     return False
 
 
-def fingerprint(networks: Mapping[str, nn.Module], subject: Subject) -> str:
+def sweep_fingerprint(networks: Mapping[str, nn.Module], dataset: AnalysisData) -> str:
     """sha256 of all that a sweep's numbers depend on, but for its layers and options.
 
     That is the networks' structure and values, the images and their labels and order, and the
     versions of what computes.
     """
-    what = [MEASURED_AS, versions(), subject.device, subject.channels]
-    digest = hashlib.sha256(json.dumps(what).encode())
+    settings = [SWEEP_VERSION, package_versions(), dataset.device, dataset.channels]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, network in networks.items():
         digest.update(f"{name} {unwrap(network)}".encode())
         # A frozen teacher's network is not among its registered modules.
-        for held in (network, unwrap(network)):
-            for path, value in chain(held.named_parameters(), held.named_buffers()):
+        for module in (network, unwrap(network)):
+            for path, value in chain(module.named_parameters(), module.named_buffers()):
                 digest.update(f"{path} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(_bytes(value))
-    images = subject.images
+                digest.update(_tensor_bytes(value))
+    images = dataset.images
     digest.update(f"{images.fingerprint} {images.pixels.shape}".encode())
     if not images.fingerprint:
         digest.update(images.pixels[np.arange(len(images))].tobytes())
-    for column in (subject.order, images.labels[subject.order]):
+    for column in (dataset.order, images.labels[dataset.order]):
         digest.update(column.tobytes())
     return digest.hexdigest()
 
 
-def _bytes(value: Tensor) -> bytes:
+def _tensor_bytes(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

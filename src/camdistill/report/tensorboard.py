@@ -93,7 +93,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
             filename_suffix=filename_suffix,
         )
         self._hparam_metrics = tuple(hparam_metrics)
-        self._described: set[str] = set()
+        self._written_tags: set[str] = set()
 
     @property
     @rank_zero_experiment
@@ -110,16 +110,16 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         self.experiment.flush()
 
     @property
-    def described(self) -> frozenset[str]:
+    def written_tags(self) -> frozenset[str]:
         """Tags written so far."""
-        return frozenset(self._described)
+        return frozenset(self._written_tags)
 
     @property
     def run(self) -> str:
         """The run's name in TensorBoard: its folder below `save_dir`."""
         return Path(self.log_dir).relative_to(self.save_dir).as_posix()
 
-    def beside(self, folder: str) -> "TensorBoardLogger":
+    def sub_logger(self, folder: str) -> "TensorBoardLogger":
         """A run of its own in a folder below this one: of another network, in the same charts."""
         below = str(Path(self.sub_dir or "", folder))
         return TensorBoardLogger(
@@ -146,19 +146,19 @@ class TensorBoardLogger(LightningTensorBoardLogger):
     ) -> None:
         """Writes the HParams table's row; its metrics are whatever the tags' last values are."""
         plain = {
-            name: _plain(value)
+            name: _to_yaml(value)
             for name, value in (params if isinstance(params, dict) else vars(params)).items()
             if not name.startswith("_")
         }
         super().log_hyperparams(plain)
         rows = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in _flat(plain).items()
+            for name, value in _flatten(plain).items()
         }
-        named = dict.fromkeys((*self._hparam_metrics, *(metrics or {})), 0.0)
+        metric_names = dict.fromkeys((*self._hparam_metrics, *(metrics or {})), 0.0)
         writer = self.experiment._get_file_writer()
         assert writer is not None
-        for summary in hparams_summaries(rows, named):  # type: ignore[no-untyped-call]
+        for summary in hparams_summaries(rows, metric_names):  # type: ignore[no-untyped-call]
             writer.add_summary(summary, step)
         if metrics:
             self.log_metrics({tag: float(str(value)) for tag, value in metrics.items()}, step)
@@ -199,11 +199,14 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         finite would blank the card at every step, so such bins are dropped.
         """
         limits = np.stack([edges[:-1], edges[1:], counts], axis=1).astype(np.float64)
-        kept = limits[np.isfinite(limits).all(1)]
-        used = np.flatnonzero(kept[:, 2])
-        kept = kept[used[0] : used[-1] + 1] if len(used) else np.zeros((1, 3))
+        finite_bins = limits[np.isfinite(limits).all(1)]
+        used = np.flatnonzero(finite_bins[:, 2])
+        finite_bins = finite_bins[used[0] : used[-1] + 1] if len(used) else np.zeros((1, 3))
         self._write(
-            tag, make_tensor_proto(kept), histogram_metadata(None, tags.describe_card(tag)), step
+            tag,
+            make_tensor_proto(finite_bins),
+            histogram_metadata(None, tags.describe_card(tag)),
+            step,
         )
 
     @rank_zero_only
@@ -211,10 +214,10 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         """Writes the Custom Scalars tab: charts of several tags, by category and by name."""
         layout = {
             category: {
-                name: ["Multiline", [f"{re.escape(tag)}$" for tag in chosen]]
-                for name, chosen in named.items()
+                name: ["Multiline", [f"{re.escape(tag)}$" for tag in chart_tags]]
+                for name, chart_tags in tags_by_chart.items()
             }
-            for category, named in charts.items()
+            for category, tags_by_chart in charts.items()
         }
         writer = self.experiment._get_file_writer()
         assert writer is not None
@@ -242,20 +245,20 @@ class TensorBoardLogger(LightningTensorBoardLogger):
         writer = self.experiment._get_file_writer()
         assert writer is not None
         # Readers take a tag's metadata from its first event in the file, as TensorFlow writes it.
-        first = None if tag in self._described else metadata
-        self._described.add(tag)
+        first = None if tag in self._written_tags else metadata
+        self._written_tags.add(tag)
         summary = Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=first)])
         writer.add_summary(summary, step)
 
 
-def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
     """The trainer's loggers that take pictures and text; none on other ranks than 0."""
     if not trainer.is_global_zero:
         return []
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def logged_step(trainer: Trainer) -> int:
+def scalar_step(trainer: Trainer) -> int:
     """The step at which Lightning writes its scalars at the end of an epoch.
 
     Lightning counts a step when its batch is done, its loggers a moment later: `global_step` is 4
@@ -264,26 +267,30 @@ def logged_step(trainer: Trainer) -> int:
     return max(trainer.global_step - 1, 0)
 
 
-def picture_due(trainer: Trainer, validations: int, most: int) -> int:
-    """Number of the picture that belongs at this validation: 1 at first, `most` at the run's end.
+def picture_due(trainer: Trainer, validations: int, limit: int) -> int:
+    """Number of the picture that belongs at this validation: 1 at first, `limit` at the run's end.
 
     Args:
         trainer: Of the run.
         validations: How many there were, this one among them.
-        most: Pictures of a tag in a run; TensorBoard shows 10.
+        limit: Pictures of a tag in a run; TensorBoard shows 10.
     """
     steps = trainer.estimated_stepping_batches
     if steps == math.inf:  # trained until stopped: after 1, 2, 4, 8, ... validations
-        return min(validations.bit_length(), most)
-    return 1 + min(trainer.global_step * (most - 1) // int(steps), most - 1)
+        return min(validations.bit_length(), limit)
+    return 1 + min(trainer.global_step * (limit - 1) // int(steps), limit - 1)
 
 
-def reports(trainer: Trainer) -> bool:
+def is_reporting(trainer: Trainer) -> bool:
     """Whether a callback that draws has somewhere to draw now: training, after the sanity check."""
-    return not trainer.sanity_checking and trainer.state.fn == "fit" and bool(tensorboards(trainer))
+    return (
+        not trainer.sanity_checking
+        and trainer.state.fn == "fit"
+        and bool(tensorboard_loggers(trainer))
+    )
 
 
-def how_to_look(folder: Path) -> str:
+def tensorboard_command(folder: Path) -> str:
     """The line that ends a command: what to type to see its report."""
     return f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}"
 
@@ -310,12 +317,12 @@ def front_page_url(
     curves: list[dict[str, str | int]] = [{"plugin": "scalars", "tag": tag} for tag in scalars]
     cards: list[dict[str, str | int]] = [
         # Without the experiment's name TensorBoard ignores the card.
-        {"plugin": "images", "tag": tag, "runId": f"defaultExperimentId/{whose}", "sample": 0}
-        for tag, whose in pictures
+        {"plugin": "images", "tag": tag, "runId": f"defaultExperimentId/{run}", "sample": 0}
+        for tag, run in pictures
     ]
     cards += [
-        {"plugin": "histograms", "tag": tag, "runId": f"defaultExperimentId/{whose}"}
-        for tag, whose in histograms
+        {"plugin": "histograms", "tag": tag, "runId": f"defaultExperimentId/{run}"}
+        for tag, run in histograms
     ]
     cards = [*cards, *curves] if curves_last else [*curves, *cards]
     pinned = json.dumps(cards, separators=(",", ":"))
@@ -325,11 +332,11 @@ def front_page_url(
 
 def settings_page(settings: Mapping[str, object]) -> str:
     """Settings as YAML, without what frameworks add for themselves."""
-    plain = {name: _plain(value) for name, value in settings.items() if not name.startswith("_")}
+    plain = {name: _to_yaml(value) for name, value in settings.items() if not name.startswith("_")}
     return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def written(folder: Path) -> dict[str, str]:
+def read_tags(folder: Path) -> dict[str, str]:
     """A run's tags, each with the plugin that shows it: "scalars", "images", "text" and so on."""
     events = EventAccumulator(str(folder), size_guidance={"tensors": 1})
     events.Reload()
@@ -339,7 +346,7 @@ def written(folder: Path) -> dict[str, str]:
     }
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Reads a run's scalars back: (step, value) by tag, as TensorBoard shows them."""
     # TensorBoard's other accumulator leaves a resumed run's hidden values in.
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
@@ -353,21 +360,21 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def _plain(value: object) -> object:
+def _to_yaml(value: object) -> object:
     """Settings as YAML can hold them without naming a Python class."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _to_yaml(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [_to_yaml(item) for item in value]
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
-def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def _flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested settings by dotted name."""
     flat: dict[str, object] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= _flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Timer
 from camdistill import tags
 
 LOG = "training.log"  # in a run's folder
-SHOWN = {
+TAGS_BY_METRIC = {
     "loss": (tags.LOSS_TRAIN,),
     "accuracy": (tags.ACCURACY_STUDENT, tags.ACCURACY_VAL),
     "agreement": (tags.AGREEMENT,),
@@ -92,40 +92,41 @@ def describe_training(trainer: Trainer) -> str:
     classes = getattr(data, "classes", None)
     if classes is not None:
         parts.append(f"{len(classes)} classes" if classes else "no labels")
-    parts.append(_length(trainer))
+    parts.append(_describe_length(trainer))
     device = trainer.strategy.root_device.type
     count = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     return f"{', '.join(parts)}, on {count}{device} in {trainer.precision}"
 
 
-def _length(trainer: Trainer) -> str:
+def _describe_length(trainer: Trainer) -> str:
     """Of the training: epochs, steps, time, whichever ends it."""
     ends = []
     if (trainer.max_epochs or -1) >= 0:
-        ends.append(_counted(trainer.max_epochs or 0, "epoch"))
+        ends.append(_count_words(trainer.max_epochs or 0, "epoch"))
     if trainer.max_steps >= 0:
-        ends.append(_counted(trainer.max_steps, "step"))
-    if any(isinstance(one, Timer) for one in trainer.callbacks):  # type: ignore[attr-defined]
+        ends.append(_count_words(trainer.max_steps, "step"))
+    if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         ends.append("a time")
     return f"up to {' or '.join(ends)}" if len(ends) > 1 else "".join(ends) or "no end"
 
 
-def _counted(count: int, what: str) -> str:
+def _count_words(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def last_numbers(trainer: Trainer) -> dict[str, str]:
     """The last loss, accuracy, agreement and Pearson correlation, as far as there are any."""
-    known = trainer.callback_metrics
-    found = {
-        name: next((tag for tag in tags_of if tag in known), "") for name, tags_of in SHOWN.items()
+    metrics = trainer.callback_metrics
+    tag_by_metric = {
+        name: next((tag for tag in metric_tags if tag in metrics), "")
+        for name, metric_tags in TAGS_BY_METRIC.items()
     }
-    return {name: f"{known[tag]:.3f}" for name, tag in found.items() if tag}
+    return {name: f"{metrics[tag]:.3f}" for name, tag in tag_by_metric.items() if tag}
 
 
 def epoch_line(trainer: Trainer, seconds: float) -> str:
     """An epoch in a line, with the time since the start."""
     last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
     numbers = "  ".join(f"{name} {value}" for name, value in last_numbers(trainer).items())
-    minutes, rest = divmod(int(seconds), 60)
-    return f"epoch {trainer.current_epoch + 1}{last}  {numbers}  {minutes}:{rest:02d}"
+    minutes, seconds_left = divmod(int(seconds), 60)
+    return f"epoch {trainer.current_epoch + 1}{last}  {numbers}  {minutes}:{seconds_left:02d}"

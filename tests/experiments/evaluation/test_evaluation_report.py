@@ -5,7 +5,7 @@ from PIL import Image
 
 from camdistill import tags
 from camdistill.experiments.evaluation.evaluation_report import write_cards
-from camdistill.report.tensorboard import written
+from camdistill.report.tensorboard import read_tags
 
 
 def test_a_rerun_leaves_no_picture_of_the_former_run(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_a_rerun_leaves_no_picture_of_the_former_run(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["faithfulness.png", "mine.png"]
     with Image.open(tmp_path / "faithfulness.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), light)
-    shown = written(tmp_path / "tensorboard")
+    shown = read_tags(tmp_path / "tensorboard")
     assert [tag for tag, plugin in shown.items() if plugin == "images"] == [tags.FAITHFULNESS]
     assert len(list((tmp_path / "tensorboard").glob("events*"))) == 1
     assert (tmp_path / "tensorboard" / "notes.txt").exists()

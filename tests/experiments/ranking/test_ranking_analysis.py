@@ -34,7 +34,7 @@ from camdistill.experiments.ranking.teacher_outputs import Piece
 from camdistill.experiments.shared.seed_statistics import Bootstrap
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.results import read_results, write_results
-from camdistill.report.tensorboard import scalars
+from camdistill.report.tensorboard import read_scalars
 
 METHODS = ["good", "fair", "useless"]
 RATES = {
@@ -227,7 +227,7 @@ def test_scalars_of_arms_that_are_gone_are_gone(found: Found, tmp_path: Path) ->
 def test_scalars_have_n_as_their_step_and_are_drawn_anew(found: Found, tmp_path: Path) -> None:
     log_scalars(found, tmp_path)
     folder = log_scalars(found, tmp_path)
-    known = scalars(folder / "tiny.good")
+    known = read_scalars(folder / "tiny.good")
     assert len(list((folder / "tiny.good").glob("events*"))) == 1
     rows = [table(found, ("tiny", n))["good"] for n in (100, 400)]
     told = known["1_overview/simulatability_gain"]

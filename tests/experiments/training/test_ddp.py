@@ -22,7 +22,7 @@ from camdistill.distill.optimization import Optimisation
 from camdistill.experiments.training.lightning_cli import read_table
 from camdistill.explain.gradcam import explain_images
 from camdistill.networks.teachers import NetworkSpec
-from camdistill.report.tensorboard import scalars
+from camdistill.report.tensorboard import read_scalars
 
 EPOCHS, BATCH, DATA = 2, 16, {"train": 50, "val": 21, "test": 19}
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -111,7 +111,7 @@ def test_two_processes_equal_one_that_sees_the_same_half_batches(
     assert trained.keys() == weights.keys()
     for name, value in weights.items():
         torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    curves = scalars(folder)
+    curves = read_scalars(folder)
     assert [value for _, value in curves[tags.LOSS_TRAIN]] == pytest.approx(losses, rel=1e-4)
 
     # 21 and 19 images in shards of 8: some only fill up, and none counts twice
@@ -128,6 +128,6 @@ def test_two_processes_equal_one_that_sees_the_same_half_batches(
             shared.columns[name], column, rtol=0, atol=0 if exact else 2e-5, err_msg=name
         )
     assert main(["validate", *one]) == 0
-    validated = scalars(folder / "validate")
+    validated = read_scalars(folder / "validate")
     for tag in (tags.ACCURACY_STUDENT, tags.AGREEMENT, tags.PEARSON, tags.COSINE, tags.SKILL):
         assert curves[tag][-1][1] == pytest.approx(validated[tag][-1][1], abs=2e-5), tag

@@ -19,7 +19,7 @@ from camdistill.experiments.training.checkpoint_io import LAST, WholeFiles
 from camdistill.experiments.training.lightning_cli import Experiment, read_table, save_table
 from camdistill.measure.fidelity import FidelityTable
 from camdistill.report.results import read_results
-from camdistill.report.tensorboard import TensorBoardLogger, scalars
+from camdistill.report.tensorboard import TensorBoardLogger, read_scalars
 from camdistill.store.atomic_files import write_atomically
 
 Config = Callable[..., Path]
@@ -166,7 +166,7 @@ def test_what_was_logged_before_a_checkpoint_is_on_the_disk_before_it(
     save, found = WholeFiles.save_checkpoint, []
 
     def looked(self, checkpoint, path, storage_options=None):  # type: ignore[no-untyped-def]
-        curves = scalars(Path(path).parents[1])
+        curves = read_scalars(Path(path).parents[1])
         found.append([len(curves.get(tag, [])) for tag in (tags.LOSS_TRAIN, tags.SKILL)])
         save(self, checkpoint, path, storage_options)
 

@@ -20,7 +20,7 @@ from camdistill import tags
 from camdistill.cli import main
 from camdistill.experiments.training.lightning_cli import read_table
 from camdistill.report.results import read_results
-from camdistill.report.tensorboard import scalars
+from camdistill.report.tensorboard import read_scalars
 
 Config = Callable[..., Path]
 
@@ -123,7 +123,7 @@ def test_killed_and_resumed_run_equals_the_unbroken_one_bit_for_bit(
         folders[1] / "config.yaml"
     ).read_text()
 
-    curves = [scalars(folder) for folder in folders]
+    curves = [read_scalars(folder) for folder in folders]
     for curve in curves:
         curve.pop(tags.IMAGES_PER_SECOND, None)
     assert curves[0].keys() == curves[1].keys() >= {tags.LOSS_TRAIN, tags.SKILL, tags.LEARNING_RATE}

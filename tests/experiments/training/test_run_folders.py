@@ -27,7 +27,7 @@ from camdistill.experiments.training.run_folders import claim
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
 from camdistill.report.results import read_results
-from camdistill.report.tensorboard import scalars
+from camdistill.report.tensorboard import read_scalars
 from camdistill.store.atomic_files import lock_folder
 
 Config = Callable[..., Path]
@@ -127,7 +127,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_own_folder
     assert torch.load(RUN / "version_1" / LAST, weights_only=True)["epoch"] == 1
     # its lines are those of a run that was not killed: no step twice
     assert main([*longer, "--run", "whole"]) == 0
-    curves = [scalars(folder) for folder in (RUN / "version_1", Path("runs/whole/version_0"))]
+    curves = [read_scalars(folder) for folder in (RUN / "version_1", Path("runs/whole/version_0"))]
     for curve in curves:
         curve.pop(tags.IMAGES_PER_SECOND, None)
     assert curves[0] == curves[1]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from camdistill.errors import UserError
-from camdistill.layers.sweep.layer_patterns import choices
+from camdistill.layers.sweep.layer_patterns import select_layers_by_network
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 
@@ -20,7 +20,7 @@ def networks() -> dict[str, nn.Module]:
 def test_pattern_for_all_is_taken_by_the_networks_that_have_such_layers(
     networks: dict[str, nn.Module],
 ) -> None:
-    found = choices(networks, IMAGES, ["layer3", "stage?", "re*u"])
+    found = select_layers_by_network(networks, IMAGES, ["layer3", "stage?", "re*u"])
     names = {name: [layer.name for layer in layers] for name, (layers, _) in found.items()}
     assert names == {"teacher": ["relu", "layer3"], "student": ["stage1", "stage2"]}
 
@@ -33,13 +33,13 @@ def test_typo_is_told_with_the_nearest_names_of_both_networks(
 ) -> None:
     told = f"no layer '{typo}' in the teacher and none in the student; nearest: '{nearest}'"
     with pytest.raises(UserError, match=re.escape(told)):
-        choices(networks, IMAGES, ["layer3", typo, "stage2"])
+        select_layers_by_network(networks, IMAGES, ["layer3", typo, "stage2"])
 
 
 def test_typo_of_one_network_is_told_with_its_class(networks: dict[str, nn.Module]) -> None:
     told = "no layer 'stgae1' in ShallowCNN; nearest: 'stage1'"
     with pytest.raises(UserError, match=re.escape(told)):
-        choices({"student": networks["student"]}, IMAGES, ["stgae1"])
+        select_layers_by_network({"student": networks["student"]}, IMAGES, ["stgae1"])
 
 
 class UnitsLast(nn.Module):
@@ -58,9 +58,9 @@ def test_layer_that_exists_but_gives_its_units_last_is_no_typo(
 ) -> None:
     both = {"teacher": UnitsLast(), "student": networks["student"]}
     with pytest.raises(UserError, match=r"layers 'mix' give .* with their units last"):
-        choices(both, IMAGES, ["mix", "stage1"])
+        select_layers_by_network(both, IMAGES, ["mix", "stage1"])
 
 
 def test_network_that_has_none_of_the_layers_is_told(networks: dict[str, nn.Module]) -> None:
     with pytest.raises(UserError, match=r"none of the layers .* are in the teacher"):
-        choices(networks, IMAGES, ["stage1"])
+        select_layers_by_network(networks, IMAGES, ["stage1"])

@@ -8,7 +8,7 @@ from torchvision.models.feature_extraction import get_graph_node_names
 from torchvision.models.swin_transformer import SwinTransformer
 
 from camdistill.errors import UserError
-from camdistill.layers.sweep.layer_selection import all_layers, choice, find_layers
+from camdistill.layers.sweep.layer_selection import find_layers, list_layers, select_layers
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 
@@ -100,7 +100,7 @@ def test_patterns_choose_calls_layers_and_stages() -> None:
 
 
 def test_layers_are_in_the_order_in_which_they_run() -> None:
-    found = [layer.name for layer in all_layers(resnet18(weights=None).eval(), IMAGES)]
+    found = [layer.name for layer in list_layers(resnet18(weights=None).eval(), IMAGES)]
     assert found.index("conv1") < found.index("relu") < found.index("maxpool")
     assert found[-1] == "fc"
     assert len(found) == len(set(found))
@@ -119,7 +119,7 @@ def test_layers_with_their_units_last_are_left_out_and_named() -> None:
     """Every Swin layer between its patches and its head; a shape alone can't tell 8 rows from 8
     units, so the oracle is torchvision's source: all but the embedding and what follows `permute`.
     """
-    layers, others = choice(swin(), IMAGES, ["*"])
+    layers, others = select_layers(swin(), IMAGES, ["*"])
     first = {layer.name for layer in layers}
     assert first == {"features.0.0", "permute", "avgpool", "flatten", "head"}
     assert {"features.0.1", "features.0.2", "features.1.0", "features.1.0.attn"} <= set(others)
@@ -129,14 +129,14 @@ def test_layers_with_their_units_last_are_left_out_and_named() -> None:
 def test_a_convnext_block_is_read_and_what_is_inside_with_units_last_is_not() -> None:
     blocks = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
     network = ConvNeXt(blocks, num_classes=3).eval()
-    layers, others = choice(network, IMAGES, ["*"])
+    layers, others = select_layers(network, IMAGES, ["*"])
     inner = [f"features.{stage}.0.block.{place}" for stage in (1, 3) for place in range(1, 6)]
     # Permutation, normalisation, linear, GELU, linear; then it permutes back.
     assert set(others) == set(inner)
     shapes = {layer.name: layer.shape for layer in layers}
     assert shapes["features.1.0"] == shapes["features.1.0.block.6"] == (8, 8, 8)
     assert shapes["features.3.0"] == (16, 4, 4)
-    assert choice(network, IMAGES)[1] == ()
+    assert select_layers(network, IMAGES)[1] == ()
 
 
 def test_where_no_layer_has_its_units_first_that_is_told() -> None:

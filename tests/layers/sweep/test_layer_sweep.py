@@ -15,20 +15,20 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.layers.profiles import profiles
-from camdistill.layers.sweep.layer_sweep import LayerSweep, sweep
+from camdistill.layers.sweep.layer_sweep import LayerSweep, sweep_layers
 from camdistill.layers.sweep.layer_sweep import layer_sweep as sweep_module
 from camdistill.layers.sweep.statistics.histograms import HistogramCounts
-from camdistill.layers.sweep.statistics.linear_probes import MOST_HELD
-from camdistill.layers.sweep.sweep_plan import Options
-from camdistill.layers.sweep.sweep_state import load_state, save_state
-from camdistill.layers.sweep.sweep_summary import Sweep
-from camdistill.layers.through_depth import spatial, through_depth
+from camdistill.layers.sweep.statistics.linear_probes import MAX_HELD_OUT
+from camdistill.layers.sweep.sweep_plan import SweepOptions
+from camdistill.layers.sweep.sweep_state import load_sweep_state, save_sweep_state
+from camdistill.layers.sweep.sweep_summary import SweepResult
+from camdistill.layers.through_depth import spread_layers, through_depth
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
 from camdistill.types import Batch
 
 IMAGES = 24
-EVERYTHING = Options(top=3, probes=3, explained=0.5)
+EVERYTHING = SweepOptions(top=3, probes=3, cam_share=0.5)
 
 
 class Shared(nn.Module):
@@ -89,7 +89,7 @@ def swept(
     networks: dict[str, nn.Module],
     images: torch.Tensor,
     parts: list[list[int]],
-    options: Options = EVERYTHING,
+    options: SweepOptions = EVERYTHING,
 ) -> LayerSweep:
     state = LayerSweep(networks, images[:4], options=options)
     for part in parts:
@@ -97,7 +97,7 @@ def swept(
     return state
 
 
-def demand_same(one: Sweep, two: Sweep, *, cka: bool = True) -> None:
+def demand_same(one: SweepResult, two: SweepResult, *, cka: bool = True) -> None:
     """Counts bit for bit, sums of floats to float64's rounding."""
     assert one.images == two.images
     for network, layers in one.networks.items():
@@ -144,8 +144,10 @@ def test_two_processes_and_an_interrupted_sweep_tell_what_one_does(
     whole = swept(networks, images, parts).result()
     first, second = swept(networks, images, parts[::2]), swept(networks, images, parts[1::2])
     demand_same(second.merge(first).result(), whole)
-    file = save_state(tmp_path / "deep" / "half.safetensors", first.state_dict())
-    resumed = LayerSweep(networks, images[:4], options=EVERYTHING).load_state_dict(load_state(file))
+    file = save_sweep_state(tmp_path / "deep" / "half.safetensors", first.state_dict())
+    resumed = LayerSweep(networks, images[:4], options=EVERYTHING).load_state_dict(
+        load_sweep_state(file)
+    )
     assert resumed.images == 12
     for part in parts[1::2]:
         resumed.update(images[part], torch.tensor(part), LABELS[part])
@@ -170,7 +172,7 @@ def test_a_state_of_other_layers_or_options_is_refused(
     networks: dict[str, nn.Module], images: torch.Tensor
 ) -> None:
     state = swept(networks, images, [[0, 1, 2, 3]])
-    other = LayerSweep(networks, images, options=Options(top=4))
+    other = LayerSweep(networks, images, options=SweepOptions(top=4))
     with pytest.raises(UserError, match="other options"):
         other.load_state_dict(state.state_dict())
     layers = LayerSweep(networks, images, layers={"teacher": ["stem"]}, options=EVERYTHING)
@@ -221,8 +223,10 @@ def test_a_relu_in_place_and_called_twice_is_read_right_before_and_after(
     assert str(result.layer("net", "blocks.1.relu#0").post.point) == "net/blocks.1.relu#0/post"
 
 
-def sweep_all(network: nn.Module, images: torch.Tensor, layers: list[str] | None = None) -> Sweep:
-    state = LayerSweep({"net": network}, images, layers=layers, options=Options(top=2))
+def sweep_all(
+    network: nn.Module, images: torch.Tensor, layers: list[str] | None = None
+) -> SweepResult:
+    state = LayerSweep({"net": network}, images, layers=layers, options=SweepOptions(top=2))
     for start in range(0, len(images), 10):
         part = images[start : start + 10]
         state.update(part, torch.arange(start, start + len(part)))
@@ -254,7 +258,7 @@ def test_numbers_equal_torchvisions_extractor_where_that_is_right() -> None:
 
 
 def test_cams_are_those_of_grad_cam(networks: dict[str, nn.Module], images: torch.Tensor) -> None:
-    options = Options(explained=1.0)
+    options = SweepOptions(cam_share=1.0)
     result = swept(networks, images, [list(range(13)), list(range(13, IMAGES))], options).result()
     layers = ["blocks.0.relu#1", "blocks.1.relu#1"]
     maps = grad_cam(networks["teacher"], images, layers)
@@ -306,7 +310,7 @@ def test_nan_in_one_batch_is_counted_and_everything_else_is_intact(
 
 
 def test_the_state_does_not_grow_with_images(networks: dict[str, nn.Module]) -> None:
-    options = Options(top=3)
+    options = SweepOptions(top=3)
     sizes = []
     for count in (8, 80):
         images = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -318,11 +322,11 @@ def test_the_state_does_not_grow_with_images(networks: dict[str, nn.Module]) -> 
 
 def test_the_largest_state_of_resnet_56_and_a_student_is_below_32_mib() -> None:
     networks = {"teacher": CifarResNet(56).eval(), "student": ShallowCNN().eval()}
-    options = Options(probes=10, explained=0.05)
+    options = SweepOptions(probes=10, cam_share=0.05)
     state = LayerSweep(networks, torch.rand(4, 3, 32, 32), options=options)
     channels = sum(layer.shape[0] for layers in state.plan.layers.values() for layer in layers)
     assert channels == 1024 + 544
-    held_out = 2 * MOST_HELD * (4 * channels + 2 * 8 * len(networks))
+    held_out = 2 * MAX_HELD_OUT * (4 * channels + 2 * 8 * len(networks))
     assert state.bytes + held_out < 32 * 2**20
 
 
@@ -437,7 +441,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
         for (rank, world), file in files.items()
     ]
     assert [process.wait(120) for process in running] == [0, 0, 0]
-    whole, *halves = (load_state(file) for file in files.values())
+    whole, *halves = (load_sweep_state(file) for file in files.values())
     with torch.random.fork_rng():
         torch.manual_seed(0)
         networks = {
@@ -445,7 +449,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
             "student": ShallowCNN(channels=(6, 8), strides=(1, 2)).eval(),
         }
         images = torch.randn(16, 3, 16, 16)
-    options = Options(probes=4, explained=0.3)
+    options = SweepOptions(probes=4, cam_share=0.3)
     one, two = (
         LayerSweep(networks, images, options=options).load_state_dict(half) for half in halves
     )
@@ -482,10 +486,10 @@ def test_batches_of_a_loader_are_swept_without_what_only_fills_a_shard(
     counted = torch.arange(10) < 8
     batch = Batch(pixels, torch.zeros(10, dtype=torch.int64), torch.arange(10), counted)
     calls: list[int] = []
-    result = sweep(
+    result = sweep_layers(
         networks,
         [batch, batch._replace(ids=torch.arange(10, 20))],
-        seen=lambda s: calls.append(s.images),
+        on_batch=lambda s: calls.append(s.images),
     )
     assert result.images == 16
     assert calls == [8, 16]
@@ -499,7 +503,7 @@ def test_batches_of_a_loader_are_swept_without_what_only_fills_a_shard(
 
 def test_mistakes_are_told(networks: dict[str, nn.Module], images: torch.Tensor) -> None:
     with pytest.raises(UserError, match="no batch"):
-        sweep(networks, [])
+        sweep_layers(networks, [])
     with pytest.raises(UserError, match="takes one or two"):
         LayerSweep({}, images)
     with pytest.raises(UserError, match="no layer 'stage9'"):
@@ -507,16 +511,16 @@ def test_mistakes_are_told(networks: dict[str, nn.Module], images: torch.Tensor)
     with pytest.raises(UserError, match="none of the layers"):
         LayerSweep(networks, images, layers=["stage1"])
     with pytest.raises(UserError, match="2 or more"):
-        Options(probes=1)
+        SweepOptions(probes=1)
 
 
 def test_a_damaged_state_is_told(tmp_path: Path) -> None:
     file = tmp_path / "state.safetensors"
     with pytest.raises(UserError, match="no sweep at"):
-        load_state(file)
+        load_sweep_state(file)
     file.write_bytes(b"short")
     with pytest.raises(UserError, match="cut short"):
-        load_state(file)
+        load_sweep_state(file)
 
 
 @pytest.mark.parametrize("broken", ["an image", "weights"])
@@ -531,7 +535,7 @@ def test_where_no_map_is_finite_the_sweep_goes_on(
         with torch.no_grad():
             ill["student"].stage2.conv.weight.fill_(torch.nan)
     parts = [[5], [place for place in range(IMAGES) if place != 5]]
-    result = swept(ill, shown, parts, Options(explained=1.0)).result()
+    result = swept(ill, shown, parts, SweepOptions(cam_share=1.0)).result()
     lost = 1 if broken == "an image" else 0
     cams = {layer.name: layer.cams for layer in result.networks["student"]}
     assert result.layer("teacher", "blocks.1").cams.images == IMAGES - lost
@@ -547,7 +551,7 @@ def test_where_the_teacher_has_no_top_class_neither_network_is_explained(
     ill = copy.deepcopy(networks)
     with torch.no_grad():
         ill["teacher"].head.weight.fill_(torch.nan)
-    result = swept(ill, images, [list(range(IMAGES))], Options(explained=1.0)).result()
+    result = swept(ill, images, [list(range(IMAGES))], SweepOptions(cam_share=1.0)).result()
     for layers in result.networks.values():
         assert all(layer.cams is None or layer.cams.images == 0 for layer in layers)
         assert all(layer.units.images == IMAGES for layer in layers)
@@ -561,7 +565,9 @@ def test_network_that_is_never_finite_has_no_profile(
     ill = copy.deepcopy(networks)
     with torch.no_grad():
         ill["student"].stage1.conv.weight.fill_(torch.nan)
-    table = profiles(swept(ill, images, [list(range(IMAGES))], Options(explained=1.0)).result())
+    table = profiles(
+        swept(ill, images, [list(range(IMAGES))], SweepOptions(cam_share=1.0)).result()
+    )
     assert {name for name, lines in table.items() if "student" in lines} == {"nonfinite"}
     assert {"active", "dead", "cam_scale", "zeros"} <= set(table)
     assert not {"best_cka", "matched"} & set(table)
@@ -574,7 +580,7 @@ def test_a_layer_that_is_never_finite_takes_nothing_from_the_others(
     with torch.no_grad():
         ill["student"].stage2.conv.weight.fill_(torch.nan)
     parts = [list(range(12)), list(range(12, IMAGES))]
-    options = Options(probes=3)
+    options = SweepOptions(probes=3)
     found, sound = (swept(nets, images, parts, options).result() for nets in (ill, networks))
     for name in ("teacher", "student"):
         for mine, its in zip(found.networks[name], sound.networks[name], strict=True):
@@ -604,15 +610,15 @@ def test_layers_without_cells_have_no_maps_and_do_no_harm(
 ) -> None:
     layers = {"teacher": ["blocks.*"], "student": ["stage?"]}
     layers |= {name: [{"teacher": "head", "student": "linear"}[name]] for name in vectors}
-    state = LayerSweep(networks, images, layers=layers, options=Options(explained=1.0))
+    state = LayerSweep(networks, images, layers=layers, options=SweepOptions(cam_share=1.0))
     state.update(images, torch.arange(IMAGES))
-    state.merge(LayerSweep(networks, images, layers=layers, options=Options(explained=1.0)))
+    state.merge(LayerSweep(networks, images, layers=layers, options=SweepOptions(cam_share=1.0)))
     result = state.result()
     assert result.cam_similarity is None
     for name, found in result.networks.items():
         assert all((layer.cams is None) == (name in vectors) for layer in found)
         assert any(f"{name}: no Grad-CAM at" in note for note in result.notes) == (name in vectors)
-    names = {name: spatial(found, 4) for name, found in result.networks.items()}
+    names = {name: spread_layers(found, 4) for name, found in result.networks.items()}
     assert [not names[name] for name in networks] == [name in vectors for name in networks]
     shown = through_depth(networks, images[:2], ["a", "b"], names)
     assert len(shown) == (0 if len(vectors) == 2 else 2)

@@ -6,14 +6,18 @@ import torch
 from torch import nn
 
 from camdistill.errors import UserError
-from camdistill.layers.units.activation_maximization import COLOURS, maximised, painted
+from camdistill.layers.units.activation_maximization import (
+    COLOURS,
+    maximize_activation,
+    render_spectra,
+)
 from camdistill.layers.units.random_images import RandomLevels, random_levels
 from camdistill.networks.students import ShallowCNN
 
 
 def test_painted_is_the_formula_in_numpy(generator: torch.Generator) -> None:
     spectrum = torch.randn(2, 3, 6, 5, 2, generator=generator, dtype=torch.float64)
-    found = painted(torch.view_as_complex(spectrum), (2, 3, 6, 8)).numpy()
+    found = render_spectra(torch.view_as_complex(spectrum), (2, 3, 6, 8)).numpy()
     z = spectrum.numpy()[..., 0] + 1j * spectrum.numpy()[..., 1]
     rows, columns = np.fft.fftfreq(6)[:, None], np.fft.rfftfreq(8)[None]
     frequency = np.maximum(np.sqrt(rows**2 + columns**2), 1 / 8)
@@ -39,7 +43,7 @@ class Planted(nn.Module):
 
 
 def test_image_reaches_what_no_larger_value_is_possible_for() -> None:
-    found = maximised(
+    found = maximize_activation(
         Planted(), "layer", [0, 1], size=(16, 16), channels=1, steps=200, natural=[1.0, 4.0]
     )
     # Two pixels at 1, two at 0: at most 2.
@@ -52,14 +56,16 @@ def test_image_reaches_what_no_larger_value_is_possible_for() -> None:
 
 
 def test_a_unit_that_is_off_is_excited_by_its_relus_input() -> None:
-    found = maximised(
+    found = maximize_activation(
         Planted(), "relu", [1], before=True, size=(16, 16), channels=1, steps=150, robust=False
     )
     # The convolution gives at most 2, and 3 is taken away.
     given = nn.functional.conv2d(found.images, Planted().layer.weight.detach())[:, 1] - 3
     assert -1.2 < float(given.max()) <= -1.0
     assert float(found.reached) == 0.0
-    off = maximised(Planted(), "relu", [1], size=(16, 16), channels=1, steps=5, robust=False)
+    off = maximize_activation(
+        Planted(), "relu", [1], size=(16, 16), channels=1, steps=5, robust=False
+    )
     assert float(off.reached) == 0.0
 
 
@@ -70,7 +76,7 @@ def test_what_was_reached_is_of_the_scale_of_what_was_natural(bounded: nn.Module
     nn.init.constant_(layer.weight, 20.0)
     network = nn.Sequential(layer, bounded)
     natural = float(bounded(torch.tensor(20.0)))
-    found = maximised(
+    found = maximize_activation(
         network,
         "1",
         [0],
@@ -90,16 +96,16 @@ def test_what_was_reached_is_of_the_scale_of_what_was_natural(bounded: nn.Module
 def test_same_seed_same_images_and_units_don_t_disturb_each_other() -> None:
     network = ShallowCNN(3, (4, 5), (1, 2))
     settings = {"size": (16, 16), "steps": 4, "robust": False}
-    both = maximised(network, "stage2.bn", [1, 3], **settings)
-    again = maximised(network, "stage2.bn", [1, 3], **settings)
+    both = maximize_activation(network, "stage2.bn", [1, 3], **settings)
+    again = maximize_activation(network, "stage2.bn", [1, 3], **settings)
     assert torch.equal(both.images, again.images)
-    alone = maximised(network, "stage2.bn", [1], **settings)
+    alone = maximize_activation(network, "stage2.bn", [1], **settings)
     assert torch.allclose(alone.images[0], both.images[0], atol=1e-5)
 
 
 def test_robust_images_stay_in_range_and_at_their_size() -> None:
     network = ShallowCNN(3, (4, 5), (1, 2))
-    found = maximised(network, "stage1.bn", [0], size=(20, 12), steps=3)
+    found = maximize_activation(network, "stage1.bn", [0], size=(20, 12), steps=3)
     assert found.images.shape == (1, 3, 20, 12)
     assert 0 <= float(found.images.min()) <= float(found.images.max()) <= 1
     assert math.isnan(float(found.ratio[0]))
@@ -109,7 +115,7 @@ def test_network_is_left_as_it_was_also_after_an_error() -> None:
     network = ShallowCNN(3, (4, 5), (1, 2)).train()
     network.linear.weight.requires_grad_(False)
     with pytest.raises(UserError, match="no unit 9"):
-        maximised(network, "stage1.bn", [9], size=(8, 8), steps=1)
+        maximize_activation(network, "stage1.bn", [9], size=(8, 8), steps=1)
     assert network.training
     assert network.stage1.conv.weight.requires_grad
     assert not network.linear.weight.requires_grad
@@ -140,7 +146,7 @@ def test_a_unit_whose_parts_are_all_off_at_grey_is_excited() -> None:
     network(grey).sum().backward()
     assert grey.grad is not None
     assert float(grey.grad.abs().max()) == 0, "the start that used to be has no gradient"
-    found = maximised(
+    found = maximize_activation(
         network, "relu", [0], before=True, size=(16, 16), channels=1, steps=150, natural=[2.0]
     )
     # An edge filter gives at most 2 - 1, and only one of the two is on.
@@ -152,12 +158,12 @@ def test_a_unit_whose_parts_are_all_off_at_grey_is_excited() -> None:
 def test_a_unit_that_nothing_excites_is_told_to_have_failed() -> None:
     """Before its ReLU it was moved all the same, further than by random images."""
     settings = {"before": True, "size": (16, 16), "channels": 1, "steps": 60}
-    found = maximised(Hidden(bias=-10.0), "relu", [0], **settings)
+    found = maximize_activation(Hidden(bias=-10.0), "relu", [0], **settings)
     assert float(found.reached) == 0
     assert bool(found.failed)
     constant = Hidden(bias=1.0)
     nn.init.constant_(constant.second.weight, 0.0)
-    found = maximised(constant, "relu", [0], **settings)
+    found = maximize_activation(constant, "relu", [0], **settings)
     assert float(found.reached) == float(found.random) == 1.0
     assert bool(found.failed), "it is the same for every image"
 
@@ -167,7 +173,7 @@ def test_image_of_a_linear_filter_is_the_filters_sign(generator: torch.Generator
     layer = nn.Conv2d(1, 1, 5, bias=False)
     layer.weight.data = torch.randn(1, 1, 5, 5, generator=generator)
     layer.weight.data += 0.3 * layer.weight.data.sign()
-    found = maximised(
+    found = maximize_activation(
         nn.Sequential(layer), "0", [0], size=(15, 15), channels=1, steps=400, robust=False
     )
     best = float(layer.weight.detach().clamp(min=0).sum())
@@ -182,13 +188,13 @@ def test_second_try_is_made_where_the_first_is_no_better_than_chance() -> None:
     network = Hidden()
     settings = {"before": True, "size": (16, 16), "channels": 1, "steps": 12}
     nothing = RandomLevels(torch.full((1,), -9.0), torch.zeros(1))
-    first = maximised(network, "relu", [0], levels=nothing, **settings)
+    first = maximize_activation(network, "relu", [0], levels=nothing, **settings)
     assert not bool(first.failed)
     wanted = RandomLevels(first.reached.clone(), first.reached.clone())
-    second = maximised(network, "relu", [0], levels=wanted, **settings)
+    second = maximize_activation(network, "relu", [0], levels=wanted, **settings)
     assert float(second.reached) > float(first.reached)
     assert not bool(second.failed)
-    hopeless = maximised(
+    hopeless = maximize_activation(
         network, "relu", [0], levels=RandomLevels(torch.full((1,), 9.0), torch.ones(1)), **settings
     )
     assert bool(hopeless.failed)
@@ -219,5 +225,5 @@ def test_random_level_is_the_percentile_of_the_largest_values() -> None:
     largest = response.amax((2, 3)).double().numpy()
     expected = np.maximum(*(np.quantile(part, 0.999, axis=0) for part in np.split(largest, 2)))
     np.testing.assert_allclose(levels["layer"].output.numpy(), expected, rtol=1e-6)
-    np.testing.assert_allclose(levels["relu"].given.numpy(), expected - 3, rtol=1e-6)
+    np.testing.assert_allclose(levels["relu"].excitation.numpy(), expected - 3, rtol=1e-6)
     np.testing.assert_allclose(levels["relu"].output.numpy(), np.maximum(expected - 3, 0))

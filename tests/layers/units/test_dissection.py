@@ -99,8 +99,8 @@ def test_room_changes_memory_and_nothing_else(
         widths.append(output.shape[1])
         return stretched(output, size)
 
-    monkeypatch.setattr(dissection, "_stretched", watched)
-    found = dissect(network, images, masks, ["1"], chunk=7, room=room)["1"]
+    monkeypatch.setattr(dissection, "_resize_outputs", watched)
+    found = dissect(network, images, masks, ["1"], chunk=7, max_bytes=room)["1"]
     for name in ("iou", "chance", "top"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert max(widths) == {1: 1, 1 << 30: 5}.get(room, max(widths))

@@ -5,8 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
-from camdistill.layers.units.receptive_field import measured_fields, receptive_fields
-from camdistill.layers.units.receptive_field_trace import Walk
+from camdistill.layers.units.receptive_field import measure_fields, receptive_fields
+from camdistill.layers.units.receptive_field_trace import FieldTracer
 from camdistill.layers.units.receptive_spans import ReceptiveField, Span
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.students import ShallowCNN
@@ -52,14 +52,14 @@ def test_fields_of_known_networks(name: str) -> None:
 def test_resnet_field_is_where_gradients_are_pixel_for_pixel() -> None:
     network = torchvision.models.resnet18().eval()
     walked = receptive_fields(network, torch.zeros(1, 3, 64, 64), ["layer1"])
-    support = measured_fields(network, torch.zeros(1, 3, 96, 96), ["layer1"])
+    support = measure_fields(network, torch.zeros(1, 3, 96, 96), ["layer1"])
     assert walked == support
 
 
 @pytest.mark.slow
 def test_deep_resnet_field_is_where_gradients_are_pixel_for_pixel() -> None:
     network = torchvision.models.resnet18().eval()
-    support = measured_fields(network, torch.zeros(1, 3, 640, 640), ["layer3", "layer4"])
+    support = measure_fields(network, torch.zeros(1, 3, 640, 640), ["layer3", "layer4"])
     assert support["layer3"] == ReceptiveField(*[Span(211, 16, -105)] * 2)
     assert support["layer4"] == ReceptiveField(*[Span(435, 32, -217)] * 2)
 
@@ -102,7 +102,7 @@ def test_axes_are_kept_apart() -> None:
     assert found["a"] == ReceptiveField(Span(3, 2, -1), Span(9, 1, 0))
     assert found["b"] == ReceptiveField(Span(3, 2, -1), Span(11, 2, -1))
     assert found["c"] == ReceptiveField(Span(7, 2, -3), Span(15, 2, -3))
-    assert measured_fields(network, torch.zeros(1, 3, 48, 48), ["a", "b", "c"]) == found
+    assert measure_fields(network, torch.zeros(1, 3, 48, 48), ["a", "b", "c"]) == found
 
 
 class Branches(nn.Module):
@@ -236,10 +236,10 @@ def test_network_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("name", ["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
 def test_a_normalisation_keeps_the_field_under_the_names_of_a_gpu(name: str) -> None:
-    walk = Walk(torch.zeros(1, 3, 8, 8))
+    walk = FieldTracer(torch.zeros(1, 3, 8, 8))
     with walk:
         seen = torch.nn.functional.conv2d(walk.images, torch.zeros(4, 3, 3, 3), stride=2)
     operation = getattr(torch.ops.aten, name).default
-    after = walk._after(operation, (seen,), [seen], torch.zeros(seen.shape))
+    after = walk._trace_output(operation, (seen,), [seen], torch.zeros(seen.shape))
     assert after == ReceptiveField(Span(3, 2, 0), Span(3, 2, 0))
     assert not walk.unknown

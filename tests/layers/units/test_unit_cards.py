@@ -7,12 +7,16 @@ from torch import nn
 
 from camdistill.layers.profiles import profiles, rows_by_layer
 from camdistill.layers.sweep.layer_sweep import LayerSweep
-from camdistill.layers.sweep.sweep_plan import Options
-from camdistill.layers.through_depth import spatial, stage_ends, through_depth
+from camdistill.layers.sweep.sweep_plan import SweepOptions
+from camdistill.layers.through_depth import spread_layers, stage_ends, through_depth
 from camdistill.layers.units.dissection import Dissection
 from camdistill.layers.units.receptive_field import receptive_fields
-from camdistill.layers.units.unit_cards import interesting, portraits
-from camdistill.layers.units.unit_inspection import Closeness, Sample, close_up
+from camdistill.layers.units.unit_cards import build_unit_records, select_units
+from camdistill.layers.units.unit_inspection import (
+    InspectionOptions,
+    InspectionSample,
+    inspect_units,
+)
 from camdistill.networks.students import ShallowCNN
 
 
@@ -32,7 +36,7 @@ def images(generator: torch.Generator) -> torch.Tensor:
 
 @pytest.fixture
 def swept(network: nn.Module, images: torch.Tensor):
-    looking = LayerSweep({"student": network}, images, options=Options(cka=False))
+    looking = LayerSweep({"student": network}, images, options=SweepOptions(cka=False))
     numbers = torch.arange(20) + 100
     for start in range(0, 20, 8):
         looking.update(images[start : start + 8], numbers[start : start + 8])
@@ -53,7 +57,7 @@ def test_patches_are_where_the_unit_answers_most_in_its_images(network, images, 
         return images[[number - 100 for number in numbers]]
 
     field = receptive_fields(network, images, ["stage2"])["stage2"]
-    found = portraits(network, layer, [1, 3], images_of, field=field, sample=images[:6])
+    found = build_unit_records(network, layer, [1, 3], images_of, field=field, sample=images[:6])
     outputs = _stage2(network, images)[:, 1]
     best = outputs.flatten(1).amax(1).sort(descending=True, stable=True)
     one = found[0]
@@ -64,7 +68,7 @@ def test_patches_are_where_the_unit_answers_most_in_its_images(network, images, 
     row, column = divmod(cell, outputs.shape[2])
     # Kernels of 3 with a padding of 1: 1 + 2 + 2 pixels, in steps of 2.
     assert first.box == (2 * row - 2, 2 * column - 2, 2 * row + 3, 2 * column + 3)
-    assert one.seen == (5, 5)
+    assert one.receptive_size == (5, 5)
     assert one.natural == pytest.approx(float(best.values[0]))
     assert torch.allclose(one.values, outputs[:6].flatten(), atol=1e-6)
     assert found[1].patches == ()
@@ -74,7 +78,7 @@ def test_patches_are_where_the_unit_answers_most_in_its_images(network, images, 
 
 def test_unit_that_sees_more_than_the_image_has_whole_images(network, images, swept) -> None:
     layer = swept.layer("student", "stage3")
-    found = portraits(
+    found = build_unit_records(
         network,
         layer,
         [2],
@@ -82,7 +86,7 @@ def test_unit_that_sees_more_than_the_image_has_whole_images(network, images, sw
         field=None,
         sample=images[:4],
     )[0]
-    assert found.seen is None
+    assert found.receptive_size is None
     assert found.mean is None
     for patch in found.patches:
         assert torch.equal(patch.pixels, images[patch.image - 100])
@@ -92,7 +96,7 @@ def test_unit_that_sees_more_than_the_image_has_whole_images(network, images, sw
 
 def test_interesting_units_are_selective_or_know_a_concept_and_never_dead(swept) -> None:
     layer = swept.layer("student", "stage2")
-    chosen = interesting(layer, 3)
+    chosen = select_units(layer, 3)
     lifetime = layer.sparsity.lifetime.nan_to_num(-1)
     assert 3 not in chosen
     others = [unit for unit in range(5) if unit not in (*chosen, 3)]
@@ -100,20 +104,22 @@ def test_interesting_units_are_selective_or_know_a_concept_and_never_dead(swept)
     iou = torch.zeros(5, 2)
     iou[4, 1], iou[3, 0] = 0.5, 0.9
     known = Dissection("stage2", ("a", "b"), iou, torch.zeros(5, 2), iou)
-    assert interesting(layer, 1, known) == (4,), "the dead unit's mask is chance"
+    assert select_units(layer, 1, known) == (4,), "the dead unit's mask is chance"
 
 
 def test_close_up_looks_at_the_chosen_units_in_their_order(network, images, swept) -> None:
-    sample = Sample(images, {}, lambda numbers: images[[number - 100 for number in numbers]])
+    sample = InspectionSample(
+        images, {}, lambda numbers: images[[number - 100 for number in numbers]]
+    )
     layers = swept.networks["student"]
     steps = []
     found = dict(
-        close_up(
+        inspect_units(
             network,
             layers,
             sample,
-            Closeness(units=2, steps=3),
-            chosen={"stage2": [4, 0]},
+            InspectionOptions(units=2, steps=3),
+            units_by_layer={"stage2": [4, 0]},
             on_step=lambda: steps.append(1),
         )
     )
@@ -121,10 +127,12 @@ def test_close_up_looks_at_the_chosen_units_in_their_order(network, images, swep
     assert len(found["stage1"]) == 2
     assert len(steps) == 3 * (3 + 1)
     for one in found["stage2"]:
-        assert one.made is not None
-        assert one.made.shape == (3, 24, 24)
+        assert one.exciting_image is not None
+        assert one.exciting_image.shape == (3, 24, 24)
         with torch.no_grad():
-            before = network.stage2.bn(network.stage2.conv(network.stage1(one.made[None])))
+            before = network.stage2.bn(
+                network.stage2.conv(network.stage1(one.exciting_image[None]))
+            )
         reached = max(float(before[0, one.unit].max()), 0.0)
         assert one.reached == pytest.approx(reached, rel=1e-4)
 
@@ -133,11 +141,11 @@ def test_pictures_through_depth_are_of_the_first_networks_class(network, images,
     other = ShallowCNN(4, (3,), (2,)).eval()
     networks = {"teacher": network, "student": other}
     layers = {"teacher": ["stage1", "stage3"], "student": ["stage1"]}
-    found = through_depth(networks, images[:9], list("abcdefghi"), layers, features=2)
+    found = through_depth(networks, images[:9], list("abcdefghi"), layers, feature_count=2)
     with torch.no_grad():
         tops = network(images[:9]).argmax(1).tolist()
         likely = other(images[:9]).softmax(1)
-    assert [one.explained for one in found] == tops
+    assert [one.explained_class for one in found] == tops
     for row, one in enumerate(found):
         assert one.tops["student"][0] == int(likely[row].argmax())
         assert one.tops["student"][1] == pytest.approx(float(likely[row].max()), rel=1e-5)
@@ -166,10 +174,10 @@ def test_feature_maps_of_chosen_units_in_their_order(network, images) -> None:
 
 def test_layers_are_spread_over_depth_and_stages_end_at_each_resolution(swept) -> None:
     layers = swept.networks["student"]
-    assert spatial(layers, 2) == ["stage1", "stage3"]
-    assert spatial(layers, 9) == ["stage1", "stage2", "stage3"]
-    assert spatial(layers, 1) == ["stage3"]
-    assert spatial(layers, 1, {"stage2", "elsewhere"}) == ["stage2", "stage3"]
+    assert spread_layers(layers, 2) == ["stage1", "stage3"]
+    assert spread_layers(layers, 9) == ["stage1", "stage2", "stage3"]
+    assert spread_layers(layers, 1) == ["stage3"]
+    assert spread_layers(layers, 1, {"stage2", "elsewhere"}) == ["stage2", "stage3"]
     again = (
         *layers,
         replace(layers[2], name="stage4"),

@@ -1,8 +1,8 @@
 import torch
 
-from camdistill.layers.sweep.layer_sweep import sweep
+from camdistill.layers.sweep.layer_sweep import sweep_layers
 from camdistill.layers.sweep.statistics.similarity import Match
-from camdistill.layers.sweep.sweep_plan import Options
+from camdistill.layers.sweep.sweep_plan import SweepOptions
 from camdistill.layers.units.unit_pairs import clearest_pairs
 from camdistill.networks.students import ShallowCNN
 from camdistill.types import Batch
@@ -60,8 +60,8 @@ def test_permuted_copy_is_paired_unit_by_unit() -> None:
         torch.arange(64),
         torch.ones(64, dtype=torch.bool),
     )
-    found = sweep(
-        {"teacher": teacher, "student": student}, [batch], options=Options(top=1, cka=False)
+    found = sweep_layers(
+        {"teacher": teacher, "student": student}, [batch], options=SweepOptions(top=1, cka=False)
     )
     pairs = clearest_pairs(found.matches, "stage1", 6, among=["stage1"])
     assert {one.student[1]: one.teacher[1] for one in pairs} == dict(enumerate(order.tolist()))

@@ -3,8 +3,8 @@ import pytest
 
 from camdistill.report.figures.depth import (
     LogHistogram,
-    Profile,
-    _ends,
+    ProfileLine,
+    _axis_limits,
     profile_chart,
     ridge_chart,
     similarity_chart,
@@ -19,8 +19,8 @@ def test_profile_draws_each_network_in_its_colour_and_gaps_for_nan() -> None:
     depth = np.array([0.0, 50.0, 100.0])
     both = {
         "active": {
-            "teacher": Profile(depth, np.array([0.1, 0.5, 0.9])),
-            "student": Profile(depth, np.array([0.9, 0.5, 0.1])),
+            "teacher": ProfileLine(depth, np.array([0.1, 0.5, 0.9])),
+            "student": ProfileLine(depth, np.array([0.9, 0.5, 0.1])),
         }
     }
     picture = profile_chart(both, title="t")
@@ -28,24 +28,24 @@ def test_profile_draws_each_network_in_its_colour_and_gaps_for_nan() -> None:
     orange = (np.abs(picture.astype(int) - [225, 98, 47]).max(-1) < 12).sum()
     assert blue > 200
     assert orange > 200
-    broken = {"active": {"teacher": Profile(depth, np.array([0.1, np.nan, 0.9]))}}
-    whole = {"active": {"teacher": Profile(depth, np.array([0.1, 0.5, 0.9]))}}
+    broken = {"active": {"teacher": ProfileLine(depth, np.array([0.1, np.nan, 0.9]))}}
+    whole = {"active": {"teacher": ProfileLine(depth, np.array([0.1, 0.5, 0.9]))}}
     assert _ink(profile_chart(broken)) < _ink(profile_chart(whole))
 
 
 def test_what_is_compared_with_is_dashed_beside_the_stages() -> None:
     depth = np.array([0.0, 50.0, 100.0])
     stages = {
-        "active": {f"epoch {n}": Profile(depth, np.array([0.1, 0.5, 0.9]) / n) for n in (1, 2)}
+        "active": {f"epoch {n}": ProfileLine(depth, np.array([0.1, 0.5, 0.9]) / n) for n in (1, 2)}
     }
-    level = {"active": {"teacher": Profile(depth, np.full(3, 0.95))}}
+    level = {"active": {"teacher": ProfileLine(depth, np.full(3, 0.95))}}
 
     def orange(picture: np.ndarray) -> np.ndarray:
         line = picture[90:-60]  # without the legend
         return (np.abs(line.astype(int) - [225, 98, 47]).max(-1) < 40).any(0)
 
     assert not orange(profile_chart(stages, graded=True)).any()
-    columns = orange(profile_chart(stages, graded=True, beside=level))
+    columns = orange(profile_chart(stages, graded=True, references=level))
     drawn = np.flatnonzero(columns)
     gaps = ~columns[drawn[0] : drawn[-1]]
     assert 0.1 < gaps.mean() < 0.6
@@ -53,7 +53,7 @@ def test_what_is_compared_with_is_dashed_beside_the_stages() -> None:
 
 def test_profile_of_nothing_finite_is_still_a_chart() -> None:
     depth = np.array([0.0, 100.0])
-    profile_chart({"active": {"teacher": Profile(depth, np.full(2, np.nan))}})
+    profile_chart({"active": {"teacher": ProfileLine(depth, np.full(2, np.nan))}})
 
 
 def test_ridges_end_where_the_values_end() -> None:
@@ -61,7 +61,7 @@ def test_ridges_end_where_the_values_end() -> None:
     counts = np.zeros(50)
     counts[20:30] = 1000
     counts[0] = 1  # one value in ten thousand does not stretch the axis
-    low, high = _ends({"teacher": {"a": LogHistogram(edges, counts, 0.5)}})
+    low, high = _axis_limits({"teacher": {"a": LogHistogram(edges, counts, 0.5)}})
     assert low == pytest.approx(edges[20], abs=0.11)
     assert high == pytest.approx(edges[30] + 0.1, abs=0.11)
 
@@ -95,7 +95,7 @@ DOLLARS = r"a$ \b $c"  # a path of the user's; as a formula it can't be parsed
 
 def test_dollars_in_titles_and_names_are_dollars() -> None:
     depth = np.array([0.0, 100.0])
-    line = Profile(depth, np.array([0.1, 0.9]))
+    line = ProfileLine(depth, np.array([0.1, 0.9]))
     named = {"title": DOLLARS, "notes": {DOLLARS: DOLLARS}, "beside": {DOLLARS: {DOLLARS: line}}}
     profile_chart({DOLLARS: {DOLLARS: line}}, **named)
     edges = np.linspace(-3, 2, 51)

@@ -4,7 +4,7 @@ import pytest
 from camdistill.report.figures.tiles import (
     MARK,
     Tile,
-    bordered,
+    add_border,
     filter_tiles,
     map_tiles,
     patch_tile,
@@ -105,7 +105,7 @@ def test_grid_holds_every_tiles_pixels_in_order() -> None:
 
 def test_marked_tile_has_a_red_border_and_the_pixels_given_are_not_changed() -> None:
     pixels = np.zeros((6, 6, 3), np.uint8)
-    framed = bordered(pixels, MARK)
+    framed = add_border(pixels, MARK)
     assert framed[0, 3].tolist() == list(MARK)
     assert framed[3, 3].tolist() == [0, 0, 0]
     assert not pixels.any()

@@ -15,7 +15,7 @@ from camdistill.measure.metrics import metric_of
 from camdistill.measure.removal import LEVELS
 from camdistill.report.figures.curves import removal_chart
 from camdistill.report.figures.intervals import interval_chart
-from camdistill.report.figures.maps import Row, map_panel
+from camdistill.report.figures.maps import PanelRow, map_panel
 from camdistill.report.figures.pictures import Picture, save_png
 from camdistill.report.tensorboard import TensorBoardLogger
 
@@ -125,7 +125,9 @@ def _best_and_worst(evaluation: Evaluation, values: Values) -> Picture | None:
         within = int(place) - start
         name = str(evaluation.subject.images.names[int(place)])
         caption = [name[-20:], f"{scores[place]:.3f}"]
-        rows.append(Row(images[within].cpu().numpy(), maps[within].cpu().numpy(), None, caption))
+        rows.append(
+            PanelRow(images[within].cpu().numpy(), maps[within].cpu().numpy(), None, caption)
+        )
     title = f"best and worst by {metric}"
     # Of an explainer of any kind, whose unit isn't known.
     return map_panel(rows, title=title, abreast=2, first=explainer.name, unit="") if rows else None

@@ -75,10 +75,10 @@ class _Event:
     activation: "_Event | None" = None
     units_last: bool = False
 
-    def block(self, *, sees_neighbours: bool) -> bool:
+    def is_block(self, *, large_kernels: bool) -> bool:
         """Whether the module is of its own class and convolves, with kernels larger than 1."""
         return not isinstance(self.module, nn.Sequential) and any(
-            isinstance(part, CONVOLUTIONS) and (max(part.kernel_size) > 1 or not sees_neighbours)
+            isinstance(part, CONVOLUTIONS) and (max(part.kernel_size) > 1 or not large_kernels)
             for part in self.module.modules()
             if part != self.module
         )
@@ -88,10 +88,10 @@ def find_layers(
     network: nn.Module, images: Images, patterns: Sequence[str] | None = None
 ) -> tuple[Layer, ...]:
     """The layers that are meant, in the order in which they run; see `choice`."""
-    return choice(network, images, patterns)[0]
+    return select_layers(network, images, patterns)[0]
 
 
-def choice(
+def select_layers(
     network: nn.Module, images: Images, patterns: Sequence[str] | None = None
 ) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
     """The layers that are meant, in the order in which they run, and names of those left out.
@@ -109,65 +109,67 @@ def choice(
         UserError: If a pattern fits no layer, or none that gives [B, C, h, w], or the network has
             no layers to look at.
     """
-    events = _events(network, images)
+    events = _record_events(network, images)
     if patterns is None:
-        chosen = _default(events)
+        selected = _default_events(events)
     else:
-        wanted: set[int] = set()
+        wanted_ids: set[int] = set()
         for pattern in patterns:
-            meant = [event for event in events if fits(f"{event.path}#{event.call}", pattern)]
-            if not meant:
-                known = nearest(pattern, dict.fromkeys(_names(events)))
+            fitting = [
+                event for event in events if fits_pattern(f"{event.path}#{event.call}", pattern)
+            ]
+            if not fitting:
+                suggestion = nearest(pattern, dict.fromkeys(_event_names(events)))
                 raise UserError(
-                    f"no layer '{pattern}' in {type(unwrap(network)).__name__}; {known}. "
+                    f"no layer '{pattern}' in {type(unwrap(network)).__name__}; {suggestion}. "
                     "Patterns such as 'layer3.*' work too"
                 )
-            _demand_units_first(f"layers '{pattern}'", meant)
-            wanted |= {id(event) for event in meant}
-        chosen = [event for event in events if id(event) in wanted]
-    if not chosen:
+            _check_units_first(f"layers '{pattern}'", fitting)
+            wanted_ids |= {id(event) for event in fitting}
+        selected = [event for event in events if id(event) in wanted_ids]
+    if not selected:
         raise UserError(
             f"{type(unwrap(network)).__name__} has no convolution and no non-linearity as a "
             "module: "
             "name layers by --layers"
         )
     if patterns is None:
-        _demand_units_first("the layers looked at by default", chosen)
-    names = {id(event): name for event, name in zip(events, _names(events), strict=True)}
-    first = [event for event in chosen if not event.units_last]
-    last = [event for event in chosen if event.units_last]
-    return _layers(first, events), tuple(names[id(event)] for event in last)
+        _check_units_first("the layers looked at by default", selected)
+    names = {id(event): name for event, name in zip(events, _event_names(events), strict=True)}
+    units_first = [event for event in selected if not event.units_last]
+    units_last = [event for event in selected if event.units_last]
+    return _build_layers(units_first, events), tuple(names[id(event)] for event in units_last)
 
 
-def names_of(network: nn.Module, images: Images) -> tuple[str, ...]:
+def list_call_names(network: nn.Module, images: Images) -> tuple[str, ...]:
     """What every call of every module that gives a tensor [B, ...] is called."""
-    return tuple(_names(_events(network, images)))
+    return tuple(_event_names(_record_events(network, images)))
 
 
-def fits(name: str, pattern: str) -> bool:
+def fits_pattern(name: str, pattern: str) -> bool:
     """Whether a pattern means a call: by the module's path, or with the call's number."""
-    return any(fnmatchcase(known, pattern) for known in (name, name.partition("#")[0]))
+    return any(fnmatchcase(candidate, pattern) for candidate in (name, name.partition("#")[0]))
 
 
-def all_layers(network: nn.Module, images: Images) -> tuple[Layer, ...]:
+def list_layers(network: nn.Module, images: Images) -> tuple[Layer, ...]:
     """Every call of every module that gives a tensor [B, C, h, w] or [B, C]."""
     return find_layers(network, images, ["*"])
 
 
-def _events(network: nn.Module, images: Images) -> list[_Event]:
+def _record_events(network: nn.Module, images: Images) -> list[_Event]:
     inner = unwrap(network)
     # A module that stands in two places has two names; it is one layer, under the first.
     modules = {path: module for path, module in inner.named_modules() if path}
     calls: Counter[str] = Counter()
-    found: list[_Event] = []
-    given: dict[str, list[object]] = {}  # of calls that haven't returned
+    events: list[_Event] = []
+    open_inputs: dict[str, list[object]] = {}  # of calls that haven't returned
 
-    def enter(path: str, value: object) -> None:
-        given.setdefault(path, []).append(value)
+    def note_input(path: str, value: object) -> None:
+        open_inputs.setdefault(path, []).append(value)
 
-    def note(path: str, output: object) -> None:
+    def note_output(path: str, output: object) -> None:
         call, calls[path] = calls[path], calls[path] + 1
-        value = given[path].pop()
+        value = open_inputs[path].pop()
         if not isinstance(output, Tensor) or output.dim() not in (2, 4) or not len(output):
             return
         event = _Event(path, call, modules[path], output, output._version)
@@ -175,24 +177,24 @@ def _events(network: nn.Module, images: Images) -> list[_Event]:
             event.activation = event
         else:
             # A block whose output is a non-linearity's, untouched since.
-            same = (
+            activations = (
                 other.activation
-                for other in reversed(found)
+                for other in reversed(events)
                 if other.output is output and other.version == output._version
             )
-            event.activation = next(same, None) if list(event.module.children()) else None
-        event.units_last = _units_last(event, value, found)
-        found.append(event)
+            event.activation = next(activations, None) if list(event.module.children()) else None
+        event.units_last = _has_units_last(event, value, events)
+        events.append(event)
 
     with (
         inspection_mode(network),
-        visit_layers(network, modules, note, before=enter, required=False),
+        visit_layers(network, modules, note_output, before=note_input, required=False),
     ):
         unwrap_outer(network)(images[:1])
-    return found
+    return events
 
 
-def _units_last(event: _Event, given: object, before: list[_Event]) -> bool:
+def _has_units_last(event: _Event, layer_input: object, earlier: list[_Event]) -> bool:
     """Whether an output is [B, h, w, C], as far as modules tell that take their units last.
 
     Notes the same of the output that such a module was given, if it came from a permutation.
@@ -200,7 +202,7 @@ def _units_last(event: _Event, given: object, before: list[_Event]) -> bool:
     output, module = event.output, event.module
     if output.dim() != 4:
         return False
-    source = next((other for other in reversed(before) if other.output is given), None)
+    source = next((other for other in reversed(earlier) if other.output is layer_input), None)
     if isinstance(module, nn.Linear) or _normalises_last(module, output):
         # Not of a convolution's output, whose columns a linear layer may well mix.
         if source is not None and not list(source.module.parameters()):
@@ -208,7 +210,7 @@ def _units_last(event: _Event, given: object, before: list[_Event]) -> bool:
         return True
     if source is not None and source.units_last and source.output.shape == output.shape:
         return source.output.stride() == output.stride()  # else it permutes
-    inside = before[-1] if before and before[-1].path.startswith(f"{event.path}.") else None
+    inside = earlier[-1] if earlier and earlier[-1].path.startswith(f"{event.path}.") else None
     return inside is not None and inside.units_last and inside.output.shape == output.shape
 
 
@@ -220,20 +222,20 @@ def _normalises_last(module: nn.Module, output: Tensor) -> bool:
     return output.shape[-1] == units and (type(module) is nn.LayerNorm or output.shape[1] != units)
 
 
-def _demand_units_first(which: str, fitting: list[_Event]) -> None:
+def _check_units_first(subject: str, fitting: list[_Event]) -> None:
     if all(event.units_last for event in fitting):
         shape = list(fitting[0].output.shape)
         raise UserError(
-            f"{which} give {shape}, with their units last, and are read as "
+            f"{subject} give {shape}, with their units last, and are read as "
             "[B, C, h, w]: name other layers by --layers"
         )
 
 
-def _default(events: list[_Event]) -> list[_Event]:
-    maps = [event for event in events if event.output.dim() == 4]
+def _default_events(events: list[_Event]) -> list[_Event]:
+    map_events = [event for event in events if event.output.dim() == 4]
     # Without the gates inside blocks (squeeze and excitation), whose kernels are of size 1.
-    candidates = [event for event in maps if event.block(sees_neighbours=True)] or [
-        event for event in maps if event.block(sees_neighbours=False)
+    candidates = [event for event in map_events if event.is_block(large_kernels=True)] or [
+        event for event in map_events if event.is_block(large_kernels=False)
     ]
     paths = {event.path for event in candidates}
     blocks = [
@@ -247,38 +249,38 @@ def _default(events: list[_Event]) -> list[_Event]:
         for event in events
         if isinstance(event.module, NON_LINEARITIES) and not event.path.startswith(inside)
     ]
-    chosen = {id(event) for event in (*blocks, *outside)}
-    if not chosen:
+    selected_ids = {id(event) for event in (*blocks, *outside)}
+    if not selected_ids:
         return [event for event in events if isinstance(event.module, CONVOLUTIONS)]
-    return [event for event in events if id(event) in chosen]
+    return [event for event in events if id(event) in selected_ids]
 
 
-def _layers(chosen: list[_Event], events: list[_Event]) -> tuple[Layer, ...]:
-    names = {id(event): name for event, name in zip(events, _names(events), strict=True)}
-    order = {id(event): number for number, event in enumerate(events)}
+def _build_layers(selected: list[_Event], events: list[_Event]) -> tuple[Layer, ...]:
+    names = {id(event): name for event, name in zip(events, _event_names(events), strict=True)}
+    position_by_id = {id(event): number for number, event in enumerate(events)}
     layers: dict[int, Layer] = {}
-    blocks: set[int] = set()
-    for event in chosen:
-        read = event.activation or event
+    block_positions: set[int] = set()
+    for event in selected:
+        source = event.activation or event
         # Of several names for one tensor the innermost block's is the one that people know.
-        place = order[id(read)]
-        if place in blocks or (place in layers and event is read):
+        position = position_by_id[id(source)]
+        if position in block_positions or (position in layers and event is source):
             continue
-        if event is not read:
-            blocks.add(place)
-        module = read.module
-        layers[place] = Layer(
+        if event is not source:
+            block_positions.add(position)
+        module = source.module
+        layers[position] = Layer(
             name=names[id(event)],
-            path=read.path,
-            call=read.call,
-            activated=read is event.activation,
-            shape=_shape(read.output),
+            path=source.path,
+            call=source.call,
+            activated=source is event.activation,
+            shape=_shape(source.output),
             rectified=isinstance(module, RECTIFIERS),
             relu=type(module) is nn.ReLU,
             gated=_cuts_at_zero(module),
             bound=_bound(module),
         )
-    return tuple(layers[place] for place in sorted(layers))
+    return tuple(layers[position] for position in sorted(layers))
 
 
 def _shape(output: Tensor) -> tuple[int, int, int]:
@@ -286,7 +288,7 @@ def _shape(output: Tensor) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
-def _names(events: list[_Event]) -> list[str]:
+def _event_names(events: list[_Event]) -> list[str]:
     calls = Counter(event.path for event in events)
     return [
         f"{event.path}#{event.call}" if calls[event.path] > 1 else event.path for event in events

@@ -15,22 +15,28 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
-from camdistill.layers.sweep.layer_patterns import Patterns, choices
-from camdistill.layers.sweep.recorder import Glance
-from camdistill.layers.sweep.reduction import spatial
-from camdistill.layers.sweep.sampling import chosen
+from camdistill.layers.sweep.layer_patterns import Patterns, select_layers_by_network
+from camdistill.layers.sweep.recorder import ForwardRecorder
+from camdistill.layers.sweep.reduction import add_spatial_axes
+from camdistill.layers.sweep.sampling import sample_mask
 from camdistill.layers.sweep.statistics.cka import CkaSums
 from camdistill.layers.sweep.statistics.layer_cams import CamSums, layer_maps
-from camdistill.layers.sweep.statistics.linear_probes import ProbeSums, untrained
+from camdistill.layers.sweep.statistics.linear_probes import ProbeSums, copy_untrained
 from camdistill.layers.sweep.statistics.unit_matching import MatchSums
-from camdistill.layers.sweep.sweep_plan import Options, Plan
-from camdistill.layers.sweep.sweep_result import told
-from camdistill.layers.sweep.sweep_state import Seen, State, from_tensors, size_of, to_tensors
-from camdistill.layers.sweep.sweep_summary import Sweep
+from camdistill.layers.sweep.sweep_plan import SweepOptions, SweepPlan
+from camdistill.layers.sweep.sweep_result import summarize
+from camdistill.layers.sweep.sweep_state import (
+    ImageCounts,
+    State,
+    byte_size,
+    from_tensors,
+    to_tensors,
+)
+from camdistill.layers.sweep.sweep_summary import SweepResult
 from camdistill.networks.capture import check_tensor, inspection_mode, unwrap_outer, visit_layers
 from camdistill.types import Batch, Images, Labels
 
-ROWS = 64  # images that the untrained copies' batch statistics are of, at most
+STATISTICS_IMAGES = 64  # images that the untrained copies' batch statistics are of, at most
 
 
 class LayerSweep:
@@ -62,37 +68,37 @@ class LayerSweep:
         example: Images,
         *,
         layers: Patterns = None,
-        options: Options | None = None,
+        options: SweepOptions | None = None,
     ) -> None:
         if not 1 <= len(networks) <= 2:
             raise UserError(f"{len(networks)} networks were given; a sweep takes one or two")
         self.networks = dict(networks)
-        options = options or Options()
-        found = choices(self.networks, example, layers)
-        self.plan = Plan(
-            {name: chosen for name, (chosen, _) in found.items()},
+        options = options or SweepOptions()
+        selection = select_layers_by_network(self.networks, example, layers)
+        self.plan = SweepPlan(
+            {name: selected for name, (selected, _) in selection.items()},
             options,
-            {name: others for name, (_, others) in found.items()},
+            {name: left_out for name, (_, left_out) in selection.items()},
         )
-        self._states = self.plan.empty()
+        self._states = self.plan.empty_states()
         self._untrained: dict[str, nn.Module] = {}
         if options.probes:
             self._untrained = {
-                name: untrained(network, example[:ROWS], options.seed)
+                name: copy_untrained(network, example[:STATISTICS_IMAGES], options.seed)
                 for name, network in self.networks.items()
             }
 
     @property
     def images(self) -> int:
         """How many were seen; where to go on after an interruption."""
-        seen = self._states["seen"]
-        assert isinstance(seen, Seen), "counted from the first batch"
-        return int(seen.images)
+        image_counts = self._states["seen"]
+        assert isinstance(image_counts, ImageCounts), "counted from the first batch"
+        return int(image_counts.images)
 
     @property
     def bytes(self) -> int:
         """Size of the state."""
-        return sum(size_of(state) for state in self._states.values())
+        return sum(byte_size(state) for state in self._states.values())
 
     @torch.no_grad()
     def update(
@@ -116,18 +122,18 @@ class LayerSweep:
             return
         ids = ids.cpu()
         labels = torch.full_like(ids, -1) if labels is None else labels.cpu()
-        glances = {name: self._glance(name, images, ids) for name in self.networks}
-        batch: dict[str, State] = {"seen": Seen.of(len(images))}
-        for glance in glances.values():
-            batch |= glance.states
-        batch |= self._compared(glances)
+        recorders = {name: self._run_network(name, images, ids) for name in self.networks}
+        batch_states: dict[str, State] = {"seen": ImageCounts.of(len(images))}
+        for recorder in recorders.values():
+            batch_states |= recorder.states
+        batch_states |= self._compare_layers(recorders)
         if self.plan.options.probes:
-            for name, glance in glances.items():
-                batch |= self._probed(name, glance, images, ids, labels)
-        if self.plan.options.explained:
-            batch |= self._explained(images, ids)
+            for name, recorder in recorders.items():
+                batch_states |= self._probe_layers(name, recorder, images, ids, labels)
+        if self.plan.options.cam_share:
+            batch_states |= self._explain_layers(images, ids)
         self._states = {
-            key: state.merged(batch[key]) if key in batch else state
+            key: state.merge(batch_states[key]) if key in batch_states else state
             for key, state in self._states.items()
         }
 
@@ -137,20 +143,18 @@ class LayerSweep:
         Raises:
             UserError: If its layers or options are others.
         """
-        self.plan.demand_same(other.plan.fingerprint())
-        self._states = {
-            key: state.merged(other._states[key]) for key, state in self._states.items()
-        }
+        self.plan.check_same_plan(other.plan.fingerprint())
+        self._states = {key: state.merge(other._states[key]) for key, state in self._states.items()}
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was seen, as tensors by name; `state.save_state` writes it."""
-        found = {
+        tensors = {
             f"{key}:{name}": value
             for key, state in self._states.items()
             for name, value in to_tensors(state).items()
         }
-        return {**found, "plan": self.plan.fingerprint()}
+        return {**tensors, "plan": self.plan.fingerprint()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> "LayerSweep":
         """Goes on from what `state_dict` gave, in place of what was seen.
@@ -158,90 +162,100 @@ class LayerSweep:
         Raises:
             UserError: If it was of other layers or options.
         """
-        self.plan.demand_same(tensors.get("plan", torch.zeros(0, dtype=torch.uint8)))
-        parts: dict[str, dict[str, Tensor]] = {}
+        self.plan.check_same_plan(tensors.get("plan", torch.zeros(0, dtype=torch.uint8)))
+        tensors_by_key: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
-            key, mark, field = name.rpartition(":")
-            if mark:
-                parts.setdefault(key, {})[field] = value
+            key, separator, field = name.rpartition(":")
+            if separator:
+                tensors_by_key.setdefault(key, {})[field] = value
         self._states = {
-            key: from_tensors(type(state), parts.get(key, {}))
+            key: from_tensors(type(state), tensors_by_key.get(key, {}))
             for key, state in self._states.items()
         }
         return self
 
-    def result(self) -> Sweep:
+    def result(self) -> SweepResult:
         """What was seen so far."""
-        return told(self.plan, self._states)
+        return summarize(self.plan, self._states)
 
-    def _glance(self, name: str, images: Images, ids: Tensor) -> Glance:
-        glance = Glance(name, self.plan, self._states, ids)
+    def _run_network(self, name: str, images: Images, ids: Tensor) -> ForwardRecorder:
+        recorder = ForwardRecorder(name, self.plan, self._states, ids)
         keys = [layer.key for layer in self.plan.layers[name]]
         network = self.networks[name]
         with (
             inspection_mode(network),
-            visit_layers(network, keys, glance.after, before=glance.before),
+            visit_layers(network, keys, recorder.record_output, before=recorder.record_input),
         ):
             unwrap_outer(network)(images)
-        return glance
+        return recorder
 
-    def _compared(self, glances: Mapping[str, Glance]) -> dict[str, State]:
+    def _compare_layers(self, recorders: Mapping[str, ForwardRecorder]) -> dict[str, State]:
         """CKA and unit matching: what needs all layers of all networks."""
-        sound = [torch.stack([one.sound for one in g.numbers]) for g in glances.values()]
-        found: dict[str, State] = {}
+        finite = [
+            torch.stack([reduction.finite for reduction in recorder.reductions])
+            for recorder in recorders.values()
+        ]
+        states: dict[str, State] = {}
         if self.plan.options.cka:
-            products = [one for g in glances.values() for one in g.products]
-            found["cka"] = CkaSums.of(products, torch.cat(sound))
+            products = [
+                reduction for recorder in recorders.values() for reduction in recorder.products
+            ]
+            states["cka"] = CkaSums.of(products, torch.cat(finite))
         if self.plan.matched:
-            first, second = ([one.mean for one in g.numbers] for g in glances.values())
-            found["match"] = MatchSums.of(first, second, self.plan.pairs, (sound[0], sound[1]))
-        return found
+            first, second = (
+                [reduction.mean for reduction in recorder.reductions]
+                for recorder in recorders.values()
+            )
+            states["match"] = MatchSums.of(first, second, self.plan.pairs, (finite[0], finite[1]))
+        return states
 
-    def _probed(
-        self, name: str, glance: Glance, images: Images, ids: Tensor, labels: Tensor
+    def _probe_layers(
+        self, name: str, recorder: ForwardRecorder, images: Images, ids: Tensor, labels: Tensor
     ) -> dict[str, State]:
         options, layers = self.plan.options, self.plan.layers[name]
         means: dict[str, Tensor] = {}
 
         def visit(key: str, output: object) -> None:
-            means[key] = spatial(check_tensor(key, output)).mean((2, 3)).cpu().double()
+            means[key] = add_spatial_axes(check_tensor(key, output)).mean((2, 3)).cpu().double()
 
-        fresh = self._untrained[name]
-        with visit_layers(fresh, [layer.key for layer in layers], visit):
-            fresh(images)
-        found: dict[str, State] = {}
+        untrained_network = self._untrained[name]
+        with visit_layers(untrained_network, [layer.key for layer in layers], visit):
+            untrained_network(images)
+        states: dict[str, State] = {}
         for kind, features in (
-            ("probe", [one.mean for one in glance.numbers]),
+            ("probe", [layer_features.mean for layer_features in recorder.reductions]),
             ("untrained", [means[layer.key] for layer in layers]),
         ):
             # Each layer's probe is of what is finite there; these are finite nowhere.
-            sound = torch.stack([torch.isfinite(one).all(1) for one in features]).any(0)
-            features = [one[sound] for one in features]
-            found[f"{name}/{kind}"] = ProbeSums.of(
-                features, labels[sound], ids[sound], options.probes, options.seed
+            finite = torch.stack(
+                [torch.isfinite(layer_features).all(1) for layer_features in features]
+            ).any(0)
+            features = [layer_features[finite] for layer_features in features]
+            states[f"{name}/{kind}"] = ProbeSums.of(
+                features, labels[finite], ids[finite], options.probes, options.seed
             )
-        return found
+        return states
 
-    def _explained(self, images: Images, ids: Tensor) -> dict[str, State]:
+    def _explain_layers(self, images: Images, ids: Tensor) -> dict[str, State]:
         options = self.plan.options
-        wanted = chosen(ids, options.explained, options.seed).nonzero().flatten()
-        if not len(wanted):
+        sampled_rows = sample_mask(ids, options.cam_share, options.seed).nonzero().flatten()
+        if not len(sampled_rows):
             return {}
-        layers = {name: self.plan.explained(name) for name in self.networks}
+        layers = {name: self.plan.layers_with_maps(name) for name in self.networks}
         if not any(layers.values()):
             return {}
-        maps = layer_maps(self.networks, layers, images[wanted.to(images.device)])
+        maps = layer_maps(self.networks, layers, images[sampled_rows.to(images.device)])
         return {"cams": CamSums.of(maps)}
 
 
-def sweep(
+def sweep_layers(
     networks: Mapping[str, nn.Module],
     batches: Iterable[Batch],
     *,
     layers: Patterns = None,
-    options: Options | None = None,
-    seen: Callable[[LayerSweep], None] | None = None,
-) -> Sweep:
+    options: SweepOptions | None = None,
+    on_batch: Callable[[LayerSweep], None] | None = None,
+) -> SweepResult:
     """Sweeps over batches of a loader: a fixed probe set at an epoch's end, or a whole test set.
 
     Args:
@@ -249,34 +263,36 @@ def sweep(
         batches: As our loaders give them; images that only fill up a shard are left out.
         layers: See `LayerSweep`.
         options: See `LayerSweep`.
-        seen: Called after each batch, for a progress bar or a partial report.
+        on_batch: Called after each batch, for a progress bar or a partial report.
 
     Raises:
         UserError: As `LayerSweep`, or if there is no batch.
     """
-    source = iter(batches)
-    first = next(source, None)
+    batch_iterator = iter(batches)
+    first = next(batch_iterator, None)
     if first is None:
         raise UserError("no batch was given; a sweep needs images")
     # A frozen teacher has buffers alone: its network is not among its registered modules.
     device = next(
         (
-            held.device
+            tensor_held.device
             for net in networks.values()
-            for held in chain(net.parameters(), net.buffers())
+            for tensor_held in chain(net.parameters(), net.buffers())
         ),
         torch.device("cpu"),
     )
-    looking = LayerSweep(networks, _floats(first, device), layers=layers, options=options)
-    for batch in chain([first], source):
-        counted = batch.counted
-        looking.update(_floats(batch, device), batch.ids[counted], batch.labels[counted])
-        if seen is not None:
-            seen(looking)
-    return looking.result()
+    layer_sweep = LayerSweep(networks, _to_floats(first, device), layers=layers, options=options)
+    for batch in chain([first], batch_iterator):
+        counted_rows = batch.counted
+        layer_sweep.update(
+            _to_floats(batch, device), batch.ids[counted_rows], batch.labels[counted_rows]
+        )
+        if on_batch is not None:
+            on_batch(layer_sweep)
+    return layer_sweep.result()
 
 
-def _floats(batch: Batch, device: torch.device) -> Images:
+def _to_floats(batch: Batch, device: torch.device) -> Images:
     pixels = batch.pixels[batch.counted].to(device)
     images = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
     return images.contiguous(memory_format=torch.channels_last)

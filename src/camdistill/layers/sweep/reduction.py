@@ -13,12 +13,12 @@ SATURATED = 0.99  # of a non-linearity's bound
 
 
 @dataclass(frozen=True)
-class Reduced:
+class BatchReduction:
     """Numbers of a batch by image and channel, on the CPU.
 
     Attributes:
         cells: Values of a channel in an image.
-        sound: Images whose values are all finite; the other rows mean nothing.
+        finite: Images whose values are all finite; the other rows mean nothing.
         mean: Over the cells.
         squares: Sum of squares.
         magnitudes: Sum of absolute values.
@@ -28,7 +28,7 @@ class Reduced:
     """
 
     cells: int
-    sound: Bool[Tensor, "batch"]
+    finite: Bool[Tensor, "batch"]
     mean: Float[Tensor, "batch channels"]
     squares: Float[Tensor, "batch channels"]
     magnitudes: Float[Tensor, "batch channels"]
@@ -37,17 +37,17 @@ class Reduced:
     saturated: Float[Tensor, "batch channels"]
 
 
-def spatial(output: Tensor) -> Float[Tensor, "batch channels height width"]:
+def add_spatial_axes(output: Tensor) -> Float[Tensor, "batch channels height width"]:
     """A layer's output with two spatial axes, in float32 or wider."""
     return upcast(output.detach())[(..., *[None] * (4 - output.dim()))]
 
 
-def reduced(
+def reduce_output(
     output: Float[Tensor, "batch channels height width"],
     *,
     rectified: bool = False,
     bound: float | None = None,
-) -> Reduced:
+) -> BatchReduction:
     """Reads a tensor as few times as can be.
 
     Args:
@@ -56,16 +56,18 @@ def reduced(
         bound: Of the non-linearity.
     """
     numbers = _numbers(output, rectified, bound)
-    sound = torch.isfinite(numbers[:2]).all(2).all(0)
-    if not sound.all():
-        suspects = (~sound).nonzero().flatten()
+    finite = torch.isfinite(numbers[:2]).all(2).all(0)
+    if not finite.all():
+        suspects = (~finite).nonzero().flatten()
         # Values that are finite though their float32 sums overflow.
-        again = output[suspects.to(output.device)].cpu().double()
-        sound[suspects] = torch.isfinite(again).flatten(1).all(1)
-        numbers[:, suspects] = _numbers(again, rectified, bound)
+        exact_output = output[suspects.to(output.device)].cpu().double()
+        finite[suspects] = torch.isfinite(exact_output).flatten(1).all(1)
+        numbers[:, suspects] = _numbers(exact_output, rectified, bound)
     total, squares, magnitudes, largest, active, saturated = numbers
     cells = output.shape[2] * output.shape[3]
-    return Reduced(cells, sound, total / cells, squares, magnitudes, largest, active, saturated)
+    return BatchReduction(
+        cells, finite, total / cells, squares, magnitudes, largest, active, saturated
+    )
 
 
 def _numbers(output: Tensor, rectified: bool, bound: float | None) -> Tensor:
@@ -96,5 +98,5 @@ def _largest(output: Tensor) -> Float[Tensor, "batch channels"]:
     fold = math.gcd(height * width, max(256 // channels, 1))
     if fold == 1 or not output.is_contiguous(memory_format=torch.channels_last):
         return output.amax((2, 3))
-    beside = output.permute(0, 2, 3, 1).reshape(batch, -1, fold * channels)
-    return beside.amax(1).view(batch, fold, channels).amax(1)
+    folded = output.permute(0, 2, 3, 1).reshape(batch, -1, fold * channels)
+    return folded.amax(1).view(batch, fold, channels).amax(1)

@@ -16,14 +16,14 @@ from camdistill.layers.sweep.statistics.layer_cams import CamSums, has_maps
 from camdistill.layers.sweep.statistics.linear_probes import ProbeSums
 from camdistill.layers.sweep.statistics.top_images import TopKeys
 from camdistill.layers.sweep.statistics.unit_activity import UnitSums
-from camdistill.layers.sweep.statistics.unit_matching import MatchSums, compared
-from camdistill.layers.sweep.sweep_state import Seen, State
+from camdistill.layers.sweep.statistics.unit_matching import MatchSums, pair_layers
+from camdistill.layers.sweep.sweep_state import ImageCounts, State
 
-MATCH_ROOM = 12 << 20  # bytes for the correlations of two networks' units
+MATCH_BYTES = 12 << 20  # bytes for the correlations of two networks' units
 
 
 @dataclass(frozen=True)
-class Options:
+class SweepOptions:
     """What a sweep measures besides histograms, units, sparsity, rank and top images.
 
     Args:
@@ -32,7 +32,7 @@ class Options:
         matching: Whether the units of two networks are matched.
         probes: Number of labels for a linear probe at each layer; 0 asks for none. An untrained
             copy of each network runs beside it.
-        explained: Share of the images, in [0, 1], of which every layer's Grad-CAM is measured; 0
+        cam_share: Share of the images, in [0, 1], of which every layer's Grad-CAM is measured; 0
             asks for none. Costs a forward and a backward of these images.
         seed: Of the choice of images and of untrained weights.
     """
@@ -41,7 +41,7 @@ class Options:
     cka: bool = True
     matching: bool = True
     probes: int = 0
-    explained: float = 0.0
+    cam_share: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,12 +49,12 @@ class Options:
             raise UserError(f"top is {self.top}; keep 1 or more images of each unit")
         if self.probes < 0 or self.probes == 1:
             raise UserError(f"probes is {self.probes}; give the number of labels, 2 or more")
-        if not 0 <= self.explained <= 1:
-            raise UserError(f"explained is {self.explained}; give a share of the images, 0 to 1")
+        if not 0 <= self.cam_share <= 1:
+            raise UserError(f"explained is {self.cam_share}; give a share of the images, 0 to 1")
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """Layers by network, and what is measured at them.
 
     Attributes:
@@ -64,7 +64,7 @@ class Plan:
     """
 
     layers: Mapping[str, tuple[Layer, ...]]
-    options: Options
+    options: SweepOptions
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -81,19 +81,19 @@ class Plan:
     def pairs(self) -> tuple[range, ...]:
         """The first network's layers that each layer of the second is matched with."""
         first, second = (self.channels(name) for name in self.networks)
-        return compared(first, second, MATCH_ROOM)
+        return pair_layers(first, second, MATCH_BYTES)
 
     def channels(self, network: str) -> list[int]:
         """Of each layer."""
         return [layer.shape[0] for layer in self.layers[network]]
 
-    def explained(self, network: str) -> tuple[Layer, ...]:
+    def layers_with_maps(self, network: str) -> tuple[Layer, ...]:
         """The layers that have Grad-CAM maps."""
         return tuple(layer for layer in self.layers[network] if has_maps(layer))
 
-    def empty(self) -> dict[str, State]:
+    def empty_states(self) -> dict[str, State]:
         """States of no image, by what they are of."""
-        states: dict[str, State] = {"seen": Seen.empty()}
+        states: dict[str, State] = {"seen": ImageCounts.empty()}
         for network, layers in self.layers.items():
             for layer in layers:
                 key, channels = f"{network}/{layer.name}", layer.shape[0]
@@ -115,22 +115,26 @@ class Plan:
         if self.matched:
             first, second = (self.channels(name) for name in self.networks)
             states["match"] = MatchSums.empty(first, second, self.pairs)
-        if self.options.explained:
-            states["cams"] = CamSums.empty([len(self.explained(name)) for name in self.networks])
+        if self.options.cam_share:
+            states["cams"] = CamSums.empty(
+                [len(self.layers_with_maps(name)) for name in self.networks]
+            )
         return states
 
     def fingerprint(self) -> Tensor:
         """The plan as text in bytes, so that only states of one plan are merged."""
-        told = {
+        description = {
             "layers": {
                 network: [[layer.name, layer.key, list(layer.shape)] for layer in layers]
                 for network, layers in self.layers.items()
             },
             "options": asdict(self.options),
         }
-        return torch.tensor(list(json.dumps(told, sort_keys=True).encode()), dtype=torch.uint8)
+        return torch.tensor(
+            list(json.dumps(description, sort_keys=True).encode()), dtype=torch.uint8
+        )
 
-    def demand_same(self, fingerprint: Tensor) -> None:
+    def check_same_plan(self, fingerprint: Tensor) -> None:
         """Refuse the state of another plan.
 
         Raises:
@@ -142,7 +146,7 @@ class Plan:
             other = json.loads(bytes(fingerprint.tolist()))
         except ValueError:
             other = {}
-        differing = "options" if other.get("options") != asdict(self.options) else "layers"
+        difference = "options" if other.get("options") != asdict(self.options) else "layers"
         raise UserError(
-            f"that sweep was made with other {differing}; sweep anew, or use its {differing}"
+            f"that sweep was made with other {difference}; sweep anew, or use its {difference}"
         )

@@ -26,7 +26,7 @@ Me = TypeVar("Me")
 class State(Protocol):
     """What was seen."""
 
-    def merged(self: Me, other: Me) -> Me:
+    def merge(self: Me, other: Me) -> Me:
         """Of both; associative, and commutative but for the order of float additions."""
         ...
 
@@ -35,7 +35,7 @@ AnyState = TypeVar("AnyState", bound=State)
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageCounts:
     """How much went in.
 
     Attributes:
@@ -47,48 +47,48 @@ class Seen:
     batches: Int[Tensor, ""]
 
     @classmethod
-    def of(cls, images: int) -> "Seen":
+    def of(cls, images: int) -> "ImageCounts":
         """Of a batch."""
         return cls(torch.tensor(images), torch.tensor(1))
 
     @classmethod
-    def empty(cls) -> "Seen":
+    def empty(cls) -> "ImageCounts":
         """Of nothing."""
-        return cls(counts(), counts())
+        return cls(zero_counts(), zero_counts())
 
-    def merged(self, other: "Seen") -> "Seen":
+    def merge(self, other: "ImageCounts") -> "ImageCounts":
         """Of both."""
-        return Seen(self.images + other.images, self.batches + other.batches)
+        return ImageCounts(self.images + other.images, self.batches + other.batches)
 
 
 def to_tensors(state: State) -> dict[str, Tensor]:
     """A state's tensors by name; the parts of a tuple are "name.0", "name.1"."""
-    found: dict[str, Tensor] = {}
-    for name in _names(type(state)):
+    tensors: dict[str, Tensor] = {}
+    for name in _field_names(type(state)):
         value = getattr(state, name)
-        parts = {name: value} if isinstance(value, Tensor) else _numbered(name, value)
-        found |= parts
-    return found
+        named_parts = {name: value} if isinstance(value, Tensor) else _number_parts(name, value)
+        tensors |= named_parts
+    return tensors
 
 
 def from_tensors(kind: type[AnyState], tensors: Mapping[str, Tensor]) -> AnyState:
     """The state that `to_tensors` took apart."""
     values: dict[str, object] = {}
-    for name in _names(kind):
+    for name in _field_names(kind):
         if name in tensors:
             values[name] = tensors[name]
         else:
-            count = sum(known.startswith(f"{name}.") for known in tensors)
+            count = sum(key.startswith(f"{name}.") for key in tensors)
             values[name] = tuple(tensors[f"{name}.{place}"] for place in range(count))
     return kind(**values)
 
 
-def size_of(state: State) -> int:
+def byte_size(state: State) -> int:
     """Bytes of a state's tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in to_tensors(state).values())
 
 
-def save_state(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+def save_sweep_state(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     """Writes a `state_dict` of a sweep, whole or not at all.
 
     Raises:
@@ -98,7 +98,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
+def load_sweep_state(path: Path) -> dict[str, Tensor]:
     """Reads what `save_state` wrote.
 
     Raises:
@@ -114,12 +114,12 @@ def load_state(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _names(kind: type[State]) -> list[str]:
+def _field_names(kind: type[State]) -> list[str]:
     # A protocol can't say that its members are dataclasses.
     return [field.name for field in fields(kind)]  # type: ignore[arg-type]
 
 
-def _numbered(name: str, values: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def _number_parts(name: str, values: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {f"{name}.{place}": value for place, value in enumerate(values)}
 
 
@@ -128,6 +128,6 @@ def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
-def counts(*shape: int) -> Tensor:
+def zero_counts(*shape: int) -> Tensor:
     """What counts begin with."""
     return torch.zeros(shape, dtype=torch.int64)

@@ -14,12 +14,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from camdistill.layers.sweep.statistics.layer_statistics import (
-    Cams,
-    Probe,
+    CamStatistics,
+    ProbeAccuracy,
     Rank,
     Sparsity,
-    Top,
-    Units,
+    TopImages,
+    UnitStatistics,
 )
 from camdistill.layers.sweep.statistics.similarity import CamSimilarity, Match, Similarity
 
@@ -122,12 +122,12 @@ class LayerSummary:
     shape: tuple[int, int, int]
     post: Histogram
     pre: Histogram | None
-    units: Units
+    units: UnitStatistics
     sparsity: Sparsity
     rank: Rank
-    top: Top
-    probe: Probe | None = None
-    cams: Cams | None = None
+    top: TopImages
+    probe: ProbeAccuracy | None = None
+    cams: CamStatistics | None = None
 
     @property
     def channels(self) -> int:
@@ -140,7 +140,7 @@ class LayerSummary:
         return self.shape[1] * self.shape[2] > 1
 
     @property
-    def lost(self) -> bool:
+    def all_nonfinite(self) -> bool:
         """Whether every image has values that are not finite, so that there are no statistics."""
         return self.units.images == 0 and self.post.nonfinite > 0
 
@@ -160,7 +160,7 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepResult:
     """Everything that one pass over a data set told.
 
     Attributes:
@@ -192,7 +192,7 @@ class Sweep:
         Raises:
             KeyError: There is none of this name.
         """
-        found = [layer for layer in self.networks[network] if layer.name == name]
-        if not found:
+        fitting = [layer for layer in self.networks[network] if layer.name == name]
+        if not fitting:
             raise KeyError(f"no layer {name!r} of {network!r} in this sweep")
-        return found[0]
+        return fitting[0]

@@ -22,17 +22,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from camdistill.layers.units.image_spectra import COLOURS, draw_spectra, painted
+from camdistill.layers.units.image_spectra import COLOURS, draw_spectra, render_spectra
 from camdistill.layers.units.jitter import move_images
 from camdistill.layers.units.random_images import RandomLevels, random_levels, unit_values
 from camdistill.networks.capture import unwrap
 from camdistill.types import Images, PerImage
 
-__all__ = ["COLOURS", "Maximised", "maximised", "painted"]
+__all__ = ["COLOURS", "ExcitingImages", "maximize_activation", "render_spectra"]
 
 START = 0.01  # standard deviation of the first spectrum
 CONTRASTS = (1.0, 3.0, 10.0, 30.0, 100.0)  # factors of it, until there is a gradient
-CLEARLY = 1.25  # times what random images do: with less there is a second try
+CLEAR_MARGIN = 1.25  # times what random images do: with less there is a second try
 SECOND_STARTS = 64  # random spectra of the second try, at contrasts of 0.1 to 1
 
 Score = Callable[[Tensor], Tensor]
@@ -40,7 +40,7 @@ Spectra = Float[Tensor, "images channels rows half 2"]
 
 
 @dataclass(frozen=True)
-class Maximised:
+class ExcitingImages:
     """Images that excite units.
 
     Attributes:
@@ -64,11 +64,11 @@ class Maximised:
     @property
     def ratio(self) -> PerImage:
         """Reached over natural; NaN where the natural maximum is unknown or not positive."""
-        known = torch.where(self.natural > 0, self.natural, math.nan)
-        return self.reached / known
+        natural = torch.where(self.natural > 0, self.natural, math.nan)
+        return self.reached / natural
 
 
-def maximised(
+def maximize_activation(
     network: nn.Module,
     layer: str,
     units: Sequence[int],
@@ -83,7 +83,7 @@ def maximised(
     seed: int = 0,
     robust: bool = True,
     on_step: Callable[[int], None] | None = None,
-) -> Maximised:
+) -> ExcitingImages:
     """Images that excite a layer's units, all units at once: one image a unit.
 
     Args:
@@ -105,32 +105,43 @@ def maximised(
         UserError: The layer has no such unit.
     """
     device = next((weight.device for weight in unwrap(network).parameters()), torch.device("cpu"))
-    asked = _Asked(network, layer, tuple(units), before, size, channels)
+    targets = _Targets(network, layer, tuple(units), before, size, channels)
     generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False), torch.enable_grad(), _frozen(network):
+    with torch.inference_mode(False), torch.enable_grad(), _freeze(network):
         start = draw_spectra(len(units), channels, size, generator).to(device) * START
-        start = _with_gradient(asked, start)
+        start = _add_contrast(targets, start)
         if levels is None:
             levels = random_levels(network, {layer: before}, size=size, channels=channels)[layer]
-        picks = torch.tensor(asked.units)
-        given, output = levels.given[picks], levels.output[picks]
-        moves = generator if robust else None
-        found = _ascended(asked, start, _middle, steps, rate, moves, on_step)
-        rows = found.fails(given + (CLEARLY - 1) * given.abs()).nonzero().flatten()
+        unit_indices = torch.tensor(targets.units)
+        random_excitation, random_output = (
+            levels.excitation[unit_indices],
+            levels.output[unit_indices],
+        )
+        jitter_generator = generator if robust else None
+        attempt = _ascend(targets, start, _center_value, steps, rate, jitter_generator, on_step)
+        rows = (
+            attempt.has_failed(random_excitation + (CLEAR_MARGIN - 1) * random_excitation.abs())
+            .nonzero()
+            .flatten()
+        )
         if len(rows):
-            again = asked.of(rows)
-            best = _best_starts(again, torch.Generator().manual_seed(seed + 1), device)
-            second = _ascended(again, best, _anywhere, steps, rate, None, None)
-            found = found.better(rows, second)
-        failed = found.fails(given)
-    known = torch.full((len(units),), math.nan)
+            retry_targets = targets.select(rows)
+            retry_start = _best_starts(
+                retry_targets, torch.Generator().manual_seed(seed + 1), device
+            )
+            retry = _ascend(retry_targets, retry_start, _largest_value, steps, rate, None, None)
+            attempt = attempt.keep_better(rows, retry)
+        failed = attempt.has_failed(random_excitation)
+    natural_maxima = torch.full((len(units),), math.nan)
     if natural is not None:
-        known = torch.tensor([float(value) for value in natural])
-    return Maximised(tuple(units), found.images, found.reached, known, output, failed)
+        natural_maxima = torch.tensor([float(value) for value in natural])
+    return ExcitingImages(
+        tuple(units), attempt.images, attempt.reached, natural_maxima, random_output, failed
+    )
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Targets:
     """Units of a layer, and the images that are made for them: one a unit."""
 
     network: nn.Module
@@ -140,157 +151,161 @@ class _Asked:
     size: tuple[int, int]
     channels: int
 
-    def of(self, rows: Tensor) -> "_Asked":
+    def select(self, rows: Tensor) -> "_Targets":
         """Some of the units."""
         units = tuple(self.units[row] for row in rows.tolist())
-        return _Asked(self.network, self.layer, units, self.before, self.size, self.channels)
+        return _Targets(self.network, self.layer, units, self.before, self.size, self.channels)
 
     def images(self, spectra: Spectra) -> Images:
         shape = (len(spectra), self.channels, *self.size)
-        return painted(torch.view_as_complex(spectra), shape)
+        return render_spectra(torch.view_as_complex(spectra), shape)
 
     def values(self, images: Images) -> tuple[Tensor, Tensor]:
         """What excites the layer's units and what they give, [B, K, h, w]."""
         layers = {self.layer: self.before}
         return unit_values(self.network, layers, images, self.units)[self.layer]
 
-    def own(self, values: Tensor) -> Tensor:
+    def pick_units(self, values: Tensor) -> Tensor:
         """Of each image its own unit, [B, h, w]."""
         rows = torch.arange(len(self.units), device=values.device)
         return values[rows, torch.tensor(self.units, device=values.device)]
 
 
 @dataclass(frozen=True)
-class _Try:
+class _Attempt:
     """Images, and the units' largest values over places there, on the CPU."""
 
     images: Images
-    given: PerImage
+    excitation: PerImage
     reached: PerImage
     silent: Bool[Tensor, "batch"]
 
-    def fails(self, level: PerImage) -> Bool[Tensor, "batch"]:
+    def has_failed(self, level: PerImage) -> Bool[Tensor, "batch"]:
         """Whether random images excite a unit as much, or it gives nothing at all."""
-        return ~(self.given > level) | self.silent
+        return ~(self.excitation > level) | self.silent
 
-    def better(self, rows: Tensor, other: "_Try") -> "_Try":
+    def keep_better(self, rows: Tensor, other: "_Attempt") -> "_Attempt":
         """With the images of another try for some units where they excite these more."""
         rows = rows.cpu()
-        here = other.given > self.given[rows]
-        taken, rows = here.nonzero().flatten(), rows[here]
+        improved = other.excitation > self.excitation[rows]
+        other_rows, rows = improved.nonzero().flatten(), rows[improved]
 
-        def merged(mine: Tensor, theirs: Tensor) -> Tensor:
-            changed = mine.clone()
-            changed[rows] = theirs[taken]
+        def replace_rows(current: Tensor, replacement: Tensor) -> Tensor:
+            changed = current.clone()
+            changed[rows] = replacement[other_rows]
             return changed
 
-        return _Try(
-            merged(self.images, other.images),
-            merged(self.given, other.given),
-            merged(self.reached, other.reached),
-            merged(self.silent, other.silent),
+        return _Attempt(
+            replace_rows(self.images, other.images),
+            replace_rows(self.excitation, other.excitation),
+            replace_rows(self.reached, other.reached),
+            replace_rows(self.silent, other.silent),
         )
 
 
-def _ascended(
-    asked: _Asked,
+def _ascend(
+    targets: _Targets,
     start: Spectra,
     score: Score,
     steps: int,
     rate: float,
-    moves: torch.Generator | None,
+    jitter_generator: torch.Generator | None,
     on_step: Callable[[int], None] | None,
-) -> _Try:
+) -> _Attempt:
     """What Adam makes of a start; the images are moved where there is a generator for it."""
     spectra = start.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([spectra], lr=rate)
     for step in range(steps):
-        images = asked.images(spectra)
-        moved = images if moves is None else move_images(images, moves)
-        loss = -score(asked.own(asked.values(moved)[0])).sum()
+        images = targets.images(spectra)
+        jittered = images if jitter_generator is None else move_images(images, jitter_generator)
+        loss = -score(targets.pick_units(targets.values(jittered)[0])).sum()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         if on_step is not None:
             on_step(step + 1)
     with torch.no_grad():
-        images = asked.images(spectra)
+        images = targets.images(spectra)
         # Not only what the layer is given: a bounded layer's natural maximum is of another scale.
-        given, output = (asked.own(values).float().cpu() for values in asked.values(images))
+        excitation, output = (
+            targets.pick_units(values).float().cpu() for values in targets.values(images)
+        )
     silent = (output == 0).flatten(1).all(1)
-    return _Try(images.cpu(), given.amax((1, 2)), output.amax((1, 2)), silent)
+    return _Attempt(images.cpu(), excitation.amax((1, 2)), output.amax((1, 2)), silent)
 
 
-def _middle(values: Float[Tensor, "batch rows columns"]) -> PerImage:
+def _center_value(values: Float[Tensor, "batch rows columns"]) -> PerImage:
     return values[:, values.shape[1] // 2, values.shape[2] // 2]
 
 
-def _anywhere(values: Float[Tensor, "batch rows columns"]) -> PerImage:
+def _largest_value(values: Float[Tensor, "batch rows columns"]) -> PerImage:
     """The largest over places, and a little of all others, which may have the only gradient."""
     return values.amax((1, 2)) + 0.01 * values.mean((1, 2))
 
 
-def _has_gradient(asked: _Asked, spectra: Spectra, score: Score) -> Bool[Tensor, "images"]:
-    free = spectra.detach().requires_grad_()
-    total = score(asked.own(asked.values(asked.images(free))[0])).sum()
+def _has_gradient(targets: _Targets, spectra: Spectra, score: Score) -> Bool[Tensor, "images"]:
+    variable = spectra.detach().requires_grad_()
+    total = score(targets.pick_units(targets.values(targets.images(variable))[0])).sum()
     if not total.requires_grad:
         return torch.zeros(len(spectra), dtype=torch.bool, device=spectra.device)
-    (gradient,) = torch.autograd.grad(total, free)
+    (gradient,) = torch.autograd.grad(total, variable)
     return (gradient != 0).flatten(1).any(1)
 
 
-def _with_gradient(asked: _Asked, start: Spectra) -> Spectra:
+def _add_contrast(targets: _Targets, start: Spectra) -> Spectra:
     """The start, with as much more contrast as a unit needs to have a gradient."""
-    found = start
+    contrasted = start
     for factor in CONTRASTS:
-        blind = ~_has_gradient(asked, found, _middle)
-        if not bool(blind.any()):
+        without_gradient = ~_has_gradient(targets, contrasted, _center_value)
+        if not bool(without_gradient.any()):
             break
-        found = torch.where(blind[:, None, None, None, None], start * factor, found)
-    return found
+        contrasted = torch.where(
+            without_gradient[:, None, None, None, None], start * factor, contrasted
+        )
+    return contrasted
 
 
 @torch.no_grad()
-def _best_starts(asked: _Asked, generator: torch.Generator, device: torch.device) -> Spectra:
+def _best_starts(targets: _Targets, generator: torch.Generator, device: torch.device) -> Spectra:
     """Each unit's most exciting one of many random spectra, if it can be one with a gradient."""
-    drawn = draw_spectra(SECOND_STARTS, asked.channels, asked.size, generator).to(device)
-    spectra = drawn * torch.logspace(-1, 0, len(drawn), device=device)[:, None, None, None, None]
-    picks = torch.tensor(asked.units, device=device)
-    scores = torch.cat([_scores(asked, part) for part in torch.split(spectra, len(picks))])[
-        :, picks
-    ]
+    starts = draw_spectra(SECOND_STARTS, targets.channels, targets.size, generator).to(device)
+    spectra = starts * torch.logspace(-1, 0, len(starts), device=device)[:, None, None, None, None]
+    unit_indices = torch.tensor(targets.units, device=device)
+    scores = torch.cat(
+        [_scores(targets, part) for part in torch.split(spectra, len(unit_indices))]
+    )[:, unit_indices]
     order = scores.nan_to_num(-math.inf).argsort(dim=0, descending=True, stable=True)
     best = spectra[order[0]]
-    waiting = torch.ones(len(picks), dtype=torch.bool, device=device)
+    waiting = torch.ones(len(unit_indices), dtype=torch.bool, device=device)
     for rank in order[:8]:
         with torch.enable_grad():
-            sees = _has_gradient(asked, spectra[rank], _anywhere) & waiting
-        best = torch.where(sees[:, None, None, None, None], spectra[rank], best)
-        waiting &= ~sees
+            has_gradient = _has_gradient(targets, spectra[rank], _largest_value) & waiting
+        best = torch.where(has_gradient[:, None, None, None, None], spectra[rank], best)
+        waiting &= ~has_gradient
         if not bool(waiting.any()):
             break
     return best
 
 
-def _scores(asked: _Asked, spectra: Spectra) -> Float[Tensor, "images units"]:
+def _scores(targets: _Targets, spectra: Spectra) -> Float[Tensor, "images units"]:
     """Of every image, how far it excites each of the layer's units anywhere."""
-    values = asked.values(asked.images(spectra))[0]
-    return _anywhere(values.flatten(0, 1)).view(values.shape[:2])
+    values = targets.values(targets.images(spectra))[0]
+    return _largest_value(values.flatten(0, 1)).view(values.shape[:2])
 
 
 @contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
+def _freeze(network: nn.Module) -> Iterator[None]:
     """Eval mode and no gradient of weights, put back afterwards."""
     inner = unwrap(network)  # a teacher doesn't count its network among its modules
-    modes = [(module, module.training) for module in inner.modules()]
-    asked = [(weight, weight.requires_grad) for weight in inner.parameters()]
+    training_modes = [(module, module.training) for module in inner.modules()]
+    requires_grad = [(weight, weight.requires_grad) for weight in inner.parameters()]
     try:
         inner.eval()
-        for weight, _ in asked:
+        for weight, _ in requires_grad:
             weight.requires_grad_(False)
         yield
     finally:
-        for module, mode in modes:
+        for module, mode in training_modes:
             module.training = mode
-        for weight, wanted in asked:
-            weight.requires_grad_(wanted)
+        for weight, required in requires_grad:
+            weight.requires_grad_(required)

@@ -25,7 +25,7 @@ def draw_spectra(
     return torch.randn(count, channels, size[0], size[1] // 2 + 1, 2, generator=generator)
 
 
-def painted(
+def render_spectra(
     spectrum: Complex[Tensor, "units channels rows half"], shape: tuple[int, int, int, int]
 ) -> Images:
     """Images in (0, 1) of spectra: sigmoid(M irfft2(Z s(f)) / 4), s(f) = sqrt(H W) / f.

@@ -42,14 +42,16 @@ class Patch:
     image: int = -1
 
 
-def exceeds(field: Field, size: tuple[int, int]) -> bool:
+def exceeds_image(field: Field, size: tuple[int, int]) -> bool:
     """Whether units see more than the image along an axis, or nobody knows: no piece can be cut."""
     if not isinstance(field, ReceptiveField):
         return True
     return field.rows.size > size[0] or field.columns.size > size[1]
 
 
-def piece(image: Float[Tensor, "channels height width"], box: tuple[int, int, int, int]) -> Patch:
+def cut_patch(
+    image: Float[Tensor, "channels height width"], box: tuple[int, int, int, int]
+) -> Patch:
     """The pixels of a box; those beyond the image are grey."""
     top, left, bottom, right = box
     height, width = image.shape[1:]
@@ -57,17 +59,17 @@ def piece(image: Float[Tensor, "channels height width"], box: tuple[int, int, in
     inside = torch.zeros(bottom - top, right - left, dtype=torch.bool)
     rows = slice(min(max(top, 0), height), min(max(bottom, 0), height))
     columns = slice(min(max(left, 0), width), min(max(right, 0), width))
-    here = (
+    window = (
         slice(rows.start - top, rows.stop - top),
         slice(columns.start - left, columns.stop - left),
     )
     if rows.start < rows.stop and columns.start < columns.stop:
-        pixels[(slice(None), *here)] = image[:, rows, columns]
-        inside[here] = True
+        pixels[(slice(None), *window)] = image[:, rows, columns]
+        inside[window] = True
     return Patch(pixels, inside, box)
 
 
-def whole(
+def whole_image_patch(
     image: Float[Tensor, "channels height width"], unit_map: Float[Tensor, "rows columns"]
 ) -> Patch:
     """The whole image, with the region where a unit is at half its maximum or more."""
@@ -103,10 +105,10 @@ def unit_maps(
         units: Channels.
         chunk: Images in one forward.
     """
-    found = []
+    chunks = []
     with inspection_mode(network):
         for part in torch.split(images, chunk):
             with capture(network, [layer]) as outputs:
                 unwrap_outer(network)(part)
-            found.append(upcast(outputs[layer][:, list(units)]).float().cpu())
-    return torch.cat(found)
+            chunks.append(upcast(outputs[layer][:, list(units)]).float().cpu())
+    return torch.cat(chunks)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.engine.request import upcast
-from camdistill.layers.units.image_spectra import draw_spectra, painted
+from camdistill.layers.units.image_spectra import draw_spectra, render_spectra
 from camdistill.networks.capture import (
     check_tensor,
     inspection_mode,
@@ -38,11 +38,11 @@ class RandomLevels:
     Of the two kinds of random images the larger level counts.
 
     Attributes:
-        given: Of what the layer is given; of its output where that is what is excited.
+        excitation: Of what the layer is given; of its output where that is what is excited.
         output: Of what the layer gives.
     """
 
-    given: Float[Tensor, "units"]
+    excitation: Float[Tensor, "units"]
     output: Float[Tensor, "units"]
 
 
@@ -68,16 +68,16 @@ def random_levels(
     with inspection_mode(network):
         for kind in (0, 1):
             for images in _random_images(kind, count, channels, size):
-                found = unit_values(network, layers, images.to(device))
-                for name, values in found.items():
+                values_by_layer = unit_values(network, layers, images.to(device))
+                for name, values in values_by_layer.items():
                     largest = [part.amax((2, 3)).float().cpu() for part in values]
                     kinds[name][kind].append(torch.stack(largest))
     levels = {}
     for name, parts in kinds.items():
         # Of all images of a kind, [2, images, units].
         high = [torch.cat(part, 1).quantile(SHARE, dim=1) for part in parts]
-        given, output = torch.maximum(*high)
-        levels[name] = RandomLevels(given, output)
+        excitation, output = torch.maximum(*high)
+        levels[name] = RandomLevels(excitation, output)
     return levels
 
 
@@ -98,52 +98,56 @@ def unit_values(
     Raises:
         UserError: A layer has no such unit, or no units at all.
     """
-    given: dict[str, Tensor] = {}
+    layer_inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def entering(name: str, value: object) -> None:
+    def keep_input(name: str, value: object) -> None:
         if layers[name]:
-            given[name] = check_tensor(name, value).clone()  # the layer may overwrite it
+            layer_inputs[name] = check_tensor(name, value).clone()  # the layer may overwrite it
 
-    def leaving(name: str, value: object) -> Tensor:
+    def keep_output(name: str, value: object) -> Tensor:
         outputs[name] = check_tensor(name, value)
         return outputs[name].clone()  # so may what comes after
 
-    with visit_layers(network, list(layers), leaving, before=entering):
+    with visit_layers(network, list(layers), keep_output, before=keep_input):
         unwrap_outer(network)(images)
     return {
         name: (
-            _spatial(name, given.get(name, outputs[name]), units),
-            _spatial(name, outputs[name], units),
+            _check_units(name, layer_inputs.get(name, outputs[name]), units),
+            _check_units(name, outputs[name], units),
         )
         for name in layers
     }
 
 
-def _spatial(layer: str, output: Tensor, units: Sequence[int]) -> Tensor:
-    found = upcast(output)
-    if found.dim() == 2:
-        found = found[..., None, None]
-    if found.dim() != 4 or (units and not 0 <= min(units) <= max(units) < found.shape[1]):
+def _check_units(layer: str, output: Tensor, units: Sequence[int]) -> Tensor:
+    spatial_output = upcast(output)
+    if spatial_output.dim() == 2:
+        spatial_output = spatial_output[..., None, None]
+    if spatial_output.dim() != 4 or (
+        units and not 0 <= min(units) <= max(units) < spatial_output.shape[1]
+    ):
         unit = f"unit {max(units)}" if units else "units"
         raise UserError(
             f"layer '{layer}' gives {list(output.shape)}, so it has no {unit}: choose units of a "
             "layer [B, K, h, w]"
         )
-    return found
+    return spatial_output
 
 
 def _random_images(kind: int, count: int, channels: int, size: tuple[int, int]) -> Iterator[Images]:
     """White noise (0), or images with a natural spectrum (1), a part at a time."""
     generator = torch.Generator().manual_seed(_SEED + kind)
-    left, most = count, max(_PIXELS // (size[0] * size[1]), 4)
-    while left:
-        now = min(left, most)
-        left -= now
+    remaining, chunk_size = count, max(_PIXELS // (size[0] * size[1]), 4)
+    while remaining:
+        size_of_chunk = min(remaining, chunk_size)
+        remaining -= size_of_chunk
         if kind == 0:
-            yield torch.rand(now, channels, *size, generator=generator)
+            yield torch.rand(size_of_chunk, channels, *size, generator=generator)
         else:
-            spectra = draw_spectra(now, channels, size, generator)
+            spectra = draw_spectra(size_of_chunk, channels, size, generator)
             # Standard deviations of 0.1 (faint) to 1 (fills the range), evenly in powers of ten.
-            contrasts = 10 ** (torch.rand(now, 1, 1, 1, 1, generator=generator) - 1)
-            yield painted(torch.view_as_complex(spectra * contrasts), (now, channels, *size))
+            contrasts = 10 ** (torch.rand(size_of_chunk, 1, 1, 1, 1, generator=generator) - 1)
+            yield render_spectra(
+                torch.view_as_complex(spectra * contrasts), (size_of_chunk, channels, *size)
+            )

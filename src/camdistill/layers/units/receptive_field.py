@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from camdistill.layers.units.receptive_field_trace import Walk
+from camdistill.layers.units.receptive_field_trace import FieldTracer
 from camdistill.layers.units.receptive_spans import Field, ReceptiveField, Span
 from camdistill.networks.capture import (
     capture,
@@ -40,26 +40,28 @@ def receptive_fields(
         unequal steps) and gradients don't show units that move by one step and see as much.
     """
     names = list(layer_names(network) if layers is None else layers)
-    found: dict[str, Field] = {}
+    field_by_layer: dict[str, Field] = {}
     vectors: set[str] = set()
-    with inspection_mode(network), Walk(images[:1]) as walk:
+    with inspection_mode(network), FieldTracer(images[:1]) as tracer:
 
         def note(name: str, output: object) -> None:
             if isinstance(output, Tensor) and output.dim() == 4:
-                found[name] = walk.field(output)
+                field_by_layer[name] = tracer.field(output)
             elif layers is not None:
-                found[name] = None
+                field_by_layer[name] = None
                 vectors.add(name)
 
         with visit_layers(network, names, note, required=layers is not None):
-            unwrap_outer(network)(walk.images)
-    lost = [name for name in found if found[name] is None and name not in vectors]
-    if walk.unknown and lost:
-        found |= measured_fields(network, images, lost)
-    return {name: found[name] for name in names if name in found}
+            unwrap_outer(network)(tracer.images)
+    unresolved = [
+        name for name in field_by_layer if field_by_layer[name] is None and name not in vectors
+    ]
+    if tracer.unknown and unresolved:
+        field_by_layer |= measure_fields(network, images, unresolved)
+    return {name: field_by_layer[name] for name in names if name in field_by_layer}
 
 
-def measured_fields(
+def measure_fields(
     network: nn.Module, images: Images, layers: Iterable[str], *, seed: int = 0
 ) -> dict[str, Field]:
     """Receptive fields by layer, from where gradients of some units are not zero.
@@ -87,28 +89,28 @@ def measured_fields(
     with torch.inference_mode(False), torch.enable_grad():
         with capture(double, names) as outputs:
             unwrap_outer(double)(noise)
-        return {name: _support(outputs[name], noise) for name in names}
+        return {name: _field_from_gradients(outputs[name], noise) for name in names}
 
 
-def _support(output: Tensor, images: Tensor) -> Field:
+def _field_from_gradients(output: Tensor, images: Tensor) -> Field:
     if output.dim() != 4 or not output.requires_grad:
         return "unknown"
     size, grid = images.shape[2:], output.shape[2:]
     middle = [(length - 1) // 2 for length in grid]
-    here = _reached(output, images, middle)
-    if here is None:
+    middle_ranges = _pixel_ranges(output, images, middle)
+    if middle_ranges is None:
         return "unknown"
-    if here == [(0, length) for length in size]:
+    if middle_ranges == [(0, length) for length in size]:
         return None
-    beside = [
+    neighbor = [
         min(unit + 1, length - 1) for unit, length in zip(middle, output.shape[2:], strict=True)
     ]
-    after = _reached(output, images, beside)
-    if after is None or min(output.shape[2:]) < 2:
+    neighbor_ranges = _pixel_ranges(output, images, neighbor)
+    if neighbor_ranges is None or min(output.shape[2:]) < 2:
         return "unknown"
     spans = []
     for (first, end), (next_first, next_end), unit, length in zip(
-        here, after, middle, size, strict=True
+        middle_ranges, neighbor_ranges, middle, size, strict=True
     ):
         stride = next_first - first
         if not (first > 0 and next_end < length and stride == next_end - end and stride > 0):
@@ -117,20 +119,22 @@ def _support(output: Tensor, images: Tensor) -> Field:
     for share in (0.0, 0.25, 0.75, 1.0):
         place = [round(share * (length - 1)) for length in grid]
         expected = [
-            (max(one, 0), min(end, length))
-            for (one, end), length in zip(map(Span.pixels, spans, place), size, strict=True)
+            (max(start, 0), min(end, length))
+            for (start, end), length in zip(map(Span.pixels, spans, place), size, strict=True)
         ]
-        if _reached(output, images, place) != expected:
+        if _pixel_ranges(output, images, place) != expected:
             return "unknown"
     return ReceptiveField(spans[0], spans[1])
 
 
-def _reached(output: Tensor, images: Tensor, place: Sequence[int]) -> list[tuple[int, int]] | None:
+def _pixel_ranges(
+    output: Tensor, images: Tensor, place: Sequence[int]
+) -> list[tuple[int, int]] | None:
     """Along each axis the first pixel that a unit uses, and the one after the last."""
     total = output[:, :, place[0], place[1]].sum()
-    (slope,) = torch.autograd.grad(total, images, retain_graph=True)
-    seen = (slope != 0).any(0).any(0)
-    lines = [seen.any(1 - axis).nonzero().flatten() for axis in range(2)]
+    (gradient,) = torch.autograd.grad(total, images, retain_graph=True)
+    used = (gradient != 0).any(0).any(0)
+    lines = [used.any(1 - axis).nonzero().flatten() for axis in range(2)]
     if any(not len(line) for line in lines):
         return None
     return [(int(line[0]), int(line[-1]) + 1) for line in lines]

@@ -22,7 +22,7 @@ class Span:
     stride: int = 1
     start: int = 0
 
-    def windowed(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> "Span":
+    def apply_window(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> "Span":
         """After a convolution or pooling."""
         return Span(
             self.size + (kernel - 1) * dilation * self.stride,
@@ -30,7 +30,7 @@ class Span:
             self.start - padding * self.stride,
         )
 
-    def joined(self, other: "Span") -> "Span | None":
+    def join(self, other: "Span") -> "Span | None":
         """What both see together; None if their units don't move together."""
         if self.stride != other.stride:
             return None

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from camdistill.layers.sweep.sweep_summary import LayerSummary
 from camdistill.layers.units.dissection import Dissection
-from camdistill.layers.units.patches import Patch, exceeds, mean_patch, piece, unit_maps, whole
+from camdistill.layers.units.patches import (
+    Patch,
+    cut_patch,
+    exceeds_image,
+    mean_patch,
+    unit_maps,
+    whole_image_patch,
+)
 from camdistill.layers.units.receptive_spans import Field, ReceptiveField
 from camdistill.types import Images
 
@@ -19,7 +26,7 @@ ImagesOf = Callable[[Sequence[int]], Images]
 
 
 @dataclass(frozen=True)
-class Portrait:
+class UnitRecord:
     """One unit.
 
     Attributes:
@@ -28,15 +35,16 @@ class Portrait:
         unit: Channel.
         patches: What excites it most, the best first; empty for a dead unit.
         mean: Of the patches; None where they are whole images, or there are none.
-        seen: Pixels along height and width that it sees; None where it is the whole image, or
-            isn't known.
-        known: Whether it is known what it sees.
+        receptive_size: Pixels along height and width that it sees; None where it is the whole
+            image, or isn't known.
+        field_known: Whether it is known what it sees.
         values: A sample of its activations at all places.
-        made: An image made to excite it; None if not asked for.
+        exciting_image: An image made to excite it; None if not asked for.
         reached: Its activation there, as `natural` is; NaN without.
         natural: Its largest over the data.
-        random: What 99.9 % of random images stay below, as `reached` is; NaN without `made`.
-        failed: Whether `made` excites it no more than that.
+        random: What 99.9 % of random images stay below, as `reached` is; NaN without an
+            exciting image.
+        failed: Whether `exciting_image` excites it no more than that.
         concepts: What it responds to: name, intersection over union, chance; the best first.
     """
 
@@ -45,18 +53,18 @@ class Portrait:
     unit: int
     patches: tuple[Patch, ...]
     mean: Patch | None
-    seen: tuple[int, int] | None
+    receptive_size: tuple[int, int] | None
     values: Float[Tensor, "samples"]
     natural: float
-    made: Float[Tensor, "channels tall wide"] | None = None
+    exciting_image: Float[Tensor, "channels tall wide"] | None = None
     reached: float = float("nan")
     random: float = float("nan")
     failed: bool = False
     concepts: tuple[tuple[str, float, float], ...] = ()
-    known: bool = True
+    field_known: bool = True
 
 
-def interesting(
+def select_units(
     layer: LayerSummary, count: int, dissection: Dissection | None = None
 ) -> tuple[int, ...]:
     """Units to look at, by number: those that know a concept best, or are the most selective.
@@ -72,13 +80,13 @@ def interesting(
         score = (dissection.iou - dissection.chance).max(1).values.float()
     else:
         score = layer.sparsity.lifetime.float().nan_to_num(-1.0)
-    often = layer.units.image_active >= 0.01
-    score = torch.where(often.to(score.device), score, score - 10.0)
+    active_enough = layer.units.image_active >= 0.01
+    score = torch.where(active_enough.to(score.device), score, score - 10.0)
     order = score.argsort(descending=True, stable=True)[:count]
     return tuple(sorted(order.tolist()))
 
 
-def portraits(
+def build_unit_records(
     network: nn.Module,
     layer: LayerSummary,
     units: Sequence[int],
@@ -87,7 +95,7 @@ def portraits(
     field: Field,
     sample: Images,
     dissection: Dissection | None = None,
-) -> list[Portrait]:
+) -> list[UnitRecord]:
     """Portraits of some units of one layer, from the places that a sweep found.
 
     Args:
@@ -100,48 +108,50 @@ def portraits(
         dissection: Of the layer, where masks are known.
     """
     top = layer.top
-    wanted = {
+    wanted_numbers = {
         int(number)
         for unit in units
         for number in top.images[unit, :PATCHES].tolist()
         if number >= 0 and float(top.values[unit, 0]) > 0
     }
-    numbers = sorted(wanted)
-    shown = images_of(numbers) if numbers else sample[:0]
-    place = {number: row for row, number in enumerate(numbers)}
+    numbers = sorted(wanted_numbers)
+    top_images = images_of(numbers) if numbers else sample[:0]
+    row_by_number = {number: row for row, number in enumerate(numbers)}
     size = (sample.shape[2], sample.shape[3])
-    large = exceeds(field, size)
-    seen = (field.rows.size, field.columns.size) if isinstance(field, ReceptiveField) else None
-    maps = unit_maps(network, shown, layer.name, units) if large and numbers else None
+    large = exceeds_image(field, size)
+    receptive_size = (
+        (field.rows.size, field.columns.size) if isinstance(field, ReceptiveField) else None
+    )
+    maps = unit_maps(network, top_images, layer.name, units) if large and numbers else None
     values = unit_maps(network, sample, layer.name, units)
-    shown = shown.cpu()
-    found = []
+    top_images = top_images.cpu()
+    records = []
     for column, unit in enumerate(units):
         patches = []
         for rank in range(min(PATCHES, top.values.shape[1])):
             number, value = int(top.images[unit, rank]), float(top.values[unit, rank])
             if number < 0 or not value > 0:
                 continue
-            row = place[number]
+            row = row_by_number[number]
             if maps is not None:
-                patch = whole(shown[row], maps[row, column])
+                patch = whole_image_patch(top_images[row], maps[row, column])
             else:
                 assert isinstance(field, ReceptiveField), "else it exceeds the image"
                 cell = int(top.rows[unit, rank]), int(top.columns[unit, rank])
-                patch = piece(shown[row], field.box(*cell))
+                patch = cut_patch(top_images[row], field.box(*cell))
             patches.append(replace(patch, value=value, image=number))
-        found.append(
-            Portrait(
+        records.append(
+            UnitRecord(
                 network=layer.network,
                 layer=layer.name,
                 unit=unit,
                 patches=tuple(patches),
                 mean=mean_patch(patches) if patches and maps is None else None,
-                seen=seen,
+                receptive_size=receptive_size,
                 values=values[:, column].flatten(),
                 natural=float(top.values[unit, 0]),
                 concepts=tuple(dissection.best(unit)) if dissection is not None else (),
-                known=field != "unknown",
+                field_known=field != "unknown",
             )
         )
-    return found
+    return records

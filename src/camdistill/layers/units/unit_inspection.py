@@ -7,16 +7,21 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from camdistill.layers.sweep.sweep_summary import LayerSummary
-from camdistill.layers.units.activation_maximization import maximised
+from camdistill.layers.units.activation_maximization import maximize_activation
 from camdistill.layers.units.dissection import dissect
 from camdistill.layers.units.random_images import RandomLevels, random_levels
 from camdistill.layers.units.receptive_field import receptive_fields
-from camdistill.layers.units.unit_cards import ImagesOf, Portrait, interesting, portraits
+from camdistill.layers.units.unit_cards import (
+    ImagesOf,
+    UnitRecord,
+    build_unit_records,
+    select_units,
+)
 from camdistill.types import Images
 
 
 @dataclass(frozen=True)
-class Closeness:
+class InspectionOptions:
     """How closely to look.
 
     Attributes:
@@ -31,7 +36,7 @@ class Closeness:
 
 
 @dataclass(frozen=True)
-class Sample:
+class InspectionSample:
     """Images whose activations are looked at anew.
 
     Attributes:
@@ -45,86 +50,90 @@ class Sample:
     images_of: ImagesOf
 
 
-def close_up(
+def inspect_units(
     network: nn.Module,
     layers: Sequence[LayerSummary],
-    sample: Sample,
-    how: Closeness,
+    sample: InspectionSample,
+    options: InspectionOptions,
     *,
-    chosen: Mapping[str, Sequence[int]] | None = None,
+    units_by_layer: Mapping[str, Sequence[int]] | None = None,
     on_step: Callable[[], None] | None = None,
-) -> Iterator[tuple[str, tuple[Portrait, ...]]]:
+) -> Iterator[tuple[str, tuple[UnitRecord, ...]]]:
     """Portraits, layer by layer as they are done.
 
     Args:
         network: Takes the sample's images.
         layers: Of a sweep with its top images; only those with a spatial output.
         sample: Images to look at.
-        how: How closely.
-        chosen: Units by layer, in place of interesting ones.
+        options: How closely.
+        units_by_layer: Units by layer, in place of interesting ones.
         on_step: Called after each layer and each step of making images.
     """
     names = [layer.name for layer in layers]
     fields = receptive_fields(network, sample.images, names) if names else {}
-    levels = _random_levels(network, layers, sample.images) if how.steps else {}
+    levels = _random_levels(network, layers, sample.images) if options.steps else {}
     for layer in layers:
-        found = None
+        dissection = None
         if sample.masks:
-            found = dissect(network, sample.images, sample.masks, [layer.name]).get(layer.name)
-        asked = (chosen or {}).get(layer.name)
-        units = interesting(layer, how.units, found) if asked is None else tuple(asked)
+            dissection = dissect(network, sample.images, sample.masks, [layer.name]).get(layer.name)
+        requested = (units_by_layer or {}).get(layer.name)
+        units = (
+            select_units(layer, options.units, dissection)
+            if requested is None
+            else tuple(requested)
+        )
         if not units:
             continue
-        drawn = portraits(
+        records = build_unit_records(
             network,
             layer,
             units,
             sample.images_of,
             field=fields[layer.name],
             sample=sample.images,
-            dissection=found,
+            dissection=dissection,
         )
-        if how.steps:
-            drawn = _with_made(
-                network, layer, drawn, sample.images, levels[layer.name], how, on_step
+        if options.steps:
+            records = _add_exciting_images(
+                network, layer, records, sample.images, levels[layer.name], options, on_step
             )
         if on_step is not None:
             on_step()
-        yield layer.name, tuple(drawn)
+        yield layer.name, tuple(records)
 
 
-def _with_made(
+def _add_exciting_images(
     network: nn.Module,
     layer: LayerSummary,
-    drawn: Sequence[Portrait],
+    records: Sequence[UnitRecord],
     images: Images,
     levels: RandomLevels,
-    how: Closeness,
+    options: InspectionOptions,
     on_step: Callable[[], None] | None,
-) -> list[Portrait]:
+) -> list[UnitRecord]:
     """Images made to excite the units: at the input of their non-linearity, where there is one."""
-    made = maximised(
+    exciting_images = maximize_activation(
         network,
-        _excited(layer),
-        [one.unit for one in drawn],
+        _excitation_point(layer),
+        [record.unit for record in records],
         before=layer.pre is not None,
         size=(images.shape[2], images.shape[3]),
         channels=images.shape[1],
-        natural=[one.natural for one in drawn],
+        natural=[record.natural for record in records],
         levels=levels,
-        steps=how.steps,
-        seed=how.seed,
+        steps=options.steps,
+        seed=options.seed,
         on_step=None if on_step is None else lambda _: on_step(),
     )
     return [
         replace(
-            one,
-            made=made.images[row],
-            reached=float(made.reached[row]),
-            random=float(made.random[row]),
-            failed=bool(made.failed[row]),
+            record,
+            exciting_image=exciting_images.images[row],
+            reached=float(exciting_images.reached[row]),
+            random=float(exciting_images.random[row]),
+            failed=bool(exciting_images.failed[row]),
         )
-        for row, one in enumerate(drawn)
+        for row, record in enumerate(records)
     ]
 
 
@@ -132,13 +141,13 @@ def _random_levels(
     network: nn.Module, layers: Sequence[LayerSummary], images: Images
 ) -> dict[str, RandomLevels]:
     """By the layer's name: what random images of this size do to its units."""
-    asked = {_excited(layer): layer.pre is not None for layer in layers}
+    before_by_layer = {_excitation_point(layer): layer.pre is not None for layer in layers}
     size = (images.shape[2], images.shape[3])
-    found = random_levels(network, asked, size=size, channels=images.shape[1])
-    return {layer.name: found[_excited(layer)] for layer in layers}
+    levels = random_levels(network, before_by_layer, size=size, channels=images.shape[1])
+    return {layer.name: levels[_excitation_point(layer)] for layer in layers}
 
 
-def _excited(layer: LayerSummary) -> str:
+def _excitation_point(layer: LayerSummary) -> str:
     """The layer whose units images are made for, as `networks.capture` names it."""
     point = layer.post.point if layer.pre is None else layer.pre.point
     return f"{point.path}#{point.call}"

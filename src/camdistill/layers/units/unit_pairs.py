@@ -8,7 +8,7 @@ from camdistill.layers.sweep.statistics.similarity import Match
 
 
 @dataclass(frozen=True)
-class Pair:
+class UnitPair:
     """A unit of the teacher and the student's unit that follows it.
 
     Attributes:
@@ -30,7 +30,7 @@ def clearest_pairs(
     count: int,
     *,
     among: Collection[str] | None = None,
-) -> tuple[Pair, ...]:
+) -> tuple[UnitPair, ...]:
     """The pairs of one layer of the student that correlate most, the strongest first.
 
     Its units are paired one to one with the units of the teacher's layer that they follow best on
@@ -42,16 +42,16 @@ def clearest_pairs(
         count: At most so many; fewer where fewer correlate at all.
         among: The teacher's layers that may be taken; None for all.
     """
-    fitting = [
+    candidates = [
         match
         for match in matches
         if match.student == student and (among is None or match.teacher in among)
     ]
-    if not fitting:
+    if not candidates:
         return ()
-    best = max(fitting, key=_followed)
+    best = max(candidates, key=_mean_correlation)
     pairs = [
-        Pair((best.teacher, partner), (student, unit), value, best.images)
+        UnitPair((best.teacher, partner), (student, unit), value, best.images)
         for unit, (partner, value) in enumerate(
             zip(best.partner.tolist(), best.partner_correlation.tolist(), strict=True)
         )
@@ -60,6 +60,6 @@ def clearest_pairs(
     return tuple(sorted(pairs, key=lambda pair: -pair.correlation)[:count])
 
 
-def _followed(match: Match) -> float:
+def _mean_correlation(match: Match) -> float:
     mean = float(match.correlation.double().nanmean())
     return mean if math.isfinite(mean) else -math.inf

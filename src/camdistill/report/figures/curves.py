@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from camdistill.report.figures.pictures import Picture, rendered
+from camdistill.report.figures.pictures import Picture, render_figure
 
 # Okabe and Ito's and Tol's colours, which differ for every kind of colour vision.
 _COLOURS = (
@@ -38,14 +38,14 @@ def removal_chart(
         figure.subplots(1, len(charts), squeeze=False, sharey=True)[0], charts.items(), strict=True
     ):
         colours, greys = cycle(_COLOURS), cycle(_GREYS)
-        for name, every in curves.items():
-            curve = every[~np.isnan(every).any(1)]
+        for name, values in curves.items():
+            curve = values[~np.isnan(values).any(1)]
             if not len(curve):
                 continue
             axes.plot(
                 fractions,
                 curve.mean(0),
-                label=name if len(curve) == len(every) else f"{name} (n = {len(curve)})",
+                label=name if len(curve) == len(values) else f"{name} (n = {len(curve)})",
                 color=next(greys) if name in dashed else next(colours),
                 linestyle="--" if name in dashed else "-",
                 linewidth=1.6,
@@ -61,6 +61,6 @@ def removal_chart(
         f"mean probability, n = {len(next(iter(next(iter(charts.values())).values())))}"
     )
     if figure.axes[-1].get_lines():
-        for words in figure.axes[-1].legend(fontsize=8, frameon=False).get_texts():
-            words.set_parse_math(False)
-    return rendered(figure)
+        for legend_text in figure.axes[-1].legend(fontsize=8, frameon=False).get_texts():
+            legend_text.set_parse_math(False)
+    return render_figure(figure)

@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from camdistill.report.figures.pictures import SEQUENTIAL, Picture, rendered
+from camdistill.report.figures.pictures import SEQUENTIAL, Picture, render_figure
 
 COLOURS = ("#3b528b", "#e1622f", "#2a9d6f", "#8a5fb0")  # of networks, in their order
 BESIDE = ("#e1622f", "#8a5fb0")  # of what is compared with: apart from every shade of viridis
 Series = Float[np.ndarray, "_"]
 
 
-class Profile(NamedTuple):
+class ProfileLine(NamedTuple):
     """A statistic of every layer of one network.
 
     Attributes:
@@ -46,14 +46,14 @@ class LogHistogram(NamedTuple):
 
 
 def profile_chart(
-    table: Mapping[str, Mapping[str, Profile]],
+    table: Mapping[str, Mapping[str, ProfileLine]],
     *,
     title: str = "",
     notes: Mapping[str, str] | None = None,
     columns: int = 3,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     graded: bool = False,
-    beside: Mapping[str, Mapping[str, Profile]] | None = None,
+    references: Mapping[str, Mapping[str, ProfileLine]] | None = None,
 ) -> Picture:
     """One chart a statistic, against depth, all networks on the same axes.
 
@@ -64,27 +64,27 @@ def profile_chart(
         columns: Charts in a row.
         ranges: Ends of a statistic's axis, where they are known.
         graded: Whether lines are stages of one network, so that colours go from dark to bright.
-        beside: Profiles to compare with, likewise: dashed, in colours of their own.
+        references: Profiles to compare with, likewise: dashed, in colours of their own.
     """
     if not table:
         raise ValueError("a chart needs at least one statistic")
     rows = -(-len(table) // columns)
-    across = min(columns, len(table))
-    tall, wide = 2.35 * rows + 0.75, 3.5 * across + 0.2
+    columns_used = min(columns, len(table))
+    tall, wide = 2.35 * rows + 0.75, 3.5 * columns_used + 0.2
     figure = Figure(figsize=(wide, tall), dpi=120)
-    grid = figure.subplots(rows, across, squeeze=False)
+    grid = figure.subplots(rows, columns_used, squeeze=False)
     figure.subplots_adjust(
         left=0.5 / wide, right=1 - 0.15 / wide, bottom=0.5 / tall, top=1 - 0.85 / tall,
         hspace=0.55, wspace=0.24,
     )  # fmt: skip
     names = list(dict.fromkeys(name for lines in table.values() for name in lines))
     shades = _shades(names, graded)
-    others = dict.fromkeys(name for lines in (beside or {}).values() for name in lines)
-    dashed = dict(zip(others, BESIDE, strict=False))
+    reference_names = dict.fromkeys(name for lines in (references or {}).values() for name in lines)
+    dashed = dict(zip(reference_names, BESIDE, strict=False))
     for axes, (statistic, lines) in zip(grid.flat, table.items(), strict=False):
         for name, line in lines.items():
             axes.plot(*line, "o-", color=shades[name], markersize=3, linewidth=1.5)
-        for name, line in (beside or {}).get(statistic, {}).items():
+        for name, line in (references or {}).get(statistic, {}).items():
             axes.plot(*line, "--", color=dashed[name], linewidth=1.2)
         axes.set_title(statistic, fontsize=9, loc="left", weight="bold", pad=15, parse_math=False)
         note = (notes or {}).get(statistic, "")
@@ -95,14 +95,14 @@ def profile_chart(
         if ranges and statistic in ranges:
             low, high = ranges[statistic]
             axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-        _plain(axes)
+        _style_axes(axes)
     for axes in grid.flat[len(table) :]:
         axes.set_axis_off()
     for axes in grid[-1]:
         axes.set_xlabel("depth (% of layers)", fontsize=8)
     _headline(figure, 0.12 / wide, 1 - 0.22 / tall, title)
     _legend(figure, shades, dashed, wide, tall)
-    return rendered(figure)
+    return render_figure(figure)
 
 
 def ridge_chart(
@@ -122,67 +122,67 @@ def ridge_chart(
     """
     if not histograms or not all(histograms.values()):
         raise ValueError("a ridge chart needs at least one network with one layer")
-    most = max(len(layers) for layers in histograms.values())
+    most_layers = max(len(layers) for layers in histograms.values())
     letters = max(len(layer) for layers in histograms.values() for layer in layers)
-    pitch = 0.3 if most <= 24 else 0.22
+    pitch = 0.3 if most_layers <= 24 else 0.22
     names = 0.25 + 0.075 * letters
-    each = names + 3.3 + 0.75
-    wide, tall = each * len(histograms), pitch * (most + 1) + 1.15
+    column_width = names + 3.3 + 0.75
+    wide, tall = column_width * len(histograms), pitch * (most_layers + 1) + 1.15
     figure = Figure(figsize=(wide, tall), dpi=120)
-    ends = _ends(histograms)
+    limits = _axis_limits(histograms)
     for place, (network, layers) in enumerate(histograms.items()):
         height = pitch * (len(layers) + 1)
         axes = figure.add_axes(
             (
-                (place * each + names) / wide,
+                (place * column_width + names) / wide,
                 (tall - 0.65 - height) / tall,
                 3.3 / wide,
                 height / tall,
             )
         )
         colour = COLOURS[place % len(COLOURS)]
-        _ridges(axes, layers, ends, colour)
+        _ridges(axes, layers, limits, colour)
         axes.set_title(
             network, fontsize=9.5, color=colour, weight="bold", loc="left", pad=6, parse_math=False
         )
         axes.set_xlabel(f"{axis}, powers of ten", fontsize=8, parse_math=False)
         axes.text(1.02, 1.01, "zero", transform=axes.transAxes, fontsize=7.5, color="0.35")
     _headline(figure, 0.12 / wide, 1 - 0.2 / tall, title)
-    return rendered(figure)
+    return render_figure(figure)
 
 
 def _ridges(
-    axes: Axes, layers: Mapping[str, LogHistogram], ends: tuple[float, float], colour: str
+    axes: Axes, layers: Mapping[str, LogHistogram], limits: tuple[float, float], colour: str
 ) -> None:
-    for number, found in enumerate(layers.values()):
+    for number, histogram in enumerate(layers.values()):
         base = len(layers) - 1 - number
         axes.axhline(base, color="0.9", linewidth=0.7, zorder=number)
-        density = np.asarray(found.counts, np.float64) / np.diff(found.edges)
+        density = np.asarray(histogram.counts, np.float64) / np.diff(histogram.edges)
         if density.sum() > 0:
             level = 1.55 * density / density.max()
-            middle = (found.edges[1:] + found.edges[:-1]) / 2
+            middle = (histogram.edges[1:] + histogram.edges[:-1]) / 2
             axes.fill_between(
                 middle, base, base + level, color=colour, alpha=0.55, linewidth=0, zorder=number + 1
             )
             axes.plot(middle, base + level, color=colour, linewidth=0.9, zorder=number + 1)
-        broken = found.nonfinite > 0
-        words = "–" if np.isnan(found.zeros) else f"{100 * found.zeros:.0f} %"
+        broken = histogram.nonfinite > 0
+        words = "–" if np.isnan(histogram.zeros) else f"{100 * histogram.zeros:.0f} %"
         if broken:
-            words = "none finite" if np.isnan(found.zeros) else f"{words} NaN!"
+            words = "none finite" if np.isnan(histogram.zeros) else f"{words} NaN!"
         axes.text(
             1.02,
             base + 0.15,
             words,
             transform=axes.get_yaxis_transform(),
             fontsize=7.5,
-            color="#d62728" if broken or found.zeros > 0.99 else "0.35",
+            color="#d62728" if broken or histogram.zeros > 0.99 else "0.35",
         )
     axes.set_yticks(range(len(layers)), list(layers)[::-1], fontsize=7.5, parse_math=False)
     axes.set_ylim(-0.2, len(layers) + 0.75)
-    axes.set_xlim(*ends)
+    axes.set_xlim(*limits)
     axes.tick_params(axis="both", length=0, labelsize=7.5)
     axes.set_xticks(
-        ticks := list(range(int(np.ceil(ends[0])), int(np.floor(ends[1])) + 1)),
+        ticks := list(range(int(np.ceil(limits[0])), int(np.floor(limits[1])) + 1)),
         [f"$10^{{{tick}}}$" for tick in ticks],
     )
     axes.grid(axis="x", color="0.94", zorder=0)
@@ -190,15 +190,15 @@ def _ridges(
         axes.spines[side].set_visible(False)
 
 
-def _ends(histograms: Mapping[str, Mapping[str, LogHistogram]]) -> tuple[float, float]:
+def _axis_limits(histograms: Mapping[str, Mapping[str, LogHistogram]]) -> tuple[float, float]:
     """An axis that holds all but the outermost 0.05 % of every layer, in tenths of a decade."""
     low, high = [], []
     for layers in histograms.values():
-        for found in layers.values():
-            total = np.cumsum(found.counts)
+        for histogram in layers.values():
+            total = np.cumsum(histogram.counts)
             if total[-1] > 0:
-                low.append(found.edges[np.searchsorted(total, 0.0005 * total[-1])])
-                high.append(found.edges[1:][np.searchsorted(total, 0.9995 * total[-1])])
+                low.append(histogram.edges[np.searchsorted(total, 0.0005 * total[-1])])
+                high.append(histogram.edges[1:][np.searchsorted(total, 0.9995 * total[-1])])
     if not low:
         return -1.0, 1.0
     first, last = float(np.floor(min(low) * 10) / 10), float(np.ceil(max(high) * 10) / 10)
@@ -230,13 +230,15 @@ def similarity_chart(
     left = 0.5 + 0.078 * max(map(len, rows))
     below = 0.45 + 0.06 * max(map(len, columns))
     tall, wide = values.shape[0] * cell, values.shape[1] * cell
-    whole = max(left + wide + 0.95, 0.075 * max(1.25 * len(title), len(note)) + 0.3)
+    figure_width = max(left + wide + 0.95, 0.075 * max(1.25 * len(title), len(note)) + 0.3)
     height = 0.75 + tall + below
-    figure = Figure(figsize=(whole, height), dpi=120)
-    axes = figure.add_axes((left / whole, below / height, wide / whole, tall / height))
-    shown = np.ma.masked_invalid(values)
+    figure = Figure(figsize=(figure_width, height), dpi=120)
+    axes = figure.add_axes(
+        (left / figure_width, below / height, wide / figure_width, tall / height)
+    )
+    finite_values = np.ma.masked_invalid(values)
     axes.set_facecolor("0.8")
-    image = axes.imshow(shown, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(finite_values, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
     if cell > 0.3 or values.size <= 400:
         for (row, column), value in np.ndenumerate(values):
             words = "–" if np.isnan(value) else f"{value:.2f}".replace("0.", ".")
@@ -255,16 +257,16 @@ def similarity_chart(
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.add_axes(
-        ((left + wide + 0.18) / whole, below / height, 0.12 / whole, tall / height)
+        ((left + wide + 0.18) / figure_width, below / height, 0.12 / figure_width, tall / height)
     )
     figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7, length=2)
     bar.spines["outline"].set_visible(False)
-    _headline(figure, 0.12 / whole, 1 - 0.2 / height, title)
+    _headline(figure, 0.12 / figure_width, 1 - 0.2 / height, title)
     figure.text(
-        *(0.12 / whole, 1 - 0.42 / height, note),
+        *(0.12 / figure_width, 1 - 0.42 / height, note),
         fontsize=7.5, color="0.4", va="center", parse_math=False,
     )  # fmt: skip
-    return rendered(figure)
+    return render_figure(figure)
 
 
 def _headline(figure: Figure, x: float, y: float, title: str) -> None:
@@ -272,7 +274,7 @@ def _headline(figure: Figure, x: float, y: float, title: str) -> None:
     figure.text(x, y, title, fontsize=10.5, weight="bold", va="center", parse_math=False)
 
 
-def _plain(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
     axes.grid(color="0.92", zorder=0)
     axes.tick_params(axis="both", length=0, labelsize=7.5)
     axes.locator_params(axis="y", nbins=5)
@@ -297,14 +299,14 @@ def _legend(
     figure: Figure, shades: Mapping[str, str], dashed: Mapping[str, str], wide: float, tall: float
 ) -> None:
     """Names at the top right; of many the first and the last."""
-    most = 2 if dashed else 4  # beside a title
-    shown = list(shades) if len(shades) <= most else [next(iter(shades)), list(shades)[-1]]
-    marks = [("●", name, shades[name]) for name in shown]
+    name_limit = 2 if dashed else 4  # beside a title
+    named = list(shades) if len(shades) <= name_limit else [next(iter(shades)), list(shades)[-1]]
+    marks = [("●", name, shades[name]) for name in named]
     marks += [("╌", name, colour) for name, colour in dashed.items()]
-    right = wide - 0.2
+    right_edge = wide - 0.2
     for mark, name, colour in reversed(marks):
         figure.text(
-            right / wide,
+            right_edge / wide,
             1 - 0.22 / tall,
             f"{mark} {name}",
             parse_math=False,
@@ -314,4 +316,4 @@ def _legend(
             ha="right",
             va="center",
         )
-        right -= 0.35 + 0.09 * len(name)
+        right_edge -= 0.35 + 0.09 * len(name)

@@ -16,8 +16,8 @@ from camdistill.report.figures.pictures import (
     Picture,
     Sheet,
     as_bytes,
-    coloured,
-    enlarged,
+    colorize,
+    resize_image,
 )
 
 ACROSS = 10  # maps in a line
@@ -57,13 +57,20 @@ def depth_panel(
         size: Longest side of a tile.
     """
     peaks = {
-        method: max((peak_of(one.values) for layers in of.values() for one in layers), default=0.0)
-        for method, of in maps.items()
+        method: max(
+            (
+                peak_of(layer_map.values)
+                for layers in maps_by_network.values()
+                for layer_map in layers
+            ),
+            default=0.0,
+        )
+        for method, maps_by_network in maps.items()
     }
     rows = [
         (f"{network}, {method}" if not start else "", peaks[method], layers[start : start + ACROSS])
-        for method, of in maps.items()
-        for network, layers in of.items()
+        for method, maps_by_network in maps.items()
+        for network, layers in maps_by_network.items()
         for start in range(0, len(layers), ACROSS)
     ]
     if not rows:
@@ -76,26 +83,26 @@ def depth_panel(
     step = max(wide, 80) + GAP
     top = MARGIN + LINE + 2 + LINE * len(lines) + GAP
     left = MARGIN + wide + 2 * GAP
-    heads = LINE * sum(bool(name) for name, _, _ in rows)
+    heading_height = LINE * sum(bool(name) for name, _, _ in rows)
     words = (
         max([7 * len(title), *(6 * len(line) for line in lines), left + 5 * len(UNIT)]) + 2 * MARGIN
     )
     sheet = Sheet(
         max(left + across * step + MARGIN, words),
-        top + len(rows) * pitch + heads + 3 * LINE + MARGIN,
+        top + len(rows) * pitch + heading_height + 3 * LINE + MARGIN,
     )
     sheet.write(MARGIN, MARGIN, title, bold=True, points=9.5)
     for number, line in enumerate(lines):
         sheet.write(MARGIN, MARGIN + LINE + 2 + number * LINE, line, colour="0.35")
     y = top
-    sheet.paste(MARGIN, y + 2 * LINE, as_bytes(enlarged(image, tall, wide)))
+    sheet.paste(MARGIN, y + 2 * LINE, as_bytes(resize_image(image, tall, wide)))
     sheet.write(MARGIN, y + 2 * LINE + tall + 1, "image", colour="0.35", points=7.0)
     for name, peak, layers in rows:
         if name:
             sheet.write(left, y, name, bold=True)
             y += LINE
-        for place, one in enumerate(layers):
-            _layer(sheet, left + place * step, y, image, one, (tall, wide), peak)
+        for place, layer_map in enumerate(layers):
+            _draw_layer(sheet, left + place * step, y, image, layer_map, (tall, wide), peak)
         y += pitch
     share = ("0", "map / its own maximum", "1")
     sheet.bar(left, y + 2, min(3 * step, across * step - GAP), SEQUENTIAL, share)
@@ -103,30 +110,30 @@ def depth_panel(
     return sheet.picture()
 
 
-def _layer(
+def _draw_layer(
     sheet: Sheet,
     x: int,
     y: int,
     image: Float[np.ndarray, "channels height width"],
-    one: LayerMap,
+    layer_map: LayerMap,
     tile: tuple[int, int],
     highest: float,
 ) -> None:
     tall, wide = tile
-    own = peak_of(one.values)
-    sheet.write(x, y, _shortened(one.layer), colour="0.35", points=7.0)
-    sheet.paste(x, y + LINE - 2, overlay(image, share_of(one.values, own), tall, wide))
-    length = round(wide * own / highest) if highest > 0 else 0
+    peak = peak_of(layer_map.values)
+    sheet.write(x, y, _shorten_name(layer_map.layer), colour="0.35", points=7.0)
+    sheet.paste(x, y + LINE - 2, overlay(image, share_of(layer_map.values, peak), tall, wide))
+    length = round(wide * peak / highest) if highest > 0 else 0
     if length:
         sheet.paste(x, y + LINE + tall + 1, np.tile(_BAR, (5, length, 1)))
-    rows, columns = one.values.shape
-    note = (f"{own:.0f}" if own >= 10 else f"{own:.2g}") if own > 0 else "blank"
-    note = note if np.isfinite(one.values).all() else "NaN"
+    rows, columns = layer_map.values.shape
+    note = (f"{peak:.0f}" if peak >= 10 else f"{peak:.2g}") if peak > 0 else "blank"
+    note = note if np.isfinite(layer_map.values).all() else "NaN"
     sheet.write(x, y + LINE + tall + 8, f"{note}   {rows}x{columns}", colour="0.35", points=6.5)
 
 
-_BAR = as_bytes(coloured(np.full((1, 1), 0.25), SEQUENTIAL))
+_BAR = as_bytes(colorize(np.full((1, 1), 0.25), SEQUENTIAL))
 
 
-def _shortened(layer: str, most: int = 14) -> str:
-    return layer if len(layer) <= most else f"…{layer[-most + 1 :]}"
+def _shorten_name(layer: str, max_length: int = 14) -> str:
+    return layer if len(layer) <= max_length else f"…{layer[-max_length + 1 :]}"

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from camdistill.measure.intervals import Interval
-from camdistill.report.figures.pictures import Picture, rendered
+from camdistill.report.figures.pictures import Picture, render_figure
 
 
 def interval_chart(
@@ -43,23 +43,26 @@ def interval_chart(
     if title:
         figure.suptitle(title, fontsize=10, x=0.015, ha="left", weight="bold", parse_math=False)
     for axes, measure in zip(grid[0], measures, strict=True):
-        found = {arm: row[measure] for arm, row in table.items() if measure in row}
-        _draw_intervals(axes, arms, found, (references or {}).get(measure))
+        interval_by_arm = {arm: row[measure] for arm, row in table.items() if measure in row}
+        _draw_intervals(axes, arms, interval_by_arm, (references or {}).get(measure))
         axes.set_title(measure, fontsize=9, loc="left", parse_math=False)
     grid[0, 0].set_yticks(range(len(arms)), arms, fontsize=9, parse_math=False)
     grid[0, 0].set_ylim(len(arms) - 0.5, -0.6)
-    return rendered(figure)
+    return render_figure(figure)
 
 
 def _draw_intervals(
-    axes: Axes, arms: Sequence[str], found: Mapping[str, Interval], reference: float | int | None
+    axes: Axes,
+    arms: Sequence[str],
+    interval_by_arm: Mapping[str, Interval],
+    reference: float | int | None,
 ) -> None:
     if reference is not None:
         axes.axvline(reference, color="0.55", linestyle="--", linewidth=1, zorder=0)
     for place, arm in enumerate(arms):
-        if arm not in found:
+        if arm not in interval_by_arm:
             continue
-        mean, low, high = found[arm]
+        mean, low, high = interval_by_arm[arm]
         if np.isfinite([low, high]).all():
             axes.plot([low, high], [place, place], color="#3b528b", linewidth=2.2, zorder=2)
             axes.plot([low, high], [place, place], "|", color="#3b528b", markersize=7, zorder=2)

@@ -16,11 +16,11 @@ from camdistill.report.figures.pictures import (
     Picture,
     Shares,
     Sheet,
+    add_frame,
     as_bytes,
-    coloured,
-    enlarged,
-    framed,
-    stretched,
+    colorize,
+    resize_image,
+    resize_shares,
 )
 
 OPACITY = 0.6  # of the map over the image
@@ -28,7 +28,7 @@ PALEST = 0.35  # what black becomes below a map: on a dark image colours would n
 NOT_A_NUMBER = (255, 0, 255)  # a colour that no colour map here has
 
 
-class Row(NamedTuple):
+class PanelRow(NamedTuple):
     """One row of a map panel.
 
     Attributes:
@@ -50,7 +50,7 @@ class _Tile(NamedTuple):
 
 
 def map_panel(
-    rows: Sequence[Row],
+    rows: Sequence[PanelRow],
     *,
     title: str = "",
     size: int = 128,
@@ -75,15 +75,15 @@ def map_panel(
     """
     if not rows:
         raise ValueError("a panel needs at least one row")
-    compared = any(row.student is not None for row in rows)
-    heads = ["image", first, "student", "student - teacher"][: 4 if compared else 2]
-    tiles = [_tiles(row, size, scale, compared, unit) for row in rows]
+    has_student = any(row.student is not None for row in rows)
+    headings = ["image", first, "student", "student - teacher"][: 4 if has_student else 2]
+    tiles = [_tiles(row, size, scale, has_student, unit) for row in rows]
     height = max(tile.pixels.shape[0] for line in tiles for tile in line)
     width = max(tile.pixels.shape[1] for line in tiles for tile in line)
     deepest = max(len(row.caption) for row in rows)
     text = 8 + 7 * max((len(line) for row in rows for line in row.caption), default=0)
     pitch = max(height + LINE, deepest * LINE) + GAP
-    strip = text + len(heads) * (width + GAP) + MARGIN
+    strip = text + len(headings) * (width + GAP) + MARGIN
     lines = -(-len(rows) // abreast)
     top = MARGIN + (LINE + GAP if title else 0)
     legend = 3 * LINE
@@ -100,14 +100,14 @@ def map_panel(
         for number, tile in enumerate(line):
             x = left + text + number * (width + GAP)
             if place < abreast:
-                sheet.write(x, top, heads[number], colour="0.35")
+                sheet.write(x, top, headings[number], colour="0.35")
             sheet.paste(x, upper, tile.pixels)
             sheet.write(x, upper + tile.pixels.shape[0] + 1, tile.note, colour="0.35", points=7.0)
     share = "map / its own max" if scale == "own" else "map / row's max"
     bottom = top + LINE + lines * pitch + GAP
     left = MARGIN + text
     sheet.bar(left, bottom, 2 * width, SEQUENTIAL, ("0", share, "1"))
-    if compared:
+    if has_student:
         ends = ("-1", "difference", "1")
         sheet.bar(left + 2 * (width + GAP), bottom, 2 * width, DIVERGING, ends)
     return sheet.picture()
@@ -117,16 +117,16 @@ def overlay(
     image: Float[np.ndarray, "channels height width"], share: Shares, tall: int, wide: int
 ) -> Picture:
     """A map in [0, 1] in colour over the image in pale grey; NaN is magenta."""
-    grey = PALEST + (1 - PALEST) * enlarged(image, tall, wide).mean(axis=-1, keepdims=True)
-    level, missing = stretched(share, tall, wide)
-    mixed = (1 - OPACITY) * grey + OPACITY * coloured(level, SEQUENTIAL)
+    grey = PALEST + (1 - PALEST) * resize_image(image, tall, wide).mean(axis=-1, keepdims=True)
+    level, missing = resize_shares(share, tall, wide)
+    mixed = (1 - OPACITY) * grey + OPACITY * colorize(level, SEQUENTIAL)
     mixed[missing] = np.array(NOT_A_NUMBER) / 255
     return as_bytes(mixed)
 
 
-def _tiles(row: Row, size: int, scale: str, compared: bool, unit: str) -> list[_Tile]:
+def _tiles(row: PanelRow, size: int, scale: str, has_student: bool, unit: str) -> list[_Tile]:
     tall, wide = _tile_size(row.image.shape[1:], size)
-    plain = as_bytes(enlarged(row.image, tall, wide))
+    plain = as_bytes(resize_image(row.image, tall, wide))
     peaks = [peak_of(grid) for grid in (row.teacher, row.student) if grid is not None]
     peak = {"teacher": peaks[0], "student": peaks[-1]}
     if scale == "shared":
@@ -137,17 +137,19 @@ def _tiles(row: Row, size: int, scale: str, compared: bool, unit: str) -> list[_
         student = share_of(row.student, peak["student"])
         tiles.append(_Tile(overlay(row.image, student, tall, wide), _note(row.student, unit)))
         tiles.append(_Tile(_difference(student, teacher, tall, wide)))
-    elif compared:
+    elif has_student:
         tiles += [_Tile(np.full((tall, wide, 3), 235, np.uint8), "none")] * 2
     return tiles
 
 
 def _difference(student: Shares, teacher: Shares, tall: int, wide: int) -> Picture:
     """Shares against shares: white is equal, red where the student has more, blue where less."""
-    (more, gone), (less, lost) = (stretched(share, tall, wide) for share in (student, teacher))
-    pixels = coloured((more - less + 1) / 2, DIVERGING)
-    pixels[gone | lost] = np.array(NOT_A_NUMBER) / 255
-    return framed(as_bytes(pixels))
+    (student_level, student_missing), (teacher_level, teacher_missing) = (
+        resize_shares(share, tall, wide) for share in (student, teacher)
+    )
+    pixels = colorize((student_level - teacher_level + 1) / 2, DIVERGING)
+    pixels[student_missing | teacher_missing] = np.array(NOT_A_NUMBER) / 255
+    return add_frame(as_bytes(pixels))
 
 
 def peak_of(values: Grid) -> float:
@@ -171,8 +173,8 @@ def _note(values: Grid, unit: str) -> str:
         return f"NaN: {broken} of {values.size}"
     if values.max() <= 0:
         return "blank"
-    said = "constant" if values.min() == values.max() else "max"
-    return f"{said} {values.max():.3g} {unit}".rstrip()
+    word = "constant" if values.min() == values.max() else "max"
+    return f"{word} {values.max():.3g} {unit}".rstrip()
 
 
 def _tile_size(shape: tuple[int, ...], size: int) -> tuple[int, int]:

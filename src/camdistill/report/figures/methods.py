@@ -16,7 +16,7 @@ from camdistill.report.figures.pictures import (
     Picture,
     Sheet,
     as_bytes,
-    enlarged,
+    resize_image,
 )
 
 LETTER = 6  # pixels of a small letter
@@ -65,9 +65,9 @@ def method_panel(
     longest = max(height, width)
     factor = max(round(size / longest), 1) if longest <= 1.25 * size else size / longest
     tall, wide = (max(round(length * factor), 1) for length in (height, width))
-    most = max(len(block) for block in maps.values())
-    across = min(across, most)
-    words = max(len(one.method) for block in maps.values() for one in block)
+    largest_block = max(len(block) for block in maps.values())
+    across = min(across, largest_block)
+    words = max(len(method_map.method) for block in maps.values() for method_map in block)
     step = max(wide, LETTER * words) + GAP
     pitch = 2 * LINE - 4 + tall + LINE
     lines = {name: -(-len(block) // across) for name, block in maps.items()}
@@ -81,14 +81,14 @@ def method_panel(
     )
     sheet.write(MARGIN, MARGIN, title, bold=True, points=9.5)
     first = top + 3 * LINE - 4
-    sheet.paste(MARGIN, first, as_bytes(enlarged(image, tall, wide)))
+    sheet.paste(MARGIN, first, as_bytes(resize_image(image, tall, wide)))
     sheet.write(MARGIN, first + tall + 1, "image", colour="0.35", points=7.0)
     y = top
     for name, block in maps.items():
         sheet.write(left, y, name, bold=True)
-        for place, one in enumerate(block):
+        for place, method_map in enumerate(block):
             x, upper = left + (place % across) * step, y + LINE + (place // across) * pitch
-            _tile(sheet, x, upper, image, one, (tall, wide))
+            _draw_tile(sheet, x, upper, image, method_map, (tall, wide))
         y += LINE + lines[name] * pitch + GAP
     length = max(min(across * step - GAP, 3 * wide), NARROWEST)
     sheet.bar(left, y, length, SEQUENTIAL, ("0", "map / its own maximum", "1"))
@@ -97,19 +97,19 @@ def method_panel(
     return sheet.picture()
 
 
-def _tile(
+def _draw_tile(
     sheet: Sheet,
     x: int,
     y: int,
     image: Float[np.ndarray, "channels height width"],
-    one: MethodMap,
+    method_map: MethodMap,
     tile: tuple[int, int],
 ) -> None:
-    peak = peak_of(one.values)
-    sheet.write(x, y, one.method, points=7.5)
-    sheet.write(x, y + LINE - 4, one.layer, colour="0.35", points=7.0)
-    sheet.paste(x, y + 2 * LINE - 4, overlay(image, share_of(one.values, peak), *tile))
-    said = f"max {peak:.2g}" if peak > 0 else "blank"
-    said = said if np.isfinite(one.values).all() else "NaN"
-    note = "   ".join(word for word in (said, one.note) if word)
+    peak = peak_of(method_map.values)
+    sheet.write(x, y, method_map.method, points=7.5)
+    sheet.write(x, y + LINE - 4, method_map.layer, colour="0.35", points=7.0)
+    sheet.paste(x, y + 2 * LINE - 4, overlay(image, share_of(method_map.values, peak), *tile))
+    peak_text = f"max {peak:.2g}" if peak > 0 else "blank"
+    peak_text = peak_text if np.isfinite(method_map.values).all() else "NaN"
+    note = "   ".join(word for word in (peak_text, method_map.note) if word)
     sheet.write(x, y + 2 * LINE - 4 + tile[0] + 1, note, colour="0.35", points=6.5)

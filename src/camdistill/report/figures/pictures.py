@@ -82,7 +82,7 @@ class Sheet:
     def bar(self, x: int, y: int, width: int, colours: str, words: tuple[str, str, str]) -> None:
         """A horizontal colour bar with words at its left end, middle and right end."""
         ramp = np.broadcast_to(np.linspace(0, 1, width), (8, width))
-        self.paste(x, y, as_bytes(coloured(ramp, colours)))
+        self.paste(x, y, as_bytes(colorize(ramp, colours)))
         places: tuple[tuple[int, Literal["left", "center", "right"]], ...] = (
             (x, "left"),
             (x + width // 2, "center"),
@@ -99,36 +99,38 @@ class Sheet:
 
     def picture(self) -> Picture:
         """The page as it is now."""
-        page = rendered(self._figure)
+        page = render_figure(self._figure)
         for x, y, pixels in self._tiles:
             height, width, _ = pixels.shape
             page[y : y + height, x : x + width] = pixels
         return page
 
 
-def enlarged(image: Float[np.ndarray, "channels height width"], tall: int, wide: int) -> Colours:
+def resize_image(
+    image: Float[np.ndarray, "channels height width"], tall: int, wide: int
+) -> Colours:
     """The image as RGB at its tile's size: pixels stay square when it grows."""
     colours = np.moveaxis(np.clip(np.nan_to_num(image), 0, 1), 0, -1)
     if colours.shape[-1] not in (1, 3):
         raise ValueError(f"an image has 1 or 3 channels, not {colours.shape[-1]}")
     colours = np.broadcast_to(colours, (*colours.shape[:2], 3))
     grows = tall >= colours.shape[0]
-    way = Resampling.NEAREST if grows else Resampling.LANCZOS
-    resized = Image.fromarray(as_bytes(colours)).resize((wide, tall), way)
+    resampling = Resampling.NEAREST if grows else Resampling.LANCZOS
+    resized = Image.fromarray(as_bytes(colours)).resize((wide, tall), resampling)
     return np.asarray(resized, np.float64) / 255
 
 
-def stretched(
+def resize_shares(
     share: Shares, tall: int, wide: int
 ) -> tuple[Float[np.ndarray, "tall wide"], Bool[np.ndarray, "tall wide"]]:
     """Bilinear, edges held, as `align_corners=False`; and where a NaN's cell is."""
-    known = Image.fromarray(np.nan_to_num(share).astype(np.float32))
-    level = np.asarray(known.resize((wide, tall), Resampling.BILINEAR), np.float64)
+    finite_shares = Image.fromarray(np.nan_to_num(share).astype(np.float32))
+    level = np.asarray(finite_shares.resize((wide, tall), Resampling.BILINEAR), np.float64)
     missing = Image.fromarray(np.isnan(share).astype(np.uint8))
     return level, np.asarray(missing.resize((wide, tall), Resampling.NEAREST)) > 0
 
 
-def coloured(level: Shares, colours: str) -> Colours:
+def colorize(level: Shares, colours: str) -> Colours:
     """Numbers in [0, 1] in a colour map's colours, by its name."""
     rgb: Colours = mpl.colormaps[colours](level)[..., :3]
     return rgb
@@ -140,14 +142,14 @@ def as_bytes(colours: Colours) -> Picture:
     return pixels
 
 
-def framed(pixels: Picture) -> Picture:
+def add_frame(pixels: Picture) -> Picture:
     """A thin grey border, so that white has an end."""
     for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
         pixels[edge] = 200
     return pixels
 
 
-def rendered(figure: Figure) -> Picture:
+def render_figure(figure: Figure) -> Picture:
     """A figure's pixels."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]

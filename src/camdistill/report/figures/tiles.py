@@ -15,9 +15,9 @@ from camdistill.report.figures.pictures import (
     Picture,
     Sheet,
     as_bytes,
-    coloured,
-    enlarged,
-    stretched,
+    colorize,
+    resize_image,
+    resize_shares,
 )
 
 Filters = Float[np.ndarray, "units channels height width"]
@@ -67,30 +67,30 @@ def tile_grid(
         raise ValueError("a grid needs at least one tile")
     tall = max(tile.pixels.shape[0] for tile in tiles)
     wide = max(tile.pixels.shape[1] for tile in tiles)
-    across = columns or min(max(round((2 * len(tiles)) ** 0.5), 4), 16)
-    across = min(across, len(tiles))
-    noted = any(tile.note for tile in tiles)
+    columns_used = columns or min(max(round((2 * len(tiles)) ** 0.5), 4), 16)
+    columns_used = min(columns_used, len(tiles))
+    has_notes = any(tile.note for tile in tiles)
     widest = max(len(tile.note) for tile in tiles)
     step = max(wide + GAP, LETTER * widest + GAP)
-    pitch = tall + GAP + (LINE - 4 if noted else 0)
+    pitch = tall + GAP + (LINE - 4 if has_notes else 0)
     words = max([0, *(LETTER * len(line) for line in lines), round(1.3 * LETTER * len(title))])
-    rows = -(-len(tiles) // across)
+    rows = -(-len(tiles) // columns_used)
     top = MARGIN + (LINE + 2 if title else 0) + LINE * len(lines) + (GAP if lines or title else 0)
     legend = 2 * LINE if bar else 0
-    width = 2 * MARGIN + max(across * step - GAP, words, 220 if bar else 0)
+    width = 2 * MARGIN + max(columns_used * step - GAP, words, 220 if bar else 0)
     sheet = Sheet(width, top + rows * pitch + legend + MARGIN)
     sheet.write(MARGIN, MARGIN, title, bold=True, points=9.5)
     for number, line in enumerate(lines):
         y = MARGIN + (LINE + 2 if title else 0) + number * LINE
         sheet.write(MARGIN, y, line, colour="0.35")
     for place, tile in enumerate(tiles):
-        x, y = MARGIN + (place % across) * step, top + (place // across) * pitch
-        sheet.paste(x, y, bordered(tile.pixels, MARK) if tile.marked else tile.pixels)
+        x, y = MARGIN + (place % columns_used) * step, top + (place // columns_used) * pitch
+        sheet.paste(x, y, add_border(tile.pixels, MARK) if tile.marked else tile.pixels)
         note = y + tile.pixels.shape[0] + 1
         middle = x + tile.pixels.shape[1] // 2
         sheet.write(middle, note, tile.note, colour="0.35", points=6.5, align="center")
     if bar:
-        length = min(max(across * step - GAP, 200), 360)
+        length = min(max(columns_used * step - GAP, 200), 360)
         sheet.bar(MARGIN, top + rows * pitch + 2, length, *bar)
     return sheet.picture()
 
@@ -112,22 +112,22 @@ def filter_tiles(
     """
     finite = np.isfinite(filters).all((1, 2, 3))
     filters = np.nan_to_num(filters.astype(np.float64))
-    shown = filters if filters.shape[1] in (1, 3) else _principal(filters)
-    magnitude = np.abs(shown)
+    visible = filters if filters.shape[1] in (1, 3) else _principal_components(filters)
+    magnitude = np.abs(visible)
     if shared:
-        scale = np.full(len(shown), np.quantile(magnitude, 0.99) if magnitude.size else 1.0)
+        scale = np.full(len(visible), np.quantile(magnitude, 0.99) if magnitude.size else 1.0)
     else:
-        scale = magnitude.reshape(len(shown), -1).max(1)
-    level = shown / np.where(scale > 0, scale, 1)[:, None, None, None]
+        scale = magnitude.reshape(len(visible), -1).max(1)
+    level = visible / np.where(scale > 0, scale, 1)[:, None, None, None]
     norms = np.sqrt((filters.reshape(len(filters), -1) ** 2).sum(1))
     factor = max(round(size / max(filters.shape[2:])), 1)
     tall, wide = filters.shape[2] * factor, filters.shape[3] * factor
     tiles = []
-    for unit, one in enumerate(np.clip((level + 1) / 2, 0, 1)):
-        if len(one) == 3:
-            pixels = as_bytes(enlarged(one, tall, wide))
+    for unit, color_level in enumerate(np.clip((level + 1) / 2, 0, 1)):
+        if len(color_level) == 3:
+            pixels = as_bytes(resize_image(color_level, tall, wide))
         else:
-            flat = as_bytes(coloured(one[0], DIVERGING))
+            flat = as_bytes(colorize(color_level[0], DIVERGING))
             pixels = np.repeat(np.repeat(flat, factor, 0), factor, 1)
         note = f"{unit}: {norms[unit]:.2g}" if shared else str(unit)
         note = note if finite[unit] else f"{unit}: NaN"
@@ -147,19 +147,19 @@ def map_tiles(
     factor = max(round(size / longest), 1) if longest <= size else size / longest
     tall, wide = (max(round(length * factor), 1) for length in maps.shape[1:])
     tiles = []
-    for place, (one, note) in enumerate(zip(maps, notes, strict=True)):
-        finite = np.where(np.isfinite(one), one, np.nan).astype(np.float64)
+    for place, (unit_map, note) in enumerate(zip(maps, notes, strict=True)):
+        finite = np.where(np.isfinite(unit_map), unit_map, np.nan).astype(np.float64)
         positive = np.maximum(finite, 0)
-        known = positive[np.isfinite(positive)]
-        peak = float(known.max()) if known.size else 0.0
+        finite_values = positive[np.isfinite(positive)]
+        peak = float(finite_values.max()) if finite_values.size else 0.0
         share = positive / peak if peak > 0 else positive * 0
         if longest <= size:
-            cells = as_bytes(coloured(np.nan_to_num(share), SEQUENTIAL))
+            cells = as_bytes(colorize(np.nan_to_num(share), SEQUENTIAL))
             cells[np.isnan(share)] = (255, 0, 255)
             pixels = np.repeat(np.repeat(cells, int(factor), 0), int(factor), 1)
         else:
-            level, missing = stretched(share, tall, wide)
-            pixels = as_bytes(coloured(level, SEQUENTIAL))
+            level, missing = resize_shares(share, tall, wide)
+            pixels = as_bytes(colorize(level, SEQUENTIAL))
             pixels[missing] = (255, 0, 255)
         tiles.append(Tile(pixels, note, place in marked))
     return tiles
@@ -185,13 +185,13 @@ def patch_tile(
     height, width = image.shape[1:]
     factor = size / max(height, width)
     tall, wide = (max(round(length * factor), 1) for length in (height, width))
-    colours = enlarged(image, tall, wide)
+    colours = resize_image(image, tall, wide)
     rows = np.arange(tall) * height // tall
     columns = np.arange(wide) * width // wide
     if region is not None:
         lit = region[rows][:, columns]
         colours = np.where(lit[..., None], colours, 0.35 * colours + 0.1)
-        edge = lit & ~_eroded(lit)
+        edge = lit & ~_erode(lit)
         colours[edge] = (1.0, 0.85, 0.1)
     if inside is not None:
         beyond = ~inside[rows][:, columns]
@@ -200,15 +200,15 @@ def patch_tile(
     return Tile(as_bytes(colours), note)
 
 
-def bordered(pixels: Picture, colour: tuple[int, int, int], width: int = 2) -> Picture:
+def add_border(pixels: Picture, colour: tuple[int, int, int], width: int = 2) -> Picture:
     """The picture with its outermost pixels in one colour."""
-    framed = pixels.copy()
-    framed[:width] = framed[-width:] = colour
-    framed[:, :width] = framed[:, -width:] = colour
-    return framed
+    bordered_pixels = pixels.copy()
+    bordered_pixels[:width] = bordered_pixels[-width:] = colour
+    bordered_pixels[:, :width] = bordered_pixels[:, -width:] = colour
+    return bordered_pixels
 
 
-def _eroded(lit: Bool[np.ndarray, "tall wide"]) -> Bool[np.ndarray, "tall wide"]:
+def _erode(lit: Bool[np.ndarray, "tall wide"]) -> Bool[np.ndarray, "tall wide"]:
     padded = np.pad(lit, 1, constant_values=True)
     inner: Bool[np.ndarray, "tall wide"] = (
         lit & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -216,11 +216,11 @@ def _eroded(lit: Bool[np.ndarray, "tall wide"]) -> Bool[np.ndarray, "tall wide"]
     return inner
 
 
-def _principal(filters: Filters) -> Float[np.ndarray, "units 3 height width"]:
+def _principal_components(filters: Filters) -> Float[np.ndarray, "units 3 height width"]:
     """Three directions of the channels instead of all."""
     rows = np.moveaxis(filters, 1, -1).reshape(-1, filters.shape[1])
     _, _, directions = np.linalg.svd(rows, full_matrices=False)
-    found = rows @ directions[:3].T
-    found = np.pad(found, ((0, 0), (0, 3 - found.shape[1])))
+    components = rows @ directions[:3].T
+    components = np.pad(components, ((0, 0), (0, 3 - components.shape[1])))
     shape = (len(filters), *filters.shape[2:], 3)
-    return np.moveaxis(found.reshape(shape), -1, 1)
+    return np.moveaxis(components.reshape(shape), -1, 1)

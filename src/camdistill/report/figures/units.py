@@ -53,7 +53,7 @@ def unit_card(card: UnitCard) -> Picture:
     sheet.write(left, MARGIN, card.title, bold=True, points=9.5)
     for number, line in enumerate(card.lines):
         sheet.write(left, MARGIN + LINE + 2 + number * LINE, line, colour="0.3")
-    _patches(sheet, left, top, card.patches[:9])
+    _draw_patches(sheet, left, top, card.patches[:9])
     y = top
     for name, tile in card.beside:
         sheet.write(middle, y, name, colour="0.35")
@@ -65,12 +65,12 @@ def unit_card(card: UnitCard) -> Picture:
     if card.histogram is not None:
         sheet.write(right + 20, top, "activations above zero, all places", colour="0.35")
         axes = sheet.axes(right + 30, top + LINE + 4, CHART, 84)
-        _histogram(axes, card.histogram)
+        _draw_histogram(axes, card.histogram)
     if card.concepts:
         y = top + LINE + 4 + 84 + 2 * LINE + 8 if card.histogram is not None else top
         sheet.write(right + 20, y, "responds to (IoU; tick: chance)", colour="0.35")
         axes = sheet.axes(right + 110, y + LINE + 2, CHART - 120, 20 * len(card.concepts))
-        _concepts(axes, card.concepts)
+        _draw_concepts(axes, card.concepts)
     return sheet.picture()
 
 
@@ -84,13 +84,13 @@ def unit_sheet(cards: Sequence[UnitCard], *, abreast: int = 1) -> Picture:
     lines = []
     for row in rows:
         tall = max(picture.shape[0] for picture in row)
-        cells = [_filled(picture, tall, wide) for picture in row]
+        cells = [_fill_page(picture, tall, wide) for picture in row]
         cells += [np.full((tall, wide, 3), 255, np.uint8)] * (abreast - len(row))
         lines.append(np.concatenate(cells, 1))
     return np.concatenate(lines)
 
 
-def _filled(picture: UInt8[np.ndarray, "_ _ 3"], tall: int, wide: int) -> Picture:
+def _fill_page(picture: UInt8[np.ndarray, "_ _ 3"], tall: int, wide: int) -> Picture:
     """The picture at the top left of a white page, a thin line below it."""
     page = np.full((tall, wide, 3), 255, np.uint8)
     page[: picture.shape[0], : picture.shape[1]] = picture
@@ -98,7 +98,7 @@ def _filled(picture: UInt8[np.ndarray, "_ _ 3"], tall: int, wide: int) -> Pictur
     return page
 
 
-def _patches(sheet: Sheet, left: int, top: int, patches: Sequence[Tile]) -> None:
+def _draw_patches(sheet: Sheet, left: int, top: int, patches: Sequence[Tile]) -> None:
     words = "most exciting, one an image" if patches else "nothing excites it"
     sheet.write(left, top, words, colour="0.35")
     for number, tile in enumerate(patches):
@@ -111,26 +111,30 @@ def _patches(sheet: Sheet, left: int, top: int, patches: Sequence[Tile]) -> None
         )
 
 
-def _histogram(axes: Axes, found: LogHistogram) -> None:
-    width = np.diff(found.edges)
-    share = found.counts / max(found.counts.sum(), 1)
-    axes.bar(found.edges[:-1], share / width, width, align="edge", color=COLOURS[0], linewidth=0)
-    used = np.flatnonzero(found.counts)
+def _draw_histogram(axes: Axes, histogram: LogHistogram) -> None:
+    width = np.diff(histogram.edges)
+    share = histogram.counts / max(histogram.counts.sum(), 1)
+    axes.bar(
+        histogram.edges[:-1], share / width, width, align="edge", color=COLOURS[0], linewidth=0
+    )
+    used = np.flatnonzero(histogram.counts)
     if len(used):
-        low, high = found.edges[used[0]], found.edges[used[-1] + 1]
+        low, high = histogram.edges[used[0]], histogram.edges[used[-1] + 1]
         axes.set_xlim(max(low, high - 5), high)
     ticks = [tick for tick in range(-9, 10) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
     axes.set_yticks([])
     axes.tick_params(axis="x", length=2, labelsize=7)
-    words = "no finite value" if np.isnan(found.zeros) else f"zero {100 * found.zeros:.1f} %"
-    words += f"\nnot finite: {found.nonfinite}" if found.nonfinite else ""
+    words = (
+        "no finite value" if np.isnan(histogram.zeros) else f"zero {100 * histogram.zeros:.1f} %"
+    )
+    words += f"\nnot finite: {histogram.nonfinite}" if histogram.nonfinite else ""
     axes.text(0.02, 0.95, words, transform=axes.transAxes, fontsize=7.5, va="top", color="0.3")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
 
 
-def _concepts(axes: Axes, concepts: Sequence[tuple[str, float, float]]) -> None:
+def _draw_concepts(axes: Axes, concepts: Sequence[tuple[str, float, float]]) -> None:
     places = range(len(concepts))[::-1]
     values = [iou for _, iou, _ in concepts]
     axes.barh(places, values, 0.62, color=COLOURS[0])

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camdistill.layers.sweep.statistics.cka import CkaSums, grams, groups
+from camdistill.layers.sweep.statistics.cka import CkaSums, gram_matrices, group_sizes
 
 NAMES = [("teacher", "a"), ("teacher", "b"), ("student", "c")]
 
@@ -31,7 +31,7 @@ def features(seed: int, images: int) -> list[torch.Tensor]:
 def sums(layers: list[torch.Tensor], sound: torch.Tensor | None = None) -> CkaSums:
     if sound is None:
         sound = torch.ones(len(layers), len(layers[0]), dtype=torch.bool)
-    return CkaSums.of([grams(layer) for layer in layers], sound)
+    return CkaSums.of([gram_matrices(layer) for layer in layers], sound)
 
 
 @settings(max_examples=30, deadline=None)
@@ -40,7 +40,7 @@ def test_streaming_equals_the_formula_group_by_group(seed: int, sizes: list[int]
     batches = [features(seed + number, size) for number, size in enumerate(sizes)]
     state = CkaSums.empty(3)
     for batch in batches:
-        state = state.merged(sums(batch))
+        state = state.merge(sums(batch))
 
     def mean(row: int, column: int) -> float:
         return sum(len(b[0]) * hsic(b[row].numpy(), b[column].numpy()) for b in batches)
@@ -63,7 +63,7 @@ def test_closed_form_of_uncorrelated_features() -> None:
     b = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     state = CkaSums.empty(2)
     for part in z.split(64):
-        state = state.merged(sums([part @ a, part @ b]))
+        state = state.merge(sums([part @ a, part @ b]))
     expected = (a.T @ b).norm() ** 2 / ((a @ a.T).norm() * (b @ b.T).norm())
     found = float(state.similarity(NAMES[:2]).cka[0, 1])
     assert found == pytest.approx(float(expected), abs=0.02)
@@ -83,7 +83,7 @@ def test_independent_layers_have_none_even_in_small_batches() -> None:
     generator = torch.Generator().manual_seed(0)
     state = CkaSums.empty(2)
     for _ in range(200):
-        state = state.merged(sums([torch.randn(8, 64, generator=generator) for _ in range(2)]))
+        state = state.merge(sums([torch.randn(8, 64, generator=generator) for _ in range(2)]))
     assert abs(float(state.similarity(NAMES[:2]).cka[0, 1])) < 0.03
 
 
@@ -107,7 +107,7 @@ def test_broken_images_are_left_out_and_a_small_last_batch_does_no_harm() -> Non
     sound = torch.arange(12) != 5
     expected = sums([one[sound] for one in layers]).similarity(NAMES)
     last = [one[:2] for one in features(4, 5)]
-    found = sums(broken, sound.expand(3, -1)).merged(sums(last)).similarity(NAMES)
+    found = sums(broken, sound.expand(3, -1)).merge(sums(last)).similarity(NAMES)
     torch.testing.assert_close(found.cka, expected.cka)
     assert found.images == 11
 
@@ -126,7 +126,7 @@ def test_two_layers_are_compared_on_the_images_that_are_finite_at_both(
         for layer, good in zip(layers, sound, strict=True):
             layer[~good] = torch.nan
         batches.append((layers, sound))
-        state = state.merged(sums(layers, sound))
+        state = state.merge(sums(layers, sound))
     found = state.similarity(NAMES)
     for row in range(3):
         for column in range(row, 3):
@@ -151,14 +151,14 @@ def test_grams_are_the_same_in_every_layout(generator: torch.Generator) -> None:
     output = torch.randn(5, 3, 4, 6, generator=generator)
     expected = output.flatten(1).double() @ output.flatten(1).double().T
     for layout in (torch.contiguous_format, torch.channels_last):
-        (found,) = grams(output.contiguous(memory_format=layout))
+        (found,) = gram_matrices(output.contiguous(memory_format=layout))
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 1000))
 def test_groups_are_even_and_of_64_at_most(images: int) -> None:
-    sizes = groups(images)
+    sizes = group_sizes(images)
     assert sum(sizes) == images
     assert max(sizes) <= 64
     assert max(sizes) - min(sizes) <= 1
@@ -169,7 +169,7 @@ def test_a_large_batch_is_compared_in_groups() -> None:
     layers = features(1, 130)
     state = CkaSums.empty(3)
     for rows in (slice(44), slice(44, 87), slice(87, 130)):
-        state = state.merged(sums([one[rows] for one in layers]))
+        state = state.merge(sums([one[rows] for one in layers]))
     found = sums(layers).similarity(NAMES)
     torch.testing.assert_close(found.cka, state.similarity(NAMES).cka)
     assert (found.images, found.batches) == (130, 3)

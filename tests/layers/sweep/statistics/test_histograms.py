@@ -10,11 +10,11 @@ from camdistill.layers.sweep.statistics.histograms import (
     BINS,
     SIDE,
     HistogramCounts,
-    edges,
-    middle,
-    octaves,
+    bin_edges,
+    interpolate_quantile,
+    log10_bins,
     quantile,
-    rebinned,
+    rebin,
 )
 from camdistill.layers.sweep.sweep_summary import Point
 
@@ -29,7 +29,7 @@ def told(values: torch.Tensor):
 
 def numpys(values: np.ndarray) -> np.ndarray:
     """numpy.histogram on the same edges: of positive values, and of negated negative ones."""
-    limits = edges().numpy()[SIDE + 1 :]
+    limits = bin_edges().numpy()[SIDE + 1 :]
     positive = np.histogram(values[values > 0].astype(np.float64), limits)[0]
     negative = np.histogram(-values[values < 0].astype(np.float64), limits)[0]
     small = len(values) - positive.sum() - negative.sum()
@@ -61,7 +61,7 @@ def test_merging_is_counting_together_and_nothing_is_lost(
     first: list[float], second: list[float]
 ) -> None:
     one, two = torch.tensor(first), torch.tensor(second)
-    merged = HistogramCounts.of(one).merged(HistogramCounts.of(two))
+    merged = HistogramCounts.of(one).merge(HistogramCounts.of(two))
     together = torch.cat([one, two])
     whole = HistogramCounts.of(together)
     assert torch.equal(merged.raw, whole.raw)
@@ -78,7 +78,7 @@ def test_merging_is_counting_together_and_nothing_is_lost(
 def test_the_histogram_before_a_relu_tells_the_one_after_it(values: list[float]) -> None:
     given_values = torch.tensor(values)
     expected = HistogramCounts.of(given_values.relu()).histogram(HERE)
-    found = HistogramCounts.of(given_values).rectified().histogram(HERE)
+    found = HistogramCounts.of(given_values).apply_relu().histogram(HERE)
     assert torch.equal(found.counts, expected.counts)
     assert (found.nan, found.below, found.above) == (expected.nan, expected.below, expected.above)
 
@@ -89,7 +89,7 @@ def test_zeros_of_both_signs_are_zeros() -> None:
 
 
 def test_edges_are_symmetric_eighths_of_octaves() -> None:
-    limits = edges().numpy()
+    limits = bin_edges().numpy()
     assert len(limits) == BINS + 1
     np.testing.assert_array_equal(limits, -limits[::-1])
     normal = limits[limits >= 2.0**-126]
@@ -109,7 +109,7 @@ def test_a_quantile_lies_in_the_bin_told(values: list[float], share: float) -> N
         assert (low, high) == (0, 0)
     else:
         assert low <= true <= high
-        assert low <= middle(told(torch.tensor(values)), share) <= high
+        assert low <= interpolate_quantile(told(torch.tensor(values)), share) <= high
 
 
 def test_quantiles_of_nothing_are_nan() -> None:
@@ -118,7 +118,7 @@ def test_quantiles_of_nothing_are_nan() -> None:
 
 def test_octaves_hold_the_positive_values(generator: torch.Generator) -> None:
     values = torch.rand(500, generator=generator) * 3 - 1
-    limits, counts = octaves(told(values))
+    limits, counts = log10_bins(told(values))
     expected = np.histogram(np.log10(values[values > 0].double().numpy()), limits.numpy())[0]
     assert counts.tolist() == expected.tolist()
     assert counts[0] > 0
@@ -127,13 +127,13 @@ def test_octaves_hold_the_positive_values(generator: torch.Generator) -> None:
 
 def test_rebinning_on_our_own_edges_changes_nothing(generator: torch.Generator) -> None:
     histogram = told(torch.randn(300, generator=generator))
-    torch.testing.assert_close(rebinned(histogram, edges()), histogram.counts.double())
+    torch.testing.assert_close(rebin(histogram, bin_edges()), histogram.counts.double())
     limits = torch.linspace(-5, 5, 21)
-    assert float(rebinned(histogram, limits).sum()) == pytest.approx(300)
+    assert float(rebin(histogram, limits).sum()) == pytest.approx(300)
 
 
 def test_rebinned_zeros_are_in_the_bin_that_numpy_puts_them_in() -> None:
     histogram = told(torch.zeros(7))
     for limits in ([-1.0, 0.0, 1.0], [-2.0, -1.0, 0.0], [0.0, 2.0], [1.0, 2.0], [-2.0, -1.0]):
         expected = np.histogram(np.zeros(7), limits)[0]
-        assert rebinned(histogram, limits).tolist() == expected.tolist()
+        assert rebin(histogram, limits).tolist() == expected.tolist()

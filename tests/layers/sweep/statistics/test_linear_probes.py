@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from camdistill.layers.sweep.sampling import ALL, chosen, drawn
-from camdistill.layers.sweep.statistics.linear_probes import ProbeSums, untrained
+from camdistill.layers.sweep.sampling import ALL, integers_by_id, sample_mask
+from camdistill.layers.sweep.statistics.linear_probes import ProbeSums, copy_untrained
 from camdistill.networks.students import ShallowCNN
 
 CHANNELS = (5, 3)
@@ -27,7 +27,7 @@ def swept(parts: list[torch.Tensor], seed: int = 3, images: int = 120) -> ProbeS
     state = ProbeSums.empty(CHANNELS, 4)
     for part in parts:
         one = ProbeSums.of([layer[part] for layer in features], labels[part], ids[part], 4, 0)
-        state = state.merged(one)
+        state = state.merge(one)
     return state
 
 
@@ -35,7 +35,7 @@ def swept(parts: list[torch.Tensor], seed: int = 3, images: int = 120) -> ProbeS
 @given(st.permutations(range(120)), st.lists(st.integers(1, 119), max_size=4))
 def test_order_and_batches_do_not_matter(order: list[int], cuts: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probes, "MOST_HELD", 9)
+        patch.setattr(probes, "MAX_HELD_OUT", 9)
         whole = swept([torch.arange(120)])
         parts = torch.tensor_split(torch.tensor(order), sorted(cuts))
         state = swept([part for part in parts if len(part)])
@@ -52,7 +52,7 @@ def test_accuracy_is_that_of_ridge_regression_on_stored_features() -> None:
     features, labels, ids = data(3, 120)
     state = swept([torch.arange(120)])
     known = labels >= 0
-    held = known & chosen(ids, linear_probes.HELD_OUT, 0)
+    held = known & sample_mask(ids, linear_probes.HELD_OUT, 0)
     fitted = known & ~held
     for layer, accuracy in zip(features, state.accuracies(), strict=True):
         x, hot = layer[fitted].numpy(), np.eye(4)[labels[fitted]]
@@ -87,25 +87,25 @@ def test_a_layers_probe_is_of_the_images_that_are_finite_there() -> None:
     state = ProbeSums.empty(CHANNELS, 4)
     for part in torch.arange(120).split(17):
         one = ProbeSums.of([layer[part] for layer in features], labels[part], ids[part], 4, 0)
-        state = state.merged(one)
+        state = state.merge(one)
     whole = swept([torch.arange(120)])
     assert state.accuracies()[1] == whole.accuracies()[1]
-    assert state.tested()[1] == whole.tested()[1]
+    assert state.test_counts()[1] == whole.test_counts()[1]
     kept = (~broken).nonzero().flatten()
     alone = ProbeSums.of([one[kept] for one in features], labels[kept], ids[kept], 4, 0)
     assert state.accuracies()[0] == pytest.approx(alone.accuracies()[0])
     assert state.chances()[0] == alone.chances()[0]
-    assert 0 < state.tested()[0] == alone.tested()[0] < whole.tested()[0]
+    assert 0 < state.test_counts()[0] == alone.test_counts()[0] < whole.test_counts()[0]
 
 
 def test_draws_are_even_and_differ_with_the_seed() -> None:
     ids = torch.arange(20_000)
-    numbers = drawn(ids, 0)
+    numbers = integers_by_id(ids, 0)
     assert 0 <= int(numbers.min()) <= int(numbers.max()) < ALL
     assert len(numbers.unique()) == len(ids)
     shares = torch.histc(numbers.double() / ALL, 10, 0, 1) / len(ids)
     assert (shares - 0.1).abs().max() < 0.01
-    both = chosen(ids, 0.5, 0) == chosen(ids, 0.5, 1)
+    both = sample_mask(ids, 0.5, 0) == sample_mask(ids, 0.5, 1)
     assert float(both.double().mean()) == pytest.approx(0.5, abs=0.02)
 
 
@@ -116,7 +116,7 @@ def test_splitmix_is_the_published_one() -> None:
         z = number * 0x9E3779B97F4A7C15 & mask
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
         z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
-        assert int(drawn(torch.tensor([number]), 0)) == (z ^ z >> 31) >> 2
+        assert int(integers_by_id(torch.tensor([number]), 0)) == (z ^ z >> 31) >> 2
 
 
 def test_untrained_copies_have_fresh_weights_and_the_batchs_statistics() -> None:
@@ -126,7 +126,7 @@ def test_untrained_copies_have_fresh_weights_and_the_batchs_statistics() -> None
     images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     random = torch.get_rng_state()
-    fresh = untrained(network, images, 1)
+    fresh = copy_untrained(network, images, 1)
     assert torch.equal(torch.get_rng_state(), random)
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
@@ -135,5 +135,5 @@ def test_untrained_copies_have_fresh_weights_and_the_batchs_statistics() -> None
     assert not torch.equal(fresh.stage1.conv.weight, network.stage1.conv.weight)
     hidden = fresh.stage1.conv(images)
     torch.testing.assert_close(fresh.stage1.bn.running_mean, hidden.mean((0, 2, 3)))
-    again = untrained(network, images, 1)
+    again = copy_untrained(network, images, 1)
     assert torch.equal(fresh.stage1.conv.weight, again.stage1.conv.weight)

@@ -10,7 +10,7 @@ from camdistill.layers.sweep.statistics.top_images import TopKeys
 
 def merged_in(state: TopKeys, values: torch.Tensor, ids: torch.Tensor) -> TopKeys:
     sound = torch.isfinite(values).flatten(1).all(1)
-    return state.merged(TopKeys.of(values, values.amax((2, 3)).double(), ids, sound, state))
+    return state.merge(TopKeys.of(values, values.amax((2, 3)).double(), ids, sound, state))
 
 
 @settings(max_examples=60, deadline=None)
@@ -32,7 +32,7 @@ def test_the_strongest_images_and_places_are_those_of_a_full_sort(
         if len(part):
             values = torch.from_numpy(stored[part])
             state = merged_in(state, values, torch.from_numpy(ids[part]))
-    found = state.top(4)
+    found = state.top_images(4)
     for channel in range(3):
         peaks = stored[:, channel].reshape(12, -1).max(1)
         order = sorted(range(12), key=lambda image: (-peaks[image], ids[image]))[:top]
@@ -49,7 +49,7 @@ def test_the_strongest_images_and_places_are_those_of_a_full_sort(
 def test_a_broken_image_is_never_among_the_strongest() -> None:
     values = torch.ones(3, 1, 2, 2)
     values[1, 0, 0, 1] = torch.inf
-    found = merged_in(TopKeys.empty(1, 3), values, torch.arange(3)).top(2)
+    found = merged_in(TopKeys.empty(1, 3), values, torch.arange(3)).top_images(2)
     assert found.images.tolist() == [[0, 2, -1]]
 
 
@@ -62,5 +62,5 @@ def test_image_numbers_that_do_not_fit_are_refused() -> None:
 def test_the_largest_image_number_comes_back() -> None:
     number = (1 << 32) - 1
     found = merged_in(TopKeys.empty(1, 1), -torch.ones(1, 1, 1, 1), torch.tensor([number]))
-    assert found.top(1).images.item() == number
-    assert found.top(1).values.item() == -1
+    assert found.top_images(1).images.item() == number
+    assert found.top_images(1).values.item() == -1

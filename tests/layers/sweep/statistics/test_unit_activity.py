@@ -4,12 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camdistill.layers.sweep.reduction import reduced
+from camdistill.layers.sweep.reduction import reduce_output
 from camdistill.layers.sweep.statistics.unit_activity import UnitSums, correlation
 
 
 def sums(values: torch.Tensor, *, rectified: bool = False, bound: float | None = None):
-    return UnitSums.of(reduced(values, rectified=rectified, bound=bound))
+    return UnitSums.of(reduce_output(values, rectified=rectified, bound=bound))
 
 
 def activations(seed: int, shape: tuple[int, ...] = (9, 4, 3, 5)) -> torch.Tensor:
@@ -30,7 +30,7 @@ def test_streaming_equals_numpy_on_everything_stored(
     parts = torch.tensor_split(values, sorted(cuts))
     state = UnitSums.empty(4)
     for part in parts:
-        state = state.merged(sums(part, rectified=rectified, bound=1.0))
+        state = state.merge(sums(part, rectified=rectified, bound=1.0))
     stored = values.numpy().astype(np.float64)
     by_channel = np.moveaxis(stored, 1, 0).reshape(4, -1)
     units = state.units(gated=rectified, bounded=True)
@@ -53,7 +53,7 @@ def test_streaming_equals_numpy_on_everything_stored(
 def test_sparsity_equals_its_definitions(seed: int, cut: int, signed: bool) -> None:
     values = activations(seed) - (0.4 if signed else 0.0)
     values[3] = 0
-    state = sums(values[:cut]).merged(sums(values[cut:]))
+    state = sums(values[:cut]).merge(sums(values[cut:]))
     stored = values.numpy().astype(np.float64)
     means = abs(stored.mean((2, 3)))
 
@@ -87,7 +87,7 @@ def test_rank_equals_that_of_the_centred_matrix(generator: torch.Generator) -> N
     mixing = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     means = torch.randn(50, 6, generator=generator, dtype=torch.float64) @ mixing
     values = means[:, :, None, None].expand(-1, -1, 2, 2).contiguous()
-    rank = sums(values[:20]).merged(sums(values[20:])).rank()
+    rank = sums(values[:20]).merge(sums(values[20:])).rank()
     singular = np.linalg.svd((means - means.mean(0)).numpy(), compute_uv=False)
     shares, power = singular / singular.sum(), singular**2
     assert rank.effective == pytest.approx(float(np.exp(-(shares * np.log(shares)).sum())))
@@ -173,8 +173,8 @@ def test_no_image_tells_nothing() -> None:
 def test_merging_is_associative_and_counts_are_exact(order: list[int], left: bool) -> None:
     states = [sums(activations(seed), rectified=True) for seed in range(3)]
     a, b, c = (states[place] for place in order)
-    merged = a.merged(b).merged(c) if left else a.merged(b.merged(c))
-    reference = states[0].merged(states[1]).merged(states[2])
+    merged = a.merge(b).merge(c) if left else a.merge(b.merge(c))
+    reference = states[0].merge(states[1]).merge(states[2])
     for name in ("images", "cells", "active", "image_active", "largest", "saturated"):
         assert torch.equal(getattr(merged, name), getattr(reference, name))
     for name in ("total", "outer", "squares", "magnitudes", "population"):

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camdistill.layers.sweep.statistics.unit_matching import MatchSums, compared
+from camdistill.layers.sweep.statistics.unit_matching import MatchSums, pair_layers
 
 
 def test_units_are_matched_on_the_images_that_are_finite_at_both(
@@ -24,7 +24,7 @@ def test_units_are_matched_on_the_images_that_are_finite_at_both(
         )
         for rows in (slice(8), slice(8, 20))
     ]
-    matches = parts[0].merged(parts[1]).matches([("a", 4), ("b", 3)], ["s", "broken"], pairs)
+    matches = parts[0].merge(parts[1]).matches([("a", 4), ("b", 3)], ["s", "broken"], pairs)
     assert [(one.teacher, one.student) for one in matches] == [("a", "s"), ("b", "s")]
     for layer, match, sound in zip(teacher, matches, good[0], strict=True):
         size = layer.shape[1]
@@ -48,9 +48,7 @@ def test_matches_equal_numpys_correlations_of_everything_stored(seed: int, cut: 
             [one[rows] for one in teacher], [one[rows] for one in student], pairs, good
         )
 
-    state = (
-        MatchSums.empty([4, 3], [2], pairs).merged(part(slice(cut))).merged(part(slice(cut, 30)))
-    )
+    state = MatchSums.empty([4, 3], [2], pairs).merge(part(slice(cut))).merge(part(slice(cut, 30)))
     matches = state.matches([("a", 4), ("b", 3)], ["s"], pairs)
     for layer, match in zip(teacher, matches, strict=True):
         size = layer.shape[1]
@@ -74,9 +72,9 @@ def test_a_unit_that_never_varies_follows_none() -> None:
 
 
 def test_pairs_are_all_if_they_fit_else_the_nearest_in_depth() -> None:
-    assert compared([4] * 6, [4] * 3, 1 << 20) == (range(6),) * 3
-    few = compared([4] * 6, [4] * 3, 8 * 3 * 2 * 16)
+    assert pair_layers([4] * 6, [4] * 3, 1 << 20) == (range(6),) * 3
+    few = pair_layers([4] * 6, [4] * 3, 8 * 3 * 2 * 16)
     assert [len(part) for part in few] == [2, 2, 2]
     assert few[0] == range(0, 2)
     assert few[2] == range(4, 6)
-    assert [len(part) for part in compared([1000] * 6, [1000] * 2, 1)] == [1, 1]
+    assert [len(part) for part in pair_layers([1000] * 6, [1000] * 2, 1)] == [1, 1]

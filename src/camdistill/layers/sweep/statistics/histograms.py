@@ -50,11 +50,11 @@ class HistogramCounts:
             infinite = torch.stack([torch.isposinf(values).sum(), torch.isneginf(values).sum()])
         return cls(raw, infinite)
 
-    def merged(self, other: "HistogramCounts") -> "HistogramCounts":
+    def merge(self, other: "HistogramCounts") -> "HistogramCounts":
         """Of both."""
         return HistogramCounts(self.raw + other.raw, self.infinite + other.infinite)
 
-    def rectified(self) -> "HistogramCounts":
+    def apply_relu(self) -> "HistogramCounts":
         """What ReLU makes of it: every negative value, minus infinity too, is 0."""
         raw, infinite = self.raw.clone(), self.infinite.clone()
         not_numbers = raw[HALF + FIRST_INFINITE :].sum() - infinite[1]
@@ -80,7 +80,7 @@ class HistogramCounts:
         )
 
 
-def edges() -> Float[Tensor, "bins_plus_one"]:
+def bin_edges() -> Float[Tensor, "bins_plus_one"]:
     """Where a `Histogram`'s bins end, ascending, float64.
 
     A bin holds what is at least its edge nearer to zero and less than the farther one, in
@@ -106,51 +106,51 @@ def quantile(histogram: Histogram, share: float) -> tuple[float, float]:
     index = int(torch.searchsorted(histogram.counts.cumsum(0), place, right=True))
     if index == SIDE:
         return 0.0, 0.0
-    limits = edges()[index : index + 2].tolist()
-    return limits[0], limits[1]
+    bin_limits = bin_edges()[index : index + 2].tolist()
+    return bin_limits[0], bin_limits[1]
 
 
-def middle(histogram: Histogram, share: float) -> float:
+def interpolate_quantile(histogram: Histogram, share: float) -> float:
     """A quantile, linear inside its bin: off by less than the bin, 12.5 %."""
     low, high = quantile(histogram, share)
     if low == high or low != low:
         return low
-    index = int(torch.searchsorted(edges(), low))
+    index = int(torch.searchsorted(bin_edges(), low))
     before = int(histogram.counts[:index].sum())
     inside = (share * (histogram.finite - 1) - before + 0.5) / int(histogram.counts[index])
     return low + min(max(inside, 0.0), 1.0) * (high - low)
 
 
-def octaves(histogram: Histogram) -> tuple[Float[Tensor, "kept_plus_one"], Int[Tensor, "kept"]]:
+def log10_bins(histogram: Histogram) -> tuple[Float[Tensor, "kept_plus_one"], Int[Tensor, "kept"]]:
     """Positive values on a log axis: edges in log10 units and counts, empty ends cut off.
 
     Zeros are not among them: tell `zero_share` beside it.
     """
     counts = histogram.counts[SIDE + 1 :]
-    kept = counts.nonzero().flatten()
-    if not len(kept):
+    used = counts.nonzero().flatten()
+    if not len(used):
         return torch.zeros(1, dtype=torch.float64), counts[:0]
-    first, last = int(kept[0]), int(kept[-1])
-    limits = edges()[SIDE + 1 :][first : last + 2]
+    first, last = int(used[0]), int(used[-1])
+    limits = bin_edges()[SIDE + 1 :][first : last + 2]
     return limits.log10(), counts[first : last + 1]
 
 
-def rebinned(
+def rebin(
     histogram: Histogram, limits: Float[Tensor, "wanted_plus_one"] | Sequence[float]
 ) -> Float[Tensor, "wanted"]:
     """Counts in other bins, each of ours spread evenly over its width; zeros stay whole."""
-    wanted = torch.as_tensor(limits, dtype=torch.float64)
-    own, used = edges(), histogram.counts.nonzero().flatten()
-    lows, highs, counts = own[used], own[used + 1], histogram.counts[used].double()
+    new_edges = torch.as_tensor(limits, dtype=torch.float64)
+    old_edges, used = bin_edges(), histogram.counts.nonzero().flatten()
+    lows, highs, counts = old_edges[used], old_edges[used + 1], histogram.counts[used].double()
     overlap = (
-        torch.minimum(highs[:, None], wanted[1:]) - torch.maximum(lows[:, None], wanted[:-1])
+        torch.minimum(highs[:, None], new_edges[1:]) - torch.maximum(lows[:, None], new_edges[:-1])
     ).clamp_min(0)
     shares = overlap / (highs - lows)[:, None]
     at_zero = used == SIDE
     shares[at_zero] = 0
-    place = int(torch.searchsorted(wanted, 0.0, right=True)) - 1
+    place = int(torch.searchsorted(new_edges, 0.0, right=True)) - 1
     # As NumPy has it: the last bin holds its upper edge too.
-    place -= place == shares.shape[1] and float(wanted[-1]) == 0
+    place -= place == shares.shape[1] and float(new_edges[-1]) == 0
     if 0 <= place < shares.shape[1]:
         shares[at_zero, place] = 1
     return counts @ shares

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from camdistill.explain.engine.request import upcast
 from camdistill.explain.gradcam import explain_images
 from camdistill.layers.sweep.layer_selection import Layer
-from camdistill.layers.sweep.statistics.histograms import HistogramCounts, middle
-from camdistill.layers.sweep.statistics.layer_statistics import Cams
+from camdistill.layers.sweep.statistics.histograms import HistogramCounts, interpolate_quantile
+from camdistill.layers.sweep.statistics.layer_statistics import CamStatistics
 from camdistill.layers.sweep.statistics.similarity import CamSimilarity
-from camdistill.layers.sweep.sweep_state import counts, zeros
+from camdistill.layers.sweep.sweep_state import zero_counts, zeros
 from camdistill.layers.sweep.sweep_summary import Point
 from camdistill.networks.capture import inspection_mode
 from camdistill.types import Images
@@ -52,33 +52,42 @@ class CamSums:
         """Of no image, for networks with so many layers."""
         rows, columns = (layers[0], layers[1]) if len(layers) == 2 else (0, 0)
         raw = HistogramCounts.empty().raw.expand(sum(layers), -1).clone()
-        every = sum(layers)
-        return cls(counts(every), raw, counts(every), zeros(rows, columns), counts(rows, columns))
+        total = sum(layers)
+        return cls(
+            zero_counts(total),
+            raw,
+            zero_counts(total),
+            zeros(rows, columns),
+            zero_counts(rows, columns),
+        )
 
     @classmethod
     def of(cls, maps: Sequence[Sequence[Maps]]) -> "CamSums":
         """Of a batch's raw maps by network and layer; a network may have no layer."""
-        found = cls.empty([len(network) for network in maps])
-        sound = [[torch.isfinite(layer).flatten(1).all(1) for layer in part] for part in maps]
-        places = zip(chain(*maps), chain(*sound), strict=True)
-        for place, (layer, good) in enumerate(places):
+        sums = cls.empty([len(network) for network in maps])
+        finite = [[torch.isfinite(layer).flatten(1).all(1) for layer in part] for part in maps]
+        places = zip(chain(*maps), chain(*finite), strict=True)
+        for place, (layer, valid) in enumerate(places):
             # The number of cells is said, as it can't be told where no map is finite.
             cells = layer.shape[1] * layer.shape[2]
-            peaks = upcast(layer[good]).view(-1, cells).amax(1).clamp_min(0)
-            found.images[place] = good.sum()
-            found.scales[place] = HistogramCounts.of(peaks.cpu()).raw
-            found.zero[place] = (peaks == 0).sum()
+            peaks = upcast(layer[valid]).view(-1, cells).amax(1).clamp_min(0)
+            sums.images[place] = valid.sum()
+            sums.scales[place] = HistogramCounts.of(peaks.cpu()).raw
+            sums.zero[place] = (peaks == 0).sum()
         if len(maps) != 2 or not all(maps):
-            return found
-        rows, columns = (torch.stack(part).cpu().double() for part in sound)
+            return sums
+        rows, columns = (torch.stack(part).cpu().double() for part in finite)
         blanked = [
-            [torch.where(good[:, None, None], layer, 0) for layer, good in zip(*part, strict=True)]
-            for part in zip(maps, sound, strict=True)
+            [
+                torch.where(valid[:, None, None], layer, 0)
+                for layer, valid in zip(*part, strict=True)
+            ]
+            for part in zip(maps, finite, strict=True)
         ]
         cosine, pairs = _cosines(blanked[0], blanked[1]), (rows @ columns.T).long()
-        return replace(found, cosine=cosine, pairs=pairs)
+        return replace(sums, cosine=cosine, pairs=pairs)
 
-    def merged(self, other: "CamSums") -> "CamSums":
+    def merge(self, other: "CamSums") -> "CamSums":
         """Of both."""
         return CamSums(
             self.images + other.images,
@@ -88,14 +97,14 @@ class CamSums:
             self.pairs + other.pairs,
         )
 
-    def cams(self, layer: int, point: Point) -> Cams:
+    def cams(self, layer: int, point: Point) -> CamStatistics:
         """What is told of a layer."""
         images = int(self.images[layer])
         if images == 0:
-            return Cams(torch.nan, torch.nan, torch.nan, torch.nan, 0)
-        scales = HistogramCounts(self.scales[layer], counts(2)).histogram(point)
-        low, scale, high = (middle(scales, share) for share in (0.25, 0.5, 0.75))
-        return Cams(scale, low, high, int(self.zero[layer]) / images, images)
+            return CamStatistics(torch.nan, torch.nan, torch.nan, torch.nan, 0)
+        scales = HistogramCounts(self.scales[layer], zero_counts(2)).histogram(point)
+        low, scale, high = (interpolate_quantile(scales, share) for share in (0.25, 0.5, 0.75))
+        return CamStatistics(scale, low, high, int(self.zero[layer]) / images, images)
 
     def similarity(self, rows: Sequence[str], columns: Sequence[str]) -> CamSimilarity | None:
         """What is told of two networks; None if one of them has no maps."""
@@ -113,26 +122,26 @@ def layer_maps(
     A network with another number of outputs explains its own top class; one without layers has no
     maps. An image whose logits are not finite has no top class, and NaN for maps.
     """
-    found: list[list[Maps]] = []
+    maps_by_network: list[list[Maps]] = []
     classes: Tensor | None = None
-    lost: Tensor | None = None
-    outputs = -1
+    first_invalid: Tensor | None = None
+    class_count = -1
     for name, network in networks.items():
         keys = [layer.key for layer in layers[name]]
         with inspection_mode(network):
-            other = classes is not None and outputs != _outputs(network, images)
-            explanation = explain_images(network, images, keys, None if other else classes)
-        broken = ~torch.isfinite(explanation.logits).all(1)
-        if lost is not None and not other:
-            broken = broken | lost
+            own_classes = classes is not None and class_count != _class_count(network, images)
+            explanation = explain_images(network, images, keys, None if own_classes else classes)
+        invalid = ~torch.isfinite(explanation.logits).all(1)
+        if first_invalid is not None and not own_classes:
+            invalid = invalid | first_invalid
         if classes is None:
-            classes, outputs = explanation.classes, explanation.logits.shape[1]
-            lost = broken
+            classes, class_count = explanation.classes, explanation.logits.shape[1]
+            first_invalid = invalid
         maps = [explanation.maps[key] for key in keys]
-        if broken.any():
-            maps = [layer.masked_fill(broken[:, None, None], torch.nan) for layer in maps]
-        found.append(maps)
-    return found
+        if invalid.any():
+            maps = [layer.masked_fill(invalid[:, None, None], torch.nan) for layer in maps]
+        maps_by_network.append(maps)
+    return maps_by_network
 
 
 def has_maps(layer: Layer) -> bool:
@@ -140,7 +149,7 @@ def has_maps(layer: Layer) -> bool:
     return layer.shape[1] * layer.shape[2] > 1
 
 
-def _outputs(network: nn.Module, images: Images) -> int:
+def _class_count(network: nn.Module, images: Images) -> int:
     shape = explain_images(network, images[:1], [], maps=False).logits.shape
     return shape[1]
 
@@ -148,13 +157,13 @@ def _outputs(network: nn.Module, images: Images) -> int:
 def _cosines(first: Sequence[Maps], second: Sequence[Maps]) -> Float[Tensor, "rows columns"]:
     """Sums over images of the cosine of ReLU maps, on the smaller grid of each pair."""
     total = zeros(len(first), len(second))
-    sizes = {(int(one.shape[1]), int(one.shape[2])) for one in (*first, *second)}
+    sizes = {(int(row_map.shape[1]), int(row_map.shape[2])) for row_map in (*first, *second)}
     for size in sizes:
         rows, columns = _directions(first, size), _directions(second, size)
         sums = torch.einsum("rbp,cbp->rc", rows, columns).cpu().double()
-        for row, one in enumerate(first):
-            for column, two in enumerate(second):
-                if min(one.shape[1:], two.shape[1:]) == size:
+        for row, row_map in enumerate(first):
+            for column, column_map in enumerate(second):
+                if min(row_map.shape[1:], column_map.shape[1:]) == size:
                     total[row, column] = sums[row, column]
     return total
 
@@ -166,6 +175,6 @@ def _directions(maps: Sequence[Maps], size: tuple[int, int]) -> Float[Tensor, "l
         for layer in maps
     ]
     # Normalised by the peak first, so that small maps don't underflow.
-    whole = torch.stack(resized)
-    whole = whole / whole.amax(2, keepdim=True).clamp_min(torch.finfo(whole.dtype).tiny)
-    return F.normalize(whole, dim=2)
+    stacked = torch.stack(resized)
+    stacked = stacked / stacked.amax(2, keepdim=True).clamp_min(torch.finfo(stacked.dtype).tiny)
+    return F.normalize(stacked, dim=2)

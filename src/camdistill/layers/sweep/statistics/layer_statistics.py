@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Units:
+class UnitStatistics:
     """What each channel of a layer's output does.
 
     Attributes:
@@ -97,7 +97,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Top:
+class TopImages:
     """Where each channel is most active, at most once in an image, the strongest first.
 
     Attributes:
@@ -114,7 +114,7 @@ class Top:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeAccuracy:
     """How well a linear readout of a layer's spatial means tells the label.
 
     Attributes:
@@ -132,7 +132,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Cams:
+class CamStatistics:
     """What Grad-CAM looks like at a layer, for the class that the first network finds likeliest.
 
     Attributes:

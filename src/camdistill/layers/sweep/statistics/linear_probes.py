@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from camdistill.layers.sweep.sampling import ALL, drawn
-from camdistill.layers.sweep.sweep_state import counts, zeros
+from camdistill.layers.sweep.sampling import ALL, integers_by_id
+from camdistill.layers.sweep.sweep_state import zero_counts, zeros
 from camdistill.networks.capture import unwrap, unwrap_outer
 from camdistill.types import Images
 
 HELD_OUT = 0.2
-MOST_HELD = 1000
+MAX_HELD_OUT = 1000
 RIDGE = 1e-3  # over the mean variance of a feature
 
 
@@ -52,13 +52,13 @@ class ProbeSums:
     def empty(cls, channels: Sequence[int], classes: int) -> "ProbeSums":
         """Of no image."""
         return cls(
-            counts(len(channels), classes),
+            zero_counts(len(channels), classes),
             tuple(zeros(count) for count in channels),
             tuple(zeros(count, count) for count in channels),
             tuple(zeros(count, classes) for count in channels),
             torch.zeros(0, sum(channels)),
-            counts(0),
-            counts(0),
+            zero_counts(0),
+            zero_counts(0),
         )
 
     @classmethod
@@ -74,112 +74,126 @@ class ProbeSums:
             classes: Number of labels.
             seed: Of the draw.
         """
-        known = labels >= 0
-        whole = torch.cat(list(features), 1)[known]
-        labels, draws = labels[known], drawn(ids[known], seed)
+        labeled = labels >= 0
+        all_features = torch.cat(list(features), 1)[labeled]
+        labels, draws = labels[labeled], integers_by_id(ids[labeled], seed)
         order = draws.argsort()
         held = order[draws[order] < int(HELD_OUT * ALL)]
-        summed = order[draws[order] >= int(HELD_OUT * ALL)]
+        fitted = order[draws[order] >= int(HELD_OUT * ALL)]
         batch = cls.empty([layer.shape[1] for layer in features], classes)
-        batch = batch._with(whole[summed], labels[summed])
-        return batch._holding(whole[held].float(), labels[held], draws[held])
+        batch = batch._add_images(all_features[fitted], labels[fitted])
+        return batch._hold_out(all_features[held].float(), labels[held], draws[held])
 
-    def merged(self, other: "ProbeSums") -> "ProbeSums":
+    def merge(self, other: "ProbeSums") -> "ProbeSums":
         """Of both."""
 
-        def both(mine: tuple[Tensor, ...], its: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(one + two for one, two in zip(mine, its, strict=True))
+        def add_tensors(
+            left_sums: tuple[Tensor, ...], right_sums: tuple[Tensor, ...]
+        ) -> tuple[Tensor, ...]:
+            return tuple(left + right for left, right in zip(left_sums, right_sums, strict=True))
 
-        whole = ProbeSums(
+        sums = ProbeSums(
             self.labels + other.labels,
-            both(self.totals, other.totals),
-            both(self.outers, other.outers),
-            both(self.crosses, other.crosses),
+            add_tensors(self.totals, other.totals),
+            add_tensors(self.outers, other.outers),
+            add_tensors(self.crosses, other.crosses),
             self.held,
             self.held_labels,
             self.held_draws,
         )
-        return whole._holding(other.held, other.held_labels, other.held_draws)
+        return sums._hold_out(other.held, other.held_labels, other.held_draws)
 
     def accuracies(self) -> list[float]:
         """Share of held-out images told right, by layer; NaN without images on either side."""
-        found = []
-        for part, labels, one, outer, cross in zip(
-            self._parts(), self.labels, self.totals, self.outers, self.crosses, strict=True
+        layer_accuracies = []
+        for held_out, labels, feature_sum, outer, cross in zip(
+            self._finite_held_out(),
+            self.labels,
+            self.totals,
+            self.outers,
+            self.crosses,
+            strict=True,
         ):
-            total, (features, known) = int(labels.sum()), part
-            if total == 0 or len(known) == 0:
-                found.append(torch.nan)
+            image_count, (features, true_labels) = int(labels.sum()), held_out
+            if image_count == 0 or len(true_labels) == 0:
+                layer_accuracies.append(torch.nan)
                 continue
-            shares = labels / total
-            mean = one / total
-            covariance = outer / total - mean[:, None] * mean
+            shares = labels / image_count
+            mean = feature_sum / image_count
+            covariance = outer / image_count - mean[:, None] * mean
             ridge = RIDGE * float(covariance.diagonal().mean()) or 1.0
             covariance.diagonal().add_(ridge)
-            weights = torch.linalg.solve(covariance, cross / total - mean[:, None] * shares)
+            weights = torch.linalg.solve(covariance, cross / image_count - mean[:, None] * shares)
             scores = (features - mean) @ weights + shares
-            found.append(float((scores.argmax(1) == known).double().mean()))
-        return found
+            layer_accuracies.append(float((scores.argmax(1) == true_labels).double().mean()))
+        return layer_accuracies
 
     def chances(self) -> list[float]:
         """What the commonest label of the summed images gets on the held-out ones, by layer."""
         return [
-            float((known == labels.argmax()).double().mean()) if int(labels.sum()) else torch.nan
-            for (_, known), labels in zip(self._parts(), self.labels, strict=True)
+            float((true_labels == labels.argmax()).double().mean())
+            if int(labels.sum())
+            else torch.nan
+            for (_, true_labels), labels in zip(self._finite_held_out(), self.labels, strict=True)
         ]
 
-    def tested(self) -> list[int]:
+    def test_counts(self) -> list[int]:
         """Held-out images, by layer."""
-        return [len(known) for _, known in self._parts()]
+        return [len(true_labels) for _, true_labels in self._finite_held_out()]
 
-    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+    def _finite_held_out(self) -> list[tuple[Tensor, Tensor]]:
         """Held-out images' features and labels, by layer, where they are finite."""
-        parts = torch.split(self.held.double(), [len(one) for one in self.totals], 1)
-        sound = [torch.isfinite(part).all(1) for part in parts]
+        parts = torch.split(self.held.double(), [len(total) for total in self.totals], 1)
+        finite_rows = [torch.isfinite(part).all(1) for part in parts]
         return [
-            (part[good], self.held_labels[good]) for part, good in zip(parts, sound, strict=True)
+            (part[finite], self.held_labels[finite])
+            for part, finite in zip(parts, finite_rows, strict=True)
         ]
 
-    def _with(self, features: Tensor, labels: Tensor) -> "ProbeSums":
+    def _add_images(self, features: Tensor, labels: Tensor) -> "ProbeSums":
         """With some images in the sums."""
         classes = self.labels.shape[1]
-        parts = torch.split(features.double(), [len(one) for one in self.totals], 1)
-        hot = torch.nn.functional.one_hot(labels, classes)
-        good = torch.stack([torch.isfinite(part).all(1) for part in parts])
+        parts = torch.split(features.double(), [len(total) for total in self.totals], 1)
+        one_hot = torch.nn.functional.one_hot(labels, classes)
+        finite = torch.stack([torch.isfinite(part).all(1) for part in parts])
         parts = tuple(
-            torch.where(one[:, None], part, 0) for one, part in zip(good, parts, strict=True)
+            torch.where(total[:, None], part, 0) for total, part in zip(finite, parts, strict=True)
         )
-        known = good.long() @ hot
-        hot = hot.double()
+        label_counts = finite.long() @ one_hot
+        one_hot = one_hot.double()
         return ProbeSums(
-            self.labels + known,
-            tuple(one + part.sum(0) for one, part in zip(self.totals, parts, strict=True)),
-            tuple(one + part.T @ part for one, part in zip(self.outers, parts, strict=True)),
-            tuple(one + part.T @ hot for one, part in zip(self.crosses, parts, strict=True)),
+            self.labels + label_counts,
+            tuple(total + part.sum(0) for total, part in zip(self.totals, parts, strict=True)),
+            tuple(total + part.T @ part for total, part in zip(self.outers, parts, strict=True)),
+            tuple(
+                total + part.T @ one_hot for total, part in zip(self.crosses, parts, strict=True)
+            ),
             self.held,
             self.held_labels,
             self.held_draws,
         )
 
-    def _holding(self, features: Tensor, labels: Tensor, draws: Tensor) -> "ProbeSums":
+    def _hold_out(self, features: Tensor, labels: Tensor, draws: Tensor) -> "ProbeSums":
         """With more images held out, and those in the sums that there is no room for."""
-        held, known = torch.cat([self.held, features]), torch.cat([self.held_labels, labels])
-        numbers = torch.cat([self.held_draws, draws])
-        order = numbers.argsort(stable=True)
-        kept, spare = order[:MOST_HELD], order[MOST_HELD:]
-        rest = self._with(held[spare], known[spare]) if len(spare) else self
+        held, held_labels = torch.cat([self.held, features]), torch.cat([self.held_labels, labels])
+        held_draws = torch.cat([self.held_draws, draws])
+        order = held_draws.argsort(stable=True)
+        kept_rows, spare_rows = order[:MAX_HELD_OUT], order[MAX_HELD_OUT:]
+        remaining = (
+            self._add_images(held[spare_rows], held_labels[spare_rows]) if len(spare_rows) else self
+        )
         return ProbeSums(
-            rest.labels,
-            rest.totals,
-            rest.outers,
-            rest.crosses,
-            held[kept],
-            known[kept],
-            numbers[kept],
+            remaining.labels,
+            remaining.totals,
+            remaining.outers,
+            remaining.crosses,
+            held[kept_rows],
+            held_labels[kept_rows],
+            held_draws[kept_rows],
         )
 
 
-def untrained(network: nn.Module, images: Images, seed: int) -> nn.Module:
+def copy_untrained(network: nn.Module, images: Images, seed: int) -> nn.Module:
     """A copy as it was before training: fresh weights, batch statistics of some images.
 
     Random convolutions already beat chance, so this is what a probe must be compared with.
@@ -190,12 +204,12 @@ def untrained(network: nn.Module, images: Images, seed: int) -> nn.Module:
         images: As it takes them, for the batch normalisations' statistics.
         seed: Of the weights.
     """
-    fresh = copy.deepcopy(unwrap_outer(network)).eval()
+    untrained_network = copy.deepcopy(unwrap_outer(network)).eval()
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         norms = []
-        for module in unwrap(fresh).modules():
+        for module in unwrap(untrained_network).modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
@@ -203,7 +217,7 @@ def untrained(network: nn.Module, images: Images, seed: int) -> nn.Module:
                 norms.append((module, module.momentum))
                 module.momentum = None  # one batch decides
                 module.train()
-        fresh(images[torch.isfinite(images).flatten(1).all(1)])
+        untrained_network(images[torch.isfinite(images).flatten(1).all(1)])
         for norm, momentum in norms:
             norm.momentum = momentum
-    return fresh.eval()
+    return untrained_network.eval()

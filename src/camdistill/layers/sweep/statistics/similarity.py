@@ -61,8 +61,11 @@ class Similarity:
     def between(self, rows: str, columns: str) -> Float[Tensor, "row_layers column_layers"]:
         """The part of the matrix that compares two networks, or one with itself."""
         networks = [network for network, _ in self.layers]
-        chosen = [torch.tensor([name == wanted for name in networks]) for wanted in (rows, columns)]
-        return self.cka[chosen[0]][:, chosen[1]]
+        masks = [
+            torch.tensor([name == network_name for name in networks])
+            for network_name in (rows, columns)
+        ]
+        return self.cka[masks[0]][:, masks[1]]
 
     def names(self, network: str) -> tuple[str, ...]:
         """The layers of a network, in the order of `between`."""

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from camdistill.errors import UserError
-from camdistill.layers.sweep.statistics.layer_statistics import Top
+from camdistill.layers.sweep.statistics.layer_statistics import TopImages
 
 NOTHING = torch.iinfo(torch.int64).min
 LARGEST_ID = (1 << 32) - 1
@@ -42,8 +42,8 @@ class TopKeys:
         output: Float[Tensor, "batch channels height width"],
         largest: Float[Tensor, "batch channels"],
         ids: Int[Tensor, "batch"],
-        sound: Tensor,
-        before: "TopKeys",
+        finite: Tensor,
+        earlier: "TopKeys",
     ) -> "TopKeys":
         """Of a batch.
 
@@ -51,8 +51,8 @@ class TopKeys:
             output: What the layer gave.
             largest: Its maxima by image and channel.
             ids: The images' numbers.
-            sound: Images that count.
-            before: Of earlier batches: what can't beat it isn't located.
+            finite: Images that count.
+            earlier: Of earlier batches: what can't beat it isn't located.
 
         Raises:
             UserError: If a number is negative or above 2^32 - 1.
@@ -63,36 +63,36 @@ class TopKeys:
                 f"number images from 0 to {LARGEST_ID}"
             )
         keys = _keys(largest.float(), ids)
-        keys[~sound] = NOTHING
-        count = min(before.keys.shape[1], len(ids))
-        found = torch.topk(keys.T, count, dim=1)
-        better = (found.values > before.keys[:, -1:]) & (found.values > NOTHING)
+        keys[~finite] = NOTHING
+        count = min(earlier.keys.shape[1], len(ids))
+        candidates = torch.topk(keys.T, count, dim=1)
+        better = (candidates.values > earlier.keys[:, -1:]) & (candidates.values > NOTHING)
         channels, ranks = better.nonzero(as_tuple=True)
-        images = found.indices[channels, ranks]
+        images = candidates.indices[channels, ranks]
         device = output.device
         maps = output[images.to(device), channels.to(device)].flatten(1)
-        best = cls.empty(*before.keys.shape)
-        best.keys[:, :count] = torch.where(better, found.values, NOTHING)
+        best = cls.empty(*earlier.keys.shape)
+        best.keys[:, :count] = torch.where(better, candidates.values, NOTHING)
         best.places[channels, ranks] = maps.argmax(1).cpu()
         return best
 
-    def merged(self, other: "TopKeys") -> "TopKeys":
+    def merge(self, other: "TopKeys") -> "TopKeys":
         """Of both."""
         keys = torch.cat([self.keys, other.keys], 1)
         best = torch.topk(keys, self.keys.shape[1], dim=1)
         places = torch.cat([self.places, other.places], 1).gather(1, best.indices)
         return TopKeys(best.values, places)
 
-    def top(self, columns: int) -> Top:
+    def top_images(self, columns: int) -> TopImages:
         """As people read it.
 
         Args:
             columns: Width of the layer's grid.
         """
         missing = self.keys == NOTHING
-        values = _floats(self.keys >> 32)
+        values = _keys_to_floats(self.keys >> 32)
         images = LARGEST_ID - (self.keys & LARGEST_ID)
-        return Top(
+        return TopImages(
             values=values.masked_fill(missing, torch.nan),
             images=images.masked_fill(missing, -1),
             rows=(self.places // columns).masked_fill(missing, -1),
@@ -107,6 +107,6 @@ def _keys(values: Tensor, ids: Tensor) -> Tensor:
     return (ordered.long() << 32) | (LARGEST_ID - ids.long())[:, None]
 
 
-def _floats(ordered: Tensor) -> Tensor:
+def _keys_to_floats(ordered: Tensor) -> Tensor:
     bits = ordered.int()
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)

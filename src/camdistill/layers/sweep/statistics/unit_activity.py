@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from camdistill.layers.sweep.reduction import Reduced
-from camdistill.layers.sweep.statistics.layer_statistics import Rank, Sparsity, Units
-from camdistill.layers.sweep.sweep_state import counts, zeros
+from camdistill.layers.sweep.reduction import BatchReduction
+from camdistill.layers.sweep.statistics.layer_statistics import Rank, Sparsity, UnitStatistics
+from camdistill.layers.sweep.sweep_state import zero_counts, zeros
 
 NEARLY_DEAD = 1e-3  # active in a smaller share of images
 ALWAYS_ON = 0.999  # active in a larger share of places
@@ -61,44 +61,44 @@ class UnitSums:
     def empty(cls, channels: int) -> "UnitSums":
         """Of no image."""
         return cls(
-            images=counts(),
-            cells=counts(),
+            images=zero_counts(),
+            cells=zero_counts(),
             total=zeros(channels),
             magnitude=zeros(channels),
             outer=zeros(channels, channels),
             squares=zeros(channels),
             magnitudes=zeros(channels),
             largest=torch.full((channels,), -torch.inf, dtype=torch.float64),
-            active=counts(channels),
-            image_active=counts(channels),
-            saturated=counts(channels),
+            active=zero_counts(channels),
+            image_active=zero_counts(channels),
+            saturated=zero_counts(channels),
             population=zeros(2),
         )
 
     @classmethod
-    def of(cls, batch: Reduced) -> "UnitSums":
+    def of(cls, batch: BatchReduction) -> "UnitSums":
         """Of a batch."""
-        chosen = batch.sound.nonzero().flatten()
-        images, channels = len(chosen), batch.mean.shape[1]
+        finite_rows = batch.finite.nonzero().flatten()
+        images, channels = len(finite_rows), batch.mean.shape[1]
         if images == 0:
             return cls.empty(channels)
-        means, largest = batch.mean[chosen], batch.largest[chosen]
+        means, largest = batch.mean[finite_rows], batch.largest[finite_rows]
         return cls(
             torch.tensor(images),
             torch.tensor(images * batch.cells),
             means.sum(0),
             means.abs().sum(0),
             means.T @ means,
-            batch.squares[chosen].sum(0),
-            batch.magnitudes[chosen].sum(0),
+            batch.squares[finite_rows].sum(0),
+            batch.magnitudes[finite_rows].sum(0),
             largest.amax(0),
-            batch.active[chosen].sum(0).long(),
+            batch.active[finite_rows].sum(0).long(),
             (largest > 0).sum(0),
-            batch.saturated[chosen].sum(0).long(),
-            _population(means),
+            batch.saturated[finite_rows].sum(0).long(),
+            _population_sums(means),
         )
 
-    def merged(self, other: "UnitSums") -> "UnitSums":
+    def merge(self, other: "UnitSums") -> "UnitSums":
         """Of both."""
         return UnitSums(
             self.images + other.images,
@@ -115,7 +115,7 @@ class UnitSums:
             self.population + other.population,
         )
 
-    def units(self, *, gated: bool, bounded: bool) -> Units:
+    def units(self, *, gated: bool, bounded: bool) -> UnitStatistics:
         """What is told of each channel.
 
         Args:
@@ -123,30 +123,31 @@ class UnitSums:
             bounded: Whether its non-linearity has a bound.
         """
         images, cells = int(self.images), max(int(self.cells), 1)
-        nothing = float("nan") if images == 0 else 0.0
-        mean = self.total / images if images else self.total + nothing
-        variance = (self.squares / cells - mean.square()).clamp_min(0) + nothing
-        active = self.active.double() / cells + nothing
-        image_active = self.image_active.double() / max(images, 1) + nothing
+        nan_or_zero = float("nan") if images == 0 else 0.0
+        mean = self.total / images if images else self.total + nan_or_zero
+        variance = (self.squares / cells - mean.square()).clamp_min(0) + nan_or_zero
+        active = self.active.double() / cells + nan_or_zero
+        image_active = self.image_active.double() / max(images, 1) + nan_or_zero
         dead = (self.magnitudes == 0) & (images > 0)
         first, second, alike = self._duplicates()
-        most = [part[:MOST_DUPLICATES].tolist() for part in (first, second, alike)]
+        most_alike = [part[:MOST_DUPLICATES].tolist() for part in (first, second, alike)]
         nearly = (image_active < NEARLY_DEAD) & (image_active > 0) & gated
-        return Units(
+        return UnitStatistics(
             images=images,
             cells=cells // images if images else 0,
             mean=mean,
             variance=variance,
-            largest=self.largest + nothing,
+            largest=self.largest + nan_or_zero,
             active=active,
             image_active=image_active,
-            saturated=self.saturated.double() / cells + nothing if bounded else None,
-            dead=_ids(dead),
-            nearly_dead=_ids(nearly),
-            always_on=_ids((active > ALWAYS_ON) & gated),
+            saturated=self.saturated.double() / cells + nan_or_zero if bounded else None,
+            dead=_channel_ids(dead),
+            nearly_dead=_channel_ids(nearly),
+            always_on=_channel_ids((active > ALWAYS_ON) & gated),
             bound=min(3 / images, 1.0) if images else float("nan"),
             duplicates=tuple(
-                (one, two, min(value, 1.0)) for one, two, value in zip(*most, strict=True)
+                (channel, partner, min(value, 1.0))
+                for channel, partner, value in zip(*most_alike, strict=True)
             ),
             duplicate_pairs=len(first),
             duplicated=tuple(sorted({*first.tolist(), *second.tolist()})),
@@ -155,7 +156,7 @@ class UnitSums:
     def sparsity(self) -> Sparsity:
         """Population, lifetime and Hoyer's."""
         images, (population, blank) = int(self.images), self.population.tolist()
-        channels, told = len(self.total), int(self.images) - int(blank)
+        channels, active_images = len(self.total), int(self.images) - int(blank)
         lifetime = torch.full((channels,), torch.nan, dtype=torch.float64)
         squares = self.outer.diagonal()
         if images > 1:
@@ -166,7 +167,9 @@ class UnitSums:
         if norm > 0 and count > 1:
             hoyer = (count**0.5 - total / norm) / (count**0.5 - 1)
         return Sparsity(
-            population=population / told if told and channels > 1 else float("nan"),
+            population=population / active_images
+            if active_images and channels > 1
+            else float("nan"),
             lifetime=lifetime,
             hoyer=hoyer,
             blank=int(blank),
@@ -206,7 +209,7 @@ class UnitSums:
         Means that correlate aren't enough: two channels that are active in the same one image do.
         They must be active often, in as many places, and of one scale in mean and maximum.
         """
-        nothing = counts(0)
+        nothing = zero_counts(0)
         if int(self.images) < 2:
             return nothing, nothing, zeros(0)
         correlations = correlation(
@@ -258,14 +261,14 @@ def _treves_rolls(total: Tensor, squares: Tensor, count: int) -> Tensor:
     return ((1 - even) / (1 - 1 / count)).clamp_min(0)
 
 
-def _population(means: Float[Tensor, "batch channels"]) -> Float[Tensor, "2"]:
+def _population_sums(means: Float[Tensor, "batch channels"]) -> Float[Tensor, "2"]:
     channels = means.shape[1]
     if channels == 1:
         return zeros(2)
     values = _treves_rolls(means.abs().sum(1), means.square().sum(1), channels)
-    told = ~values.isnan()
-    return torch.stack([values[told].sum(), (~told).sum().double()])
+    defined = ~values.isnan()
+    return torch.stack([values[defined].sum(), (~defined).sum().double()])
 
 
-def _ids(chosen: Tensor) -> tuple[int, ...]:
-    return tuple(chosen.nonzero().flatten().tolist())
+def _channel_ids(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero().flatten().tolist())

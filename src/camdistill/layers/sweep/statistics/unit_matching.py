@@ -27,13 +27,13 @@ class MatchSums:
     Attributes:
         images: How many, by partner.
         partners: Sums and sums of squares of the partners' channels.
-        own: Sums and sums of squares of the layer's channels, by partner.
+        layer_sums: Sums and sums of squares of the layer's channels, by partner.
         cross: Products.
     """
 
     images: tuple[Int[Tensor, "_"], ...]
     partners: tuple[Float[Tensor, "2 _"], ...]
-    own: tuple[Float[Tensor, "_ 2 _"], ...]
+    layer_sums: tuple[Float[Tensor, "_ 2 _"], ...]
     cross: tuple[Float[Tensor, "_ _"], ...]
 
     @classmethod
@@ -42,7 +42,7 @@ class MatchSums:
         teacher: Sequence[Tensor],
         student: Sequence[Tensor],
         pairs: Sequence[range],
-        sound: tuple[Bool[Tensor, "teacher_layers batch"], Bool[Tensor, "student_layers batch"]],
+        finite: tuple[Bool[Tensor, "teacher_layers batch"], Bool[Tensor, "student_layers batch"]],
     ) -> "MatchSums":
         """Of a batch.
 
@@ -50,49 +50,56 @@ class MatchSums:
             teacher: Means [B, C] by layer.
             student: The same.
             pairs: The teacher's layers that each of the student's is compared with.
-            sound: Images that count, by layer, of the teacher and of the student.
+            finite: Images that count, by layer, of the teacher and of the student.
         """
-        first, second = (
-            [torch.where(good[:, None], layer, 0) for layer, good in zip(part, mask, strict=True)]
-            for part, mask in zip((teacher, student), sound, strict=True)
+        teacher_means, student_means = (
+            [
+                torch.where(teacher_finite[:, None], layer, 0)
+                for layer, teacher_finite in zip(part, mask, strict=True)
+            ]
+            for part, mask in zip((teacher, student), finite, strict=True)
         )
-        good, its = (mask.to(torch.float64) for mask in sound)
-        images, sums, own, cross = [], [], [], []
-        for partners, layer, mask in zip(pairs, second, its, strict=True):
-            whole = torch.cat([first[place] for place in partners], 1)
-            chosen = good[list(partners)]
-            images.append((chosen @ mask).long())
-            sums.append(torch.stack([mask @ whole, mask @ whole.square()]))
-            own.append(torch.stack([chosen @ layer, chosen @ layer.square()], 1))
-            cross.append(whole.T @ layer)
-        return cls(tuple(images), tuple(sums), tuple(own), tuple(cross))
+        teacher_finite, student_finite = (mask.to(torch.float64) for mask in finite)
+        images, partner_sums, layer_sums, cross = [], [], [], []
+        for partners, layer, mask in zip(pairs, student_means, student_finite, strict=True):
+            partner_means = torch.cat([teacher_means[place] for place in partners], 1)
+            partner_finite = teacher_finite[list(partners)]
+            images.append((partner_finite @ mask).long())
+            partner_sums.append(torch.stack([mask @ partner_means, mask @ partner_means.square()]))
+            layer_sums.append(
+                torch.stack([partner_finite @ layer, partner_finite @ layer.square()], 1)
+            )
+            cross.append(partner_means.T @ layer)
+        return cls(tuple(images), tuple(partner_sums), tuple(layer_sums), tuple(cross))
 
     @classmethod
     def empty(
         cls, teacher: Sequence[int], student: Sequence[int], pairs: Sequence[range]
     ) -> "MatchSums":
         """Of no image, for layers of so many channels."""
-        nothing = [[zeros(0, count) for count in channels] for channels in (teacher, student)]
-        sound = [torch.zeros(len(channels), 0, dtype=torch.bool) for channels in (teacher, student)]
-        return cls.of(nothing[0], nothing[1], pairs, (sound[0], sound[1]))
+        no_means = [[zeros(0, count) for count in channels] for channels in (teacher, student)]
+        finite = [
+            torch.zeros(len(channels), 0, dtype=torch.bool) for channels in (teacher, student)
+        ]
+        return cls.of(no_means[0], no_means[1], pairs, (finite[0], finite[1]))
 
-    def merged(self, other: "MatchSums") -> "MatchSums":
+    def merge(self, other: "MatchSums") -> "MatchSums":
         """Of both."""
         sums = [
-            tuple(one + two for one, two in zip(mine, its, strict=True))
-            for mine, its in (
+            tuple(left + right for left, right in zip(left_sums, right_sums, strict=True))
+            for left_sums, right_sums in (
                 (self.images, other.images),
                 (self.partners, other.partners),
-                (self.own, other.own),
+                (self.layer_sums, other.layer_sums),
                 (self.cross, other.cross),
             )
         ]
         return MatchSums(sums[0], sums[1], sums[2], sums[3])
 
     @property
-    def most(self) -> int:
+    def max_images(self) -> int:
         """Images of the pair of layers that has most."""
-        return max((int(one.max()) for one in self.images), default=0)
+        return max((int(counts.max()) for counts in self.images), default=0)
 
     def matches(
         self,
@@ -107,29 +114,31 @@ class MatchSums:
             student: Names of its layers.
             pairs: As in `of`.
         """
-        found = []
-        for number, partners in enumerate(pairs):
+        layer_matches = []
+        for layer_index, partners in enumerate(pairs):
             widths = [teacher[place][1] for place in partners]
-            blocks = torch.split(self.cross[number], widths)
-            sums = torch.split(self.partners[number], widths, 1)
-            for order, place in enumerate(partners):
-                count = int(self.images[number][order])
+            blocks = torch.split(self.cross[layer_index], widths)
+            sums = torch.split(self.partners[layer_index], widths, 1)
+            for partner_index, place in enumerate(partners):
+                count = int(self.images[layer_index][partner_index])
                 if count < 2:
                     continue
-                mean, power = sums[order] / count
-                own_mean, own_power = self.own[number][order] / count
+                mean, power = sums[partner_index] / count
+                layer_mean, layer_power = self.layer_sums[layer_index][partner_index] / count
                 table = correlation(
-                    blocks[order] / count - mean[:, None] * own_mean,
+                    blocks[partner_index] / count - mean[:, None] * layer_mean,
                     power,
-                    own_power,
+                    layer_power,
                     power - mean.square(),
-                    own_power - own_mean.square(),
+                    layer_power - layer_mean.square(),
                 )
-                found.append(_match(teacher[place][0], student[number], table, count))
-        return tuple(found)
+                layer_matches.append(_match(teacher[place][0], student[layer_index], table, count))
+        return tuple(layer_matches)
 
 
-def compared(teacher: Sequence[int], student: Sequence[int], room: int) -> tuple[range, ...]:
+def pair_layers(
+    teacher: Sequence[int], student: Sequence[int], max_bytes: int
+) -> tuple[range, ...]:
     """Which of the teacher's layers each of the student's is compared with.
 
     All of them if their tables fit; else as many as do, the nearest in depth.
@@ -137,7 +146,7 @@ def compared(teacher: Sequence[int], student: Sequence[int], room: int) -> tuple
     Args:
         teacher: Channels of its layers.
         student: Channels of its layers.
-        room: Bytes for all tables.
+        max_bytes: Bytes for all tables.
     """
     count = len(teacher)
     for width in range(count, 0, -1):
@@ -150,7 +159,7 @@ def compared(teacher: Sequence[int], student: Sequence[int], room: int) -> tuple
             sum(teacher[place] for place in partners) * channels
             for partners, channels in zip(pairs, student, strict=True)
         )
-        if 8 * cells <= room or width == 1:
+        if 8 * cells <= max_bytes or width == 1:
             return tuple(pairs)
     return ()
 
