@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from camdistill.claims import heads, localization, localization_maps
 from camdistill.claims.claim import ClaimSetup
 from camdistill.claims.localization import BoxErrors
-from camdistill.claims.networks import backbones, heads, localization, localization_maps
+from camdistill.claims.networks import backbones
 from camdistill.errors import UserError
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.teachers import Preprocessed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from camdistill.explain.engine.forward import alphas
+from camdistill.explain.engine import alphas
 from camdistill.explain.engine.graph import ScoreGraph
 from camdistill.explain.engine.recording import LayerRecord
 from camdistill.explain.gradcam import explain_images

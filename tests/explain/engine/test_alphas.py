@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from camdistill.errors import UserError
-from camdistill.explain.engine.forward import alphas
+from camdistill.explain.engine import alphas
 from camdistill.explain.gradcam import explain_images, grad_cam
 
 TABLE = torch.tensor([[3, 0, 1], [1, 2, 0], [2, 2, 3]])

@@ -7,7 +7,7 @@ from cam_oracles import close, out_of_place, reference, seeded, state_of, untouc
 from live_bytes import LiveBytes
 from torch import nn
 
-from camdistill.explain.engine.forward import norms
+from camdistill.explain.engine import norms
 from camdistill.explain.gradcam import grad_cam
 
 NAMES = ["layer1", "layer3", "layer4"]

@@ -15,8 +15,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.layers.profiles import profiles
+from camdistill.layers.sweep import layer_sweep as sweep_module
 from camdistill.layers.sweep.layer_sweep import LayerSweep, sweep_layers
-from camdistill.layers.sweep.layer_sweep import layer_sweep as sweep_module
 from camdistill.layers.sweep.statistics.histograms import HistogramCounts
 from camdistill.layers.sweep.statistics.linear_probes import MAX_HELD_OUT
 from camdistill.layers.sweep.sweep_plan import SweepOptions

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from camdistill.errors import UserError
-from camdistill.layers.sweep.statistics.unit_activity import dissection
+from camdistill.layers.units import dissection
 from camdistill.layers.units.dissection import DETECTOR, TOPS, dissect
 
 

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from camdistill.layers.sweep.layer_sweep.statistics import linear_probes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from camdistill.layers.sweep.sampling import ALL, integers_by_id, sample_mask
+from camdistill.layers.sweep.statistics import linear_probes
 from camdistill.layers.sweep.statistics.linear_probes import ProbeSums, copy_untrained
 from camdistill.networks.students import ShallowCNN
 
@@ -35,7 +35,7 @@ def swept(parts: list[torch.Tensor], seed: int = 3, images: int = 120) -> ProbeS
 @given(st.permutations(range(120)), st.lists(st.integers(1, 119), max_size=4))
 def test_order_and_batches_do_not_matter(order: list[int], cuts: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probes, "MAX_HELD_OUT", 9)
+        patch.setattr(linear_probes, "MAX_HELD_OUT", 9)
         whole = swept([torch.arange(120)])
         parts = torch.tensor_split(torch.tensor(order), sorted(cuts))
         state = swept([part for part in parts if len(part)])
