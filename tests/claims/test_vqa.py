@@ -76,7 +76,7 @@ def test_questions_and_answers_of_a_scene_by_hand() -> None:
 
 
 def test_sides_are_not_asked_about_where_there_is_hardly_one() -> None:
-    level = scene()._replace(places=torch.tensor([[[5.0, 12.0], [25.0, 10.0]]]))
+    level = scene()._replace(centers=torch.tensor([[[5.0, 12.0], [25.0, 10.0]]]))
     assert [bool(questions_about_side(level, side).sensible[0]) for side in range(4)] == [
         False,
         False,

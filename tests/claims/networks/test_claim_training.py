@@ -25,7 +25,7 @@ def data() -> ShapesData:
 
 def test_network_is_trained_once_for_each_setting(lab: Callable[..., ClaimSetup]) -> None:
     place, told = lab(), []
-    place = ClaimSetup(**{**vars(place), "tell": told.append})
+    place = ClaimSetup(**{**vars(place), "announce": told.append})
     first = train_or_load(place, "small", module(), data(), epochs=1)
     again = train_or_load(place, "small", module(), data(), epochs=1)
     other = train_or_load(place, "small", module(seed=1), data(), epochs=1)
