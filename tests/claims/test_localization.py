@@ -66,18 +66,18 @@ def test_boxes_pass_only_where_errors_rise_along_the_order(
     lab: Callable[..., ClaimSetup], shares: tuple[float, ...], passed: bool
 ) -> None:
     found = BoxErrors(errors(*shares), errors(0.1, 0.5, 0.9), dict.fromkeys(errors(0, 0, 0), 0.5))
-    row = localization.judged_boxes(lab(count=60), "3", "it", "56.51 %", found)
+    row = localization.judge_boxes(lab(count=60), "3", "it", "56.51 %", found)
     assert row.passed is passed
-    assert localization.judged_own(lab(count=60), {"it": found}).passed
-    first = {one.name: one for one in row.ours if one.of == localization.AT_PAPERS}
+    assert localization.judge_own_thresholds(lab(count=60), {"it": found}).passed
+    first = {one.name: one for one in row.ours if one.of == localization.AT_PAPER_THRESHOLD}
     assert [round(first[name].value, 6) for name in localization.COMPARED] == list(shares)
 
 
 def test_own_thresholds_must_hold_in_all_networks(lab: Callable[..., ClaimSetup]) -> None:
     good = BoxErrors({}, errors(0.1, 0.5, 0.9), {})
     bad = BoxErrors({}, errors(0.6, 0.5, 0.9), {})
-    assert localization.judged_own(lab(count=60), {"a": good, "b": good}).passed
-    assert localization.judged_own(lab(count=60), {"a": good, "b": bad}).passed is False
+    assert localization.judge_own_thresholds(lab(count=60), {"a": good, "b": good}).passed
+    assert localization.judge_own_thresholds(lab(count=60), {"a": good, "b": bad}).passed is False
 
 
 def test_masks_in_grad_cams_place_beat_noise_in_the_gradients(
@@ -85,9 +85,9 @@ def test_masks_in_grad_cams_place_beat_noise_in_the_gradients(
 ) -> None:
     room = lab(count=24)
     planted(room, ["grad_cam"])
-    found = localization.errors_of(room, room.student)
+    found = localization.measure_box_errors(room, room.student)
     wrong = (
-        localization_maps.tops(room.student, localization_maps.drawn(room).images)
+        localization_maps.top_classes(room.student, localization_maps.drawn(room).images)
         != localization_maps.drawn(room).labels
     )
     # A box of the mask itself is right: only the class can be wrong.
@@ -100,7 +100,7 @@ def test_noise_in_grad_cams_place_fails(
 ) -> None:
     room = lab(count=24)
     planted(room, ["gradient"])
-    assert localization.boxes_student(room).passed is False
+    assert localization.run_boxes_student(room).passed is False
 
 
 def test_a_wrong_class_is_an_error_whatever_the_box() -> None:
@@ -118,7 +118,7 @@ def test_rejection_counts_for_absent_classes_and_against_present_ones() -> None:
         (3.5, 3 / 4, 1.0, 1 / 2),
         (9.0, 2 / 4, float("nan"), 0.0),
     ):
-        found = localization._decided(peaks, right, least)
+        found = localization._rejection_scores(peaks, right, least)
         assert found["accuracy"].item() == pytest.approx(accuracy)
         assert found["precision"].item() == pytest.approx(precision, nan_ok=True)
         assert found["recall"].item() == pytest.approx(recall)
@@ -129,12 +129,12 @@ def test_pointing_fails_where_the_gradient_points_as_well(lab: Callable[..., Cla
     good = {name: torch.full((30,), 0.9) for name in ("accuracy", "precision", "recall")}
     poor = {name: torch.full((30,), 0.4) for name in good}
     table = {"grad_cam": good, "never rejecting": poor, "gradient": poor}
-    assert localization.judged_pointing(lab(), table).passed
-    assert localization.judged_pointing(lab(), table | {"gradient": good}).passed is False
+    assert localization.judge_pointing(lab(), table).passed
+    assert localization.judge_pointing(lab(), table | {"gradient": good}).passed is False
 
 
 def test_pointing_asks_about_both_objects(lab: Callable[..., ClaimSetup]) -> None:
-    row = localization.pointing_with_rejection(lab())
+    row = localization.run_pointing(lab())
     recall = [one.value for one in row.ours if one.of == "recall"]
     assert all(0 <= value <= 1 for value in recall)
     assert {one.name for one in row.ours if one.of == "accuracy"} == {
@@ -148,17 +148,22 @@ def test_seeds_and_costs_are_judged_over_trainings(lab: Callable[..., ClaimSetup
     room = lab(count=40)
     high = [torch.rand(40, generator=GENERATOR) * 0.1 + 0.6 for _ in range(3)]
     low = [one - 0.2 for one in high]
-    assert localization.judged_seeds(room, {"grad_cam": high, "cam": low}).passed
-    assert localization.judged_seeds(room, {"grad_cam": low, "cam": high}).passed is False
+    assert localization.judge_segmentation_seeds(room, {"grad_cam": high, "cam": low}).passed
+    assert (
+        localization.judge_segmentation_seeds(room, {"grad_cam": low, "cam": high}).passed is False
+    )
     # One training that turned out otherwise: nothing can be said of trainings.
     mixed = [high[0], low[0] - 0.3, low[0] - 0.3]
     turned = [low[0], high[0], low[0] - 0.3]
-    assert localization.judged_seeds(room, {"grad_cam": mixed, "cam": turned}).passed is False
+    assert (
+        localization.judge_segmentation_seeds(room, {"grad_cam": mixed, "cam": turned}).passed
+        is False
+    )
     better = {"flattened": high, "pooled": low}
-    assert heads.judged_cost(room, better, {"grad_cam": low, "cam": high}).passed
-    assert heads.judged_cost(room, better, {"grad_cam": high, "cam": low}).passed is False
+    assert heads.judge_pooling_cost(room, better, {"grad_cam": low, "cam": high}).passed
+    assert heads.judge_pooling_cost(room, better, {"grad_cam": high, "cam": low}).passed is False
     worse = {"flattened": low, "pooled": high}
-    assert heads.judged_cost(room, worse, {"grad_cam": low, "cam": high}).passed is False
+    assert heads.judge_pooling_cost(room, worse, {"grad_cam": low, "cam": high}).passed is False
 
 
 def test_both_heads_stand_on_the_students_trunk(
@@ -176,7 +181,7 @@ def test_both_heads_stand_on_the_students_trunk(
             moved = network.network.get_parameter(name) - own
             assert 0 < moved.abs().mean() < 0.2 * own.abs().mean()
     assert all(torch.equal(value, before[key]) for key, value in room.student.state_dict().items())
-    row = heads.any_head(room)
+    row = heads.run_any_head(room)
     assert row.passed
     assert {one.name: one.value for one in row.ours if one.of == "has a CAM"} == {
         "pooling": 1,
@@ -195,5 +200,5 @@ def test_a_network_with_blank_maps_is_not_explained(lab: Callable[..., ClaimSetu
     room = lab()
     blank = room.teacher
     blank.network.linear.weight.zero_()
-    assert heads._explained(blank, localization_maps.drawn(room).images) is False
-    assert heads._explained(room.student, localization_maps.drawn(room).images) is True
+    assert heads._is_explainable(blank, localization_maps.drawn(room).images) is False
+    assert heads._is_explainable(room.student, localization_maps.drawn(room).images) is True

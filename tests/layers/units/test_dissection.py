@@ -93,7 +93,7 @@ def test_room_changes_memory_and_nothing_else(
     network = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.ReLU())
     expected = dissect(network, images, masks, ["1"], chunk=7)["1"]
     widths: list[int] = []
-    stretched = dissection._stretched
+    stretched = dissection._resize_outputs
 
     def watched(output: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         widths.append(output.shape[1])

@@ -96,7 +96,11 @@ DOLLARS = r"a$ \b $c"  # a path of the user's; as a formula it can't be parsed
 def test_dollars_in_titles_and_names_are_dollars() -> None:
     depth = np.array([0.0, 100.0])
     line = ProfileLine(depth, np.array([0.1, 0.9]))
-    named = {"title": DOLLARS, "notes": {DOLLARS: DOLLARS}, "references": {DOLLARS: {DOLLARS: line}}}
+    named = {
+        "title": DOLLARS,
+        "notes": {DOLLARS: DOLLARS},
+        "references": {DOLLARS: {DOLLARS: line}},
+    }
     profile_chart({DOLLARS: {DOLLARS: line}}, **named)
     edges = np.linspace(-3, 2, 51)
     found = LogHistogram(edges, np.ones(50), 0.0, 0)
