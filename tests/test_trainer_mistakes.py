@@ -30,11 +30,11 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "strategy": ("ddpp", "fsdp", "deepspeed"),
     "devices": ("0", "abc", "[]"),
     "num_nodes": ("0", "x"),
-    "precision": ("7", "16-true", "transformer-engine"),
+    "precision": ("7", "true", "16-true", "transformer-engine"),
     "logger": ("x", "CSVLogger", "WandbLogger"),
     "callbacks": ("x", "EarlyStopping"),
     "fast_dev_run": ("-1", "x"),
-    "max_epochs": ("-2", "1.5"),
+    "max_epochs": ("-2", "1.5", "1e3", "true"),
     "min_epochs": ("-1", "x"),
     "max_steps": ("-2", "x"),
     "min_steps": ("-1", "x"),
@@ -70,6 +70,29 @@ FLAGS: dict[str, tuple[str, ...]] = {
 }
 OTHERS = {
     "seed below 0": (f"{FIT} --seed_everything -3", r"seed_everything is -3; give .* 0 to 42949"),
+    "random seed": (f"{FIT} --seed_everything true", r"seed_everything is true; give a whole"),
+    "no seed": (f"{FIT} --seed_everything null", r"seed_everything is null; it takes a whole n"),
+    "whole number with an exponent": (
+        f"{FIT} --trainer.max_epochs 1e3",
+        r"max_epochs is '1000\.0'; it takes a whole number or null; write 1000$",
+    ),
+    "switch for a number": (
+        f"{FIT} --trainer.max_epochs true",
+        r"max_epochs is 'true'; it takes a whole number or null$",
+    ),
+    "mistyped logger": (
+        f"{FIT} --trainer.logger CSVLoger --trainer.logger.save_dir x",
+        r"trainer\.logger names the class 'CSVLoger', which is not there; nearest: 'CSVLogger'",
+    ),
+    "mistyped callback": (f"{CALLBACK}EarlyStoping", r"'EarlyStoping', .*nearest: 'EarlyStopping'"),
+    "class that is no callback": (
+        f"{CALLBACK}pathlib.Path",
+        r"'pathlib\.Path', which is no Callback; name one, such as '\w+'",
+    ),
+    "word for an epoch": (
+        f"{CALLBACK}GradientAccumulationScheduler --trainer.callbacks.scheduling '{{a: 2}}'",
+        r"scheduling has the name 'a', but its names are whole numbers; write .*\{0: 1, 4: 2\}",
+    ),
     "seed above numpy's": (f"{FIT} --seed_everything 4294967296", r"is 4294967296; give .* 0 to"),
     "strategy by nearest name": (f"{FIT} --trainer.strategy ddpp", r"'ddpp'; nearest: 'ddp'"),
     "interval longer than an epoch": (
@@ -171,6 +194,7 @@ def test_mistake_in_an_option_is_told_in_one_line(
     assert re.search(says, lines[0]), lines[0]
     assert re.search(r"; |: --|\bgive\b|\bpip install\b|nearest", lines[0])  # what to do
     assert len(lines[0]) < 500
+    assert " - Expected" not in lines[0]  # jsonargparse's own text
     assert not {"Traceback", "class '", "Namespace", "jsonargparse"} & set(lines[0].split())
     left = here / "runs" / "tiny" / "version_1"
     assert left.exists() == name.startswith("monitor")  # these are found out after an epoch

@@ -91,8 +91,11 @@ def check_seed(seed: object) -> None:
     """Checks `seed_everything`.
 
     Raises:
-        UserError: It is no seed of numpy's.
+        UserError: It is no seed of numpy's; true would be a random one, and false none.
     """
+    if isinstance(seed, bool):
+        word = str(seed).lower()
+        raise UserError(f"seed_everything is {word}; give a whole number from 0 to {LARGEST_SEED}")
     if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed_everything is {seed}; give a whole number from 0 to {LARGEST_SEED}")
 
