@@ -101,8 +101,8 @@ def describe_training(trainer: Trainer) -> str:
 def _length(trainer: Trainer) -> str:
     """Of the training: epochs, steps, time, whichever ends it."""
     ends = []
-    if (trainer.max_epochs or -1) >= 0:
-        ends.append(_counted(trainer.max_epochs or 0, "epoch"))
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        ends.append(_counted(trainer.max_epochs, "epoch"))
     if trainer.max_steps >= 0:
         ends.append(_counted(trainer.max_steps, "step"))
     if any(isinstance(one, Timer) for one in trainer.callbacks):  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from camdistill.distill.training import EXPERIMENT
 from camdistill.errors import UserError
 from camdistill.files import write_atomically
 from camdistill.networks.weights import read_weights
+from camdistill.studies.training_checks import check_training
 
 LAST = Path("checkpoints") / "last.ckpt"
 STOPPED = "stopped"  # a checkpoint's key: the limits of a training that a callback ended
@@ -77,6 +78,12 @@ class WholeFitLoop(_FitLoop):
         loop = cls(trainer, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
         loop.epoch_loop = old.epoch_loop
         return loop
+
+    def setup_data(self) -> None:
+        """Counts the batches, and checks that the training fits them and its checkpoint."""
+        super().setup_data()
+        epochs: int = self.epoch_progress.current.processed  # type: ignore[attr-defined]
+        check_training(self.trainer, self.max_batches, epochs)
 
     @property
     def skip(self) -> bool:

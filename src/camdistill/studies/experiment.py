@@ -36,6 +36,7 @@ from camdistill.studies.trainer_options import (
     make_profiler_folder,
     plain_callbacks,
 )
+from camdistill.studies.training_checks import check_processes
 
 RUNS = Path("runs")
 
@@ -242,6 +243,7 @@ class Experiment(LightningCLI):
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
         trainer = super().instantiate_trainer(**kwargs)
+        check_processes(trainer)
         check_precision(trainer)
         make_profiler_folder(trainer)
         trainer.fit_loop = WholeFitLoop.of(trainer)
