@@ -72,7 +72,10 @@ FLAGS: dict[str, tuple[str, ...]] = {
 OTHERS = {
     "seed below 0": (f"{FIT} --seed_everything -3", r"seed_everything is -3; give .* 0 to 42949"),
     "random seed": (f"{FIT} --seed_everything true", r"seed_everything is true; give a whole"),
-    "no seed": (f"{FIT} --seed_everything null", r"seed_everything is null; it takes a whole n"),
+    "no seed": (
+        f"{FIT} --seed_everything null",
+        r"everything is null; .*, or give a whole number$",
+    ),
     "whole number with an exponent": (
         f"{FIT} --trainer.max_epochs 1e3",
         r"max_epochs is '1000\.0'; it takes a whole number or null; write 1000$",

@@ -78,7 +78,7 @@ MISTAKES = {
     ),
     "weights for an explainer": Mistake(
         f"{ALONE} --explainers t.safetensors",
-        r"no experiment of camdistill in it; to use it as a teacher",
+        r"no experiment of camdistill in it; .*name the network",
     ),
     "images too small to measure": Mistake(
         f"evaluate --checkpoint {STUDENT} --data images --size 3 --count 2",

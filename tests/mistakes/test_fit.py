@@ -29,7 +29,7 @@ MISTAKES = {
     ),
     "no learning rate": Mistake(
         f"{FIT} --model.optimisation.lr null",
-        r"optimisation\.lr is null; it takes a number; leave it out for its default",
+        r"optimisation\.lr is null; leave it out for its default, or give a number$",
     ),
     "no options of the trainer": Mistake(
         f"{FIT} --trainer null", r"trainer is null; leave it out for its defaults"

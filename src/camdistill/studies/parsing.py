@@ -253,7 +253,7 @@ def _wrong_kind(found: re.Match[str], options: list[str]) -> UserError:
         return OptionError(said, found["name"], found["name"])
     if given == "None":
         wanted = _short(" or ".join(kinds) or "a value", 200).replace("{", "{{").replace("}", "}}")
-        said = f"{{}} is null; it takes {wanted}; leave it out for its default"
+        said = f"{{}} is null; leave it out for its default, or give {wanted}"
         return OptionError(said, found["name"])
     is_switch = given in ("True", "False")
     given = given.lower() if is_switch else given
