@@ -413,10 +413,11 @@ MISTAKES = {
     ),
     **{
         f"other kind: {option}": Mistake(
-            f"{FIT} --{option}", rf"^camdistill: [\w.]+ is '{said}'; it takes [a-z ]+$"
+            f"{FIT} --{option}",
+            rf"^camdistill: [\w.]+ is '{said}'; it takes [a-z ]+(; write 1000)?$",
         )
         for option, said in (
-            *(("trainer.max_epochs 1e3", "1e3"), ("trainer.max_epochs true", "true")),
+            *(("trainer.max_epochs 1e3", r"1(e3|000\.0)"), ("trainer.max_epochs true", "true")),
             *(("trainer.limit_train_batches true", "true"), ("data.limit true", "true")),
             *(("trainer.max_steps 1.5", "1.5"), ("trainer.log_every_n_steps x", "x")),
         )

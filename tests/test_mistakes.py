@@ -195,6 +195,10 @@ MISTAKES = {
         "explain --checkpoint teacher.safetensors --images images/test/c0",
         r"no experiment of camdistill in it; .*--teacher resnet56 --weights",
     ),
+    "teacher's weights to test": Mistake(
+        "test -c tiny.yaml --ckpt_path teacher.safetensors",
+        r"no experiment of camdistill in it; give a run's student\.safetensors or last\.ckpt",
+    ),
     "a stranger's class in a checkpoint": Mistake(
         "explain --checkpoint s.safetensors --images images/test/c0",
         r"'stranger\.module\.Network' lies outside .*--trust stranger",
@@ -271,19 +275,20 @@ MISTAKES = {
     "learning rate 0": Mistake(f"{FIT} --model.optimisation.lr 0", r"lr is 0\.0; .*above 0"),
     # words
     "unknown command": Mistake("fitt -c tiny.yaml", r"no command 'fitt'; nearest: 'fit'"),
-    "mistyped option": Mistake(
-        f"{FIT} --model.betta 3", r"no option 'model\.betta'; nearest: 'model\.beta'"
+    "port below 0": Mistake(
+        "report --run runs/tiny --port -1", r"port is -1; give a port from 0 .* to 65535"
     ),
     "mistyped option in the config": Mistake(
         "fit -c bad.yaml",
         r"no option 'model\.betta'; nearest: 'model\.beta'",
         config("bad.yaml", lambda content: content["model"]["init_args"].update(betta=3)),
     ),
-    "mistyped nested option": Mistake(
-        f"{FIT} --model.optimisation.lrr 1", r"no option '.*\.lrr'; nearest: '.*optimisation\.lr'"
+    "row that is not there": Mistake(
+        "claims --rows 99", r"no row '99'; nearest: '9'; --rows takes any of 1, 2, 3"
     ),
-    "mistyped option of the data": Mistake(
-        f"{FIT} --data.bach_size 8", r"no option 'data\.bach_size'; nearest: 'data\.batch_size'"
+    "images without a side": Mistake(
+        f"export --checkpoint {STUDENT} --size 0",
+        r"size is 0; give the images' side in pixels, 1 or more, at most 8,192",
     ),
     "half an option": Mistake(
         f"{FIT} --trainer.max_epoch 8", r"no option '.*max_epoch'; nearest: 'trainer\.max_epochs'"
@@ -358,8 +363,9 @@ MISTAKES = {
     "study of an unknown config": Mistake(
         "study --base tinny.yaml --arms '{a: {}}'", r"no config.* tinny\.yaml; .*'tiny\.yaml'"
     ),
-    "study of an unknown option": Mistake(
-        "study --base tiny.yaml --arms '{a: {model.betta: 0}}'", r"no option 'model\.betta'"
+    "seed of an arm": Mistake(
+        "study --base tiny.yaml --arms '{a: {seed_everything: 3}}'",
+        r"arm 'a' sets seed_everything, but the study chooses its seeds: --seeds; leave it out",
     ),
 }
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from camdistill.cli import main
 from camdistill.distill.distilled_explainer import DistilledExplainer
+from camdistill.experiments.training import training_checks
 from camdistill.experiments.training.lightning_cli import Experiment
 from camdistill.experiments.training.trainer_errors import is_lightnings, mistake_of_options
 from camdistill.networks.teachers import NetworkSpec
@@ -30,11 +31,11 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "strategy": ("ddpp", "fsdp", "deepspeed"),
     "devices": ("0", "abc", "[]"),
     "num_nodes": ("0", "x"),
-    "precision": ("7", "16-true", "transformer-engine"),
+    "precision": ("7", "true", "16-true", "transformer-engine"),
     "logger": ("x", "CSVLogger", "WandbLogger"),
     "callbacks": ("x", "EarlyStopping"),
     "fast_dev_run": ("-1", "x"),
-    "max_epochs": ("-2", "1.5"),
+    "max_epochs": ("-2", "1.5", "1e3", "true"),
     "min_epochs": ("-1", "x"),
     "max_steps": ("-2", "x"),
     "min_steps": ("-1", "x"),
@@ -70,6 +71,32 @@ FLAGS: dict[str, tuple[str, ...]] = {
 }
 OTHERS = {
     "seed below 0": (f"{FIT} --seed_everything -3", r"seed_everything is -3; give .* 0 to 42949"),
+    "random seed": (f"{FIT} --seed_everything true", r"seed_everything is true; give a whole"),
+    "no seed": (
+        f"{FIT} --seed_everything null",
+        r"everything is null; .*, or give a whole number$",
+    ),
+    "whole number with an exponent": (
+        f"{FIT} --trainer.max_epochs 1e3",
+        r"max_epochs is '1000\.0'; it takes a whole number or null; write 1000$",
+    ),
+    "switch for a number": (
+        f"{FIT} --trainer.max_epochs true",
+        r"max_epochs is 'true'; it takes a whole number or null$",
+    ),
+    "mistyped logger": (
+        f"{FIT} --trainer.logger CSVLoger --trainer.logger.save_dir x",
+        r"trainer\.logger names the class 'CSVLoger', which is not there; nearest: 'CSVLogger'",
+    ),
+    "mistyped callback": (f"{CALLBACK}EarlyStoping", r"'EarlyStoping', .*nearest: 'EarlyStopping'"),
+    "class that is no callback": (
+        f"{CALLBACK}pathlib.Path",
+        r"'pathlib\.Path', which is no Callback; name one, such as '\w+'",
+    ),
+    "word for an epoch": (
+        f"{CALLBACK}GradientAccumulationScheduler --trainer.callbacks.scheduling '{{a: 2}}'",
+        r"scheduling has the name 'a', but its names are whole numbers; write .*\{0: 1, 4: 2\}",
+    ),
     "seed above numpy's": (f"{FIT} --seed_everything 4294967296", r"is 4294967296; give .* 0 to"),
     "strategy by nearest name": (f"{FIT} --trainer.strategy ddpp", r"'ddpp'; nearest: 'ddp'"),
     "interval longer than an epoch": (
@@ -95,6 +122,53 @@ OTHERS = {
     "monitor of a checkpoint": (
         f"{CALLBACK}ModelCheckpoint --trainer.callbacks.monitor=agrement",
         r"a callback monitors 'agrement', which is not logged; nearest: '1_overview/agreement",
+    ),
+    "monitor of no validation": (
+        f"{CALLBACK}EarlyStopping --trainer.callbacks.monitor=2_maps/pearson "
+        "--trainer.limit_val_batches 0",
+        r"'2_maps/pearson', which is not logged without a validation; leave out --trainer\.lim",
+    ),
+    "patience below 0": (
+        f"{CALLBACK}EarlyStopping --trainer.callbacks.monitor=2_maps/pearson "
+        "--trainer.callbacks.patience=-1",
+        r"EarlyStopping: patience is -1; give 0 validations or more",
+    ),
+    "a thousand processes": (
+        f"{FIT} --trainer.devices 1000",
+        r"devices is 1000, each a process, but this machine has (\d+) CPU cores; give \1 or less",
+    ),
+    "time below 0": (
+        f"{FIT} --trainer.max_time '{{seconds: -5}}'",
+        r"max_time is -5 seconds; give .* above 0",
+    ),
+    "no time": (f"{FIT} --trainer.max_time 00:00:00:00", r"max_time is '00:00:00:00', no time"),
+    "less than a batch": (
+        f"{FIT} --trainer.limit_train_batches 0.0001",
+        r"limit_train_batches is 0\.0001, less than one of 6 batches; .*a share of 0\.167 or more",
+    ),
+    "less than a batch to test": (
+        "test -c tiny.yaml --ckpt_path last --trainer.limit_test_batches 0.0001",
+        r"--trainer\.limit_test_batches is 0\.0001, less than one of 6 batches; give 1",
+    ),
+    "more epochs at least than at most": (
+        f"{FIT} --trainer.min_epochs 3",
+        r"min_epochs is 3, but max_epochs is 1, .*max_epochs 3 or m",
+    ),
+    "fewer epochs than were trained": (
+        f"{FIT} --ckpt_path last --trainer.max_epochs 0",
+        r"max_epochs is 0, but the checkpoint has been trained for 1 epoch; give 1 or more",
+    ),
+    "fewer steps than were trained": (
+        f"{FIT} --ckpt_path last --trainer.max_steps 2",
+        r"max_steps is 2, but the checkpoint has been trained for 6 steps; give 6 or more",
+    ),
+    "accumulation over more than an epoch": (
+        f"{FIT} --trainer.accumulate_grad_batches 100000",
+        r"accumulate_grad_batches is 100000, but an epoch has 6 batches, .*give 6 or less",
+    ),
+    "profiler of other machines": (
+        f"{FIT} --trainer.profiler XLAProfiler",
+        r"profiler xla is for TPUs, .*give simple, advanced or pytorch",
     ),
     "learning rate finder": (f"{CALLBACK}LearningRateFinder", r"model\.optimisation\.lr .*leave"),
     "pruning": (
@@ -171,10 +245,10 @@ def test_mistake_in_an_option_is_told_in_one_line(
     assert re.search(says, lines[0]), lines[0]
     assert re.search(r"; |: --|\bgive\b|\bpip install\b|nearest", lines[0])  # what to do
     assert len(lines[0]) < 500
+    assert " - Expected" not in lines[0]  # jsonargparse's own text
     assert not {"Traceback", "class '", "Namespace", "jsonargparse"} & set(lines[0].split())
     left = here / "runs" / "tiny" / "version_1"
-    assert left.exists() == name.startswith("monitor")  # these are found out after an epoch
-    shutil.rmtree(left, ignore_errors=True)
+    assert not left.exists()  # told before the training
 
 
 class Broken(Callback):
@@ -258,6 +332,64 @@ def test_a_mistake_in_a_users_data_set_is_no_trainer_option(workers: int, tmp_pa
     with pytest.raises(ValueError, match="no such image") as caught:
         fit(BoringModel(), DataLoader(Unreadable(), num_workers=workers))
     assert mistake_of_options(caught.value) is None
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_is_not_cut_to_fewer_epochs(
+    epochs: int, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*FIT.split(), "--run", f"cut{epochs}", "--trainer.max_epochs"]
+    assert main([*words, "3"]) == 0
+    config = here / "runs" / f"cut{epochs}" / "version_0" / "config.yaml"
+    before = config.read_text()
+    assert main([*words, str(epochs), "--ckpt_path", "last"]) == 2
+    line = capsys.readouterr().err
+    assert re.search(rf"max_epochs is {epochs}, .*trained for 3 epochs; give 3 or more", line)
+    assert config.read_text() == before
+
+
+def test_a_training_of_no_epoch_has_an_end(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT.split(), "--trainer.max_epochs", "0", "--run", "untrained"]) == 0
+    assert "6 classes, 0 epochs, on cpu" in capsys.readouterr().out
+
+
+class Logging(Callback):
+    """A user's callback that logs a number of its own."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log("mine", 1.0)
+
+
+def test_what_a_users_callback_logs_can_be_monitored(here: Path) -> None:
+    callbacks = (
+        f"[{__name__}.Logging, {{class_path: EarlyStopping, init_args: {{monitor: mine, "
+        "check_on_train_epoch_end: true}}]"
+    )
+    assert main([*FIT.split(), f"--trainer.callbacks={callbacks}", "--run", "mine"]) == 0
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_all_that_is_logged_can_be_monitored(
+    layers: int, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names that are known before a training are those that it logs."""
+    known: list[set[str]] = []
+    monkeypatch.setattr(
+        "camdistill.experiments.training.training_checks.check_monitors",
+        lambda trainer: known.append(
+            {
+                *training_checks._logged_in_training(trainer.lightning_module),
+                *training_checks._logged_in_validation(trainer.lightning_module),
+            }
+        ),
+    )
+    pairs = [f"{{student: stage{n}, teacher: stage{n}}}" for n in (1, 2)][:layers]
+    arguments = ["--config", "tiny.yaml", "--run", f"logged{layers}"]
+    words = [*arguments, f"--model.transfer.pairs=[{', '.join(pairs)}]"]
+    experiment = Experiment(words, run=False)
+    experiment.trainer.fit(experiment.model, experiment.datamodule)
+    assert known[-1] == set(experiment.trainer.callback_metrics)
+    experiment.release()
 
 
 @pytest.mark.parametrize("callbacks", ["=Timer", "+=Timer", "+=LearningRateMonitor"])

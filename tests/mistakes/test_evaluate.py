@@ -78,15 +78,17 @@ MISTAKES = {
     ),
     "weights for an explainer": Mistake(
         f"{ALONE} --explainers t.safetensors",
-        r"no experiment of camdistill in it; to use it as a teacher",
+        r"no experiment of camdistill in it; .*name the network",
     ),
     "images too small to measure": Mistake(
         f"evaluate --checkpoint {STUDENT} --data images --size 3 --count 2",
         r"images of 3 pixels can't be cut into 8 cells a side",
     ),
     "switch with a word": Mistake(f"{ALONE} --meta maybe", r"'maybe' belongs to no option"),
-    "nothing to pool": Mistake("pool", r"0 folders to pool; give two or more"),
-    "one run to pool": Mistake("pool --runs runs", r"1 folders to pool; give two or more"),
+    "nothing to pool": Mistake("pool", r"no folders to pool; give two or more"),
+    "folder to pool that is not there": Mistake(
+        "pool --runs nope", r"no values\.npz in 'nope': name a finished folder of `camdistill eval"
+    ),
     "folder that evaluate didn't write": Mistake(
         "pool --runs runs nothing", r"no values\.npz in 'runs': name a finished folder"
     ),

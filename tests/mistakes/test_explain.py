@@ -9,6 +9,10 @@ from mistakes import Mistake, check_mistake
 ALONE = "explain --teacher shallow_cnn --size 16 --images images/test/c0"
 STUDENT = "runs/tiny/version_0/student.safetensors"
 MISTAKES = {
+    "class below 0": Mistake(
+        "explain --teacher shallow_cnn --images images/test/c0 --classes -1",
+        r"class -1 is below 0; classes are counted from 0: give 0 or more",
+    ),
     "no count": Mistake(f"{ALONE} --count 0", r"count is 0; give 1 or more images"),
     "part of a count": Mistake(f"{ALONE} --count 1.5", r"count is '1\.5'; it takes a whole number"),
     "size of nothing": Mistake(f"{ALONE} --size 0", r"size is 0; "),

@@ -27,6 +27,17 @@ MISTAKES = {
     "learning rate that is no number": Mistake(
         f"{FIT} --model.optimisation.lr nan", r"lr is '?nan'?; "
     ),
+    "no learning rate": Mistake(
+        f"{FIT} --model.optimisation.lr null",
+        r"optimisation\.lr is null; leave it out for its default, or give a number$",
+    ),
+    "no options of the trainer": Mistake(
+        f"{FIT} --trainer null", r"trainer is null; leave it out for its defaults"
+    ),
+    "pair without a weight": Mistake(
+        f"{FIT} --model.transfer.pairs '[{{student: stage1, teacher: stage1, weight: null}}]'",
+        r"model\.transfer\.pairs\.weight is null; leave it out for its default",
+    ),
     "unknown quantity": Mistake(
         f"{FIT} --model.transfer.quantity nope",
         r"quantity is 'nope'; it takes 'grad_cam', 'attention', 'class_maps'",

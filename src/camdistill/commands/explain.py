@@ -209,6 +209,8 @@ def _class_number(name: str, names: Sequence[str]) -> int:
         return list(names).index(name)
     if name.isdigit():
         return int(name)
+    if name[:1] == "-" and name[1:].isdigit():
+        raise UserError(f"class {name} is below 0; classes are counted from 0: give 0 or more")
     hint = nearest(name, names) if names else "give its number: names of classes aren't known here"
     raise UserError(f"no class '{name}'; {hint}")
 

@@ -265,8 +265,9 @@ def _read_settings(weights: WeightFile) -> dict[str, Any]:
     text = weights.metadata.get(EXPERIMENT)
     if text is None:
         raise UserError(
-            f"'{weights.path}' has weights but no experiment of camdistill in it; to use it as a "
-            "teacher name its network too: --teacher resnet56 --weights FILE"
+            f"'{weights.path}' has weights but no experiment of camdistill in it; give a run's "
+            "student.safetensors or last.ckpt, or name the network that the weights are of, where "
+            "a command has it: --teacher resnet56 --weights FILE"
         )
     with _report_unreadable(weights.path):
         settings = parse_experiment(text, f"'{weights.path}'")

@@ -101,8 +101,8 @@ def describe_training(trainer: Trainer) -> str:
 def _describe_length(trainer: Trainer) -> str:
     """Of the training: epochs, steps, time, whichever ends it."""
     ends = []
-    if (trainer.max_epochs or -1) >= 0:
-        ends.append(_count_words(trainer.max_epochs or 0, "epoch"))
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        ends.append(_count_words(trainer.max_epochs, "epoch"))
     if trainer.max_steps >= 0:
         ends.append(_count_words(trainer.max_steps, "step"))
     if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]

@@ -148,7 +148,7 @@ def test_what_does_not_belong_together_is_not_pooled(tmp_path: Path) -> None:
     for told_of, folder in mistakes.items():
         with pytest.raises(UserError, match=told_of):
             read_pool([first, folder])
-    with pytest.raises(UserError, match="1 folders to pool"):
+    with pytest.raises(UserError, match="1 folder to pool"):
         read_pool([first])
 
 

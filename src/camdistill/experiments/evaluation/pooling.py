@@ -124,10 +124,11 @@ def read_pool(folders: Sequence[Path]) -> tuple[Pool, list[dict[str, object]]]:
         UserError: Fewer than two, or they don't belong together: they may differ in their seed and
             in the networks, and in nothing else.
     """
+    if len(folders) == 1:
+        read_values(folders[0])  # says what is wrong with it
     if len(folders) < 2:
-        raise UserError(
-            f"{len(folders)} folders to pool; give two or more: --runs runs/one runs/other"
-        )
+        count = "1 folder" if folders else "no folders"
+        raise UserError(f"{count} to pool; give two or more: --runs runs/one runs/other")
     read = [read_values(folder) for folder in folders]
     for place, (values, settings) in enumerate(read):
         _demand_kin(folders[0], read[0], folders[place], values, settings)

@@ -13,6 +13,7 @@ from pytorch_lightning.loops.fit_loop import _FitLoop
 from pytorch_lightning.trainer.states import TrainerFn
 
 from camdistill.errors import UserError
+from camdistill.experiments.training.training_checks import check_training
 from camdistill.networks.training_facts import EXPERIMENT, parse_experiment
 from camdistill.networks.weights import read_weights
 from camdistill.store.atomic_files import write_atomically
@@ -78,6 +79,12 @@ class WholeFitLoop(_FitLoop):
         loop = cls(trainer, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
         loop.epoch_loop = old.epoch_loop
         return loop
+
+    def setup_data(self) -> None:
+        """Counts the batches, and checks that the training fits them and its checkpoint."""
+        super().setup_data()
+        epochs: int = self.epoch_progress.current.processed  # type: ignore[attr-defined]
+        check_training(self.trainer, self.max_batches, epochs)
 
     @property
     def skip(self) -> bool:

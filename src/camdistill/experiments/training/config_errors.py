@@ -1,5 +1,6 @@
 """Mistakes in options and config files, each told in one line with the nearest names."""
 
+import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,13 @@ CLASSES = {
         "camdistill.data.modules.FolderData",
     ),
 }
+# Modules in which Lightning has the classes that its trainer's options may name.
+_LIGHTNINGS = {
+    "trainer.callbacks": "pytorch_lightning.callbacks",
+    "trainer.logger": "pytorch_lightning.loggers",
+    "trainer.plugins": "pytorch_lightning.plugins",
+    "trainer.profiler": "pytorch_lightning.profilers",
+}
 _KINDS = {
     "float": "a number",
     "int": "a whole number",
@@ -40,6 +48,8 @@ _KINDS = {
     "path": "a path",
     "nonetype": "null",
 }
+# Lightning's types have it, but the one seed is a number.
+_MEANINGLESS = {"seed_everything": _KINDS["bool"]}
 LONGEST = 300  # characters of a message that we don't translate
 
 
@@ -235,16 +245,24 @@ def _missing(found: re.Match[str], options: list[str]) -> UserError:
 def _wrong_kind(found: re.Match[str], options: list[str]) -> UserError:
     """A value of another type, or not among the choices."""
     kinds = list(dict.fromkeys(_kind(kind) for kind in re.findall(_EXPECTED, found["rest"])))
-    kinds = [kind for kind in kinds if kind]
-    value = re.search(r"(?:Got value|Given value): (.*)$", found["rest"])
+    kinds = [kind for kind in kinds if kind and kind != _MEANINGLESS.get(found["name"])]
+    value = re.search(rf"(?:Got value|Given value): (.*?)(?:{_AFTER_VALUE}|$)", found["rest"])
     given = value[1] if value else "that"
     if nested := re.match(r"NestedArg\(key='(.*?)', val='(.*?)'\)", given):
         said = f"{{}} has no option '{nested[1]}' of its own; give --{{}} {nested[2]}"
         return OptionError(said, found["name"], found["name"])
+    if given == "None":
+        wanted = _short(" or ".join(kinds) or "a value", 200).replace("{", "{{").replace("}", "}}")
+        said = f"{{}} is null; leave it out for its default, or give {wanted}"
+        return OptionError(said, found["name"])
+    is_switch = given in ("True", "False")
+    given = given.lower() if is_switch else given
     alike = get_close_matches(given, re.findall(r"'([^']*)'", " ".join(kinds)), n=1, cutoff=0.5)
     wanted = f"it takes {' or '.join(kinds) or 'another type'}"
     said = f"is {_short(given, 60)!r}; {_short(wanted, 200)}"
-    said += f"; nearest: '{alike[0]}'" if alike else ""
+    said += f"; nearest: '{alike[0]}'" if alike and not is_switch else ""
+    if _KINDS["int"] in kinds and re.fullmatch(r"-?\d+\.0", given):
+        said += f"; write {given.removesuffix('.0')}"
     return OptionError("{} " + said.replace("{", "{{").replace("}", "}}"), found["name"])
 
 
@@ -258,11 +276,11 @@ def _kind(kind: str) -> str:
 
 def _unknown_class(found: re.Match[str], options: list[str]) -> UserError:
     """A class path that leads nowhere."""
-    path, known = found["path"], CLASSES.get(found["name"], ())
+    path, known = found["path"], _classes_of(found["name"])
     by_name = {option.rpartition(".")[2]: option for option in known}
     alike = get_close_matches(path.rpartition(".")[2], by_name, cutoff=0.5)
     shown = [by_name[name] for name in alike] or list(known)
-    cure = f"{'nearest' if alike else 'there are'}: {', '.join(map(repr, shown))}"
+    cure = f"{'nearest' if alike else 'there are'}: {', '.join(map(repr, shown[:8]))}"
     return OptionError(
         f"{{}} names the class '{path}', which is not there; "
         + (cure if shown else "check its spelling"),
@@ -270,10 +288,19 @@ def _unknown_class(found: re.Match[str], options: list[str]) -> UserError:
     )
 
 
+def _classes_of(option: str) -> tuple[str, ...]:
+    """The classes that an option may name: ours by their paths, Lightning's by their names."""
+    if option in _LIGHTNINGS:
+        return tuple(importlib.import_module(_LIGHTNINGS[option]).__all__)
+    return CLASSES.get(option, ())
+
+
 def _named_values(found: re.Match[str], options: list[str]) -> UserError:
     """One value where a group of them is meant: teacher: resnet20."""
     named = found.groupdict()
     given = _short(named.get("value") or "that", 60).strip("'\"")
+    if given in ("null", "None"):
+        return OptionError("{} is null; leave it out for its defaults", found["name"])
     return OptionError(
         f"{{}} is {given!r}; it takes named values, such as {{{{name: {given}}}}}", found["name"]
     )
@@ -281,14 +308,24 @@ def _named_values(found: re.Match[str], options: list[str]) -> UserError:
 
 def _class_or_values(found: re.Match[str], options: list[str]) -> UserError:
     """A word where a class path or a group is meant."""
-    return (_unknown_class if found["name"] in CLASSES else _named_values)(found, options)
+    known = found["name"] in {**CLASSES, **_LIGHTNINGS}
+    return (_unknown_class if known else _named_values)(found, options)
 
 
 def _wrong_class(found: re.Match[str], options: list[str]) -> UserError:
     """A class of another kind."""
-    known = ", ".join(repr(option) for option in CLASSES.get(found["name"], ()))
+    known = ", ".join(repr(option) for option in _classes_of(found["name"])[:8])
+    cure = f"name one, such as {known}" if known else "name one"
     return OptionError(
-        f"{{}} names '{found['value']}', which is no {found['kind']}; name one, such as {known}",
+        f"{{}} names '{found['value']}', which is no {found['kind']}; {cure}", found["name"]
+    )
+
+
+def _key_of_number(found: re.Match[str], options: list[str]) -> UserError:
+    """A word among named values whose names are whole numbers."""
+    return OptionError(
+        f"{{}} has the name {_short(found['key'], 60)!r}, but its names are whole numbers; write "
+        "them as in {{0: 1, 4: 2}}",
         found["name"],
     )
 
@@ -317,6 +354,8 @@ def _short(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
+# Where a value ends that is given to one of several types.
+_AFTER_VALUE = r" - Expected | - Problem | - Not | Given value type: "
 _EXPECTED = r"Expected an? (typing\.Literal\[[^\]]*\]|<class '[^']*'>|[\w.\[\]]+)"
 _KEY = r"Parser key ['\"](?P<name>[\w.]+)['\"]: "
 Telling = Callable[[re.Match[str], list[str]], UserError]
@@ -342,6 +381,7 @@ _TOLD: tuple[tuple[str, Telling], ...] = (
         _wrong_length,
     ),
     (_KEY + r"Not of type Path: .* not NestedArg.*key='(?P<inner>[\w.]+)'", _inside_a_value),
+    (_KEY + r"invalid literal for int\(\) with base 10: '(?P<key>.*?)'", _key_of_number),
     (_KEY + r"(?P<rest>.*Expected .*)", _wrong_kind),
     (_KEY + r"Unable to load config '(?P<value>[^']*)' - Parser key .* load config", _named_values),
     (r"^[\"']+(?P<name>\w+)[\"']+$", _unknown_entry),

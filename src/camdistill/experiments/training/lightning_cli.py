@@ -34,6 +34,7 @@ from camdistill.experiments.training.trainer_options import (
     make_profiler_folder,
     plain_callbacks,
 )
+from camdistill.experiments.training.training_checks import check_processes
 from camdistill.measure.fidelity import FidelityTable
 from camdistill.networks.weights import read_weights
 from camdistill.report.callbacks import MapGrids, Progress, ResumedEvents, RunText, Throughput
@@ -247,6 +248,7 @@ class Experiment(LightningCLI):
         plugins = config.get("plugins") or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
         trainer = super().instantiate_trainer(**kwargs)
+        check_processes(trainer)
         check_precision(trainer)
         make_profiler_folder(trainer)
         trainer.fit_loop = WholeFitLoop.of(trainer)

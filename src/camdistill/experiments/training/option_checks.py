@@ -156,6 +156,11 @@ def _check_nulls(factory: type, given: Mapping[str, object] | Namespace, group: 
                 )
             if isinstance(value, Mapping | Namespace):
                 _check_nulls(kind, value, whole)
+        elif isinstance(value, list | tuple):
+            entries = [one for one in typing.get_args(_without_null(kind)) if inspect.isclass(one)]
+            for one in value if entries and dataclasses.is_dataclass(entries[0]) else ():
+                if isinstance(one, Mapping | Namespace):
+                    _check_nulls(entries[0], one, whole)
         elif value is None and not _takes_null(kind):
             raise UserError(f"{whole} is null; leave it out for its default, or give a value")
 
@@ -170,6 +175,12 @@ def _kinds(factory: type) -> dict[str, Any]:
         if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
             break
     return found
+
+
+def _without_null(kind: Any) -> Any:
+    """The first of an annotation's types, where it has several: the others are None."""
+    several = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind)[0] if several else kind
 
 
 def _takes_null(kind: Any) -> bool:

@@ -1,5 +1,6 @@
 """Errors that Lightning raises about its own options, told in one line with a cure."""
 
+import math
 import re
 import sys
 import traceback
@@ -131,6 +132,15 @@ def _interval(found: re.Match[str]) -> str:
     )
 
 
+def _no_batch(found: re.Match[str]) -> str:
+    """A share of the batches that is less than one of them."""
+    whole = int(found["count"])
+    return (
+        f"--trainer.{found['name']} is {found['share']}, less than one of {whole} batches; give 1 "
+        f"(a batch), or a share of {math.ceil(1000 / whole) / 1000:g} or more"
+    )
+
+
 _MESSAGES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (
         r"conditioned on metric `(?P<name>[^`]*)` which is not available\..*: (?P<names>.*)",
@@ -142,6 +152,18 @@ _MESSAGES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         lambda found: (
             f"the longest time (max_time) is '{found[1]}'; give DD:HH:MM:SS, such as "
             "00:02:00:00 for two hours"
+        ),
+    ),
+    (
+        r"to check (?P<share>\S+) of the .* \* (?P<count>\d+) < 1\..* the `(?P<name>\w+)`",
+        _no_batch,
+    ),
+    (
+        r"restored a checkpoint with current_epoch=(\d+), .*Trainer\(max_epochs=(\d+)\)",
+        lambda found: (
+            f"--trainer.max_epochs is {found[2]}, but the checkpoint has been trained for "
+            f"{int(found[1]) + 1} epochs; give {int(found[1]) + 1} or more, or start without "
+            "--ckpt_path"
         ),
     ),
     (r"by running `pip install -U (?P<name>[\w-]+)`", _not_installed),

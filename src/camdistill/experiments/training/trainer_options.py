@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
+    EarlyStopping,
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
@@ -91,8 +93,11 @@ def check_seed(seed: object) -> None:
     """Checks `seed_everything`.
 
     Raises:
-        UserError: It is no seed of numpy's.
+        UserError: It is no seed of numpy's; true would be a random one, and false none.
     """
+    if isinstance(seed, bool):
+        word = str(seed).lower()
+        raise UserError(f"seed_everything is {word}; give a whole number from 0 to {LARGEST_SEED}")
     if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed_everything is {seed}; give a whole number from 0 to {LARGEST_SEED}")
 
@@ -120,6 +125,14 @@ def check_options(options: Mapping[str, object]) -> None:
         odd = sorted(set(value) - set(UNITS)) if isinstance(value, dict) else []
         if odd:
             raise UserError(f"--trainer.{name} names '{odd[0]}'; {nearest(odd[0], UNITS)}")
+    _check_lengths(options)
+    profiler = options.get("profiler")
+    named = profiler.get("class_path", "") if isinstance(profiler, Namespace) else profiler
+    if str(named).rpartition(".")[2].lower() in ("xla", "xlaprofiler"):
+        raise UserError(
+            "--trainer.profiler xla is for TPUs, which nothing here runs on; give simple, advanced "
+            "or pytorch"
+        )
     root = options.get("default_root_dir")
     if root and Path(str(root)).is_file():
         raise UserError(f"--trainer.default_root_dir is '{root}', which is a file; name a folder")
@@ -133,6 +146,26 @@ def check_options(options: Mapping[str, object]) -> None:
             "--trainer.barebones true leaves out checkpoints, logs and validation, which a run "
             "here is made of; leave it out, or call Lightning's Trainer from Python"
         )
+
+
+def _check_lengths(options: Mapping[str, object]) -> None:
+    """Checks that a training can be as long as it must, and has a time above 0."""
+    time = options.get("max_time")
+    if isinstance(time, str) and re.fullmatch(r"0+(:0+){3}", time):
+        raise UserError(f"--trainer.max_time is '{time}', no time at all; give a time above 0")
+    if isinstance(time, dict) and all(isinstance(one, int | float) for one in time.values()):
+        length = timedelta(**time)
+        if length <= timedelta(0):
+            raise UserError(
+                f"--trainer.max_time is {length.total_seconds():g} seconds; give a time above 0"
+            )
+    for what in ("epochs", "steps"):
+        least, most = options.get(f"min_{what}"), options.get(f"max_{what}")
+        if isinstance(least, int) and isinstance(most, int) and least > most >= 0:
+            raise UserError(
+                f"--trainer.min_{what} is {least}, but max_{what} is {most}, which ends the "
+                f"training first; give --trainer.max_{what} {least} or more"
+            )
 
 
 def check_loop(loop: str | None, options: Mapping[str, object], *, goes_on: bool) -> None:
@@ -207,6 +240,10 @@ def check_callbacks(callbacks: list[Callback], model: LightningModule) -> None:
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
             _check_file_name(callback)
+        if isinstance(callback, EarlyStopping) and callback.patience < 0:
+            raise UserError(
+                f"EarlyStopping: patience is {callback.patience}; give 0 validations or more"
+            )
     if not isinstance(model, TrainingModule):
         return
     for callback in callbacks:
