@@ -29,6 +29,8 @@ ODD = {
     "GivesNothing": r"gives None for 2 images, not logits",
     "TakesTwo": r"can't run .*argument: 'others'\); give a network whose forward takes images",
     "Fails": r"forward fails on an image of 3x16x16 \(KeyError: 'nothing'\); mend Fails",
+    "RunsOutOfMemory": r"^camdistill: out of memory; give fewer or smaller images",
+    "RunsOutOfMemoryOnCpu": r"^camdistill: out of memory; give fewer or smaller images",
     "CannotBeBuilt": r"can't build odd_networks\.CannotBeBuilt with .*: no file of means",
     "Doubles": r"'conv\.weight' is float64, and images are float32: build .* network\.float\(\)",
     "OnMeta": r"'conv\.weight' is on the meta device, which holds no numbers: build the network on",

@@ -86,6 +86,16 @@ class Fails(Plain):
         return {}["nothing"]
 
 
+class RunsOutOfMemory(Plain):
+    def forward(self, images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+class RunsOutOfMemoryOnCpu(Plain):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + torch.empty(2**50, 6)[:1]
+
+
 class CannotBeBuilt(Plain):
     def __init__(self, classes: int = 6) -> None:
         super().__init__(classes)

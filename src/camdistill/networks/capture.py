@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, is_out_of_memory, nearest
 from camdistill.networks.network_checks import check_logits
 from camdistill.networks.wrapper import Wrapper
 from camdistill.types import Images
@@ -270,6 +270,8 @@ def demand_runs(
         except UserError:
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
             # What Python says of a forward that wants more, or less, than images.
             arguments = isinstance(error, TypeError) and "argument" in str(error)
             do = "give a network whose forward takes images alone" if arguments else cure
