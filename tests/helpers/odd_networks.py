@@ -86,6 +86,18 @@ class Fails(Plain):
         return {}["nothing"]
 
 
+class GivesSparse(Plain):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(images).to_sparse()
+
+
+class StopsIterating(Plain):
+    """As a forward that asks for the next of an iterator that is at its end."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return next(iter(()))
+
+
 class RunsOutOfMemory(Plain):
     def forward(self, images: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

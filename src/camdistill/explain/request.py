@@ -138,10 +138,13 @@ def asked_classes(ask: Request, output: object) -> Tensor:
 def demand_logits(ask: Request, output: object) -> Tensor:
     """The network's output if it is logits [B, classes], else a UserError that says what to do."""
     given = isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(ask.images)
-    if isinstance(output, Tensor) and given and output.is_floating_point():
+    dense = isinstance(output, Tensor) and output.layout == torch.strided
+    if isinstance(output, Tensor) and given and dense and output.is_floating_point():
         return output
     gave = f"a {type(output).__name__}"
-    if isinstance(output, Tensor):
+    if isinstance(output, Tensor) and not dense:
+        gave = f"a sparse tensor {list(output.shape)}"
+    elif isinstance(output, Tensor):
         gave = f"{list(output.shape)}{'' if output.is_floating_point() else f' {output.dtype}'}"
     raise UserError(
         f"{type(bare(ask.network)).__name__} gives {gave}, not logits "

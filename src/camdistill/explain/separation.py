@@ -134,6 +134,7 @@ def mixed(scores: Tensor, sources: Sequence[Tensor] | Sequence[GradientEdge]) ->
 
 
 def _differ(plain: Tensor, weighted: Tensor, weights: Tensor) -> bool:
+    plain, weighted = plain.to_dense(), weighted.to_dense()
     expected = plain.flatten(1) * weights.to(plain)[:, None]
     # What isn't a number would not be one alone either.
     apart = (weighted.flatten(1) - expected).abs().nan_to_num()

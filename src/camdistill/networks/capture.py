@@ -192,11 +192,12 @@ def tensor(name: str, output: object) -> Tensor:
     """A layer's output if it is a tensor.
 
     Raises:
-        UserError: If it is a tuple or the like.
+        UserError: If it is a tuple or the like, or sparse.
     """
-    if not isinstance(output, Tensor):
+    if not isinstance(output, Tensor) or output.layout != torch.strided:
+        kind = "sparse tensor" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
-            f"layer '{name}' gives a {type(output).__name__}, not a tensor: "
+            f"layer '{name}' gives a {kind}, not a{' dense' * (kind == 'sparse tensor')} tensor: "
             "ask for a layer inside it or after it"
         )
     return output
@@ -278,7 +279,7 @@ def demand_runs(
             raise UserError(
                 f"the {name} can't run on an image of {shape} ({_line_of(error)}); {do}"
             ) from error
-        except (LookupError, AttributeError, ArithmeticError, OSError) as error:
+        except (LookupError, AttributeError, ArithmeticError, OSError, StopIteration) as error:
             raise UserError(
                 f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
                 f"{_line_of(error)}); mend {type(bare(network)).__name__}"

@@ -104,6 +104,7 @@ def _are_logits(output: object, count: int) -> bool:
     return (
         isinstance(output, Tensor)
         and output.is_floating_point()
+        and output.layout == torch.strided
         and output.dim() == 2
         and len(output) == count
         and output.shape[1] > 0
@@ -116,7 +117,9 @@ def _logits_in(output: object, count: int) -> str | None:
         if not output.is_floating_point() or output.dim() == 0 or len(output) != count:
             return None
         rows = {1: "[:, None]", 2: "", 3: ".mean(1)", 4: ".mean((2, 3))"}
-        return rows.get(output.dim())
+        inside = rows.get(output.dim())
+        dense = "" if output.layout == torch.strided else ".to_dense()"
+        return None if inside is None else f"{dense}{inside}"
     places: list[tuple[object, object]] = []
     if isinstance(output, Mapping):
         places = sorted(output.items(), key=lambda item: str(item[0]) not in ("logits", "out"))
@@ -133,7 +136,8 @@ def _described(output: object) -> str:
     """What an output is, with the shapes in it."""
     if isinstance(output, Tensor):
         dtype = "" if output.is_floating_point() else str(output.dtype).removeprefix("torch.")
-        return f"a tensor {list(output.shape)}{f' of {dtype}' if dtype else ''}"
+        kind = "a tensor" if output.layout == torch.strided else "a sparse tensor"
+        return f"{kind} {list(output.shape)}{f' of {dtype}' if dtype else ''}"
     name = type(output).__name__
     if isinstance(output, Mapping):
         inside = [f"{key!r} {_shape(value)}" for key, value in list(output.items())[:3]]
