@@ -53,6 +53,11 @@ class _Step(NamedTuple):
     def axes(self, name: str, count: int) -> list[int]:
         return saved_axes(self.node, name, count)
 
+    def single_axis(self, name: str, count: int) -> int | None:
+        """An axis as autograd keeps it; None where torch calls it otherwise, or keeps several."""
+        axes = self.axes(name, count)
+        return axes[0] if len(axes) == 1 else None
+
 
 # Relative; a GPU may sum in another order. Mixed images of less would change no digit that counts.
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -201,21 +206,24 @@ def _reduced(step: _Step) -> int | None:
 
 
 def _selected(step: _Step) -> int | None:
-    (axis,) = step.axes("dim", len(step.given))
-    return step.on(step.axis + (step.axis >= axis))
+    axis = step.single_axis("dim", len(step.given))
+    return None if axis is None else step.on(step.axis + (step.axis >= axis))
 
 
 def _stacked(step: _Step) -> int | None:
-    (axis,) = step.axes("dim", len(step.out))
-    return None if step.axis == axis else step.on(step.axis - (step.axis > axis))
+    axis = step.single_axis("dim", len(step.out))
+    return None if axis is None or step.axis == axis else step.on(step.axis - (step.axis > axis))
 
 
 def _permuted(step: _Step) -> int | None:
-    return step.on(step.axes("dims", len(step.given))[step.axis])
+    axes = step.axes("dims", len(step.given))
+    return step.on(axes[step.axis]) if len(axes) == len(step.out) else None
 
 
 def _transposed(step: _Step) -> int | None:
-    (first,), (second,) = (step.axes(name, len(step.given)) for name in ("dim0", "dim1"))
+    first, second = (step.single_axis(name, len(step.given)) for name in ("dim0", "dim1"))
+    if first is None or second is None:
+        return None
     return step.on({first: second, second: first}.get(step.axis, step.axis))
 
 
@@ -258,10 +266,7 @@ def _restrided(step: _Step) -> int | None:
         size == 1 or stride == row_major
         for size, stride, row_major in zip(step.out, strides, expected, strict=True)
     )
-    fresh = operation(step.node.next_functions[0][0]) in (
-        "MeanBackward",
-        "AdaptiveAvgPool2DBackward",
-    )
+    fresh = operation(step.node.next_functions[0][0]) in _FRESH
     return step.outer if same and fresh and step.given == step.out else None
 
 
