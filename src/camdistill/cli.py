@@ -11,7 +11,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from camdistill.errors import UserError, disk_mistake, mistake_of_system, nearest
+from camdistill.errors import (
+    UserError,
+    disk_mistake,
+    is_out_of_memory,
+    mistake_of_system,
+    nearest,
+)
 
 LOOPS = {
     "fit": "train a student (or a teacher) from a config",
@@ -65,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mistake is None:
             raise
         return _print_error(str(mistake))
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return _print_error(
             "out of memory; give fewer or smaller images, or a smaller batch, or a larger machine"
         )

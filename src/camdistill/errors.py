@@ -95,6 +95,14 @@ def shorten(text: str, longest: int = 60) -> str:
     return f"{text[: longest // 2]}...{text[-(longest // 2) + 3 :]}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, as Python or as torch says it."""
+    words = ("can't allocate memory", "not enough memory")  # torch's on a CPU, and on Windows
+    # torch.OutOfMemoryError by its name: importing torch takes seconds.
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or named or any(word in str(error) for word in words)
+
+
 def mistake_of_system(error: OSError) -> UserError | None:
     """A path that can't be what it is given as, as one line; None for other troubles."""
     path = shorten(str(error.filename or "a path"), 120)

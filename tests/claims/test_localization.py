@@ -69,7 +69,7 @@ def test_boxes_pass_only_where_errors_rise_along_the_order(
     row = localization.judge_boxes(lab(count=60), "3", "it", "56.51 %", found)
     assert row.passed is passed
     assert localization.judge_own_thresholds(lab(count=60), {"it": found}).passed
-    first = {one.name: one for one in row.ours if one.of == localization.AT_PAPER_THRESHOLD}
+    first = {one.name: one for one in row.ours if one.measure == localization.AT_PAPER_THRESHOLD}
     assert [round(first[name].value, 6) for name in localization.COMPARED] == list(shares)
 
 
@@ -87,12 +87,12 @@ def test_masks_in_grad_cams_place_beat_noise_in_the_gradients(
     planted(room, ["grad_cam"])
     found = localization.measure_box_errors(room, room.student)
     wrong = (
-        localization_maps.top_classes(room.student, localization_maps.drawn(room).images)
-        != localization_maps.drawn(room).labels
+        localization_maps.top_classes(room.student, localization_maps.draw_batch(room).images)
+        != localization_maps.draw_batch(room).labels
     )
     # A box of the mask itself is right: only the class can be wrong.
-    assert torch.equal(found.at_own["grad_cam"], wrong.float())
-    assert found.at_own["gradient"].mean() > 0.8
+    assert torch.equal(found.at_own_threshold["grad_cam"], wrong.float())
+    assert found.at_own_threshold["gradient"].mean() > 0.8
 
 
 def test_noise_in_grad_cams_place_fails(
@@ -135,9 +135,9 @@ def test_pointing_fails_where_the_gradient_points_as_well(lab: Callable[..., Cla
 
 def test_pointing_asks_about_both_objects(lab: Callable[..., ClaimSetup]) -> None:
     row = localization.run_pointing(lab())
-    recall = [one.value for one in row.ours if one.of == "recall"]
+    recall = [one.value for one in row.ours if one.measure == "recall"]
     assert all(0 <= value <= 1 for value in recall)
-    assert {one.name for one in row.ours if one.of == "accuracy"} == {
+    assert {one.name for one in row.ours if one.measure == "accuracy"} == {
         "grad_cam",
         "gradient",
         "never rejecting",
@@ -183,7 +183,7 @@ def test_both_heads_stand_on_the_students_trunk(
     assert all(torch.equal(value, before[key]) for key, value in room.student.state_dict().items())
     row = heads.run_any_head(room)
     assert row.passed
-    assert {one.name: one.value for one in row.ours if one.of == "has a CAM"} == {
+    assert {one.name: one.value for one in row.ours if one.measure == "has a CAM"} == {
         "pooling": 1,
         "fully connected": 0,
         "transformer": 0,
@@ -200,5 +200,5 @@ def test_a_network_with_blank_maps_is_not_explained(lab: Callable[..., ClaimSetu
     room = lab()
     blank = room.teacher
     blank.network.linear.weight.zero_()
-    assert heads._is_explainable(blank, localization_maps.drawn(room).images) is False
-    assert heads._is_explainable(room.student, localization_maps.drawn(room).images) is True
+    assert heads._is_explainable(blank, localization_maps.draw_batch(room).images) is False
+    assert heads._is_explainable(room.student, localization_maps.draw_batch(room).images) is True

@@ -29,6 +29,10 @@ ODD = {
     "GivesNothing": r"gives None for 2 images, not logits",
     "TakesTwo": r"can't run .*argument: 'others'\); give a network whose forward takes images",
     "Fails": r"forward fails on an image of 3x16x16 \(KeyError: 'nothing'\); mend Fails",
+    "GivesSparse": r"gives a sparse tensor \[2, 6\] for 2 images, not logits .*\.to_dense\(\)$",
+    "StopsIterating": r"forward fails on an image of 3x16x16 \(StopIteration: .*\); mend Stops",
+    "RunsOutOfMemory": r"^camdistill: out of memory; give fewer or smaller images",
+    "RunsOutOfMemoryOnCpu": r"^camdistill: out of memory; give fewer or smaller images",
     "CannotBeBuilt": r"can't build odd_networks\.CannotBeBuilt with .*: no file of means",
     "Doubles": r"'conv\.weight' is float64, and images are float32: build .* network\.float\(\)",
     "OnMeta": r"'conv\.weight' is on the meta device, which holds no numbers: build the network on",
@@ -87,7 +91,8 @@ def test_odd_network_is_told_before_it_trains_or_teaches(
 
 
 @pytest.mark.parametrize(
-    "name", ["GivesDict", "GivesTuple", "GivesNumbers", "GivesScoreMaps", "GivesTokens"]
+    "name",
+    ["GivesDict", "GivesTuple", "GivesNumbers", "GivesScoreMaps", "GivesTokens", "GivesSparse"],
 )
 def test_the_class_that_the_line_asks_for_is_explained(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -127,6 +132,27 @@ def test_grad_cam_refuses_what_has_no_layers_gradients_or_weights(name: str, gra
         network.eval()
     with pytest.raises(UserError, match=r"give the|run the network"):
         grad_cam(network, torch.rand(2, 3, 16, 16), ["block.0"], 1, grad=grad)
+
+
+@pytest.mark.parametrize("grad", ["none", "full"])
+def test_sparse_logits_are_told_and_explained_when_made_dense(
+    grad: str, generator: torch.Generator
+) -> None:
+    """They were a NotImplementedError of argmax."""
+    torch.manual_seed(0)
+    plain, images = odd_networks.Plain().eval(), torch.rand(2, 3, 16, 16, generator=generator)
+    expected = grad_cam(plain, images, ["block"], 1)["block"]
+    network = odd_networks.GivesSparse().eval()
+    network.load_state_dict(plain.state_dict())
+    for classes in (None, 1):
+        with pytest.raises(UserError, match=r"gives a sparse tensor \[2, 6\], not logits"):
+            grad_cam(network, images, ["block"], classes, grad=grad)
+    for options in (
+        {"classes": 1, "logits": lambda output: output.to_dense()},
+        {"score": lambda output: output.to_dense()[:, 1]},
+    ):
+        maps = grad_cam(network, images, ["block"], grad=grad, **options)["block"]
+        torch.testing.assert_close(maps, expected)
 
 
 @NO_TRACES

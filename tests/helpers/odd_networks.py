@@ -86,6 +86,28 @@ class Fails(Plain):
         return {}["nothing"]
 
 
+class GivesSparse(Plain):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(images).to_sparse()
+
+
+class StopsIterating(Plain):
+    """As a forward that asks for the next of an iterator that is at its end."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return next(iter(()))
+
+
+class RunsOutOfMemory(Plain):
+    def forward(self, images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+class RunsOutOfMemoryOnCpu(Plain):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + torch.empty(2**50, 6)[:1]
+
+
 class CannotBeBuilt(Plain):
     def __init__(self, classes: int = 6) -> None:
         super().__init__(classes)

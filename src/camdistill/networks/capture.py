@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from camdistill.errors import UserError, nearest
+from camdistill.errors import UserError, is_out_of_memory, nearest
 from camdistill.networks.network_checks import check_logits
 from camdistill.networks.wrapper import Wrapper
 from camdistill.types import Images
@@ -192,11 +192,12 @@ def check_tensor(name: str, output: object) -> Tensor:
     """A layer's output if it is a tensor.
 
     Raises:
-        UserError: If it is a tuple or the like.
+        UserError: If it is a tuple or the like, or sparse.
     """
-    if not isinstance(output, Tensor):
+    if not isinstance(output, Tensor) or output.layout != torch.strided:
+        kind = "sparse tensor" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
-            f"layer '{name}' gives a {type(output).__name__}, not a tensor: "
+            f"layer '{name}' gives a {kind}, not a{' dense' * (kind == 'sparse tensor')} tensor: "
             "ask for a layer inside it or after it"
         )
     return output
@@ -270,13 +271,15 @@ def check_forward(
         except UserError:
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
             # What Python says of a forward that wants more, or less, than images.
             arguments = isinstance(error, TypeError) and "argument" in str(error)
             advice = "give a network whose forward takes images alone" if arguments else cure
             raise UserError(
                 f"the {name} can't run on an image of {shape} ({_first_line(error)}); {advice}"
             ) from error
-        except (LookupError, AttributeError, ArithmeticError, OSError) as error:
+        except (LookupError, AttributeError, ArithmeticError, OSError, StopIteration) as error:
             raise UserError(
                 f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
                 f"{_first_line(error)}); mend {type(unwrap(network)).__name__}"

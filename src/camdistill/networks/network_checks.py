@@ -108,6 +108,7 @@ def _is_logits(output: object, count: int) -> bool:
     return (
         isinstance(output, Tensor)
         and output.is_floating_point()
+        and output.layout == torch.strided
         and output.dim() == 2
         and len(output) == count
         and output.shape[1] > 0
@@ -120,7 +121,9 @@ def _find_logits(output: object, count: int) -> str | None:
         if not output.is_floating_point() or output.dim() == 0 or len(output) != count:
             return None
         rows = {1: "[:, None]", 2: "", 3: ".mean(1)", 4: ".mean((2, 3))"}
-        return rows.get(output.dim())
+        inside = rows.get(output.dim())
+        dense = "" if output.layout == torch.strided else ".to_dense()"
+        return None if inside is None else f"{dense}{inside}"
     entries: list[tuple[object, object]] = []
     if isinstance(output, Mapping):
         entries = sorted(output.items(), key=lambda entry: str(entry[0]) not in ("logits", "out"))
@@ -137,7 +140,8 @@ def _describe_output(output: object) -> str:
     """What an output is, with the shapes in it."""
     if isinstance(output, Tensor):
         dtype = "" if output.is_floating_point() else str(output.dtype).removeprefix("torch.")
-        return f"a tensor {list(output.shape)}{f' of {dtype}' if dtype else ''}"
+        kind = "a tensor" if output.layout == torch.strided else "a sparse tensor"
+        return f"{kind} {list(output.shape)}{f' of {dtype}' if dtype else ''}"
     name = type(output).__name__
     if isinstance(output, Mapping):
         shapes = [f"{key!r} {_describe_shape(value)}" for key, value in list(output.items())[:3]]

@@ -94,6 +94,29 @@ def test_an_operation_without_a_rule_for_batches_goes_one_by_one(small: Tensor) 
     assert alphas._ONE_BY_ONE[network] == {"0"}
 
 
+def test_running_out_of_memory_is_not_taken_for_a_missing_rule(
+    small: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was, for good, and made every later call slower."""
+    network = student().double().eval()
+    most, gradients = 1, torch.autograd.grad
+
+    def limited(*given: object, is_grads_batched: bool = False, **options: object) -> object:
+        if most < 1 + is_grads_batched:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return gradients(*given, is_grads_batched=is_grads_batched, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.autograd, "grad", limited)
+        maps = grad_cam(network, small, ["stage1"], TABLE)["stage1"]
+        most = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            grad_cam(network, small, ["stage1"], TABLE)
+    for column in range(3):
+        close(maps[:, column], reference(network, small, ["stage1"], TABLE[:, column])["stage1"])
+    assert not alphas._ONE_BY_ONE[network]
+
+
 class Pooled(nn.Module):
     """A head that reads nothing but the spatial mean, and isn't linear."""
 

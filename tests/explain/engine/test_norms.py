@@ -5,10 +5,13 @@ import torch
 import torchvision
 from cam_oracles import close, out_of_place, reference, seeded, state_of, untouched
 from live_bytes import LiveBytes
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from camdistill.errors import UserError
 from camdistill.explain.engine import norms
 from camdistill.explain.gradcam import grad_cam
+from camdistill.explain.methods import Method, find_method
 
 NAMES = ["layer1", "layer3", "layer4"]
 
@@ -60,3 +63,88 @@ def test_forwards_are_put_back_and_changed_or_training_ones_left() -> None:
     with pytest.raises(ZeroDivisionError):
         fails()
     assert ["forward" in vars(part) for part in network] == [False, False, True, False]
+
+
+class Checkpointed(nn.Module):
+    """Its blocks run inside checkpoints, each inside its own or all inside one."""
+
+    def __init__(self, at_once: bool) -> None:
+        super().__init__()
+        self.first, self.second = self.block(3, 4), self.block(4, 5)
+        self.fc = nn.Linear(5, 4)
+        self.at_once, self.checkpoints = at_once, True
+
+    @staticmethod
+    def block(units: int, given: int) -> nn.Sequential:
+        norms = nn.BatchNorm2d(given), nn.BatchNorm2d(given)
+        convolutions = nn.Conv2d(units, given, 3), nn.Conv2d(given, given, 3)
+        return nn.Sequential(convolutions[0], norms[0], nn.ReLU(True), convolutions[1], norms[1])
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.second(self.first(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        for part in (self.features,) if self.at_once else (self.first, self.second):
+            if self.checkpoints:
+                images = checkpoint(part, images, use_reentrant=False)
+            else:
+                images = part(images)
+        return self.fc(images.mean((2, 3)))
+
+
+def checkpointed(at_once: bool, checkpoints: bool = True) -> nn.Module:
+    network = seeded(lambda: Checkpointed(at_once)).double().eval()
+    network.checkpoints = checkpoints
+    return network
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["each", "all"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "grad_cam",
+        "grad_cam_plus_plus",
+        "hires_cam",
+        "layer_cam",
+        "x_grad_cam",
+        "guided_backprop",
+        "guided_grad_cam",
+        "gradient",
+        "integrated_gradients",
+    ],
+)
+def test_networks_with_checkpoints_have_the_maps_of_those_without(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator, method: Method, at_once: bool
+) -> None:
+    """Most were CheckpointErrors: the backward ran torch's own normalization again."""
+    monkeypatch.setattr(norms, "LEAST", 1)
+    images = torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    layers, classes = ["first", "first.3", "second.1"], torch.tensor([[0, 1], [3, 2]])
+    for frozen in (False, True):
+        network = checkpointed(at_once).requires_grad_(not frozen)
+        plain = checkpointed(at_once, checkpoints=False)
+        maps = find_method(method)(network, images, layers, classes)
+        for name, expected in find_method(method)(plain, images, layers, classes).items():
+            close(maps[name], expected, 1e-10)
+
+
+def test_layers_inside_a_frozen_checkpoint_are_told_where_the_whole_map_has_a_graph(
+    generator: torch.Generator,
+) -> None:
+    images = torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    network = checkpointed(at_once=True).requires_grad_(False)
+    with pytest.raises(UserError, match="ask for a layer outside them, or don't call checkpoint"):
+        grad_cam(network, images, ["first.3"], 1, grad="full")
+    network.requires_grad_(True)
+    maps = grad_cam(network, images, ["first.3"], 1, grad="full")["first.3"]
+    close(maps.detach(), grad_cam(network, images, ["first.3"], 1)["first.3"], 1e-10)
+
+
+def test_weights_made_under_inference_mode_are_told_where_a_checkpoint_needs_them_again(
+    generator: torch.Generator,
+) -> None:
+    images = torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    with torch.inference_mode():
+        network = checkpointed(at_once=False)
+    with pytest.raises(UserError, match="build or load the network outside of it"):
+        find_method("gradient")(network, images, None, 1)

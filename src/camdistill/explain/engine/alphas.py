@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from camdistill.errors import UserError
+from camdistill.errors import UserError, is_out_of_memory
 from camdistill.explain.engine.closed_form import is_mean
 from camdistill.explain.engine.graph import ScoreGraph
 from camdistill.explain.engine.image_separation import keeps_images_apart, measure_mixing
@@ -128,8 +128,10 @@ def _gradients(
     if chunk_size > 1 and one_by_one.isdisjoint(places):
         try:
             return _in_chunks(totals, edges, chunk_size, request.grad)
-        except RuntimeError:
-            one_by_one.update(places)  # an operation that knows no batch of gradients
+        except RuntimeError as error:
+            # One after another they may fit; only what knows no batch of gradients is remembered.
+            if not is_out_of_memory(error):
+                one_by_one.update(places)
     return _in_chunks(totals, edges, 1, request.grad)
 
 

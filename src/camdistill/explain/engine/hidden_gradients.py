@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from torch import nn
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointError, CheckpointFunction
 
 from camdistill.errors import UserError
 from camdistill.networks.capture import (
@@ -21,14 +21,25 @@ from camdistill.types import Images
 
 @contextmanager
 def refuse_reentrant() -> Iterator[None]:
-    """Turns autograd's own refusal of reentrant checkpoints into a line.
+    """Turns autograd's own refusals of checkpoints, and of frozen tensors, into a line.
 
     Raises:
-        UserError: The graph inside the block goes through one.
+        UserError: The graph inside the block goes through a reentrant checkpoint, through one that
+            runs otherwise in the backward, or through weights made under inference_mode.
     """
     try:
         yield
+    except CheckpointError as error:
+        raise UserError(
+            "the network's checkpoints (torch.utils.checkpoint) keep other tensors when they run "
+            "again in the backward: ask for a layer outside them, or don't call checkpoint"
+        ) from error
     except RuntimeError as error:
+        if "Inference tensors cannot be saved" in str(error):
+            raise UserError(
+                "the network's weights were made under torch.inference_mode, and such tensors "
+                "have no gradients: build or load the network outside of it"
+            ) from error
         if "use_reentrant=True" not in str(error):
             raise
         raise UserError(_refusal("the network", "what is asked for")) from error

@@ -56,6 +56,11 @@ class _Step(NamedTuple):
     def axes(self, name: str, count: int) -> list[int]:
         return read_axes(self.node, name, count)
 
+    def single_axis(self, name: str, count: int) -> int | None:
+        """An axis as autograd keeps it; None where torch calls it otherwise, or keeps several."""
+        axes = self.axes(name, count)
+        return axes[0] if len(axes) == 1 else None
+
 
 # Relative; a GPU may sum in another order. Mixed images of less would change no digit that counts.
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -141,6 +146,7 @@ def measure_mixing(
 
 
 def _differ(plain: Tensor, weighted: Tensor, weights: Tensor) -> bool:
+    plain, weighted = plain.to_dense(), weighted.to_dense()
     expected = plain.flatten(1) * weights.to(plain)[:, None]
     # What isn't a number would not be one alone either.
     difference = (weighted.flatten(1) - expected).abs().nan_to_num()
@@ -217,21 +223,26 @@ def _reduction(step: _Step) -> int | None:
 
 
 def _select(step: _Step) -> int | None:
-    (axis,) = step.axes("dim", len(step.input_shape))
-    return step.layout_on(step.axis + (step.axis >= axis))
+    axis = step.single_axis("dim", len(step.input_shape))
+    return None if axis is None else step.layout_on(step.axis + (step.axis >= axis))
 
 
 def _stack(step: _Step) -> int | None:
-    (axis,) = step.axes("dim", len(step.output_shape))
-    return None if step.axis == axis else step.layout_on(step.axis - (step.axis > axis))
+    axis = step.single_axis("dim", len(step.output_shape))
+    if axis is None or step.axis == axis:
+        return None
+    return step.layout_on(step.axis - (step.axis > axis))
 
 
 def _permute(step: _Step) -> int | None:
-    return step.layout_on(step.axes("dims", len(step.input_shape))[step.axis])
+    axes = step.axes("dims", len(step.input_shape))
+    return step.layout_on(axes[step.axis]) if len(axes) == len(step.output_shape) else None
 
 
 def _transpose(step: _Step) -> int | None:
-    (first,), (second,) = (step.axes(name, len(step.input_shape)) for name in ("dim0", "dim1"))
+    first, second = (step.single_axis(name, len(step.input_shape)) for name in ("dim0", "dim1"))
+    if first is None or second is None:
+        return None
     return step.layout_on({first: second, second: first}.get(step.axis, step.axis))
 
 
@@ -278,10 +289,7 @@ def _restride(step: _Step) -> int | None:
         size == 1 or stride == row_major
         for size, stride, row_major in zip(step.output_shape, strides, expected, strict=True)
     )
-    fresh = operation(step.node.next_functions[0][0]) in (
-        "MeanBackward",
-        "AdaptiveAvgPool2DBackward",
-    )
+    fresh = operation(step.node.next_functions[0][0]) in _FRESH
     return step.outer if same and fresh and step.input_shape == step.output_shape else None
 
 

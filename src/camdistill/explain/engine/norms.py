@@ -13,6 +13,7 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 # Elements; below, keeping is cheaper than one more function of Python.
 LEAST = 2**16
@@ -49,6 +50,7 @@ def light_norms(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run a network's batch normalisations without keeping their inputs, in this thread.
 
     Gradients of activations stay what they are; those of the normalisations' weights are lost.
+    Inside checkpoints, which keep nothing either, normalisations stay what they are.
     """
     light_modules = []
     depth = getattr(_THREAD, "depth", 0)
@@ -78,6 +80,10 @@ def _light_forward(norm: nn.BatchNorm2d, values: Tensor) -> Tensor:
         for parameter in (norm.weight, norm.bias)
     )
     if has_graph or norm.training or norm.running_var is None or not getattr(_THREAD, "depth", 0):
+        return nn.BatchNorm2d.forward(norm, values)
+    # A checkpoint (torch.utils.checkpoint) will run this again in the backward, when the forward is
+    # torch's own, and wants to see the same tensors kept.
+    if _top_saved_tensors_default_hooks(False) is not None:
         return nn.BatchNorm2d.forward(norm, values)
     if not torch.is_grad_enabled() or values.numel() < LEAST:
         return _plain(norm, values)

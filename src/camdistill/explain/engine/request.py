@@ -149,10 +149,13 @@ def check_output_logits(request: Request, output: object) -> Tensor:
     has_image_rows = (
         isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(request.images)
     )
-    if isinstance(output, Tensor) and has_image_rows and output.is_floating_point():
+    is_dense = isinstance(output, Tensor) and output.layout == torch.strided
+    if isinstance(output, Tensor) and has_image_rows and is_dense and output.is_floating_point():
         return output
     description = f"a {type(output).__name__}"
-    if isinstance(output, Tensor):
+    if isinstance(output, Tensor) and not is_dense:
+        description = f"a sparse tensor {list(output.shape)}"
+    elif isinstance(output, Tensor):
         description = (
             f"{list(output.shape)}{'' if output.is_floating_point() else f' {output.dtype}'}"
         )
