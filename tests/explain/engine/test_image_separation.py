@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from camdistill.errors import UserError
+from camdistill.explain.engine import image_separation
 from camdistill.explain.engine.graph import ScoreGraph, operation
 from camdistill.explain.engine.image_separation import keeps_images_apart
 from camdistill.explain.gradcam import grad_cam
@@ -298,7 +299,7 @@ def test_where_torch_calls_what_it_keeps_otherwise_it_is_measured(
 def test_every_rule_is_met_by_an_operation_here() -> None:
     met = set()
     for step in (*OPERATIONS.values(), *KNOWN.values()):
-        nodes = ScoreGraph(scores_of(step(images().tanh())))._walked[1]
+        nodes = ScoreGraph(scores_of(step(images().tanh())))._users_and_nodes[1]
         met |= {operation(node) for node in nodes}
     ours = {"Scaled", "Tap"}
     names = {f"{name}Backward" for name in ELSEWHERE | ours}
