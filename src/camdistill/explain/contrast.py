@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain, last_layer
+from camdistill.explain.recording import recordable
 from camdistill.explain.request import Classes, ClassNumbers, wide
 from camdistill.explain.tokens import Layout
 from camdistill.types import Images, Labels, Logits, PerImage
@@ -102,4 +103,4 @@ def _chosen(classes: int | Sequence[int] | Tensor, values: Logits) -> Labels:
             f"class {int(numbers.max())} does not exist: the network has {values.shape[1]} "
             f"classes, 0 to {values.shape[1] - 1}"
         )
-    return numbers.expand(len(values))
+    return recordable(numbers).expand(len(values))
