@@ -120,6 +120,9 @@ def test_what_the_lines_ask_for_is_explained(folder: Path) -> None:
         assert main(f"{command}{name} --out {name}".split()) == 0
     command = "explain --data images --count 1 --size 16 --teacher odd_networks.PartlyScripted"
     assert main([*command.split(), "--layers", "conv"]) == 0
+    # It was refused: the second convolution reads four channels.
+    command = "explain --data images --count 1 --size 16 --teacher odd_networks.GreyScripted"
+    assert main([*command.split(), "--layers", "block"]) == 0
 
 
 @NO_TRACES

@@ -170,6 +170,14 @@ class PartlyScripted(Plain):
         self.block = torch.jit.script(self.block)
 
 
+class GreyScripted(Plain):
+    """Its first convolution is a program of TorchScript that reads grey images."""
+
+    def __init__(self, classes: int = 6) -> None:
+        super().__init__(classes)
+        self.conv = torch.jit.script(nn.Conv2d(1, 4, 3, padding=1))
+
+
 def quantized(classes: int = 6) -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(Plain(classes), {nn.Linear}, dtype=torch.qint8)
 
