@@ -98,6 +98,11 @@ class StopsIterating(Plain):
         return next(iter(()))
 
 
+class AnswersByChance(Plain):
+    def features(self, images: Tensor) -> Tensor:
+        return nn.functional.dropout(super().features(images), 0.5, training=True)
+
+
 class RunsOutOfMemory(Plain):
     def forward(self, images: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -104,7 +104,7 @@ def evaluate(
     )
     looked_at = found.images.subset(np.sort(found.order))
     first = as_images(looked_at.batch([0]).pixels)
-    demand_runs(shown.by_name, as_taken(first, networks.channels))
+    demand_runs(shown.by_name, as_taken(first, networks.channels), settled=True)
     subject = Subject(networks.explained, looked_at, found.shapes, networks.channels)
     compared = explainers_of(explainers, networks, subject, trust)
     chosen = _chosen(metrics, subject, meta, live=any(one.explain for one in compared))

@@ -91,7 +91,7 @@ def explain(
         images, data, count=count, size=side_of(size, shown.size), carving=shown.carving
     )
     taken = as_taken(found.images, shown.channels)
-    demand_runs(shown.by_name, taken[:1])
+    demand_runs(shown.by_name, taken[:1], settled=True)
     shown = replace(shown, pairs=_pairs(shown, layers, taken[:1]))
     fitting = len(found.classes) == head_size(shown.teacher.network)
     names = shown.classes or (found.classes if fitting else ())

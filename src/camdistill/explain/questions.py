@@ -134,11 +134,26 @@ def _demand_same_alone(ask: Request, classes: Tensor, known: Tensor, *, beside: 
         apart = (known[place] - scores[0]).abs()
         # What isn't a number would not be one in any batch.
         if bool((apart > TOLERANCE.get(images.dtype, 0.0) * largest).any()):
+            name = type(bare(ask.network)).__name__
+            if _answers_by_chance(ask, classes):
+                raise UserError(
+                    f"{name} answers by chance: the same image gets other scores the second time; "
+                    "give a network that draws nothing in eval mode, such as by "
+                    "F.dropout(..., training=self.training)"
+                )
             raise UserError(
-                f"{type(bare(ask.network)).__name__} mixes the images of a batch: an image's score "
+                f"{name} mixes the images of a batch: an image's score "
                 "alone is another one, and changed images are asked about together; give a "
                 "network (or score=, logits=) that keeps them apart"
             )
+
+
+def _answers_by_chance(ask: Request, classes: Tensor) -> bool:
+    """Whether an image's scores are others when it is asked about again, three times."""
+    first, *others = (scores_of(ask, ask.images[:1], classes[:1]) for _ in range(4))
+    # The same forward is rounded alike, or nearly so.
+    allowed = 0.02 * TOLERANCE.get(ask.images.dtype, 0.0) * first.abs().max()
+    return any(bool(((first - other).abs() > allowed).any()) for other in others)
 
 
 def scores_of(ask: Request, images: Images, classes: Tensor) -> Float[Tensor, "rows asked"]:
