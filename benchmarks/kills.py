@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 
 import camdistill.commands as commands
 from camdistill.cli import COMMANDS, main
-from camdistill.experiments.training.checkpoint_io import WholeFiles
+from camdistill.experiments.training.checkpoint_io import AtomicCheckpointIO
 from camdistill.experiments.training.lightning_cli import Experiment
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
@@ -180,15 +180,15 @@ def armed(point: str, chance: random.Random) -> None:
         loops = __import__("pytorch_lightning").Callback
         setattr(loops, at, die)
     elif point == "after the last checkpoint":
-        save, seen = WholeFiles.save_checkpoint, [0]
+        save, seen = AtomicCheckpointIO.save_checkpoint, [0]
 
-        def saved(self: WholeFiles, *given: object, **more: object) -> None:
+        def saved(self: AtomicCheckpointIO, *given: object, **more: object) -> None:
             save(self, *given, **more)  # type: ignore[arg-type]
             seen[0] += 1
             if given[0]["epoch"] + 1 == TRAINER["max_epochs"]:  # type: ignore[index]
                 die()
 
-        WholeFiles.save_checkpoint = saved  # type: ignore[method-assign]
+        AtomicCheckpointIO.save_checkpoint = saved  # type: ignore[method-assign]
     elif point == "ledger":
         add, left = Ledger.add, [chance.randrange(4)]
 

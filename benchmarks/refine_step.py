@@ -23,7 +23,7 @@ from camdistill.distill.differentiable_maps import eval_mode, explain_with_graph
 from camdistill.distill.losses import cross_entropy
 from camdistill.distill.refinement_targets import Objective, Refinement, RefinementArm, ViewBatch
 from camdistill.distill.training import as_images, build_with_seed
-from camdistill.experiments.refinement.refinement_config import Judging
+from camdistill.experiments.refinement.refinement_config import JudgingOptions
 from camdistill.experiments.refinement.refinement_measurement import Judge
 from camdistill.networks.students import ShallowCNN, parameter_count
 from camdistill.networks.teachers import Preprocessed
@@ -110,7 +110,7 @@ def main() -> None:
     test = data.test_set
     assert test is not None, "setup made it"
     if asked.judged:
-        judge, start = Judge(test, Objective(), Judging(), 0), network(1)
+        judge, start = Judge(test, Objective(), JudgingOptions(), 0), network(1)
         (seconds,) = medians({"judging": lambda: void(judge(net, start))}, 1).values()
         print(f"{'judging':30} {seconds:.2f} s, {seconds / len(test) * 1e3:.1f} ms an image")
 

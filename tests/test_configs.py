@@ -14,8 +14,8 @@ from camdistill.commands.study import study
 from camdistill.experiments.adaptation.adaptation_rounds import Adaptation
 from camdistill.experiments.ranking.map_sources import source
 from camdistill.experiments.ranking.ranking_config import Study as Plan
-from camdistill.experiments.refinement.refinement_config import Plan as Refinement
-from camdistill.experiments.training.arms_and_seeds import Study
+from camdistill.experiments.refinement.refinement_config import RefinementPlan as Refinement
+from camdistill.experiments.training.arms_and_seeds import TrainingStudy
 from camdistill.experiments.training.lightning_cli import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -50,9 +50,9 @@ def test_config_of_a_run_parses(path: Path) -> None:
 def test_config_of_a_study_parses_with_every_arm(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Study] = []
+    asked: list[TrainingStudy] = []
 
-    def note(whole: Study, **_: object) -> dict[str, object]:
+    def note(whole: TrainingStudy, **_: object) -> dict[str, object]:
         asked.append(whole)
         raise InterruptedError
 
@@ -90,11 +90,11 @@ def test_config_of_a_refinement_parses(path: Path, monkeypatch: pytest.MonkeyPat
         asked.append(plan)
         raise InterruptedError
 
-    monkeypatch.setattr("camdistill.commands.refine.refined", note)
+    monkeypatch.setattr("camdistill.commands.refine.run_refinement", note)
     with pytest.raises(InterruptedError):
         call(refine, ["refine", "-c", str(path)])
     (plan,) = asked
-    assert plan.main in plan.refined
+    assert plan.main_arm in plan.objectives_by_arm
     assert len(plan.starts) > 1
 
 
@@ -116,7 +116,7 @@ def test_config_of_an_adaptation_parses(path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InterruptedError):
         call(adapt, ["adapt", "-c", str(path)])
     ((plan, how),) = asked
-    how.demand_fresh(plan)
+    how.check_fresh_seeds(plan)
     assert how.layers
 
 

@@ -19,7 +19,7 @@ from camdistill.cli import main
 from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.experiments.training import training_checks
 from camdistill.experiments.training.lightning_cli import Experiment
-from camdistill.experiments.training.trainer_errors import is_lightnings, mistake_of_options
+from camdistill.experiments.training.trainer_errors import is_from_lightning, mistake_of_options
 from camdistill.networks.teachers import NetworkSpec
 
 FIT = "fit -c tiny.yaml"
@@ -299,7 +299,7 @@ def test_a_loss_without_a_graph_keeps_its_traceback(
     monkeypatch.setattr(DistilledExplainer, "training_step", wrong)
     with pytest.raises(RuntimeError, match="does not require grad") as caught:
         main([*FIT.split(), "--run", "detached"])
-    assert not is_lightnings(caught.value)
+    assert not is_from_lightning(caught.value)
 
 
 class Unreadable(Dataset[torch.Tensor]):

@@ -9,7 +9,7 @@ import yaml
 from tiny_study import HERE, TINY, save_teacher, study
 
 from camdistill.cli import main
-from camdistill.experiments.adaptation.adaptation_run import stable
+from camdistill.experiments.adaptation.adaptation_run import shorten_arm
 from camdistill.explain.learnable import LearnableCAM, load_explainer
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
@@ -78,10 +78,10 @@ def test_it_adapts_judges_on_fresh_students_and_goes_on(
 
 def test_arms_are_called_the_same_wherever_the_study_lies() -> None:
     names = {"grad_cam": "grad_cam@stage2", "adapted": "some/where/adapted.safetensors"}
-    assert stable("some/where/adapted.safetensors", names) == "adapted"
-    assert stable("grad_cam@stage2 random", names) == "grad_cam random"
-    assert stable("grad_cam@stage21", names) == "grad_cam@stage21"
-    assert stable("none", names) == "none"
+    assert shorten_arm("some/where/adapted.safetensors", names) == "adapted"
+    assert shorten_arm("grad_cam@stage2 random", names) == "grad_cam random"
+    assert shorten_arm("grad_cam@stage21", names) == "grad_cam@stage21"
+    assert shorten_arm("none", names) == "none"
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_wrong_methods_are_told_before_anything_is_learnt(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was learnt for nothing")
 
-    monkeypatch.setattr("camdistill.experiments.adaptation.adaptation_run.learnt", never)
+    monkeypatch.setattr("camdistill.experiments.adaptation.adaptation_run.run_rounds", never)
     for name, says in (("grad_cm", "no method 'grad_cm'"), ("grad_cam@stage9", "no layer")):
         assert main(["adapt", "-c", "tiny.yaml", "--out", "out", "--methods", name]) == 2
         assert says in capsys.readouterr().err

@@ -13,6 +13,7 @@ from camdistill import grad_cam
 from camdistill.cli import main
 from camdistill.errors import UserError
 from camdistill.explain.attribution import gradient
+from camdistill.explain.methods import explainer
 from camdistill.explain.variants import hires_cam
 from camdistill.networks.teachers import NetworkSpec, Teacher
 from mistakes import mistaken_line
@@ -120,6 +121,9 @@ def test_what_the_lines_ask_for_is_explained(folder: Path) -> None:
         assert main(f"{command}{name} --out {name}".split()) == 0
     command = "explain --data images --count 1 --size 16 --teacher odd_networks.PartlyScripted"
     assert main([*command.split(), "--layers", "conv"]) == 0
+    # It was refused: the second convolution reads four channels.
+    command = "explain --data images --count 1 --size 16 --teacher odd_networks.GreyScripted"
+    assert main([*command.split(), "--layers", "block"]) == 0
 
 
 @NO_TRACES
@@ -132,6 +136,19 @@ def test_grad_cam_refuses_what_has_no_layers_gradients_or_weights(name: str, gra
         network.eval()
     with pytest.raises(UserError, match=r"give the|run the network"):
         grad_cam(network, torch.rand(2, 3, 16, 16), ["block.0"], 1, grad=grad)
+
+
+def test_answers_by_chance_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They were explained, or were said to mix the images of a batch."""
+    for command in COMMANDS[:2]:
+        command = f"{command} --size 16 --teacher odd_networks.AnswersByChance"
+        line = mistaken_line(command, folder, capsys)
+        assert re.search("the teacher answers by chance: .* draws nothing in eval mode", line), line
+    for method in ("occlusion", "score_cam"):
+        with pytest.raises(UserError, match="AnswersByChance answers by chance"):
+            explainer(method)(
+                odd_networks.AnswersByChance().eval(), torch.rand(2, 3, 16, 16), ["block"], 1
+            )
 
 
 @pytest.mark.parametrize("grad", ["none", "full"])

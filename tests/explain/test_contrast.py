@@ -65,3 +65,13 @@ def test_mistakes_are_told() -> None:
         contrast(network, images, LAYERS, [0, 1], 2)
     with pytest.raises(UserError, match="class 4 does not exist"):
         contrast(network, images, LAYERS, 4, 1)
+
+
+def test_classes_made_under_inference_mode_are_contrasted(generator: torch.Generator) -> None:
+    """The backward couldn't keep them."""
+    network = small()
+    images = torch.rand(2, 3, 12, 12, generator=generator, dtype=torch.float64)
+    with torch.inference_mode():
+        classes = torch.tensor([1, 2])
+    maps = contrast(network, images, ["stage1"], classes)["stage1"]
+    torch.testing.assert_close(maps, contrast(network, images, ["stage1"], [1, 2])["stage1"])

@@ -98,6 +98,11 @@ class StopsIterating(Plain):
         return next(iter(()))
 
 
+class AnswersByChance(Plain):
+    def features(self, images: Tensor) -> Tensor:
+        return nn.functional.dropout(super().features(images), 0.5, training=True)
+
+
 class RunsOutOfMemory(Plain):
     def forward(self, images: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -168,6 +173,14 @@ class PartlyScripted(Plain):
     def __init__(self, classes: int = 6) -> None:
         super().__init__(classes)
         self.block = torch.jit.script(self.block)
+
+
+class GreyScripted(Plain):
+    """Its first convolution is a program of TorchScript that reads grey images."""
+
+    def __init__(self, classes: int = 6) -> None:
+        super().__init__(classes)
+        self.conv = torch.jit.script(nn.Conv2d(1, 4, 3, padding=1))
 
 
 def quantized(classes: int = 6) -> nn.Module:

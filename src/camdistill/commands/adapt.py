@@ -15,9 +15,9 @@ from camdistill.commands.progress import (
 )
 from camdistill.data.modules import ImageData
 from camdistill.experiments.adaptation.adaptation_report import (
+    adaptation_chart,
     adaptation_results,
     adaptation_text,
-    chart,
 )
 from camdistill.experiments.adaptation.adaptation_rounds import Adaptation
 from camdistill.experiments.adaptation.adaptation_run import ADAPTED, adapt_study
@@ -90,7 +90,7 @@ def adapt(
         comparison = adapt_study(
             study,
             adaptation,
-            also=methods,
+            other_methods=methods,
             workers=worker_count(workers, torch_device),
             stack=stack_size(stack, torch_device),
             device=torch_device,
@@ -103,6 +103,6 @@ def adapt(
     sha256 = {"teacher": weights_sha256(teacher), "explainer": sha256_of(out / ADAPTED)}
     seconds = time.monotonic() - start_time
     path = write_results(out / "results.json", results, seconds=seconds, sha256=sha256)
-    picture = save_png(out / "gains.png", chart(comparison))
+    picture = save_png(out / "gains.png", adaptation_chart(comparison))
     print(f"\n{text}\nExplainer: {out / ADAPTED}   Results: {path}   Chart: {picture}")
     return results

@@ -16,11 +16,11 @@ from camdistill import commands
 from camdistill.commands.help import command_help
 from camdistill.errors import UserError, check_each_once
 from camdistill.experiments.training.config_errors import (
+    check_config_files,
     config_files,
-    demand_configs,
+    explain_parser_error,
+    raise_user_errors,
     read_config,
-    told,
-    translated,
 )
 from camdistill.experiments.training.option_checks import (
     check_lists_once,
@@ -43,7 +43,7 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raises the `UserError` that jsonargparse's many-line message stands for."""
-        raise told(message, self, ex) from ex
+        raise explain_parser_error(message, self, ex) from ex
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *rest: Any, **options: Any
@@ -62,7 +62,7 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
         print(command_help(name, command, *group))
         return None
     check_words(command_words, ("config", *inspect.signature(command).parameters))
-    demand_configs(command_words)
+    check_config_files(command_words)
     check_config_of(name, inspect.signature(command).parameters, command_words)
     parser = CommandParser(prog=f"camdistill {name}", allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="Options from a YAML file.")
@@ -71,7 +71,7 @@ def call(command: Callable[..., object], arguments: Sequence[str]) -> object:
     words = join_list_words(expand_flags(command_words, _flags(command)), _lists(command))
     parsed = parser.parse_args(words)
     parsed.pop("config", None)
-    with translated():
+    with raise_user_errors():
         instances = parser.instantiate_classes(parsed)
     options = {option: _expand_homes(value) for option, value in vars(instances).items()}
     for option, value in options.items():

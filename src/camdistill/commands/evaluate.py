@@ -104,7 +104,7 @@ def evaluate(
     )
     image_set = source.images.subset(np.sort(source.order))
     first = as_images(image_set.batch([0]).pixels)
-    check_forward(selection.by_name, match_channels(first, networks.channels))
+    check_forward(selection.by_name, match_channels(first, networks.channels), settled=True)
     subject = Subject(networks.explained, image_set, source.shapes, networks.channels)
     compared_explainers = parse_explainers(explainers, networks, subject, trust)
     chosen_metrics = _select_metrics(

@@ -91,7 +91,7 @@ def explain(
         images, data, count=count, size=image_side(size, selection.size), carving=selection.carving
     )
     inputs = match_channels(source.images, selection.channels)
-    check_forward(selection.by_name, inputs[:1])
+    check_forward(selection.by_name, inputs[:1], settled=True)
     selection = replace(selection, pairs=_layer_pairs(selection, layers, inputs[:1]))
     classes_match = len(source.classes) == head_size(selection.teacher.network)
     names = selection.classes or (source.classes if classes_match else ())

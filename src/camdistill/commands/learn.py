@@ -15,24 +15,24 @@ from camdistill.commands.progress import (
     worker_count,
 )
 from camdistill.errors import UserError, check_folder_name
-from camdistill.experiments.learned_metric.metric_baselines import by_hand
+from camdistill.experiments.learned_metric.metric_baselines import measure_baselines
 from camdistill.experiments.learned_metric.metric_report import (
-    Answer,
-    answer_text,
-    answers,
-    beats,
-    results,
+    MetricComparison,
+    compare_metrics,
+    comparison_text,
+    is_surely_best,
+    metric_results,
 )
 from camdistill.experiments.learned_metric.metric_training import (
-    Lessons,
-    Recipe,
-    demand_kinds,
-    fitted,
-    halves_of,
-    images_of,
-    lessons_of,
-    unseen_methods,
-    unseen_networks,
+    BagSet,
+    MetricRecipe,
+    build_bag_set,
+    check_arm_kinds,
+    fit_metric,
+    ranking_image_ids,
+    score_unseen_methods,
+    score_unseen_networks,
+    split_images,
 )
 from camdistill.experiments.ranking.ranking_config import Study
 from camdistill.experiments.ranking.ranking_run import LEDGER, ranked
@@ -46,7 +46,7 @@ ProgressCallback = Callable[[str, int, int], None]
 
 def learn(
     studies: dict[str, Study],
-    fit: Recipe = Recipe(),  # noqa: B008  (never changed; jsonargparse shows it)
+    fit: MetricRecipe = MetricRecipe(),  # noqa: B008  (never changed; jsonargparse shows it)
     images: int = 64,
     out: Path = Path("runs/learn"),
     workers: int | None = None,
@@ -78,7 +78,7 @@ def learn(
         )
     for name, study in studies.items():
         check_folder_name("the ranking", name)
-        demand_kinds(name, study)
+        check_arm_kinds(name, study)
     torch_device = resolve_device(device)
     with progress_bar() as bar:
         on_progress = progress_callback(bar)
@@ -94,16 +94,20 @@ def learn(
             for name, study in studies.items()
         }
         teachers = {name: Teacher(study.teacher) for name, study in studies.items()}
-        halves = halves_of({name: images_of(rankings[name]) for name in studies}, fit.seed)
+        halves = split_images(
+            {name: ranking_image_ids(rankings[name]) for name in studies}, fit.seed
+        )
         lessons = {
-            name: lessons_of(rankings[name], teachers[name], halves[name]) for name in studies
+            name: build_bag_set(rankings[name], teachers[name], halves[name]) for name in studies
         }
-        methods = unseen_methods(lessons, fit, lambda *done: on_progress("unseen methods", *done))
-        networks = unseen_networks(
+        methods = score_unseen_methods(
+            lessons, fit, lambda *done: on_progress("unseen methods", *done)
+        )
+        networks = score_unseen_networks(
             lessons, fit, lambda *done: on_progress("unseen networks", *done)
         )
         hand_made_metrics = {
-            name: by_hand(
+            name: measure_baselines(
                 rankings[name],
                 teachers[name],
                 network_lessons,
@@ -112,7 +116,9 @@ def learn(
             )
             for name, network_lessons in lessons.items()
         }
-    answers_by_title = answers(lessons, {"method": methods, "network": networks}, hand_made_metrics)
+    answers_by_title = compare_metrics(
+        lessons, {"method": methods, "network": networks}, hand_made_metrics
+    )
     return _write_results(
         out, lessons, fit, answers_by_title, images, time.monotonic() - start_time
     )
@@ -120,18 +126,22 @@ def learn(
 
 def _write_results(
     out: Path,
-    lessons: Mapping[str, Lessons],
-    fit: Recipe,
-    answers_by_title: Mapping[str, Answer],
+    lessons: Mapping[str, BagSet],
+    fit: MetricRecipe,
+    answers_by_title: Mapping[str, MetricComparison],
     images: int,
     seconds: float,
 ) -> dict[str, object]:
-    metric = fitted(lessons, lambda _name, _bag: True, fit)
-    metadata = {"fit": asdict(fit), "networks": list(lessons), "beats": beats(answers_by_title)}
+    metric = fit_metric(lessons, lambda _name, _bag: True, fit)
+    metadata = {
+        "fit": asdict(fit),
+        "networks": list(lessons),
+        "beats": is_surely_best(answers_by_title),
+    }
     sha256 = metric.save(out / METRIC, metadata)
-    text = f"{answer_text(answers_by_title, lessons, images)}\n"
+    text = f"{comparison_text(answers_by_title, lessons, images)}\n"
     write_atomically(out / "table.txt", text.encode())
-    summary = results(lessons, answers_by_title, images)
+    summary = metric_results(lessons, answers_by_title, images)
     path = write_results(out / "results.json", summary, seconds=seconds, sha256={"metric": sha256})
     print(f"\n{text}\nMetric: {out / METRIC}   Results: {path}")
     return summary

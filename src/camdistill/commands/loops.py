@@ -16,7 +16,11 @@ from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.errors import UserError
 from camdistill.experiments.training.arms_and_seeds import result_rows
 from camdistill.experiments.training.checkpoint_io import LAST
-from camdistill.experiments.training.config_errors import config_files, read_config, translated
+from camdistill.experiments.training.config_errors import (
+    config_files,
+    raise_user_errors,
+    read_config,
+)
 from camdistill.experiments.training.earlier_results import PREDICTIONS
 from camdistill.experiments.training.lightning_cli import Experiment
 from camdistill.experiments.training.option_checks import check_words
@@ -68,8 +72,8 @@ class _ReportingExperiment(Experiment):
     def save_network(self) -> Path:
         """Writes what was trained, and says what was removed because it was of an earlier one."""
         path = super().save_network()
-        if self.removed:
-            removed_names = ", ".join(self.removed)
+        if self.removed_files:
+            removed_names = ", ".join(self.removed_files)
             print(
                 f"\nRemoved from {self.folder}, as it was of the earlier {path.stem}: "
                 f"{removed_names}"
@@ -192,5 +196,5 @@ def run(arguments: Sequence[str]) -> None:
     check_words(arguments)
     if {"base", "arms"} & {key for path in config_files(arguments) for key in read_config(path)}:
         check_config_of(arguments[0], LOOP_OPTIONS, arguments)
-    with translated():
+    with raise_user_errors():
         _ReportingExperiment(list(arguments))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from camdistill.data.decode import check_side
 from camdistill.data.modules import Carving
@@ -127,14 +127,24 @@ def training_size(explainer: TrainedExplainer) -> tuple[int, int]:
 
 def _channels(network: nn.Module) -> int:
     """Of the images that a network takes: what its first convolution reads."""
-    convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
-    channels = convolutions[0].in_channels if convolutions else 3
+    channels = next((read for part in network.modules() if (read := _channels_read(part))), 3)
     if channels not in (1, 3):
         raise UserError(
             f"{type(network).__name__} takes images of {channels} channels; give a network for "
             "colour (3) or grey (1) images"
         )
     return channels
+
+
+def _channels_read(part: nn.Module) -> int | None:
+    """Of a convolution; one of TorchScript has its class's name alone, one traced no numbers."""
+    if isinstance(part, nn.Conv2d):
+        return part.in_channels
+    if getattr(part, "original_name", "") != "Conv2d":
+        return None
+    weight = part.weight
+    assert isinstance(weight, Tensor), "a convolution has a kernel"
+    return int(getattr(part, "in_channels", weight.shape[1]))
 
 
 def _of_checkpoint(explainer: TrainedExplainer) -> NetworkSelection:

@@ -14,21 +14,21 @@ from camdistill.commands.progress import (
 from camdistill.data.modules import ImageData
 from camdistill.distill.refinement_targets import ARMS, Objective, RefinementArm
 from camdistill.experiments.refinement.refinement_config import (
-    Judging,
-    Plan,
+    JudgingOptions,
+    RefinementPlan,
     RefineRecipe,
     StartRecipe,
     StudentRecipe,
 )
 from camdistill.experiments.refinement.refinement_report import (
-    chart,
-    log_board,
-    pictures,
+    log_refinement,
+    refinement_chart,
+    refinement_panels,
+    refinement_results,
     refinement_text,
-    results,
 )
-from camdistill.experiments.refinement.refinement_run import LEDGER, Found, refined
-from camdistill.experiments.refinement.refinement_worker import Workshop
+from camdistill.experiments.refinement.refinement_run import RUN_LOG, RefinementRuns, run_refinement
+from camdistill.experiments.refinement.refinement_worker import RefinementWorker
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import write_results
@@ -46,7 +46,7 @@ def refine(
     also: dict[str, Objective] = {},  # noqa: B006
     start: StartRecipe = StartRecipe(),  # noqa: B008
     recipe: RefineRecipe = RefineRecipe(),  # noqa: B008
-    judging: Judging = Judging(),  # noqa: B008
+    judging: JudgingOptions = JudgingOptions(),  # noqa: B008
     students: StudentRecipe | None = None,
     seed: int = 0,
     out: Path = Path("runs/refine"),
@@ -84,34 +84,42 @@ def refine(
         trust: Packages that class paths in checkpoints may come from.
     """
     start_time = time.monotonic()
-    plan = Plan(
+    plan = RefinementPlan(
         data, objective, checkpoints, network, seeds, arms, also, start, recipe, judging, students,
         seed, trust, out,
     )  # fmt: skip
     torch_device = resolve_device(device)
     with progress_bar() as bar:
-        refinement = refined(
+        refinement = run_refinement(
             plan,
             workers=worker_count(workers, torch_device),
             device=torch_device,
             on_progress=progress_callback(bar),
-            on_unused=callback_for_unused(bar, out / LEDGER),
+            on_unused=callback_for_unused(bar, out / RUN_LOG),
         )
-    return _write_results(refinement, Workshop(plan, torch_device), time.monotonic() - start_time)
+    return _write_results(
+        refinement, RefinementWorker(plan, torch_device), time.monotonic() - start_time
+    )
 
 
-def _write_results(refinement: Found, worker: Workshop, seconds: float) -> dict[str, object]:
+def _write_results(
+    refinement: RefinementRuns, worker: RefinementWorker, seconds: float
+) -> dict[str, object]:
     """Writes and prints what was found."""
-    out, summary, text = refinement.plan.folder, results(refinement), refinement_text(refinement)
+    out, summary, text = (
+        refinement.plan.folder,
+        refinement_results(refinement),
+        refinement_text(refinement),
+    )
     write_atomically(out / "table.txt", f"{text}\n".encode())
     path = write_results(out / "results.json", summary, seconds=seconds)
-    parts = chart(refinement)
+    parts = refinement_chart(refinement)
     picture = save_png(out / "map_parts.png", parts)
-    panels = pictures(refinement, worker)
+    panels = refinement_panels(refinement, worker)
     for number, panel in enumerate(panels):
         save_png(out / f"maps-{number}.png", panel)
-    board = log_board(refinement, out, parts, panels, text)
-    print(f"\n{text}\n\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
+    board = log_refinement(refinement, out, parts, panels, text)
+    print(f"\n{text}\n\nResults: {path}   Runs: {out / RUN_LOG}   Chart: {picture}")
     print(f"Networks, for --checkpoint: {out / 'networks'}")
     print(tensorboard_command(board))
     return summary

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
-from camdistill.experiments.training.arms_and_seeds import Study, run_study, say_definitions
+from camdistill.experiments.training.arms_and_seeds import (
+    TrainingStudy,
+    mark_definitions,
+    run_study,
+)
 from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import text_table
@@ -32,11 +36,11 @@ def study(
         out: Folder of the runs, `results.json`, `table.txt` and a chart.
         overrides: Further options for all arms, as on the command line: --trainer.max_epochs=1.
     """
-    training_study = Study(base, arms, seeds, out, overrides)
+    training_study = TrainingStudy(base, arms, seeds, out, overrides)
     results = run_study(training_study, on_run=_announce)
     rows = {"student": results["student"], **results["controls"]}
     over = "seeds" if len(seeds) > 1 else "test images"
-    table = text_table(say_definitions(rows), corner=f"n = {results['n']}")
+    table = text_table(mark_definitions(rows), corner=f"n = {results['n']}")
     gains = text_table(results["gain_over"], corner="student minus")
     text = f"{table}\n\n{gains}\n\n95 % intervals over {over}; seeds {seeds}\n"
     write_atomically(out / "table.txt", text.encode())

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.errors import UserError
+from camdistill.explain.engine.recording import clone_if_inference
 from camdistill.explain.engine.request import Classes, ClassNumbers, upcast
 from camdistill.explain.engine.tokens import Layout
 from camdistill.explain.gradcam import explain_images, last_layer
@@ -106,4 +107,4 @@ def _class_numbers(classes: int | Sequence[int] | Tensor, values: Logits) -> Lab
             f"class {int(numbers.max())} does not exist: the network has {values.shape[1]} "
             f"classes, 0 to {values.shape[1] - 1}"
         )
-    return numbers.expand(len(values))
+    return clone_if_inference(numbers).expand(len(values))

@@ -153,12 +153,26 @@ def _check_same_alone(
         difference = (expected_scores[place] - scores[0]).abs()
         # What isn't a number would not be one in any batch.
         if bool((difference > TOLERANCE.get(images.dtype, 0.0) * largest).any()):
+            name = type(unwrap(request.network)).__name__
+            if _answers_by_chance(request, classes):
+                raise UserError(
+                    f"{name} answers by chance: the same image gets other scores the second time; "
+                    "give a network that draws nothing in eval mode, such as by "
+                    "F.dropout(..., training=self.training)"
+                )
             raise UserError(
-                f"{type(unwrap(request.network)).__name__} mixes the images of a batch: an "
-                "image's score "
-                "alone is another one, and changed images are asked about together; give a "
-                "network (or score=, logits=) that keeps them apart"
+                f"{name} mixes the images of a batch: an image's score alone is another one, and "
+                "changed images are asked about together; give a network (or score=, logits=) "
+                "that keeps them apart"
             )
+
+
+def _answers_by_chance(request: Request, classes: Tensor) -> bool:
+    """Whether an image's scores differ when it is asked about again, three times."""
+    first, *others = (score_images(request, request.images[:1], classes[:1]) for _ in range(4))
+    # The same forward is rounded alike, or nearly so.
+    tolerance = 0.02 * TOLERANCE.get(request.images.dtype, 0.0) * first.abs().max()
+    return any(bool(((first - other).abs() > tolerance).any()) for other in others)
 
 
 def score_images(request: Request, images: Images, classes: Tensor) -> Float[Tensor, "rows asked"]:

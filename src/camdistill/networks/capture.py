@@ -241,6 +241,7 @@ def check_forward(
     *,
     cure: str = SIZE_CURE,
     numbers: bool = True,
+    settled: bool = False,
 ) -> None:
     """Networks, by name, may have a size of their own, and many ways to say so.
 
@@ -250,6 +251,7 @@ def check_forward(
         cure: What to do where the image can't be taken.
         numbers: Whether NaN among the logits is refused even where a layer gives it: an analysis
             shows that layer.
+        settled: Whether a network is refused that answers by chance, in eval mode too.
 
     Raises:
         UserError: One can't run on the image, or gives no logits.
@@ -267,7 +269,7 @@ def check_forward(
         inner_modules = () if numbers else list_modules(unwrap(network))[1:]
         try:
             with inspection_mode(network), watch_modules(inner_modules, note):
-                outputs = [network(batch.to(weight.device)) for batch in (pair, pair[:1])]
+                outputs = [network(batch.to(weight.device)) for batch in (pair, pair[:1], pair)]
         except UserError:
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -284,8 +286,19 @@ def check_forward(
                 f"the {name}'s forward fails on an image of {shape} ({type(error).__name__}: "
                 f"{_first_line(error)}); mend {type(unwrap(network)).__name__}"
             ) from error
-        for output, count in zip(outputs, (2, 1), strict=True):
+        for output, count in zip(outputs, (2, 1, 2), strict=True):
             check_logits(f"the {name}", output, count, numbers=not broken)
+        if settled and _differ(outputs[0], outputs[2]):
+            raise UserError(
+                f"the {name} answers by chance: the same image gets other logits the second time; "
+                "give a network that draws nothing in eval mode, such as by "
+                "F.dropout(..., training=self.training)"
+            )
+
+
+def _differ(logits: Tensor, again: Tensor) -> bool:
+    """Whether logits are others beyond rounding; a GPU may sum in another order."""
+    return bool((logits - again).abs().max() > 1e-4 * logits.abs().max())
 
 
 def _first_line(error: Exception) -> str:

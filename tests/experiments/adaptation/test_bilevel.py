@@ -13,11 +13,11 @@ from camdistill.distill.optimization import Optimisation
 from camdistill.distill.training import build_with_seed
 from camdistill.errors import UserError
 from camdistill.experiments.adaptation.bilevel import (
-    Learner,
-    Task,
+    AdaptationTask,
+    DifferentiableStudent,
     adapt_once,
     look_ahead,
-    parts_of,
+    pool_contributions,
 )
 from camdistill.experiments.ranking.ranking_arms import Family
 from camdistill.experiments.ranking.student_task import Lesson, Pool, Recipe, batch_at
@@ -44,7 +44,7 @@ def recipe(**options: object) -> Recipe:
 
 
 @pytest.fixture
-def task(generator: torch.Generator) -> Task:
+def task(generator: torch.Generator) -> AdaptationTask:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
@@ -52,7 +52,7 @@ def task(generator: torch.Generator) -> Task:
     pool = Pool(pixels, torch.arange(14), 3 * draw(14, 2, CLASSES))
     parts = {"early": draw(14, 2, 3, 8, 8), "late": draw(14, 2, 4, 4, 4)}
     asked = torch.randint(0, 256, (9, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    return Task(pool, parts, asked, 3 * draw(9, CLASSES))
+    return AdaptationTask(pool, parts, asked, 3 * draw(9, CLASSES))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def explainer() -> LearnableCAM:
 def simulated_plainly(
     network: torch.nn.Module,
     explainer: LearnableCAM,
-    task: Task,
+    task: AdaptationTask,
     how: Recipe,
     asked: Tensor,
     *,
@@ -85,7 +85,7 @@ def simulated_plainly(
     wanted = task.pool.logits[batch.positions, flips].double()
     images = batch.images.double()
     with torch.no_grad():
-        parts = {n: p[batch.positions, flips].double() for n, p in task.parts.items()}
+        parts = {n: p[batch.positions, flips].double() for n, p in task.contributions.items()}
         target = explainer.maps(parts).relu()
     own = grad_cam(student, images, ["stage2"], wanted.argmax(1), grad="full")["stage2"].relu()
     x, y = (m.flatten(1) - m.flatten(1).mean(1, keepdim=True) for m in (own, target))
@@ -99,21 +99,21 @@ def simulated_plainly(
         for weight in student.parameters():
             assert weight.grad is not None
             weight -= eta * weight.grad
-        answers = student(task.pixels[asked].double() / 255)
-        goal = F.softmax(task.logits[asked].double() / 4, 1)
+        answers = student(task.simulation_pixels[asked].double() / 255)
+        goal = F.softmax(task.simulation_logits[asked].double() / 4, 1)
         return float(16 * F.kl_div(F.log_softmax(answers / 4, 1), goal, reduction="batchmean"))
 
 
 def test_unrolled_gradient_is_the_finite_difference_of_plain_training(
-    task: Task, explainer: LearnableCAM
+    task: AdaptationTask, explainer: LearnableCAM
 ) -> None:
     """float64, every parameter, batch normalisation in train mode, flips among the views."""
     how = recipe(augment=Augment(crop="none", flip=True))
     network = build_with_seed(7, lambda: build_preprocessed(SPEC, classes=CLASSES)).double()
     plain = copy.deepcopy(network)
-    exact = task._replace(parts={name: part.double() for name, part in task.parts.items()})
+    exact = task._replace(parts={name: part.double() for name, part in task.contributions.items()})
     asked = torch.tensor([0, 2, 3, 5, 8])
-    learner = Learner(network, "stage2")
+    learner = DifferentiableStudent(network, "stage2")
     found = look_ahead(
         learner, explainer, exact, batch_at(task.pool, how, 7, 3), asked,
         grid=(4, 4), beta=3.0, eta=0.2, recipe=how,
@@ -122,9 +122,9 @@ def test_unrolled_gradient_is_the_finite_difference_of_plain_training(
     def loss() -> float:
         return simulated_plainly(plain, explainer, task, how, asked, beta=3.0, eta=0.2)
 
-    assert float(found.simulation.detach()) == pytest.approx(loss(), rel=1e-9)
+    assert float(found.simulation_loss.detach()) == pytest.approx(loss(), rel=1e-9)
     phi = list(explainer.parameters())
-    gradients = torch.autograd.grad(found.simulation, phi)
+    gradients = torch.autograd.grad(found.simulation_loss, phi)
     assert all(bool(gradient.count_nonzero()) for gradient in gradients)
     for own, gradient in zip(phi, gradients, strict=True):
         for place in range(own.numel()):
@@ -138,11 +138,11 @@ def test_unrolled_gradient_is_the_finite_difference_of_plain_training(
 
 
 def test_looking_ahead_leaves_the_students_weights_and_notes_one_batch(
-    task: Task, explainer: LearnableCAM
+    task: AdaptationTask, explainer: LearnableCAM
 ) -> None:
     network = build_with_seed(7, lambda: build_preprocessed(SPEC, classes=CLASSES))
     before = copy.deepcopy(network.state_dict())
-    learner = Learner(network, "stage2")
+    learner = DifferentiableStudent(network, "stage2")
     look_ahead(
         learner, explainer.float(), task, batch_at(task.pool, recipe(), 7, 0), torch.arange(4),
         grid=(4, 4), beta=1.0, eta=0.1, recipe=recipe(),
@@ -157,17 +157,17 @@ def test_looking_ahead_leaves_the_students_weights_and_notes_one_batch(
 
 
 def test_the_student_beside_a_still_explainer_is_the_rankings_student(
-    task: Task, explainer: LearnableCAM, monkeypatch: pytest.MonkeyPatch
+    task: AdaptationTask, explainer: LearnableCAM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With no step of the parameters, the student's training is `stacked.teach`'s."""
-    made: list[Learner] = []
-    start = Learner.__init__
+    made: list[DifferentiableStudent] = []
+    start = DifferentiableStudent.__init__
 
-    def note(self: Learner, *given: object) -> None:
+    def note(self: DifferentiableStudent, *given: object) -> None:
         start(self, *given)  # type: ignore[arg-type]
         made.append(self)
 
-    monkeypatch.setattr(Learner, "__init__", note)
+    monkeypatch.setattr(DifferentiableStudent, "__init__", note)
     single = explainer.float()
     how = recipe(augment=Augment(crop="none", flip=True))
     adapt_once(single, task, FAMILY, how, seed=5, beta=2.0, lr=0.0)
@@ -179,7 +179,7 @@ def test_the_student_beside_a_still_explainer_is_the_rankings_student(
             torch.testing.assert_close(value.detach(), wanted[name], rtol=1e-3, atol=1e-4)
 
 
-def test_one_seed_gives_the_same_parameters_bit_for_bit(task: Task) -> None:
+def test_one_seed_gives_the_same_parameters_bit_for_bit(task: AdaptationTask) -> None:
     found = []
     for noise in (1, 2):
         torch.manual_seed(noise)  # nothing may depend on it
@@ -194,7 +194,7 @@ def test_one_seed_gives_the_same_parameters_bit_for_bit(task: Task) -> None:
 
 def planted(
     generator: torch.Generator, layer: str, unit: int
-) -> tuple[Task, Callable[[LearnableCAM], tuple[float, float]]]:
+) -> tuple[AdaptationTask, Callable[[LearnableCAM], tuple[float, float]]]:
     """Images whose class is the colour of a patch among grey clutter, which one unit alone shows.
 
     The other units show the clutter, or noise.
@@ -227,7 +227,7 @@ def planted(
         parts[name] = whole
     first, rest = slice(0, 160), slice(160, count)
     pool = Pool(pixels[first], torch.arange(160), logits[first, None].repeat(1, 2, 1))
-    task = Task(pool, {n: p[first] for n, p in parts.items()}, pixels[rest], logits[rest])
+    task = AdaptationTask(pool, {n: p[first] for n, p in parts.items()}, pixels[rest], logits[rest])
 
     def told(explainer: LearnableCAM) -> tuple[float, float]:
         """The planted unit's gate over the mean of its layer's others, and its layer's mix."""
@@ -259,7 +259,7 @@ def test_parts_are_of_the_class_that_the_pool_says(generator: torch.Generator) -
     pixels = torch.randint(0, 256, (5, 3, 16, 16), generator=generator, dtype=torch.uint8)
     pool = Pool(pixels, torch.arange(5), torch.randn(5, 2, CLASSES, generator=generator))
     seen: list[tuple[int, int]] = []
-    parts = parts_of(teacher, pool, ["stage2"], lambda *done: seen.append(done))
+    parts = pool_contributions(teacher, pool, ["stage2"], lambda *done: seen.append(done))
     for view in range(2):
         images = (pixels.flip(-1) if view else pixels).float() / 255
         classes = pool.logits[:, view].argmax(1)
@@ -268,7 +268,7 @@ def test_parts_are_of_the_class_that_the_pool_says(generator: torch.Generator) -
     assert seen == [(5, 5)]
 
 
-def test_a_loss_that_is_no_number_is_told(task: Task) -> None:
+def test_a_loss_that_is_no_number_is_told(task: AdaptationTask) -> None:
     hot = recipe(optimisation=Optimisation(lr=1e30))
     with pytest.raises(UserError, match=r"not a number at step \d; try a third"):
         adapt_once(LearnableCAM(UNITS), task, FAMILY, hot, seed=0, beta=5.0, lr=0.01)

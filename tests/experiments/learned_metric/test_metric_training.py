@@ -8,25 +8,29 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 
 from camdistill.errors import UserError
-from camdistill.experiments.learned_metric.metric_baselines import agreements
-from camdistill.experiments.learned_metric.metric_report import answers, beats, verdict
+from camdistill.experiments.learned_metric.metric_baselines import metric_agreements
+from camdistill.experiments.learned_metric.metric_report import (
+    compare_metrics,
+    is_surely_best,
+    metric_verdict,
+)
 from camdistill.experiments.learned_metric.metric_training import (
     Bag,
-    Lessons,
-    Recipe,
-    fitted,
-    group_of,
-    halves_of,
-    predicted,
-    unseen_methods,
-    unseen_networks,
-    without,
+    BagSet,
+    MetricRecipe,
+    arm_group,
+    fit_metric,
+    leave_out,
+    score_bag,
+    score_unseen_methods,
+    score_unseen_networks,
+    split_images,
 )
 from camdistill.experiments.ranking.ranking_arms import Arm
 from camdistill.measure.learned import PLANES
 
 IMAGES = 80
-QUICK = Recipe(steps=150, images=16, members=2, units=8)
+QUICK = MetricRecipe(steps=150, images=16, members=2, units=8)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,7 @@ def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("camdistill.experiments.learned_metric.metric_baselines.RESAMPLES", 300)
 
 
-def planted(seed: int, count: int = 14, noise: float = 0.02) -> Lessons:
+def planted(seed: int, count: int = 14, noise: float = 0.02) -> BagSet:
     """A network whose maps are worth what they show of the plane "energy", whatever else they show.
 
     Each arm has a share of it, and for the rest another plane, smooth noise or a place.
@@ -51,10 +55,10 @@ def planted(seed: int, count: int = 14, noise: float = 0.02) -> Lessons:
         gains = 0.2 * share + noise * draw.standard_normal(3)
         bags.append(Bag(f"method{number}", f"group{number // 2}", number > 1, maps, gains))
     order = torch.randperm(IMAGES, generator=generator)
-    return Lessons(bags, known, (order[: IMAGES // 2], order[IMAGES // 2 :]))
+    return BagSet(bags, known, (order[: IMAGES // 2], order[IMAGES // 2 :]))
 
 
-def orders(found: Mapping[str, float], lessons: Lessons) -> float:
+def orders(found: Mapping[str, float], lessons: BagSet) -> float:
     gains = {bag.name: bag.gain for bag in lessons.bags}
     return float(spearmanr([found[name] for name in gains], list(gains.values())).statistic)
 
@@ -63,7 +67,7 @@ def orders(found: Mapping[str, float], lessons: Lessons) -> float:
 def test_the_planted_property_is_found_for_methods_it_never_saw() -> None:
     lessons = {"one": planted(0)}
     steps: list[tuple[int, int]] = []
-    found = unseen_methods(lessons, QUICK, lambda *done: steps.append(done))
+    found = score_unseen_methods(lessons, QUICK, lambda *done: steps.append(done))
     assert set(found["one"]) == {bag.name for bag in lessons["one"].bags}
     assert orders(found["one"], lessons["one"]) > 0.8
     assert steps[-1] == (7, 7)
@@ -72,10 +76,10 @@ def test_the_planted_property_is_found_for_methods_it_never_saw() -> None:
 @pytest.mark.slow
 def test_and_for_a_network_it_never_saw() -> None:
     lessons = {"one": planted(0, 8), "other": planted(1, 8)}
-    found = unseen_networks(lessons, QUICK, lambda *_: None)
+    found = score_unseen_networks(lessons, QUICK, lambda *_: None)
     for name, one in lessons.items():
         assert orders(found[name], one) > 0.8
-    assert unseen_networks({"one": planted(0)}, QUICK, lambda *_: None) == {}
+    assert score_unseen_networks({"one": planted(0)}, QUICK, lambda *_: None) == {}
 
 
 @pytest.mark.slow
@@ -88,8 +92,8 @@ def test_gains_without_a_reason_are_not_foretold() -> None:
         Bag(bag.name, bag.group, bag.of_method, bag.maps, np.array([gain, gain]))
         for bag, gain in zip(lessons.bags, gains, strict=True)
     ]
-    shuffled = Lessons(bags, lessons.context, lessons.halves)
-    found = unseen_methods({"one": shuffled}, QUICK, lambda *_: None)
+    shuffled = BagSet(bags, lessons.context, lessons.halves)
+    found = score_unseen_methods({"one": shuffled}, QUICK, lambda *_: None)
     assert abs(orders(found["one"], shuffled)) < 0.6
 
 
@@ -102,10 +106,10 @@ def test_what_is_left_out_changes_nothing() -> None:
         else bag
         for bag in lessons.bags
     ]
-    other = Lessons(spoilt, lessons.context, lessons.halves)
-    how = Recipe(steps=5, images=8, members=1, units=3)
+    other = BagSet(spoilt, lessons.context, lessons.halves)
+    how = MetricRecipe(steps=5, images=8, members=1, units=3)
     first, second = (
-        fitted({"one": one}, without("group2"), how).state_dict() for one in (lessons, other)
+        fit_metric({"one": one}, leave_out("group2"), how).state_dict() for one in (lessons, other)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -122,11 +126,11 @@ def test_images_that_are_asked_about_were_not_trained_on() -> None:
     ]
     known = lessons.context.clone()
     known[asked] = torch.nan
-    how = Recipe(steps=5, images=8, members=1, units=3)
-    metric = fitted({"one": Lessons(bags, known, lessons.halves)}, without("none"), how)
+    how = MetricRecipe(steps=5, images=8, members=1, units=3)
+    metric = fit_metric({"one": BagSet(bags, known, lessons.halves)}, leave_out("none"), how)
     assert all(bool(torch.isfinite(value).all()) for value in metric.state_dict().values())
-    assert np.isfinite(predicted(metric, lessons, lessons.bags[0])).all()
-    assert len(predicted(metric, lessons, lessons.bags[0])) == len(asked)
+    assert np.isfinite(score_bag(metric, lessons, lessons.bags[0])).all()
+    assert len(score_bag(metric, lessons, lessons.bags[0])) == len(asked)
 
 
 def test_layers_controls_and_mixtures_of_a_method_are_one_group() -> None:
@@ -135,9 +139,9 @@ def test_layers_controls_and_mixtures_of_a_method_are_one_group() -> None:
         Arm("grad_cam@layer1", "shuffled"),
         Arm("grad_cam@layer3", share=0.5),
     ]
-    assert {group_of(arm) for arm in arms} == {"grad_cam"}
-    assert group_of(Arm("mask:parts", "inverted")) == "mask:parts"
-    assert group_of(Arm(control="centre")) == "centre"
+    assert {arm_group(arm) for arm in arms} == {"grad_cam"}
+    assert arm_group(Arm("mask:parts", "inverted")) == "mask:parts"
+    assert arm_group(Arm(control="centre")) == "centre"
 
 
 def scored(seed: int = 3) -> tuple[list[Bag], dict[str, float], dict[str, dict[str, float]]]:
@@ -156,7 +160,7 @@ def scored(seed: int = 3) -> tuple[list[Bag], dict[str, float], dict[str, dict[s
 
 def test_agreements_are_scipys() -> None:
     bags, learned, others = scored()
-    found = agreements(bags, learned, others)
+    found = metric_agreements(bags, learned, others)
     gains = [bag.gain for bag in bags]
     for name, scores in {"learned": learned, **others}.items():
         if name == "iou":  # all alike: no order, 0 rather than NaN
@@ -176,35 +180,35 @@ def test_agreements_are_scipys() -> None:
 
 def test_an_interval_of_an_unrelated_metric_holds_zero() -> None:
     bags, learned, others = scored()
-    tau = agreements(bags, learned, others)["road"].tau
+    tau = metric_agreements(bags, learned, others)["road"].tau
     assert tau.low < 0 < tau.high
 
 
 def test_only_a_sure_win_over_every_metric_is_one() -> None:
     bags, learned, others = scored()
     maps = torch.zeros(4, len(PLANES), 8, 8)
-    lessons = {"one": Lessons(bags, maps, (torch.arange(2), torch.arange(2, 4)))}
-    whole = answers(lessons, {"method": {"one": learned}}, {"one": others})
-    assert beats(whole)
-    assert "null" not in verdict(whole["one, unseen method"])
+    lessons = {"one": BagSet(bags, maps, (torch.arange(2), torch.arange(2, 4)))}
+    whole = compare_metrics(lessons, {"method": {"one": learned}}, {"one": others})
+    assert is_surely_best(whole)
+    assert "null" not in metric_verdict(whole["one, unseen method"])
     rival = {**others, "road": {name: value + 0.001 for name, value in learned.items()}}
-    whole = answers(lessons, {"method": {"one": learned}}, {"one": rival})
-    assert not beats(whole)
-    assert verdict(whole["one, unseen method"]).endswith("surely above 2 of 3: a null")
+    whole = compare_metrics(lessons, {"method": {"one": learned}}, {"one": rival})
+    assert not is_surely_best(whole)
+    assert metric_verdict(whole["one, unseen method"]).endswith("surely above 2 of 3: a null")
     # without a rival nothing is beaten
-    whole = answers(lessons, {"method": {"one": learned}}, {"one": {}})
-    assert not beats(whole)
-    assert verdict(whole["one, unseen method"]).endswith("a null")
+    whole = compare_metrics(lessons, {"method": {"one": learned}}, {"one": {}})
+    assert not is_surely_best(whole)
+    assert metric_verdict(whole["one, unseen method"]).endswith("a null")
 
 
 def test_mistakes_are_one_line() -> None:
     with pytest.raises(UserError, match="steps is 0; give 1 or more"):
-        Recipe(steps=0)
+        MetricRecipe(steps=0)
 
 
 def test_an_image_of_two_rankings_is_learnt_from_in_both_or_in_none() -> None:
     ids = {"a": torch.arange(300), "b": torch.arange(400).flip(0), "c": torch.arange(300)}
-    halves = halves_of(ids, 0)
+    halves = split_images(ids, 0)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     for name in ("a", "c"):  # the same images: the same halves, as one ranking alone has them
         assert torch.equal(halves[name][0], order[:150])

@@ -12,14 +12,14 @@ from scipy.stats import t
 
 from camdistill.errors import UserError
 from camdistill.experiments.training.arms_and_seeds import (
-    Study,
-    gains,
-    measured,
+    TrainingStudy,
+    gain_intervals,
+    mean_intervals,
     result_rows,
     run_study,
-    summarise,
+    summarize_study,
 )
-from camdistill.experiments.training.checkpoint_io import WholeFiles
+from camdistill.experiments.training.checkpoint_io import AtomicCheckpointIO
 from camdistill.experiments.training.lightning_cli import Experiment, read_table, save_table
 from camdistill.measure.fidelity import FidelityTable
 from camdistill.networks.weights import save_safetensors
@@ -47,7 +47,7 @@ def test_a_study_runs_what_is_missing_and_what_changed(
     config: Config, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, told = config(), []
-    study = Study(path, ARMS, [0, 1], tmp_path / "study")
+    study = TrainingStudy(path, ARMS, [0, 1], tmp_path / "study")
     first = run_study(study, on_run=lambda *what: told.append(what))
     expected = [f"{arm}/seed_{seed}/version_0" for seed in (0, 1) for arm in ARMS]
     assert ran == expected
@@ -61,19 +61,21 @@ def test_a_study_runs_what_is_missing_and_what_changed(
     assert again["student"] == first["student"]
 
     # another argument of one arm: that arm anew, and not on from its old checkpoint
-    changed = Study(path, ARMS | {"kd": {"model.beta": 0, "model.kd": 0.5}}, [0, 1], study.folder)
+    changed = TrainingStudy(
+        path, ARMS | {"kd": {"model.beta": 0, "model.kd": 0.5}}, [0, 1], study.folder
+    )
     run_study(changed)
     assert ran == ["kd/seed_0/version_1", "kd/seed_1/version_1"]
 
     # one more seed: only that
     ran.clear()
-    run_study(Study(path, changed.arms, [0, 1, 2], study.folder))
+    run_study(TrainingStudy(path, changed.arms, [0, 1, 2], study.folder))
     assert ran == ["maps/seed_2/version_0", "kd/seed_2/version_0"]
 
     # another config under the same name: everything anew
     ran.clear()
     path.write_text(path.read_text().replace("lr: 0.05", "lr: 0.01"))
-    run_study(Study(path, {"maps": {}}, [0], study.folder))
+    run_study(TrainingStudy(path, {"maps": {}}, [0], study.folder))
     assert ran == ["maps/seed_0/version_1"]
 
 
@@ -88,7 +90,7 @@ def test_a_study_of_a_classifier_is_refused_before_it_trains(
     }
     path.write_text(yaml.safe_dump(whole))
     with pytest.raises(UserError, match="trains a Classifier; a study compares students"):
-        run_study(Study(path, {"a": {}}, [0], tmp_path / "study"))
+        run_study(TrainingStudy(path, {"a": {}}, [0], tmp_path / "study"))
     assert ran == []
 
 
@@ -96,13 +98,13 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
     config: Config, tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = config(trainer={"max_epochs": 3})
-    whole = run_study(Study(path, {"a": {}}, [0], tmp_path / "whole"))
-    study, seen = Study(path, {"a": {}}, [0], tmp_path / "cut"), []
+    whole = run_study(TrainingStudy(path, {"a": {}}, [0], tmp_path / "whole"))
+    study, seen = TrainingStudy(path, {"a": {}}, [0], tmp_path / "cut"), []
 
     class KilledError(Exception):
         pass
 
-    save = WholeFiles.save_checkpoint
+    save = AtomicCheckpointIO.save_checkpoint
 
     def killed_after_two(self, checkpoint, path, storage_options=None):  # type: ignore[no-untyped-def]
         save(self, checkpoint, path, storage_options)
@@ -110,7 +112,7 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
         if len(seen) == 2:
             raise KilledError
 
-    monkeypatch.setattr(WholeFiles, "save_checkpoint", killed_after_two)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", killed_after_two)
     with pytest.raises(KilledError):
         run_study(study)
     assert not (study.folder / "results.json").exists()
@@ -143,7 +145,7 @@ def students_t(values: list[float]) -> tuple[float, float, float]:
 
 def test_intervals_over_seeds_are_students_t_of_the_seeds_means() -> None:
     tables = [table_of(seed) for seed in range(3)]
-    found = measured(tables, "student")
+    found = mean_intervals(tables, "student")
     for name, key in (("accuracy", "accuracy"), ("pearson", "layers.a.pearson")):
         means = [float(np.nanmean(table.columns[f"student.{key}"])) for table in tables]
         assert tuple(found[name]) == pytest.approx(students_t(means), abs=1e-6)
@@ -153,7 +155,7 @@ def test_intervals_over_seeds_are_students_t_of_the_seeds_means() -> None:
         base = np.nanmean(table.columns["controls.mean_map.layers.a.cosine"])
         skills.append(1 - (1 - own) / (1 - base))
     assert tuple(found["skill"]) == pytest.approx(students_t(skills), abs=1e-5)
-    control = measured(tables, "controls.mean_map")
+    control = mean_intervals(tables, "controls.mean_map")
     assert set(control) == {"pearson", "spearman", "cosine"}
 
 
@@ -163,17 +165,17 @@ def test_gains_are_paired_by_seed_or_by_image() -> None:
     differences = [
         float(np.nanmean(a.columns[key] - b.columns[key])) for a, b in zip(own, other, strict=True)
     ]
-    assert tuple(gains(own, other, "student")["pearson"]) == pytest.approx(
+    assert tuple(gain_intervals(own, other, "student")["pearson"]) == pytest.approx(
         students_t(differences), abs=1e-6
     )
-    single = gains(own[:1], other[:1], "student")["pearson"]
+    single = gain_intervals(own[:1], other[:1], "student")["pearson"]
     by_image = own[0].columns[key] - other[0].columns[key]
     kept = by_image[~np.isnan(by_image)].astype(np.float64)
     assert single.mean == pytest.approx(kept.mean(), abs=1e-7)
     spread = 1.96 * kept.std(ddof=1) / np.sqrt(len(kept))  # what a bootstrap tends to
     assert single.low == pytest.approx(kept.mean() - spread, abs=0.25 * spread)
     assert single.high == pytest.approx(kept.mean() + spread, abs=0.25 * spread)
-    base = gains(own[:1], own[:1], "controls.mean_map")["cosine"]
+    base = gain_intervals(own[:1], own[:1], "controls.mean_map")["cosine"]
     columns = own[0].columns
     expected = columns["student.layers.a.cosine"] - columns["controls.mean_map.layers.a.cosine"]
     assert base.mean == pytest.approx(float(np.nanmean(expected)), abs=1e-6)
@@ -181,22 +183,22 @@ def test_gains_are_paired_by_seed_or_by_image() -> None:
 
 def test_summary_compares_the_first_arm_with_all_others(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("{}")
-    study = Study(tmp_path / "base.yaml", {"x": {}, "y": {"a": 1}}, [0, 1], tmp_path)
+    study = TrainingStudy(tmp_path / "base.yaml", {"x": {}, "y": {"a": 1}}, [0, 1], tmp_path)
     made: dict[str, dict[str, dict[str, object]]] = {}
     for number, arm in enumerate(("x", "y")):
         for seed in (0, 1):
             folder = tmp_path / arm / str(seed)
             save_table(folder / "test_images.npz", table_of(seed + 5 * number, 0.1 * number))
             made.setdefault(arm, {})[str(seed)] = {"folder": str(folder)}
-    found = summarise(study, made)
+    found = summarize_study(study, made)
     tables = {arm: [read_table(tmp_path / arm / str(seed)) for seed in (0, 1)] for arm in made}
     assert found["n"] == 30
-    assert found["student"] == measured(tables["x"], "student")
+    assert found["student"] == mean_intervals(tables["x"], "student")
     assert found["controls"] == {
-        "y": measured(tables["y"], "student"),
-        "mean_map": measured(tables["x"], "controls.mean_map"),
+        "y": mean_intervals(tables["y"], "student"),
+        "mean_map": mean_intervals(tables["x"], "controls.mean_map"),
     }
-    assert found["gain_over"]["y"] == gains(tables["x"], tables["y"], "student")  # type: ignore[index]
+    assert found["gain_over"]["y"] == gain_intervals(tables["x"], tables["y"], "student")  # type: ignore[index]
     rows = result_rows({"student": {"pearson": 0.5, "kl": 1}, "controls": {"m": {"cosine": None}}})
     assert rows == {"student": {"pearson": 0.5}, "m": {}}
 
@@ -204,18 +206,18 @@ def test_summary_compares_the_first_arm_with_all_others(tmp_path: Path) -> None:
 def test_mistakes_are_told(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("{}")
     with pytest.raises(UserError, match="has no arms"):
-        Study(tmp_path / "base.yaml", {}, [0], tmp_path)
+        TrainingStudy(tmp_path / "base.yaml", {}, [0], tmp_path)
     for seeds in ([], [1, 1]):
         with pytest.raises(UserError, match="at least one, each once"):
-            Study(tmp_path / "base.yaml", ARMS, seeds, tmp_path)
+            TrainingStudy(tmp_path / "base.yaml", ARMS, seeds, tmp_path)
     with pytest.raises(UserError, match=r"bases\.yaml; nearest: .*base\.yaml"):
-        Study(tmp_path / "bases.yaml", ARMS, [0], tmp_path)
+        TrainingStudy(tmp_path / "bases.yaml", ARMS, [0], tmp_path)
 
 
 def test_students_of_two_teachers_dont_share_a_table(
     config: Config, tmp_path: Path, ran: list[str]
 ) -> None:
-    study = Study(config(), {"student": {}}, [0], tmp_path / "study")
+    study = TrainingStudy(config(), {"student": {}}, [0], tmp_path / "study")
     run_study(study)
     file = tmp_path / "teacher.safetensors"
     state = {name: value * 2 for name, value in load_file(file).items()}

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from safetensors import safe_open
 
 from camdistill.cli import main
-from camdistill.experiments.training.checkpoint_io import LAST, WholeFiles
+from camdistill.experiments.training.checkpoint_io import LAST, AtomicCheckpointIO
 from camdistill.report.results import read_results
 
 Config = Callable[..., Path]
@@ -31,14 +31,14 @@ class KilledError(Exception):
 
 def killed_after(epochs: int, patch: pytest.MonkeyPatch) -> None:
     """From now on a process dies when the checkpoint of that epoch is on the disk."""
-    save = WholeFiles.save_checkpoint
+    save = AtomicCheckpointIO.save_checkpoint
 
     def saved(self, checkpoint, path, storage_options=None):  # type: ignore[no-untyped-def]
         save(self, checkpoint, path, storage_options)
         if checkpoint["epoch"] + 1 == epochs:
             raise KilledError
 
-    patch.setattr(WholeFiles, "save_checkpoint", saved)
+    patch.setattr(AtomicCheckpointIO, "save_checkpoint", saved)
 
 
 def measured(path: Path, run: str) -> tuple[bytes, str]:

@@ -15,7 +15,7 @@ from camdistill import tags
 from camdistill.cli import main
 from camdistill.distill.checkpoints import load
 from camdistill.errors import UserError
-from camdistill.experiments.training.checkpoint_io import LAST, WholeFiles
+from camdistill.experiments.training.checkpoint_io import LAST, AtomicCheckpointIO
 from camdistill.experiments.training.lightning_cli import Experiment, read_table, save_table
 from camdistill.measure.fidelity import FidelityTable
 from camdistill.report.results import read_results
@@ -140,7 +140,7 @@ class Runs:
 def test_a_checkpoint_is_whole_or_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, path = WholeFiles(), tmp_path / "folder" / "last.ckpt"
+    files, path = AtomicCheckpointIO(), tmp_path / "folder" / "last.ckpt"
     files.save_checkpoint({"a": torch.ones(1000)}, path)
     before = path.read_bytes()
     stray = path.with_name(".last.ckpt.1.partial")
@@ -163,14 +163,14 @@ def test_what_was_logged_before_a_checkpoint_is_on_the_disk_before_it(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TensorBoardLogger, "log_picture", lambda *_: None)  # it flushes too
-    save, found = WholeFiles.save_checkpoint, []
+    save, found = AtomicCheckpointIO.save_checkpoint, []
 
     def looked(self, checkpoint, path, storage_options=None):  # type: ignore[no-untyped-def]
         curves = read_scalars(Path(path).parents[1])
         found.append([len(curves.get(tag, [])) for tag in (tags.LOSS_TRAIN, tags.SKILL)])
         save(self, checkpoint, path, storage_options)
 
-    monkeypatch.setattr(WholeFiles, "save_checkpoint", looked)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", looked)
     assert main(["fit", "-c", str(config(trainer={"max_epochs": 3}))]) == 0
     assert found == [[3, 1], [6, 2], [9, 3]]
 

@@ -20,10 +20,10 @@ from camdistill import tags
 from camdistill.cli import main
 from camdistill.data.modules import ShapesData
 from camdistill.errors import UserError
-from camdistill.experiments.training.arms_and_seeds import Study, run_study
+from camdistill.experiments.training.arms_and_seeds import TrainingStudy, run_study
 from camdistill.experiments.training.checkpoint_io import LAST
 from camdistill.experiments.training.lightning_cli import Experiment
-from camdistill.experiments.training.run_folders import claim
+from camdistill.experiments.training.run_folders import claim_folder
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
 from camdistill.report.results import read_results
@@ -117,7 +117,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_own_folder
     longer = ["fit", "-c", path, "--trainer.max_epochs", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "camdistill.experiments.training.checkpoint_io.WholeFiles.save_checkpoint", killed
+            "camdistill.experiments.training.checkpoint_io.AtomicCheckpointIO.save_checkpoint",
+            killed,
         )
         with pytest.raises(KilledError):
             main(longer)
@@ -177,7 +178,7 @@ def test_an_empty_config_is_told_and_never_trains_again_in_silence(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = config()
-    study = Study(path, {"a": {}}, [0], Path("study"))
+    study = TrainingStudy(path, {"a": {}}, [0], Path("study"))
     run_study(study)
     Path("study/results.json").unlink()
     folder = Path("study/a/seed_0/version_0")
@@ -225,7 +226,7 @@ def test_config_is_in_the_run_s_folder_whoever_logs(config: Config) -> None:
 
 
 def _claimed(runs: Path) -> str:
-    return claim(runs).path.name
+    return claim_folder(runs).path.name
 
 
 def test_runs_that_start_at_once_get_a_folder_each(config: Config, tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_a_refused_study_and_a_refused_test_leave_no_folder(
     other.write_text(yaml.safe_dump(whole))
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError, match="a study compares students"):
-        run_study(Study(other, {"a": {}}, [0], Path("study")))
+        run_study(TrainingStudy(other, {"a": {}}, [0], Path("study")))
     given = ["test", "-c", str(path), "--ckpt_path", "student.safetensors"]
     save_safetensors(Path("student.safetensors"), ShallowCNN(3, (4, 6), (2, 2)).state_dict(), {})
     assert main(given) == 2
@@ -293,7 +294,7 @@ def test_a_study_whose_test_set_is_refused_leaves_no_folder_and_no_lock(
     monkeypatch.setattr(Experiment, "release", counted)
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError, match="no test images"):
-        run_study(Study(path, {"x": {}}, [0], Path("out")))
+        run_study(TrainingStudy(path, {"x": {}}, [0], Path("out")))
     assert released == [Path("out/x/seed_0/version_0")]
     assert sorted(Path().rglob("*")) == before
 
@@ -323,7 +324,7 @@ def test_only_the_first_process_of_all_nodes_claims_a_folder(
         monkeypatch.delenv(name, raising=False)
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    found = claim(tmp_path / "runs")
+    found = claim_folder(tmp_path / "runs")
     assert found.path == tmp_path / "runs" / "version_0"
     assert found.path.is_dir() == first
 

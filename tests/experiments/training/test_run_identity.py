@@ -10,7 +10,7 @@ import torch
 from camdistill.cli import main
 from camdistill.distill.transfer import Transfer
 from camdistill.experiments.training.checkpoint_io import LAST
-from camdistill.experiments.training.run_identity import FREE, differences
+from camdistill.experiments.training.run_identity import FREE_OPTIONS, config_differences
 
 Config = dict[str, object]
 
@@ -39,16 +39,18 @@ def test_a_trainer_option_that_changes_numbers_makes_another_run(
     name: str, there: object, here: object
 ) -> None:
     for one, other in ((there, here), (here, there)):
-        found = differences(trained_with(**{name: one}), trained_with(**{name: other}), FREE)
+        found = config_differences(
+            trained_with(**{name: one}), trained_with(**{name: other}), FREE_OPTIONS
+        )
         assert list(found) == [f"trainer.{name}"]
 
 
 def test_how_gradients_are_clipped_matters_where_they_are() -> None:
     by_norm, by_value = ({"gradient_clip_algorithm": kind} for kind in ("norm", "value"))
-    assert differences(trained_with(**by_norm), trained_with(**by_value), FREE) == {}
+    assert config_differences(trained_with(**by_norm), trained_with(**by_value), FREE_OPTIONS) == {}
     clipped = {"gradient_clip_val": 1.0}
-    found = differences(
-        trained_with(**by_norm, **clipped), trained_with(**by_value, **clipped), FREE
+    found = config_differences(
+        trained_with(**by_norm, **clipped), trained_with(**by_value, **clipped), FREE_OPTIONS
     )
     assert found == {"trainer.gradient_clip_algorithm": ("norm", "value")}
 
@@ -70,8 +72,8 @@ def test_how_gradients_are_clipped_matters_where_they_are() -> None:
     ],
 )
 def test_defaults_and_what_may_change_make_no_other_run(there: Config, here: Config) -> None:
-    assert differences(trained_with(**there), trained_with(**here), FREE) == {}
-    assert differences(trained_with(**here), trained_with(**there), FREE) == {}
+    assert config_differences(trained_with(**there), trained_with(**here), FREE_OPTIONS) == {}
+    assert config_differences(trained_with(**here), trained_with(**there), FREE_OPTIONS) == {}
 
 
 def distilled(transfer: Config, **student: object) -> Config:
@@ -84,10 +86,10 @@ def test_a_new_option_within_an_option_makes_no_older_run_another() -> None:
     now = asdict(Transfer())
     older = {name: value for name, value in now.items() if name != "pool"}
     older["pairs"] = [{"student": None, "teacher": None}]  # before pairs had weights
-    assert differences(distilled(older), distilled(now), FREE) == {}
-    assert differences(distilled(now), distilled(older), FREE) == {}
+    assert config_differences(distilled(older), distilled(now), FREE_OPTIONS) == {}
+    assert config_differences(distilled(now), distilled(older), FREE_OPTIONS) == {}
     changed = older | {"classes": 3, "pairs": [{"student": "stage1", "teacher": None}]}
-    assert differences(distilled(changed), distilled(now), FREE) == {
+    assert config_differences(distilled(changed), distilled(now), FREE_OPTIONS) == {
         "model.transfer.classes": (3, 1),
         "model.transfer.pairs[0].student": ("stage1", None),
     }
@@ -95,7 +97,7 @@ def test_a_new_option_within_an_option_makes_no_older_run_another() -> None:
 
 def test_an_argument_that_only_one_network_has_makes_another_run() -> None:
     there, here = distilled({}, channels=[6, 8]), distilled({}, channels=[6, 8], strides=[2, 2])
-    found = differences(there, here, FREE)
+    found = config_differences(there, here, FREE_OPTIONS)
     assert found == {"model.student.args.strides": (None, [2, 2])}
 
 

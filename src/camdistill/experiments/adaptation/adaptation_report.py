@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from camdistill.experiments.adaptation.adaptation_rounds import Learnt
-from camdistill.experiments.adaptation.adaptation_run import Adapted
+from camdistill.experiments.adaptation.adaptation_rounds import AdaptedExplainer
+from camdistill.experiments.adaptation.adaptation_run import AdaptationOutcome
 from camdistill.experiments.ranking.ranking_analysis import (
     LEVEL,
     Condition,
@@ -20,7 +20,7 @@ from camdistill.report.figures.intervals import interval_chart
 from camdistill.report.figures.pictures import Picture
 from camdistill.report.results import Cell, text_table
 
-QUESTIONS = {
+COMPARISONS = {
     "adapted - grad_cam": ("adapted", "grad_cam"),
     "adapted - randomised": ("adapted", "randomised"),
     "adapted - none": ("adapted", "none"),
@@ -31,32 +31,46 @@ QUESTIONS = {
 random weights, with as many parameters learnt in the same way."""
 
 
-def differences(adapted: Adapted, condition: Condition) -> dict[str, Gain]:
+def agreement_gains(outcome: AdaptationOutcome, condition: Condition) -> dict[str, Gain]:
     """Paired differences of agreement between arms."""
-    boot = bootstrap(adapted.found, condition)
-    names = {**adapted.names, "none": "none"}
-    return {what: boot.gain(names[a], names[b]) for what, (a, b) in QUESTIONS.items()}
+    boot = bootstrap(outcome.ranking, condition)
+    names = {**outcome.names, "none": "none"}
+    return {comparison: boot.gain(names[a], names[b]) for comparison, (a, b) in COMPARISONS.items()}
 
 
-def verdict(adapted: Adapted) -> str:
+def adaptation_verdict(outcome: AdaptationOutcome) -> str:
     """Whether adapting was worth it, in a line for each condition; Holm over the conditions."""
-    first = "adapted - grad_cam"
-    gains = {_named(one): differences(adapted, one) for one in conditions(adapted.found)}
-    corrected = holm({name: found[first].p for name, found in gains.items()})
+    main_comparison = "adapted - grad_cam"
+    gains = {
+        _condition_name(condition): agreement_gains(outcome, condition)
+        for condition in conditions(outcome.ranking)
+    }
+    corrected = holm(
+        {name: gain_by_comparison[main_comparison].p for name, gain_by_comparison in gains.items()}
+    )
     lines = []
-    for name, found in gains.items():
-        own, control = found[first], found["adapted - randomised"]
-        told = f"{own.mean:+.4f} [{own.low:+.4f}, {own.high:+.4f}], p {corrected[name]:.3f} (Holm)"
+    for name, gain_by_comparison in gains.items():
+        gain, control = (
+            gain_by_comparison[main_comparison],
+            gain_by_comparison["adapted - randomised"],
+        )
+        numbers = (
+            f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}], p {corrected[name]:.3f} (Holm)"
+        )
         if corrected[name] >= LEVEL:
-            said = f"no difference from Grad-CAM found: {told}; {own.mde:.3f} is detectable"
-        elif own.mean < 0:
-            said = f"worse than Grad-CAM: {told}"
+            conclusion = (
+                f"no difference from Grad-CAM found: {numbers}; {gain.mde:.3f} is detectable"
+            )
+        elif gain.mean < 0:
+            conclusion = f"worse than Grad-CAM: {numbers}"
         elif control.low <= 0:
-            said = f"better than Grad-CAM, not than parameters learnt on random weights: {told}"
+            conclusion = (
+                f"better than Grad-CAM, not than parameters learnt on random weights: {numbers}"
+            )
         else:
-            said = f"better than Grad-CAM: {told}"
-        lines.append(f"{name}: {said}")
-    if adapted.of_teacher.best == 0:
+            conclusion = f"better than Grad-CAM: {numbers}"
+        lines.append(f"{name}: {conclusion}")
+    if outcome.adapted.best == 0:
         lines.append(
             "no round was better than round 0: the adapted explainer is Grad-CAM itself, and what "
             "lies between them is rounding that training made larger"
@@ -64,95 +78,111 @@ def verdict(adapted: Adapted) -> str:
     return "\n".join(lines)
 
 
-def adaptation_text(adapted: Adapted) -> str:
+def adaptation_text(outcome: AdaptationOutcome) -> str:
     """Rounds, parameters, agreement of fresh students, and what follows."""
-    known = {"teacher": adapted.of_teacher, "random weights": adapted.of_random}
+    explainers = {"teacher": outcome.adapted, "random weights": outcome.control}
     parts = [
         "Rounds: divergence and agreement of the judging students\n"
-        + "\n\n".join(text_table(_rounds(one), corner=name) for name, one in known.items()),
+        + "\n\n".join(
+            text_table(_round_rows(entry), corner=name) for name, entry in explainers.items()
+        ),
         "Parameters\n"
         + "\n\n".join(
-            text_table(parameters(one.explainer), corner=name) for name, one in known.items()
+            text_table(explainer_parameters(entry.explainer), corner=name)
+            for name, entry in explainers.items()
         ),
     ]
-    for condition in conditions(adapted.found):
+    for condition in conditions(outcome.ranking):
         rows: dict[str, dict[str, Cell]] = {
-            adapted.name_of(name): {"agreement": row.agreement, "KL": row.kl, "beta": row.beta}
-            for name, row in table(adapted.found, condition).items()
+            outcome.short_name(name): {
+                "agreement": arm_row.agreement,
+                "KL": arm_row.kl,
+                "beta": arm_row.beta,
+            }
+            for name, arm_row in table(outcome.ranking, condition).items()
         }
-        parts.append(text_table(rows, corner=f"{_named(condition)}, {seeds_of(adapted.found)}"))
-        gains = differences(adapted, condition)
-        shown: dict[str, dict[str, Cell]] = {
-            what: {"agreement": _interval(one), "p": one.p, "detectable": one.mde}
-            for what, one in gains.items()
+        parts.append(
+            text_table(rows, corner=f"{_condition_name(condition)}, {seeds_of(outcome.ranking)}")
+        )
+        gains = agreement_gains(outcome, condition)
+        gain_rows: dict[str, dict[str, Cell]] = {
+            comparison: {"agreement": _to_interval(entry), "p": entry.p, "detectable": entry.mde}
+            for comparison, entry in gains.items()
         }
-        parts.append(text_table(shown, corner="difference"))
-    parts += [verdict(adapted), one_seed_text(adapted.found)]
+        parts.append(text_table(gain_rows, corner="difference"))
+    parts += [adaptation_verdict(outcome), one_seed_text(outcome.ranking)]
     return "\n\n".join(part for part in parts if part)
 
 
-def adaptation_results(adapted: Adapted) -> dict[str, object]:
+def adaptation_results(outcome: AdaptationOutcome) -> dict[str, object]:
     """Everything that was found, by name."""
-    study = adapted.found.study
+    study = outcome.ranking.study
     return {
-        "n": next(iter(adapted.found.records.values())).images,
+        "n": next(iter(outcome.ranking.records.values())).images,
         "seeds": list(study.seeds),
         "explainers": {
             name: {
-                "best_round": one.best,
-                "rounds": [each._asdict() for each in one.rounds],
-                "layers": parameters(one.explainer),
+                "best_round": entry.best,
+                "rounds": [round_scores._asdict() for round_scores in entry.rounds],
+                "layers": explainer_parameters(entry.explainer),
             }
-            for name, one in (("teacher", adapted.of_teacher), ("randomised", adapted.of_random))
+            for name, entry in (("teacher", outcome.adapted), ("randomised", outcome.control))
         },
         "students": {
-            _named(condition): {
-                adapted.name_of(name): {"agreement": row.agreement, "kl": row.kl, "beta": row.beta}
-                for name, row in table(adapted.found, condition).items()
+            _condition_name(condition): {
+                outcome.short_name(name): {
+                    "agreement": row.agreement,
+                    "kl": row.kl,
+                    "beta": row.beta,
+                }
+                for name, row in table(outcome.ranking, condition).items()
             }
-            for condition in conditions(adapted.found)
+            for condition in conditions(outcome.ranking)
         },
         "differences": {
-            _named(condition): {
-                what: one._asdict() for what, one in differences(adapted, condition).items()
+            _condition_name(condition): {
+                comparison: entry._asdict()
+                for comparison, entry in agreement_gains(outcome, condition).items()
             }
-            for condition in conditions(adapted.found)
+            for condition in conditions(outcome.ranking)
         },
-        "arms": dict(adapted.names),
-        "verdict": verdict(adapted).splitlines(),
+        "arms": dict(outcome.names),
+        "verdict": adaptation_verdict(outcome).splitlines(),
     }
 
 
-def chart(adapted: Adapted) -> Picture:
+def adaptation_chart(outcome: AdaptationOutcome) -> Picture:
     """Differences of agreement by question, a chart for each condition."""
     rows = {
-        what: {
-            _named(condition): _interval(differences(adapted, condition)[what])
-            for condition in conditions(adapted.found)
+        comparison: {
+            _condition_name(condition): _to_interval(
+                agreement_gains(outcome, condition)[comparison]
+            )
+            for condition in conditions(outcome.ranking)
         }
-        for what in QUESTIONS
+        for comparison in COMPARISONS
     }
-    title = f"Difference of agreement, 95 % intervals, {seeds_of(adapted.found)}"
-    zero = {_named(condition): 0.0 for condition in conditions(adapted.found)}
+    title = f"Difference of agreement, 95 % intervals, {seeds_of(outcome.ranking)}"
+    zero = {_condition_name(condition): 0.0 for condition in conditions(outcome.ranking)}
     return interval_chart(rows, title=title, references=zero)
 
 
-def parameters(explainer: LearnableCAM) -> dict[str, dict[str, Cell]]:
+def explainer_parameters(explainer: LearnableCAM) -> dict[str, dict[str, Cell]]:
     """What was learnt, a row a layer."""
     with torch.no_grad():
         mix = sparsemax(explainer.mix)
         return {
             name: {
-                "mix": float(mix[place]),
-                "power": float(explainer.power[place]),
-                "slope": float(explainer.slope[place]),
-                "gates": _spread(explainer.gates[place].cpu().numpy()),
+                "mix": float(mix[index]),
+                "power": float(explainer.power[index]),
+                "slope": float(explainer.slope[index]),
+                "gates": _describe_gates(explainer.gates[index].cpu().numpy()),
             }
-            for place, name in enumerate(explainer.units)
+            for index, name in enumerate(explainer.units)
         }
 
 
-def _spread(gates: np.ndarray) -> str:
+def _describe_gates(gates: np.ndarray) -> str:
     low, middle, high = np.percentile(gates, [0, 50, 100])
     closed = int((gates == 0).sum())
     return f"{low:.2f} {middle:.2f} {high:.2f}" + (
@@ -160,19 +190,19 @@ def _spread(gates: np.ndarray) -> str:
     )
 
 
-def _rounds(learnt: Learnt) -> dict[str, dict[str, Cell]]:
+def _round_rows(adapted: AdaptedExplainer) -> dict[str, dict[str, Cell]]:
     return {
-        f"round {one.number}" + (" *" if one.number == learnt.best else ""): {
-            "KL": one.kl,
-            "agreement": one.agreement,
+        f"round {entry.number}" + (" *" if entry.number == adapted.best else ""): {
+            "KL": entry.kl,
+            "agreement": entry.agreement,
         }
-        for one in learnt.rounds
+        for entry in adapted.rounds
     }
 
 
-def _interval(gain: Gain) -> Interval:
+def _to_interval(gain: Gain) -> Interval:
     return Interval(gain.mean, gain.low, gain.high)
 
 
-def _named(condition: Condition) -> str:
+def _condition_name(condition: Condition) -> str:
     return f"{condition[0]} n={condition[1]}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from camdistill.errors import UserError, check_each_once, check_number
-from camdistill.experiments.adaptation.bilevel import Task, adapt_once, parts_of
+from camdistill.experiments.adaptation.bilevel import AdaptationTask, adapt_once, pool_contributions
 from camdistill.experiments.ranking import student_controls
 from camdistill.experiments.ranking.ranking_arms import Classroom
 from camdistill.experiments.ranking.ranking_config import Study
@@ -74,29 +74,29 @@ class Adaptation:
             raise UserError("adaptation.judges: give one or more seeds, 0 or more")
         if len(set(self.judges)) < len(self.judges):
             raise UserError(f"adaptation.judges is {self.judges}; give each once")
-        if both := sorted(set(self.judges) & set(self._taught)):
+        if shared := sorted(set(self.judges) & set(self._seeds)):
             raise UserError(
-                f"seed {both[0]} is in adaptation.judges and of a round ({self.seed} to "
-                f"{self._taught[-1]}): it would be judged by its own student; take other judges"
+                f"seed {shared[0]} is in adaptation.judges and of a round ({self.seed} to "
+                f"{self._seeds[-1]}): it would be judged by its own student; take other judges"
             )
 
     @property
-    def _taught(self) -> Sequence[int]:
+    def _seeds(self) -> Sequence[int]:
         """Seeds of the rounds' students."""
         return range(self.seed, self.seed + self.rounds)
 
-    def demand_fresh(self, study: Study) -> None:
+    def check_fresh_seeds(self, study: Study) -> None:
         """Refuse seeds that the parameters have seen: students must be new to them."""
-        known = {*self.judges, *self._taught}
+        used_seeds = {*self.judges, *self._seeds}
         for name, seeds in (("seeds", study.seeds), ("tuning.seeds", study.tuning.seeds)):
-            if both := sorted(known & set(seeds)):
+            if shared := sorted(used_seeds & set(seeds)):
                 raise UserError(
-                    f"seed {both[0]} is in both {name} and the adaptation's (seed, judges): the "
+                    f"seed {shared[0]} is in both {name} and the adaptation's (seed, judges): the "
                     "explainer would be judged by a student that it was learnt with"
                 )
 
 
-class Round(NamedTuple):
+class AdaptationRound(NamedTuple):
     """What became of the parameters in a round.
 
     Attributes:
@@ -112,7 +112,7 @@ class Round(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Learnt:
+class AdaptedExplainer:
     """An explainer that was adapted to one teacher.
 
     Attributes:
@@ -122,29 +122,29 @@ class Learnt:
     """
 
     explainer: LearnableCAM
-    rounds: Sequence[Round]
+    rounds: Sequence[AdaptationRound]
     best: int
 
 
-def learnt(
+def run_rounds(
     name: str,
     teacher: Teacher,
     classroom: Classroom,
-    how: Adaptation,
+    adaptation: Adaptation,
     folder: Path,
     on_progress: Progress | None,
-) -> Learnt:
+) -> AdaptedExplainer:
     """The rounds of one teacher, each from its file where it was done before."""
 
-    def tell(what: str) -> Callable[[int, int], None]:
-        def told(done: int, total: int) -> None:
+    def make_reporter(stage: str) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
             if on_progress is not None:
-                on_progress(f"{name}: {what}", done, total)
+                on_progress(f"{name}: {stage}", done, total)
 
-        return told
+        return report
 
-    task, stop = _task(teacher, classroom, how, tell("what units add"))
-    units = {layer: part.shape[2] for layer, part in task.parts.items()}
+    task, stop_images = _build_task(teacher, classroom, adaptation, make_reporter("what units add"))
+    units_by_layer = {layer: part.shape[2] for layer, part in task.contributions.items()}
     family = next(iter(classroom.families.values()))
     key = digest_of(
         {
@@ -156,89 +156,103 @@ def learnt(
             else None,
             "family": asdict(family.spec),
             "recipe": asdict(classroom.recipe),
-            **{part: value for part, value in asdict(how).items() if part not in _OPEN},
+            **{
+                part: value for part, value in asdict(adaptation).items() if part not in _EXTENDABLE
+            },
         }
     )
-    made: list[tuple[LearnableCAM, Round]] = []
-    for number in range(how.rounds + 1):
+    rounds: list[tuple[LearnableCAM, AdaptationRound]] = []
+    for number in range(adaptation.rounds + 1):
         path = folder / ROUNDS / f"{name}-{key[:16]}-{number}.safetensors"
-        if number and number - 1 - _best(made) >= how.patience:
+        if number and number - 1 - _best_round(rounds) >= adaptation.patience:
             break
         if path.is_file():
-            made.append(_stored(path))
+            rounds.append(_load_round(path))
             continue
-        fresh = LearnableCAM(units).to(task.pool.pixels.device)
+        explainer = LearnableCAM(units_by_layer).to(task.pool.pixels.device)
         if number:
-            fresh.load_state_dict(made[-1][0].state_dict())
+            explainer.load_state_dict(rounds[-1][0].state_dict())
             adapt_once(
-                fresh, task, family, classroom.recipe, seed=how.seed + number - 1, beta=how.beta,
-                lr=how.lr, eta=how.eta, on_step=tell(f"round {number}"),
-            )  # fmt: skip
-        found = _judged(fresh, task, stop, classroom, how, number)
-        fresh.save(path, found._asdict())
-        made.append((fresh, found))
-    best = _best(made)
-    return Learnt(made[best][0].requires_grad_(False), [one for _, one in made], best)
+                explainer,
+                task,
+                family,
+                classroom.recipe,
+                seed=adaptation.seed + number - 1,
+                beta=adaptation.beta,
+                lr=adaptation.lr,
+                eta=adaptation.eta,
+                on_step=make_reporter(f"round {number}"),
+            )
+        scores = _evaluate_round(explainer, task, stop_images, classroom, adaptation, number)
+        explainer.save(path, scores._asdict())
+        rounds.append((explainer, scores))
+    best = _best_round(rounds)
+    return AdaptedExplainer(
+        rounds[best][0].requires_grad_(False), [scored_round for _, scored_round in rounds], best
+    )
 
 
-def _best(made: Sequence[tuple[LearnableCAM, Round]]) -> int:
-    return min(range(len(made)), key=lambda number: made[number][1].kl)
+def _best_round(rounds: Sequence[tuple[LearnableCAM, AdaptationRound]]) -> int:
+    return min(range(len(rounds)), key=lambda number: rounds[number][1].kl)
 
 
-_OPEN = ("rounds", "patience")  # more rounds go on from those that there are
+_EXTENDABLE = ("rounds", "patience")  # more rounds go on from those that there are
 
 
-def _stored(path: Path) -> tuple[LearnableCAM, Round]:
-    about = json.loads(read_weights(path).metadata[SETTINGS])["about"]
-    return load_explainer(path), Round(**about)
+def _load_round(path: Path) -> tuple[LearnableCAM, AdaptationRound]:
+    scores = json.loads(read_weights(path).metadata[SETTINGS])["about"]
+    return load_explainer(path), AdaptationRound(**scores)
 
 
-class _Stop(NamedTuple):
+class _StopImages(NamedTuple):
     """Images that the parameters were not learnt on, to end the rounds by."""
 
     pixels: Tensor
     logits: Tensor
 
 
-def _task(
-    teacher: Teacher, classroom: Classroom, how: Adaptation, told: Callable[[int, int], None]
-) -> tuple[Task, _Stop]:
+def _build_task(
+    teacher: Teacher,
+    classroom: Classroom,
+    adaptation: Adaptation,
+    on_progress: Callable[[int, int], None],
+) -> tuple[AdaptationTask, _StopImages]:
     """What the parameters are learnt on: half of the validation images is kept for judging."""
-    pool = pool_of(classroom.known, how.n)
-    pool = type(pool)(*(part.to(classroom.device) for part in pool))
-    parts = parts_of(teacher, pool, how.layers, told)
+    pool = pool_of(classroom.known, adaptation.n)
+    pool = type(pool)(*(tensor.to(classroom.device) for tensor in pool))
+    contributions = pool_contributions(teacher, pool, adaptation.layers, on_progress)
     pixels, logits = held_out(classroom.known, "val")
     if len(pixels) < 4:
         raise UserError(
             f"there are {len(pixels)} validation images: half of them teach the explainer and half "
             "judge it, so give at least 4"
         )
-    order = np.random.default_rng([how.seed, *b"half"]).permutation(len(pixels))
+    order = np.random.default_rng([adaptation.seed, *b"half"]).permutation(len(pixels))
     halves = [torch.from_numpy(np.sort(half)) for half in np.array_split(order, 2)]
-    (asked, answers), stop = (
+    (task_pixels, task_logits), stop_images = (
         (pixels[half].to(classroom.device), logits[half].to(classroom.device)) for half in halves
     )
-    return Task(pool, parts, asked, answers), _Stop(*stop)
+    return AdaptationTask(pool, contributions, task_pixels, task_logits), _StopImages(*stop_images)
 
 
-def _judged(
+def _evaluate_round(
     explainer: LearnableCAM,
-    task: Task,
-    stop: _Stop,
+    task: AdaptationTask,
+    stop_images: _StopImages,
     classroom: Classroom,
-    how: Adaptation,
+    adaptation: Adaptation,
     number: int,
-) -> Round:
+) -> AdaptationRound:
     """Fresh students on the explainer as it is: always the same seeds, so rounds are paired."""
     family = next(iter(classroom.families.values()))
     maps = task.targets(explainer, family.grid)
     kl, agreement = [], []
-    for seed in how.judges:
+    for seed in adaptation.judges:
         students = Students.untrained(
             family.spec, classroom.classes, [seed], layer=family.layer, device=classroom.device
         )
-        teach(students, task.pool, [Lesson(seed, how.beta, maps)], classroom.recipe)
-        found = judged(students, stop.pixels, stop.logits)
-        kl.append(float(found.kl.double().mean()))
-        agreement.append(float(found.agrees.double().mean()))
-    return Round(number, float(np.mean(kl)), float(np.mean(agreement)))
+        teach(students, task.pool, [Lesson(seed, adaptation.beta, maps)], classroom.recipe)
+        judgment = judged(students, stop_images.pixels, stop_images.logits)
+        kl.append(float(judgment.kl.double().mean()))
+        agreement.append(float(judgment.agrees.double().mean()))
+    return AdaptationRound(number, float(np.mean(kl)), float(np.mean(agreement)))

@@ -15,7 +15,11 @@ import torch
 
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
-from camdistill.experiments.adaptation.adaptation_rounds import Adaptation, Learnt, learnt
+from camdistill.experiments.adaptation.adaptation_rounds import (
+    Adaptation,
+    AdaptedExplainer,
+    run_rounds,
+)
 from camdistill.experiments.evaluation.evaluation_values import save
 from camdistill.experiments.ranking.ranking_arms import Classroom
 from camdistill.experiments.ranking.ranking_config import Study
@@ -37,118 +41,135 @@ ADAPTED, RANDOMISED = "adapted.safetensors", "adapted_randomised.npz"
 
 
 @dataclass(frozen=True, eq=False)
-class Adapted:
+class AdaptationOutcome:
     """What a whole study found.
 
     Attributes:
-        of_teacher: The explainer of the teacher.
-        of_random: That of the teacher of random weights.
-        found: The ranking.
+        adapted: The explainer of the teacher.
+        control: That of the teacher of random weights.
+        ranking: The ranking.
         names: The ranking's arms: "grad_cam", "adapted", "randomised".
     """
 
-    of_teacher: Learnt
-    of_random: Learnt
-    found: Found
+    adapted: AdaptedExplainer
+    control: AdaptedExplainer
+    ranking: Found
     names: Mapping[str, str]
 
-    def name_of(self, arm: str) -> str:
+    def short_name(self, arm: str) -> str:
         """An arm's name that doesn't tell where the study lies."""
-        return stable(arm, self.names)
+        return shorten_arm(arm, self.names)
 
 
-def stable(arm: str, names: Mapping[str, str]) -> str:
+def shorten_arm(arm: str, names: Mapping[str, str]) -> str:
     """The short name of an arm, and of what controls made of it: "grad_cam random"."""
-    for name, long in names.items():
-        if arm == long or arm.startswith(f"{long} "):
-            return name + arm.removeprefix(long)
+    for name, full_name in names.items():
+        if arm == full_name or arm.startswith(f"{full_name} "):
+            return name + arm.removeprefix(full_name)
     return arm
 
 
 def adapt_study(
     study: Study,
-    how: Adaptation,
+    adaptation: Adaptation,
     *,
-    also: Sequence[str] = (),
+    other_methods: Sequence[str] = (),
     workers: int = 0,
     stack: int = 1,
     device: str = "cpu",
     on_progress: Progress | None = None,
     on_unused: Callable[[int], None] | None = None,
-) -> Adapted:
+) -> AdaptationOutcome:
     """Learns both explainers and ranks them; what is done already isn't done again.
 
     Args:
         study: The ranking, but for its methods. The first family of students is the one that the
             parameters are learnt with.
-        how: How they are.
-        also: Further methods to rank.
+        adaptation: How they are.
+        other_methods: Further methods to rank.
         workers: Of the ranking.
         stack: Of the ranking.
         device: Where.
         on_progress: Told what is being done, and how much of it is done.
         on_unused: Told how many finished runs in the folder are of other settings, if any.
     """
-    how.demand_fresh(study)
-    base = f"grad_cam@{how.layers[-1]}" if how.layers else "grad_cam"
+    adaptation.check_fresh_seeds(study)
+    base_method = f"grad_cam@{adaptation.layers[-1]}" if adaptation.layers else "grad_cam"
     folder = study.folder
     folder.mkdir(parents=True, exist_ok=True)
     with lock_cache(folder / "adapt", wait=False):
         teacher = Teacher(study.teacher).to(device)
         # what is wrong with the other methods is told before hours of learning
-        alone = replace(
-            study, methods=list(dict.fromkeys([base, *also])), controls=(), controls_of=()
+        base_study = replace(
+            study,
+            methods=list(dict.fromkeys([base_method, *other_methods])),
+            controls=(),
+            controls_of=(),
         )
-        classroom = prepared(alone, device, on_progress)
-        how = _complete(how, study, teacher, classroom)
-        room = classroom.room(how.n or max(study.n))
-        own = learnt("teacher", teacher, room, how, folder, on_progress)
-        own.explainer.save(folder / ADAPTED, {"best_round": own.best})
-        calibration = as_images(pool_of(room.known, CALIBRATION).pixels).to(device)
-        other = randomised(teacher, calibration, study.seed).to(device)
-        control = learnt("randomised", other, room, how, folder, on_progress)
-        _store(folder / RANDOMISED, control.explainer, other, classroom)
+        classroom = prepared(base_study, device, on_progress)
+        adaptation = _fill_defaults(adaptation, study, teacher, classroom)
+        sized_classroom = classroom.room(adaptation.n or max(study.n))
+        adapted = run_rounds("teacher", teacher, sized_classroom, adaptation, folder, on_progress)
+        adapted.explainer.save(folder / ADAPTED, {"best_round": adapted.best})
+        calibration = as_images(pool_of(sized_classroom.known, CALIBRATION).pixels).to(device)
+        random_teacher = randomised(teacher, calibration, study.seed).to(device)
+        control = run_rounds(
+            "randomised", random_teacher, sized_classroom, adaptation, folder, on_progress
+        )
+        _save_control_maps(folder / RANDOMISED, control.explainer, random_teacher, classroom)
     names = {
-        "grad_cam": base,
+        "grad_cam": base_method,
         "adapted": str(folder / ADAPTED),
         "randomised": str(folder / RANDOMISED),
     }
-    methods = list(dict.fromkeys([*names.values(), *also]))
-    whole = replace(study, methods=methods)
-    found = ranked(
-        whole,
+    methods = list(dict.fromkeys([*names.values(), *other_methods]))
+    ranking_study = replace(study, methods=methods)
+    ranking = ranked(
+        ranking_study,
         workers=workers,
         stack=stack,
         device=device,
         on_progress=on_progress,
         on_unused=on_unused,
     )
-    return Adapted(own, control, found, names)
+    return AdaptationOutcome(adapted, control, ranking, names)
 
 
-def _complete(how: Adaptation, study: Study, teacher: Teacher, classroom: Classroom) -> Adaptation:
+def _fill_defaults(
+    adaptation: Adaptation, study: Study, teacher: Teacher, classroom: Classroom
+) -> Adaptation:
     """With what the study and the teacher say where nothing was chosen."""
     pool = pool_of(classroom.known)
-    count = how.n or max(study.n)
+    count = adaptation.n or max(study.n)
     if not 8 <= count <= len(pool.pixels):
         raise UserError(
             f"adaptation.n is {count}; its students need 8 images or more, and the study has "
             f"{len(pool.pixels)}"
         )
-    first = as_images(pool.pixels[:1]).to(teacher.mean.device)
-    return replace(how, n=count, layers=how.layers or [last_layer(teacher, first)])
+    first_image = as_images(pool.pixels[:1]).to(teacher.mean.device)
+    return replace(
+        adaptation, n=count, layers=adaptation.layers or [last_layer(teacher, first_image)]
+    )
 
 
-def _store(path: Path, explainer: LearnableCAM, teacher: Teacher, classroom: Classroom) -> None:
+def _save_control_maps(
+    path: Path, explainer: LearnableCAM, teacher: Teacher, classroom: Classroom
+) -> None:
     """The maps of a teacher that only this study knows, as `rank` reads them."""
     pool = pool_of(classroom.known)
     views = []
     for view in range(2):
         pixels = pool.pixels.flip(-1) if view else pool.pixels
         classes = pool.logits[:, view].argmax(1)
-        parts = [
-            explainer(teacher, as_images(some.to(classroom.device)), of.to(classroom.device)).cpu()
-            for some, of in zip(torch.split(pixels, 64), torch.split(classes, 64), strict=True)
+        chunks = [
+            explainer(
+                teacher,
+                as_images(pixel_chunk.to(classroom.device)),
+                class_chunk.to(classroom.device),
+            ).cpu()
+            for pixel_chunk, class_chunk in zip(
+                torch.split(pixels, 64), torch.split(classes, 64), strict=True
+            )
         ]
-        views.append(torch.cat(parts).detach().numpy())
+        views.append(torch.cat(chunks).detach().numpy())
     save(path, {"maps": views[0], "mirrored": views[1], "ids": pool.ids.numpy()})

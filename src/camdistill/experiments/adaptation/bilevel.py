@@ -35,21 +35,21 @@ CHUNK = 64  # images of which the teacher is asked at once
 Weights = dict[str, Tensor]
 
 
-class Task(NamedTuple):
+class AdaptationTask(NamedTuple):
     """What an explainer's parameters are learnt on.
 
     Attributes:
         pool: What students are taught with.
-        parts: What each unit of the teacher adds to Grad-CAM, for each image of the pool and its
-            mirror image, by layer: [n, 2, K, h, w].
-        pixels: Of the images on which students are asked.
-        logits: The teacher's for them.
+        contributions: What each unit of the teacher adds to Grad-CAM, for each image of the pool
+            and its mirror image, by layer: [n, 2, K, h, w].
+        simulation_pixels: Of the images on which students are asked.
+        simulation_logits: The teacher's for them.
     """
 
     pool: Pool
-    parts: Mapping[str, Float[Tensor, "..."]]
-    pixels: Pixels
-    logits: Float[Tensor, "asked classes"]
+    contributions: Mapping[str, Float[Tensor, "..."]]
+    simulation_pixels: Pixels
+    simulation_logits: Float[Tensor, "asked classes"]
 
     def targets(self, explainer: LearnableCAM, grid: tuple[int, int]) -> Tensor:
         """What students are taught by an explainer as it is now: [n, 2, rows, columns]."""
@@ -57,7 +57,7 @@ class Task(NamedTuple):
             views = [
                 torch.cat(
                     [
-                        resize(relu(explainer.maps(self._rows(rows, view))), grid)
+                        resize(relu(explainer.maps(self._select_rows(rows, view))), grid)
                         for rows in torch.split(torch.arange(len(self.pool.pixels)), CHUNK)
                     ]
                 )
@@ -65,19 +65,21 @@ class Task(NamedTuple):
             ]
         return torch.stack(views, 1)
 
-    def of(self, taught: Taught) -> dict[str, Tensor]:
+    def batch_contributions(self, student_batch: Taught) -> dict[str, Tensor]:
         """The contributions that belong to a batch."""
-        return self._rows(taught.positions, taught.view.flip.long())
+        return self._select_rows(student_batch.positions, student_batch.view.flip.long())
 
-    def _rows(self, rows: Tensor, views: Tensor | int) -> dict[str, Tensor]:
-        return {name: part[rows, views] for name, part in self.parts.items()}
+    def _select_rows(self, rows: Tensor, views: Tensor | int) -> dict[str, Tensor]:
+        return {
+            name: contribution[rows, views] for name, contribution in self.contributions.items()
+        }
 
 
-def parts_of(
+def pool_contributions(
     teacher: Teacher, pool: Pool, layers: Sequence[str], on_progress: Callable[[int, int], None]
 ) -> dict[str, Tensor]:
     """A teacher's contributions of the pool, for the top classes that the pool's logits say."""
-    found: dict[str, list[list[Tensor]]] = {name: [[], []] for name in layers}
+    parts_by_layer: dict[str, list[list[Tensor]]] = {name: [[], []] for name in layers}
     device = teacher.mean.device
     for start in range(0, len(pool.pixels), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -86,14 +88,15 @@ def parts_of(
             classes = pool.logits[rows, view].argmax(1).to(device)
             parts = unit_contributions(teacher, as_images(pixels.to(device)), layers, classes)
             for name, part in parts.items():
-                found[name][view].append(part.float())
+                parts_by_layer[name][view].append(part.float())
         on_progress(min(start + CHUNK, len(pool.pixels)), len(pool.pixels))
     return {
-        name: torch.stack([torch.cat(view) for view in views], 1) for name, views in found.items()
+        name: torch.stack([torch.cat(view) for view in views], 1)
+        for name, views in parts_by_layer.items()
     }
 
 
-class Learner:
+class DifferentiableStudent:
     """A student whose weights are given to it, so that a step of them can be differentiated.
 
     Attributes:
@@ -108,103 +111,112 @@ class Learner:
         self.weights: Weights = dict(network.named_parameters())
         self.buffers: Weights = dict(network.named_buffers())
 
-    def answers(
+    def forward(
         self, weights: Weights, buffers: Weights, images: Images
     ) -> tuple[Logits, Float[Tensor, "batch units rows columns"]]:
         """Logits and the last layer's activations in train mode; buffers are updated in place."""
-        with capture(self._network, [self._layer]) as found:
+        with capture(self._network, [self._layer]) as activations:
             logits = functional_call(self._network, {**weights, **buffers}, (images,))
-        return logits, found[self._layer]
+        return logits, activations[self._layer]
 
     def training_loss(
-        self, taught: Taught, wanted: Logits, maps: Tensor, beta: float, recipe: Recipe
+        self,
+        student_batch: Taught,
+        teacher_logits: Logits,
+        maps: Tensor,
+        beta: float,
+        recipe: Recipe,
     ) -> Float[Tensor, ""]:
         """L_train of a batch, as `stacked.teach` has it.
 
         Args:
-            taught: The batch.
-            wanted: The teacher's logits of these views.
+            student_batch: The batch.
+            teacher_logits: The teacher's logits of these views.
             maps: The explainer's of these images (mirrored where they are), rectified, on the
                 student's grid.
             beta: Their weight.
             recipe: Temperature and distance.
         """
-        logits, activations = self.answers(self.weights, self.buffers, taught.images)
-        chosen = self.weights[self._head].flatten(1)[wanted.argmax(1)]
-        own = torch.einsum("bu,buhw->bhw", chosen, activations) / activations[0, 0].numel()
-        moved = view_maps(maps, taught.view, flipped=True)
-        distance = map_distance(relu(own), moved, recipe.distance, rectify=False)
-        kl = soft_targets_kl(logits, wanted, recipe.temperature)
+        logits, activations = self.forward(self.weights, self.buffers, student_batch.images)
+        class_weights = self.weights[self._head].flatten(1)[teacher_logits.argmax(1)]
+        student_maps = (
+            torch.einsum("bu,buhw->bhw", class_weights, activations) / activations[0, 0].numel()
+        )
+        moved_maps = view_maps(maps, student_batch.view, flipped=True)
+        distance = map_distance(relu(student_maps), moved_maps, recipe.distance, rectify=False)
+        kl = soft_targets_kl(logits, teacher_logits, recipe.temperature)
         return kl.mean() + beta * distance.mean()
 
     def simulation_loss(
-        self, weights: Weights, images: Images, wanted: Logits, temperature: float
+        self, weights: Weights, images: Images, teacher_logits: Logits, temperature: float
     ) -> Float[Tensor, ""]:
         """L_sim with other weights than its own; nothing is noted in its buffers."""
-        copies = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        logits, _ = self.answers(weights, copies, images)
-        return soft_targets_kl(logits, wanted, temperature).mean()
+        buffer_copies = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        logits, _ = self.forward(weights, buffer_copies, images)
+        return soft_targets_kl(logits, teacher_logits, temperature).mean()
 
 
-class Ahead(NamedTuple):
+class UnrolledStep(NamedTuple):
     """A student's step, and what it would be worth.
 
     Attributes:
-        train: L_train before the step.
-        simulation: L_sim after it; it carries the graph to the explainer's parameters.
+        training_loss: L_train before the step.
+        simulation_loss: L_sim after it; it carries the graph to the explainer's parameters.
         gradients: Of L_train by the student's weights.
     """
 
-    train: Tensor
-    simulation: Tensor
+    training_loss: Tensor
+    simulation_loss: Tensor
     gradients: Weights
 
 
 def look_ahead(
-    learner: Learner,
+    student: DifferentiableStudent,
     explainer: LearnableCAM,
-    task: Task,
-    taught: Taught,
-    asked: Tensor,
+    task: AdaptationTask,
+    student_batch: Taught,
+    simulation_rows: Tensor,
     *,
     grid: tuple[int, int],
     beta: float,
     eta: float,
     recipe: Recipe,
-) -> Ahead:
+) -> UnrolledStep:
     """One plain gradient step of a student on an explainer's maps, and its simulation after it.
 
     Args:
-        learner: The student; its normalisations note the batch, its weights stay.
+        student: The student; its normalisations note the batch, its weights stay.
         explainer: Its maps are taught.
         task: Whose images.
-        taught: The student's batch.
-        asked: Which images of the task it is asked about.
+        student_batch: The student's batch.
+        simulation_rows: Which images of the task it is asked about.
         grid: Of the student's maps.
         beta: Weight of the maps.
         eta: Length of the step.
         recipe: How students are trained.
     """
-    dtype = next(iter(learner.weights.values())).dtype
-    flips = taught.view.flip.long()
-    wanted = task.pool.logits[taught.positions, flips].to(dtype)
-    maps = resize(relu(explainer.maps(task.of(taught))), grid)
-    batch = taught._replace(images=taught.images.to(dtype))
-    train = learner.training_loss(batch, wanted, maps, beta, recipe)
-    names = list(learner.weights)
-    found = torch.autograd.grad(train, [learner.weights[name] for name in names], create_graph=True)
-    gradients = dict(zip(names, found, strict=True))
-    ahead = {name: learner.weights[name] - eta * gradients[name] for name in names}
-    images = as_images(task.pixels[asked]).to(dtype)
-    simulation = learner.simulation_loss(
-        ahead, images, task.logits[asked].to(dtype), recipe.temperature
+    dtype = next(iter(student.weights.values())).dtype
+    flips = student_batch.view.flip.long()
+    teacher_logits = task.pool.logits[student_batch.positions, flips].to(dtype)
+    maps = resize(relu(explainer.maps(task.batch_contributions(student_batch))), grid)
+    batch = student_batch._replace(images=student_batch.images.to(dtype))
+    training_loss = student.training_loss(batch, teacher_logits, maps, beta, recipe)
+    names = list(student.weights)
+    step_gradients = torch.autograd.grad(
+        training_loss, [student.weights[name] for name in names], create_graph=True
     )
-    return Ahead(train, simulation, gradients)
+    gradients = dict(zip(names, step_gradients, strict=True))
+    next_weights = {name: student.weights[name] - eta * gradients[name] for name in names}
+    images = as_images(task.simulation_pixels[simulation_rows]).to(dtype)
+    simulation_loss = student.simulation_loss(
+        next_weights, images, task.simulation_logits[simulation_rows].to(dtype), recipe.temperature
+    )
+    return UnrolledStep(training_loss, simulation_loss, gradients)
 
 
 def adapt_once(
     explainer: LearnableCAM,
-    task: Task,
+    task: AdaptationTask,
     family: Family,
     recipe: Recipe,
     *,
@@ -233,50 +245,58 @@ def adapt_once(
     Raises:
         UserError: A loss is not a number.
     """
-    classes = task.logits.shape[1]
+    classes = task.simulation_logits.shape[1]
     device = task.pool.pixels.device
     network = build_with_seed(seed, lambda: build_preprocessed(family.spec, classes=classes)).to(
         device
     )
-    learner = Learner(network, family.layer)
+    student = DifferentiableStudent(network, family.layer)
     optimiser = recipe.optimisation.build_optimizer(
-        [weight for weight in learner.weights.values() if weight.ndim > 1],
-        [weight for weight in learner.weights.values() if weight.ndim <= 1],
+        [weight for weight in student.weights.values() if weight.ndim > 1],
+        [weight for weight in student.weights.values() if weight.ndim <= 1],
     )
-    phi = [own for own in explainer.parameters() if own.requires_grad]
-    outer = torch.optim.AdamW(phi, lr=lr, weight_decay=0.0)
+    phi = [parameter for parameter in explainer.parameters() if parameter.requires_grad]
+    outer_optimizer = torch.optim.AdamW(phi, lr=lr, weight_decay=0.0)
     for step in range(recipe.steps):
         rate = recipe.optimisation.lr * recipe.optimisation.lr_factor(step / recipe.steps)
-        ahead = look_ahead(
-            learner,
+        unrolled_step = look_ahead(
+            student,
             explainer,
             task,
             batch_at(task.pool, recipe, seed, step),
-            _asked(len(task.pixels), recipe.batch_size, seed, step).to(device),
+            _draw_simulation_rows(len(task.simulation_pixels), recipe.batch_size, seed, step).to(
+                device
+            ),
             grid=family.grid,
             beta=beta,
             eta=rate if eta is None else eta,
             recipe=recipe,
         )
-        for own, gradient in zip(phi, torch.autograd.grad(ahead.simulation, phi), strict=True):
-            own.grad = gradient
-        if not all(bool(torch.isfinite(own.grad).all()) for own in phi if own.grad is not None):
+        for parameter, gradient in zip(
+            phi, torch.autograd.grad(unrolled_step.simulation_loss, phi), strict=True
+        ):
+            parameter.grad = gradient
+        if not all(
+            bool(torch.isfinite(parameter.grad).all())
+            for parameter in phi
+            if parameter.grad is not None
+        ):
             raise UserError(
                 f"the explainer's gradient is not a number at step {step}; try a third of "
                 f"the student's learning rate ({recipe.optimisation.lr}) or of beta ({beta:g})"
             )
-        outer.step()
+        outer_optimizer.step()
         explainer.settle()
         for group in optimiser.param_groups:
             group["lr"] = rate
-        for name, weight in learner.weights.items():
-            weight.grad = ahead.gradients[name].detach()
+        for name, weight in student.weights.items():
+            weight.grad = unrolled_step.gradients[name].detach()
         optimiser.step()
         if on_step is not None:
             on_step(step + 1, recipe.steps)
 
 
-def _asked(count: int, size: int, seed: int, step: int) -> Tensor:
+def _draw_simulation_rows(count: int, size: int, seed: int, step: int) -> Tensor:
     """Which images a step is judged on."""
     generator = np.random.default_rng([seed, step, *b"asked"])
     return torch.from_numpy(generator.permutation(count)[:size])

@@ -3,153 +3,170 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from camdistill.experiments.learned_metric.metric_baselines import Agreement, agreements
-from camdistill.experiments.learned_metric.metric_training import Bag, Lessons, groups_of
+from camdistill.experiments.learned_metric.metric_baselines import Agreement, metric_agreements
+from camdistill.experiments.learned_metric.metric_training import Bag, BagSet, list_groups
 from camdistill.measure.metrics import METRICS
 from camdistill.report.results import Cell, text_table
 
 LEARNED = "learned"
-Scores = Mapping[str, Mapping[str, float]]
+NestedScores = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class MetricComparison:
     """One network's arms by every metric.
 
     Attributes:
         network: Its ranking's name.
-        unseen: What the learned metric had not seen: "method", or "network" (and the method).
-        everyone: Agreement with the gains of all arms.
-        methods: Of the methods alone, without controls and mixtures; empty for under four.
-        learned: Its mean score by arm.
-        arms: How many, and in how many groups.
+        unseen_kind: What the learned metric had not seen: "method", or "network" (and the method).
+        all_arms: Agreement with the gains of all arms.
+        method_arms: Of the methods alone, without controls and mixtures; empty for under four.
+        learned_scores: Its mean score by arm.
+        arm_counts: How many, and in how many groups.
     """
 
     network: str
-    unseen: str
-    everyone: Mapping[str, Agreement]
-    methods: Mapping[str, Agreement]
-    learned: Mapping[str, float]
-    arms: tuple[int, int]
+    unseen_kind: str
+    all_arms: Mapping[str, Agreement]
+    method_arms: Mapping[str, Agreement]
+    learned_scores: Mapping[str, float]
+    arm_counts: tuple[int, int]
 
 
-def answers(
-    lessons: Mapping[str, Lessons], learned: Mapping[str, Scores], others: Mapping[str, Scores]
-) -> dict[str, Answer]:
+def compare_metrics(
+    bag_sets: Mapping[str, BagSet],
+    learned_scores: Mapping[str, NestedScores],
+    baseline_scores: Mapping[str, NestedScores],
+) -> dict[str, MetricComparison]:
     """By title.
 
     Args:
-        lessons: By network.
-        learned: By what was unseen, then by network and arm.
-        others: By network, metric and arm.
+        bag_sets: By network.
+        learned_scores: By what was unseen, then by network and arm.
+        baseline_scores: By network, metric and arm.
     """
-    found = {}
-    for unseen, by_network in learned.items():
-        for network, scores in by_network.items():
-            bags = lessons[network].bags
-            found[f"{network}, unseen {unseen}"] = Answer(
+    comparisons = {}
+    for unseen_kind, scores_by_network in learned_scores.items():
+        for network, scores in scores_by_network.items():
+            bags = bag_sets[network].bags
+            comparisons[f"{network}, unseen {unseen_kind}"] = MetricComparison(
                 network,
-                unseen,
-                agreements(bags, scores, others[network]),
-                _of_methods(bags, scores, others[network]),
+                unseen_kind,
+                metric_agreements(bags, scores, baseline_scores[network]),
+                _method_agreements(bags, scores, baseline_scores[network]),
                 scores,
-                (len(bags), len(groups_of(lessons[network]))),
+                (len(bags), len(list_groups(bag_sets[network]))),
             )
-    return found
+    return comparisons
 
 
-def _of_methods(
-    bags: Sequence[Bag], scores: Mapping[str, float], others: Scores
+def _method_agreements(
+    bags: Sequence[Bag], scores: Mapping[str, float], baseline_scores: NestedScores
 ) -> dict[str, Agreement]:
-    own = [bag for bag in bags if bag.of_method]
-    return agreements(own, scores, others) if len(own) > 3 else {}
+    method_bags = [bag for bag in bags if bag.of_method]
+    return metric_agreements(method_bags, scores, baseline_scores) if len(method_bags) > 3 else {}
 
 
-def beats(whole: Mapping[str, Answer]) -> bool:
+def is_surely_best(comparisons: Mapping[str, MetricComparison]) -> bool:
     """Whether the learned metric is surely above every metric made by hand, in every answer."""
-    return all(len(answer.everyone) > 1 for answer in whole.values()) and all(
-        one.over is not None and one.over.low > 0
-        for answer in whole.values()
-        for name, one in answer.everyone.items()
+    return all(len(comparison.all_arms) > 1 for comparison in comparisons.values()) and all(
+        agreement.over is not None and agreement.over.low > 0
+        for comparison in comparisons.values()
+        for name, agreement in comparison.all_arms.items()
         if name != LEARNED
     )
 
 
-def verdict(answer: Answer) -> str:
+def metric_verdict(comparison: MetricComparison) -> str:
     """One line on one network."""
-    others = {name: one for name, one in answer.everyone.items() if name != LEARNED}
-    if not others:
-        tau = answer.everyone[LEARNED].tau.mean
+    baselines = {
+        name: agreement for name, agreement in comparison.all_arms.items() if name != LEARNED
+    }
+    if not baselines:
+        tau = comparison.all_arms[LEARNED].tau.mean
         return f"tau {tau:.2f}; no metric made by hand has a value for every arm: a null"
-    best = max(others, key=lambda name: others[name].tau.mean)
-    own, gap = answer.everyone[LEARNED], others[best].over
+    best = max(baselines, key=lambda name: baselines[name].tau.mean)
+    learned, gap = comparison.all_arms[LEARNED], baselines[best].over
     assert gap is not None, "it is another metric"
-    sure = [name for name, one in others.items() if one.over is not None and one.over.low > 0]
-    said = (
-        f"tau {own.tau.mean:.2f} against {others[best].tau.mean:.2f} of {best}, the best made by "
-        f"hand: {gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]; surely above {len(sure)} of "
-        f"{len(others)}"
+    beaten = [
+        name
+        for name, agreement in baselines.items()
+        if agreement.over is not None and agreement.over.low > 0
+    ]
+    sentence = (
+        f"tau {learned.tau.mean:.2f} against {baselines[best].tau.mean:.2f} of {best}, the best "
+        "made by "
+        f"hand: {gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]; surely above {len(beaten)} of "
+        f"{len(baselines)}"
     )
-    return said if len(sure) == len(others) else f"{said}: a null"
+    return sentence if len(beaten) == len(baselines) else f"{sentence}: a null"
 
 
-def asked_of(lessons: Mapping[str, Lessons], images: int) -> dict[str, int]:
+def baseline_image_counts(bag_sets: Mapping[str, BagSet], images: int) -> dict[str, int]:
     """How many images metrics made by hand are asked about, by network: of the learned one's."""
-    return {name: min(images, len(one.halves[1])) for name, one in lessons.items()}
+    return {name: min(images, len(bag_set.halves[1])) for name, bag_set in bag_sets.items()}
 
 
-def answer_text(whole: Mapping[str, Answer], lessons: Mapping[str, Lessons], images: int) -> str:
+def comparison_text(
+    comparisons: Mapping[str, MetricComparison], bag_sets: Mapping[str, BagSet], images: int
+) -> str:
     """Tables, then what follows; metrics made by hand were asked about so many images at most."""
     parts = []
-    for title, answer in whole.items():
-        arms, groups = answer.arms
-        for name, table in (("all arms", answer.everyone), ("methods", answer.methods)):
+    for title, comparison in comparisons.items():
+        arms, groups = comparison.arm_counts
+        for name, table in (("all arms", comparison.all_arms), ("methods", comparison.method_arms)):
             if table:
-                parts.append(f"{title}: {name}\n{text_table(_rows(table), corner='metric')}")
-        parts.append(f"{arms} arms in {groups} groups. {verdict(answer)}")
+                parts.append(
+                    f"{title}: {name}\n{text_table(_agreement_rows(table), corner='metric')}"
+                )
+        parts.append(f"{arms} arms in {groups} groups. {metric_verdict(comparison)}")
     parts.append(
         "Agreement of each metric's order of arms with the order of their gains. Intervals are "
         "95 %, of a bootstrap over groups of arms and seeds of students."
     )
-    counts = asked_of(lessons, images)
+    counts = baseline_image_counts(bag_sets, images)
     parts += [
-        f"{name}: the learned metric was asked about {len(one.halves[1])} images, metrics made by "
+        f"{name}: the learned metric was asked about {len(bags.halves[1])} images, metrics made by "
         f"hand about {counts[name]} of them."
-        for name, one in lessons.items()
+        for name, bags in bag_sets.items()
     ]
-    said = "It beats every metric made by hand." if beats(whole) else (
+    conclusion = "It beats every metric made by hand." if is_surely_best(comparisons) else (
         "It doesn't surely beat every metric made by hand: a null; it is no default."
     )  # fmt: skip
-    return "\n\n".join([*parts, said])
+    return "\n\n".join([*parts, conclusion])
 
 
-def results(
-    lessons: Mapping[str, Lessons], whole: Mapping[str, Answer], images: int
+def metric_results(
+    bag_sets: Mapping[str, BagSet], comparisons: Mapping[str, MetricComparison], images: int
 ) -> dict[str, object]:
     """Everything that was found, by name."""
     return {
-        "beats": beats(whole),
-        "n": {name: len(one.halves[1]) for name, one in lessons.items()},
-        "n_by_hand": asked_of(lessons, images),
-        "gains": {name: {bag.name: bag.gain for bag in one.bags} for name, one in lessons.items()},
+        "beats": is_surely_best(comparisons),
+        "n": {name: len(entry.halves[1]) for name, entry in bag_sets.items()},
+        "n_by_hand": baseline_image_counts(bag_sets, images),
+        "gains": {
+            name: {bag.name: bag.gain for bag in entry.bags} for name, entry in bag_sets.items()
+        },
         "answers": {
             title: {
-                "verdict": verdict(answer),
-                "all": {name: one._asdict() for name, one in answer.everyone.items()},
-                "methods": {name: one._asdict() for name, one in answer.methods.items()},
-                "learned": dict(answer.learned),
+                "verdict": metric_verdict(comparison),
+                "all": {name: entry._asdict() for name, entry in comparison.all_arms.items()},
+                "methods": {
+                    name: entry._asdict() for name, entry in comparison.method_arms.items()
+                },
+                "learned": dict(comparison.learned_scores),
             }
-            for title, answer in whole.items()
+            for title, comparison in comparisons.items()
         },
     }
 
 
-def _rows(table: Mapping[str, Agreement]) -> dict[str, dict[str, Cell]]:
+def _agreement_rows(table: Mapping[str, Agreement]) -> dict[str, dict[str, Cell]]:
     return {
         name + (" (masks)" if name in METRICS and METRICS[name].use == "mask" else ""): {
-            "Kendall": one.tau,
-            "Spearman": one.rho,
-            "learned minus it": one.over,
+            "Kendall": agreement.tau,
+            "Spearman": agreement.rho,
+            "learned minus it": agreement.over,
         }
-        for name, one in table.items()
+        for name, agreement in table.items()
     }

@@ -29,11 +29,11 @@ from camdistill.measure.learned import Context, LearnedMetric, image_context
 from camdistill.networks.teachers import Teacher
 from camdistill.types import Labels
 
-Values = NDArray[np.float64]
+Float64Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MetricRecipe:
     """How a metric is trained.
 
     Args:
@@ -78,7 +78,7 @@ class Bag:
     group: str
     of_method: bool
     maps: Float[Tensor, "images rows columns"]
-    gains: Values
+    gains: Float64Array
 
     @property
     def gain(self) -> float:
@@ -87,7 +87,7 @@ class Bag:
 
 
 @dataclass(frozen=True, eq=False)
-class Lessons:
+class BagSet:
     """What a network's ranking teaches a metric.
 
     Attributes:
@@ -100,22 +100,22 @@ class Lessons:
     context: Context
     halves: tuple[Tensor, Tensor]
 
-    def targets(self, kept: Sequence[Bag]) -> Float[Tensor, "bags"]:
+    def targets(self, chosen_bags: Sequence[Bag]) -> Float[Tensor, "bags"]:
         """Gains in deviations of those that are kept."""
-        gains = np.array([bag.gain for bag in kept])
+        gains = np.array([bag.gain for bag in chosen_bags])
         return torch.tensor((gains - gains.mean()) / max(gains.std(), 1e-6), dtype=torch.float32)
 
 
-def group_of(arm: Arm) -> str:
+def arm_group(arm: Arm) -> str:
     """The method, without its layer; of a control that needs no method, its own name."""
     return arm.method.partition("@")[0] if arm.method else arm.name
 
 
-def demand_kinds(name: str, study: Study) -> None:
+def check_arm_kinds(name: str, study: Study) -> None:
     """Refuse a ranking of too few kinds of arms, before its students are trained."""
-    every = study.methods, study.controls, study.with_controls, study.shares, study.methods
-    arms = [arm for arm in arms_of(*every) if arm != NONE and study.n[0] in study.n_of(arm)]
-    kinds = sorted({group_of(arm) for arm in arms})
+    arm_options = study.methods, study.controls, study.with_controls, study.shares, study.methods
+    arms = [arm for arm in arms_of(*arm_options) if arm != NONE and study.n[0] in study.n_of(arm)]
+    kinds = sorted({arm_group(arm) for arm in arms})
     if len(kinds) < 4:
         raise UserError(
             f"studies.{name}: a ranking of {', '.join(kinds)} is too few to learn from: give "
@@ -123,153 +123,170 @@ def demand_kinds(name: str, study: Study) -> None:
         )
 
 
-def images_of(found: Found) -> Labels:
+def ranking_image_ids(ranking: Found) -> Labels:
     """The ids of a ranking's images, of its first n."""
-    return _pool(found).ids
+    return _image_pool(ranking).ids
 
 
-def halves_of(images: Mapping[str, Labels], seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+def split_images(
+    ids_by_ranking: Mapping[str, Labels], seed: int = 0
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Positions of each ranking's images that a metric is trained on, and is asked about.
 
     An image of several rankings is in the same half of all.
 
     Args:
-        images: Their ids, by ranking.
+        ids_by_ranking: Their ids, by ranking.
         seed: Of the drawing.
     """
-    learnt: dict[int, bool] = {}
+    is_training: dict[int, bool] = {}
     halves = {}
-    for name, ids in images.items():
+    for name, ids in ids_by_ranking.items():
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
-        new = [one for one in ids[order].tolist() if one not in learnt]
-        learnt |= {one: place < len(new) // 2 for place, one in enumerate(new)}
-        first = torch.tensor([learnt[one] for one in ids[order].tolist()])
-        halves[name] = (order[first], order[~first])
+        new_ids = [image_id for image_id in ids[order].tolist() if image_id not in is_training]
+        is_training |= {
+            image_id: index < len(new_ids) // 2 for index, image_id in enumerate(new_ids)
+        }
+        in_training = torch.tensor([is_training[image_id] for image_id in ids[order].tolist()])
+        halves[name] = (order[in_training], order[~in_training])
     return halves
 
 
-def _pool(found: Found) -> Pool:
-    return pool_of(found.classroom.known, found.study.n[0])
+def _image_pool(ranking: Found) -> Pool:
+    return pool_of(ranking.classroom.known, ranking.study.n[0])
 
 
-def lessons_of(found: Found, teacher: Teacher, halves: tuple[Tensor, Tensor]) -> Lessons:
+def build_bag_set(ranking: Found, teacher: Teacher, halves: tuple[Tensor, Tensor]) -> BagSet:
     """Bags of a ranking's first family and first n, and what its network says of the images."""
-    family, n = next(iter(found.study.students)), found.study.n[0]
-    pool = _pool(found)
+    family, n = next(iter(ranking.study.students)), ranking.study.n[0]
+    pool = _image_pool(ranking)
     classes = pool.logits[:, 0].argmax(1)
-    base = scores_of(found, (family, n), NONE)
-    assert base is not None, "the arm without maps always runs"
+    baseline = scores_of(ranking, (family, n), NONE)
+    assert baseline is not None, "the arm without maps always runs"
     bags = []
-    for arm in found.arms:
-        scores = scores_of(found, (family, n), arm)
-        maps = found.classroom.maps(arm, family, n)
+    for arm in ranking.arms:
+        scores = scores_of(ranking, (family, n), arm)
+        maps = ranking.classroom.maps(arm, family, n)
         if arm != NONE and scores is not None and maps is not None:
-            gains = (scores - base).mean(1)
-            bags.append(Bag(arm.name, group_of(arm), arm.of_method, maps[:, 0].clone(), gains))
+            gains = (scores - baseline).mean(1)
+            bags.append(Bag(arm.name, arm_group(arm), arm.of_method, maps[:, 0].clone(), gains))
     device = teacher.mean.device
-    parts = [
-        image_context(teacher, as_images(pixels.to(device)), of.to(device)).cpu()
-        for pixels, of in zip(torch.split(pool.pixels, 64), torch.split(classes, 64), strict=True)
+    contexts = [
+        image_context(teacher, as_images(pixel_chunk.to(device)), class_chunk.to(device)).cpu()
+        for pixel_chunk, class_chunk in zip(
+            torch.split(pool.pixels, 64), torch.split(classes, 64), strict=True
+        )
     ]
-    return Lessons(bags, torch.cat(parts), halves)
+    return BagSet(bags, torch.cat(contexts), halves)
 
 
-def fitted(
-    lessons: Mapping[str, Lessons], kept: Callable[[str, Bag], bool], how: Recipe
+def fit_metric(
+    bag_sets: Mapping[str, BagSet], keep: Callable[[str, Bag], bool], recipe: MetricRecipe
 ) -> LearnedMetric:
     """A metric trained on the bags that are kept, of any number of networks.
 
     Args:
-        lessons: By network.
-        kept: Whether a network's bag is one of them.
-        how: The training.
+        bag_sets: By network.
+        keep: Whether a network's bag is one of them.
+        recipe: The training.
     """
-    bags = {name: [bag for bag in one.bags if kept(name, bag)] for name, one in lessons.items()}
-    bags = {name: some for name, some in bags.items() if len(some) > 1}
-    maps = {name: torch.stack([bag.maps for bag in some]) for name, some in bags.items()}
-    goals = {name: lessons[name].targets(some) for name, some in bags.items()}
-    metric = build_with_seed(how.seed, lambda: LearnedMetric(how.members, how.units))
-    optimiser = torch.optim.AdamW(metric.parameters(), lr=how.lr, weight_decay=how.weight_decay)
-    generator = torch.Generator().manual_seed(how.seed)
-    for step in range(how.steps):
+    bags = {
+        name: [bag for bag in bag_set.bags if keep(name, bag)] for name, bag_set in bag_sets.items()
+    }
+    bags = {name: network_bags for name, network_bags in bags.items() if len(network_bags) > 1}
+    maps = {
+        name: torch.stack([bag.maps for bag in network_bags]) for name, network_bags in bags.items()
+    }
+    targets = {name: bag_sets[name].targets(network_bags) for name, network_bags in bags.items()}
+    metric = build_with_seed(recipe.seed, lambda: LearnedMetric(recipe.members, recipe.units))
+    optimiser = torch.optim.AdamW(
+        metric.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
+    )
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for step in range(recipe.steps):
         for group in optimiser.param_groups:
-            group["lr"] = how.lr * (1 - step / how.steps)
+            group["lr"] = recipe.lr * (1 - step / recipe.steps)
         loss = torch.zeros(())
-        for name, whole in maps.items():
-            rows = lessons[name].halves[0]
-            chosen = rows[torch.randint(len(rows), (how.images,), generator=generator)]
+        for name, network_maps in maps.items():
+            rows = bag_sets[name].halves[0]
+            chosen = rows[torch.randint(len(rows), (recipe.images,), generator=generator)]
             # Every member on its own, or they would share one error.
-            scores = _by_member(metric, whole[:, chosen], lessons[name].context[chosen])
-            loss = loss + F.mse_loss(scores, goals[name].expand_as(scores))
+            scores = _member_scores(metric, network_maps[:, chosen], bag_sets[name].context[chosen])
+            loss = loss + F.mse_loss(scores, targets[name].expand_as(scores))
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()
     return metric.requires_grad_(False).eval()
 
 
-def _by_member(
-    metric: LearnedMetric, maps: Float[Tensor, "bags images rows columns"], known: Context
+def _member_scores(
+    metric: LearnedMetric, maps: Float[Tensor, "bags images rows columns"], features: Context
 ) -> Float[Tensor, "members bags"]:
     count = len(maps)
-    flat, planes = maps.flatten(0, 1), known.repeat(count, 1, 1, 1)
-    return torch.stack([one.view(count, -1).mean(1) for one in metric.scores(flat, planes)])
+    flat_maps, planes = maps.flatten(0, 1), features.repeat(count, 1, 1, 1)
+    return torch.stack(
+        [
+            member_scores.view(count, -1).mean(1)
+            for member_scores in metric.scores(flat_maps, planes)
+        ]
+    )
 
 
 @torch.no_grad()
-def predicted(metric: LearnedMetric, lessons: Lessons, bag: Bag) -> Values:
+def score_bag(metric: LearnedMetric, bag_set: BagSet, bag: Bag) -> Float64Array:
     """Scores of a bag's maps, on images that no metric was trained on."""
-    rows = lessons.halves[1]
-    return metric(bag.maps[rows], lessons.context[rows]).double().numpy()  # type: ignore[no-any-return]
+    rows = bag_set.halves[1]
+    return metric(bag.maps[rows], bag_set.context[rows]).double().numpy()  # type: ignore[no-any-return]
 
 
-def without(group: str, network: str | None = None) -> Callable[[str, Bag], bool]:
+def leave_out(group: str, network: str | None = None) -> Callable[[str, Bag], bool]:
     """Keeps what is neither of the group nor of the network."""
 
-    def kept(name: str, bag: Bag) -> bool:
+    def keep(name: str, bag: Bag) -> bool:
         return bag.group != group and name != network
 
-    return kept
+    return keep
 
 
-def unseen_methods(
-    lessons: Mapping[str, Lessons], how: Recipe, told: Callable[[int, int], None]
+def score_unseen_methods(
+    bag_sets: Mapping[str, BagSet], recipe: MetricRecipe, on_progress: Callable[[int, int], None]
 ) -> dict[str, dict[str, float]]:
     """Mean scores by network and arm, from metrics that never saw the arm's method anywhere."""
-    groups = sorted({bag.group for one in lessons.values() for bag in one.bags})
-    found: dict[str, dict[str, float]] = {name: {} for name in lessons}
+    groups = sorted({bag.group for bag_set in bag_sets.values() for bag in bag_set.bags})
+    scores_by_network: dict[str, dict[str, float]] = {name: {} for name in bag_sets}
     for number, group in enumerate(groups):
-        metric = fitted(lessons, without(group), how)
-        for name, one in lessons.items():
-            found[name] |= _means(metric, one, group)
-        told(number + 1, len(groups))
-    return found
+        metric = fit_metric(bag_sets, leave_out(group), recipe)
+        for name, bag_set in bag_sets.items():
+            scores_by_network[name] |= _mean_scores(metric, bag_set, group)
+        on_progress(number + 1, len(groups))
+    return scores_by_network
 
 
-def unseen_networks(
-    lessons: Mapping[str, Lessons], how: Recipe, told: Callable[[int, int], None]
+def score_unseen_networks(
+    bag_sets: Mapping[str, BagSet], recipe: MetricRecipe, on_progress: Callable[[int, int], None]
 ) -> dict[str, dict[str, float]]:
     """Mean scores by network and arm, from metrics that saw neither the network nor the method.
 
     Empty for a single network.
     """
-    found: dict[str, dict[str, float]] = {}
-    names = list(lessons) if len(lessons) > 1 else []
-    jobs = [(name, group) for name in names for group in groups_of(lessons[name])]
+    scores_by_network: dict[str, dict[str, float]] = {}
+    names = list(bag_sets) if len(bag_sets) > 1 else []
+    jobs = [(name, group) for name in names for group in list_groups(bag_sets[name])]
     for number, (name, group) in enumerate(jobs):
-        metric = fitted(lessons, without(group, name), how)
-        found.setdefault(name, {}).update(_means(metric, lessons[name], group))
-        told(number + 1, len(jobs))
-    return found
+        metric = fit_metric(bag_sets, leave_out(group, name), recipe)
+        scores_by_network.setdefault(name, {}).update(_mean_scores(metric, bag_sets[name], group))
+        on_progress(number + 1, len(jobs))
+    return scores_by_network
 
 
-def groups_of(lessons: Lessons) -> list[str]:
+def list_groups(bag_set: BagSet) -> list[str]:
     """Its methods, and its controls that need none."""
-    return sorted({bag.group for bag in lessons.bags})
+    return sorted({bag.group for bag in bag_set.bags})
 
 
-def _means(metric: LearnedMetric, lessons: Lessons, group: str) -> dict[str, float]:
+def _mean_scores(metric: LearnedMetric, bag_set: BagSet, group: str) -> dict[str, float]:
     return {
-        bag.name: float(predicted(metric, lessons, bag).mean())
-        for bag in lessons.bags
+        bag.name: float(score_bag(metric, bag_set, bag).mean())
+        for bag in bag_set.bags
         if bag.group == group
     }

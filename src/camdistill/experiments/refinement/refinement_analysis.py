@@ -9,152 +9,164 @@ from camdistill.experiments.refinement.refinement_config import CE
 from camdistill.experiments.refinement.refinement_measurement import (
     LOCALISATION,
     MAP,
-    trained_metrics,
+    objective_metrics,
 )
-from camdistill.experiments.refinement.refinement_run import Found, Scores, signed
+from camdistill.experiments.refinement.refinement_run import RefinementRuns, Scores, metric_sign
 from camdistill.experiments.shared.seed_statistics import Bootstrap, Gain, holm
 
 LEVEL = 0.05
 ROAD = "road"
-TARGETS = ("fidelity", "view_cosine", "learned")  # what was wanted, which is no faithfulness
+TARGET_METRICS = ("fidelity", "view_cosine", "learned")  # what was wanted, which is no faithfulness
 
 
 @dataclass(frozen=True)
-class Row:
+class ArmComparison:
     """An arm by one metric; larger is better in all of it.
 
     Attributes:
         value: Mean of the arm's maps on its networks, in the metric's own direction.
-        gained: Over the starts' maps on the starts.
+        total_gain: Over the starts' maps on the starts.
         by_answers: What the starts' maps gained on the arm's networks; None where it isn't known.
         by_map: The rest.
-        over: The map's part less that of another arm, by arm.
-        here: The map's part less cross-entropy's, of these very starts: over images alone.
+        by_map_over: The map's part less that of another arm, by arm.
+        within_starts: The map's part less cross-entropy's, of these very starts: over images alone.
     """
 
     value: float
-    gained: Gain
+    total_gain: Gain
     by_answers: Gain | None
     by_map: Gain | None
-    over: Mapping[str, Gain]
-    here: Gain | None = None
+    by_map_over: Mapping[str, Gain]
+    within_starts: Gain | None = None
 
 
-def told(values: Scores) -> Gain:
+def estimate_gain(values: Scores) -> Gain:
     """The mean of paired differences [starts, images], with its two-level interval."""
-    known = values[:, ~np.isnan(values).any(0)]
-    if not known.shape[1]:
-        nothing = float("nan")
-        return Gain(nothing, nothing, nothing, nothing, nothing, nothing)
-    return Bootstrap({"values": known, "zero": np.zeros_like(known)}).gain("values", "zero")
+    complete = values[:, ~np.isnan(values).any(0)]
+    if not complete.shape[1]:
+        nan = float("nan")
+        return Gain(nan, nan, nan, nan, nan, nan)
+    return Bootstrap({"values": complete, "zero": np.zeros_like(complete)}).gain("values", "zero")
 
 
-def of_these_starts(values: Scores) -> Gain:
+def gain_within_starts(values: Scores) -> Gain:
     """The same for these very starts: over images alone, so that it says nothing of others."""
-    return told(values.mean(0, keepdims=True))
+    return estimate_gain(values.mean(0, keepdims=True))
 
 
-def row(found: Found, arm: str, metric: str, explainer: str = MAP) -> Row:
+def compare_arm(runs: RefinementRuns, arm: str, metric: str, explainer: str = MAP) -> ArmComparison:
     """One arm by one metric."""
-    parts = found.has_parts(metric, explainer)
-    over, here = {}, None
-    if parts and arm != CE:
-        own = found.by_map(arm, metric, explainer)
-        here = of_these_starts(own - found.by_map(CE, metric, explainer))
-        over = {
-            other: told(own - found.by_map(other, metric, explainer))
-            for other in controls(found)
+    has_parts = runs.has_parts(metric, explainer)
+    by_map_over, within_starts = {}, None
+    if has_parts and arm != CE:
+        map_gain = runs.by_map(arm, metric, explainer)
+        within_starts = gain_within_starts(map_gain - runs.by_map(CE, metric, explainer))
+        by_map_over = {
+            other: estimate_gain(map_gain - runs.by_map(other, metric, explainer))
+            for other in control_arms(runs)
             if other != arm
         }
-    return Row(
-        value=mean_of(found, arm, metric, explainer),
-        gained=told(found.gained(arm, metric, explainer)),
-        by_answers=told(found.by_answers(arm, metric, explainer)) if parts else None,
-        by_map=told(found.by_map(arm, metric, explainer)) if parts else None,
-        over=over,
-        here=here,
+    return ArmComparison(
+        value=mean_score(runs, arm, metric, explainer),
+        total_gain=estimate_gain(runs.total_gain(arm, metric, explainer)),
+        by_answers=estimate_gain(runs.by_answers(arm, metric, explainer)) if has_parts else None,
+        by_map=estimate_gain(runs.by_map(arm, metric, explainer)) if has_parts else None,
+        by_map_over=by_map_over,
+        within_starts=within_starts,
     )
 
 
-def controls(found: Found) -> list[str]:
+def control_arms(runs: RefinementRuns) -> list[str]:
     """The arms that the objective is held against."""
-    return [arm for arm in found.arms if arm in (CE, "detached", "random", "shuffled")]
+    return [arm for arm in runs.arms if arm in (CE, "detached", "random", "shuffled")]
 
 
-def trained(found: Found, arm: str) -> tuple[str, ...]:
+def training_metrics(runs: RefinementRuns, arm: str) -> tuple[str, ...]:
     """The metrics that an arm was trained on, whatever stood where its images were changed."""
-    shown = found.plan.objective.replacement  # where they are measured
-    return trained_metrics(replace(found.plan.refined[arm][0], replacement=shown))
+    replacement = runs.plan.objective.replacement  # where they are measured
+    return objective_metrics(replace(runs.plan.objectives_by_arm[arm][0], replacement=replacement))
 
 
-def held_out(found: Found, arm: str) -> list[str]:
+def independent_metrics(runs: RefinementRuns, arm: str) -> list[str]:
     """The faithfulness metrics that an arm was not trained on, ROAD first."""
-    known = [m for m in found.metrics() if m not in trained(found, arm) and found.has_parts(m)]
-    known = [m for m in known if m not in (*LOCALISATION, *TARGETS)]
-    return sorted(known, key=lambda metric: metric != ROAD)
+    metrics = [
+        m for m in runs.metrics() if m not in training_metrics(runs, arm) and runs.has_parts(m)
+    ]
+    metrics = [m for m in metrics if m not in (*LOCALISATION, *TARGET_METRICS)]
+    return sorted(metrics, key=lambda metric: metric != ROAD)
 
 
-def kept(found: Found, arm: str) -> Gain:
+def retention_gain(runs: RefinementRuns, arm: str) -> Gain:
     """Accuracy (without labels agreement with the start) less that of cross-entropy alone."""
-    return told(found.scores(arm, found.kept) - found.scores(CE, found.kept))
+    return estimate_gain(
+        runs.scores(arm, runs.retention_metric) - runs.scores(CE, runs.retention_metric)
+    )
 
 
-def is_matched(found: Found, arm: str) -> bool:
+def is_matched(runs: RefinementRuns, arm: str) -> bool:
     """Whether every start's arm was as accurate as cross-entropy alone, on validation images."""
-    return all(found.records[name, arm].matched for name in found.plan.starts)
+    return all(runs.records[name, arm].matched for name in runs.plan.starts)
 
 
-def verdict(found: Found) -> list[str]:
+def refinement_verdict(runs: RefinementRuns) -> list[str]:
     """What may be claimed of every objective, a line each; nulls are said."""
-    names = [found.main] if found.main in found.arms else []
+    names = [runs.main_arm] if runs.main_arm in runs.arms else []
     lines = []
-    for arm in [*names, *found.plan.also]:
-        matched = "" if is_matched(found, arm) else " (not matched: nothing is claimed)"
-        difference = interval(kept(found, arm))
-        lines.append(f"{arm}: {found.kept} over {CE} {difference}{matched}")
-        rows = {metric: row(found, arm, metric) for metric in held_out(found, arm)}
-        parts = {metric: one.by_map for metric, one in rows.items() if one.by_map is not None}
-        corrected = holm({metric: part.p for metric, part in parts.items()})
-        for metric in parts:
-            said = _said(found, arm, rows[metric], corrected[metric])
-            lines.append(f"  the map's own part of {metric} (held out): {said}")
+    for arm in [*names, *runs.plan.also]:
+        matched = "" if is_matched(runs, arm) else " (not matched: nothing is claimed)"
+        difference = format_gain(retention_gain(runs, arm))
+        lines.append(f"{arm}: {runs.retention_metric} over {CE} {difference}{matched}")
+        rows = {metric: compare_arm(runs, arm, metric) for metric in independent_metrics(runs, arm)}
+        map_gains = {
+            metric: comparison.by_map
+            for metric, comparison in rows.items()
+            if comparison.by_map is not None
+        }
+        corrected = holm({metric: gain.p for metric, gain in map_gains.items()})
+        for metric in map_gains:
+            claim = _describe_claim(runs, arm, rows[metric], corrected[metric])
+            lines.append(f"  the map's own part of {metric} (held out): {claim}")
     return lines
 
 
-def _said(found: Found, arm: str, one: Row, p: float) -> str:
+def _describe_claim(runs: RefinementRuns, arm: str, entry: ArmComparison, p: float) -> str:
     """Claimed only where the map's part is above zero and above every control."""
-    part = one.by_map
-    assert part is not None, "only metrics with parts are judged"
-    said = interval(part)
-    if part.high < 0:
-        return f"{said}. Worse"
-    if not (part.low > 0 and p < LEVEL):
-        detectable = f"a true {part.mde:.3f} would have been found in 80 of 100, uncorrected"
-        return f"{said}. A null; {detectable}"
-    against = one.over if arm == found.main else {CE: one.over[CE]}
-    if short := [other for other, gain in against.items() if not gain.low > 0]:
-        return f"{said}. Above zero, but not shown above {', '.join(short)}: not claimed"
-    above = ", ".join(_named(found, other) for other in against)
-    if arm != found.main:
-        return f"{said}. Above {above}; its own controls did not run: make it the objective"
-    if missing := [one for one in found.plan.objective.arms if one not in (*against, "objective")]:
-        return f"{said}. Above {above}; {', '.join(missing)} did not run: not claimed"
-    if not is_matched(found, arm):
-        return f"{said}. Above {above}, at a lower accuracy: not claimed"
-    if len(found.plan.starts) == 1:
-        return f"{said}. Above {above}, from one start, which says nothing of others: not claimed"
-    return f"{said}. Claimed: above {above}"
+    map_gain = entry.by_map
+    assert map_gain is not None, "only metrics with parts are judged"
+    numbers = format_gain(map_gain)
+    if map_gain.high < 0:
+        return f"{numbers}. Worse"
+    if not (map_gain.low > 0 and p < LEVEL):
+        detectable = f"a true {map_gain.mde:.3f} would have been found in 80 of 100, uncorrected"
+        return f"{numbers}. A null; {detectable}"
+    gain_by_control = entry.by_map_over if arm == runs.main_arm else {CE: entry.by_map_over[CE]}
+    if not_beaten := [other for other, gain in gain_by_control.items() if not gain.low > 0]:
+        return f"{numbers}. Above zero, but not shown above {', '.join(not_beaten)}: not claimed"
+    beaten = ", ".join(_arm_words(runs, other) for other in gain_by_control)
+    if arm != runs.main_arm:
+        return f"{numbers}. Above {beaten}; its own controls did not run: make it the objective"
+    if missing := [
+        entry for entry in runs.plan.objective.arms if entry not in (*gain_by_control, "objective")
+    ]:
+        return f"{numbers}. Above {beaten}; {', '.join(missing)} did not run: not claimed"
+    if not is_matched(runs, arm):
+        return f"{numbers}. Above {beaten}, at a lower accuracy: not claimed"
+    if len(runs.plan.starts) == 1:
+        return (
+            f"{numbers}. Above {beaten}, from one start, which says nothing of others: not claimed"
+        )
+    return f"{numbers}. Claimed: above {beaten}"
 
 
-def _named(found: Found, arm: str) -> str:
-    return arm if is_matched(found, arm) else f"{arm} (not matched)"
+def _arm_words(runs: RefinementRuns, arm: str) -> str:
+    return arm if is_matched(runs, arm) else f"{arm} (not matched)"
 
 
-def interval(gain: Gain) -> str:
+def format_gain(gain: Gain) -> str:
     """A gain as text."""
     return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
 
 
-def mean_of(found: Found, arm: str, metric: str, explainer: str = MAP) -> float:
+def mean_score(runs: RefinementRuns, arm: str, metric: str, explainer: str = MAP) -> float:
     """A metric of an arm's maps on its networks, in the metric's own direction."""
-    return float(np.nanmean(found.maps(arm, metric, explainer))) * signed(metric)
+    return float(np.nanmean(runs.maps(arm, metric, explainer))) * metric_sign(metric)

@@ -109,7 +109,7 @@ class StudentRecipe:
 
 
 @dataclass(frozen=True)
-class Judging:
+class JudgingOptions:
     """How start and refined networks are measured, on test images.
 
     Args:
@@ -141,7 +141,7 @@ class Judging:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RefinementPlan:
     """A refinement of several start networks, with the arms that it has to beat.
 
     Args:
@@ -170,7 +170,7 @@ class Plan:
     also: Mapping[str, Objective] = field(default_factory=dict)
     start: StartRecipe = field(default_factory=StartRecipe)
     recipe: RefineRecipe = field(default_factory=RefineRecipe)
-    judging: Judging = field(default_factory=Judging)
+    judging: JudgingOptions = field(default_factory=JudgingOptions)
     students: StudentRecipe | None = None
     seed: int = 0
     trust: Sequence[str] = ()
@@ -189,7 +189,7 @@ class Plan:
                 "network has weights; give them as --checkpoints, or leave them out to train it"
             )
         for name in ("checkpoints", "seeds", "arms"):
-            values = [str(one) for one in getattr(self, name)]
+            values = [str(entry) for entry in getattr(self, name)]
             if len(set(values)) < len(values):
                 raise UserError(f"{name} is {values}; give each once")
         if not self.checkpoints and not self.seeds:
@@ -198,29 +198,29 @@ class Plan:
             raise UserError(f"a seed is {min([self.seed, *self.seeds])}; seeds are 0 or more")
         for name in self.also:
             check_folder_name("the objective", name)
-        if taken := sorted(set(self.also) & {*ARMS, START, self.objective.kind}):
+        if clashes := sorted(set(self.also) & {*ARMS, START, self.objective.kind}):
             raise UserError(
-                f"also has '{taken[0]}', which is another arm's name; call it otherwise"
+                f"also has '{clashes[0]}', which is another arm's name; call it otherwise"
             )
-        self._demand_one_explainer()
+        self._check_one_explainer()
         for name in self.starts:  # which have to be told apart
             check_folder_name("the start network", name)
 
-    def _demand_one_explainer(self) -> None:
+    def _check_one_explainer(self) -> None:
         """Refuse objectives of other maps, and the refined explainer as one that was not."""
-        wanted = (self.objective.cam, self.objective.layer)
-        for name, one in self.also.items():
-            if (one.cam, one.layer) != wanted:
+        target = (self.objective.cam, self.objective.layer)
+        for name, other in self.also.items():
+            if (other.cam, other.layer) != target:
                 raise UserError(
-                    f"also.{name} refines {one.cam} at layer {one.layer}, the objective "
-                    f"{wanted[0]} at {wanted[1]}: all arms are judged by the objective's map, so "
+                    f"also.{name} refines {other.cam} at layer {other.layer}, the objective "
+                    f"{target[0]} at {target[1]}: all arms are judged by the objective's map, so "
                     "give the same cam and layer, or run it as the objective of another --out"
                 )
         if len(set(self.judging.held_out)) < len(self.judging.held_out):
             raise UserError(f"judging.held_out is {list(self.judging.held_out)}; give each once")
         for name in self.judging.held_out:
             method, _, layer = name.partition("@")
-            if (method, layer or None) == wanted:
+            if (method, layer or None) == target:
                 raise UserError(
                     f"judging.held_out has {name}, which is what is refined; name another method, "
                     f"or another layer: {method}@layer2"
@@ -233,7 +233,7 @@ class Plan:
             return [f"seed{seed}" for seed in self.seeds]
         parts = [path.with_suffix("").parts for path in self.checkpoints]
         for length in range(1, max(map(len, parts)) + 1):
-            names = ["-".join(one[-length:]).replace("/", "") for one in parts]
+            names = ["-".join(path_parts[-length:]).replace("/", "") for path_parts in parts]
             if len(set(names)) == len(names):
                 return names
         raise UserError(
@@ -242,46 +242,52 @@ class Plan:
         )
 
     @property
-    def main(self) -> str:
+    def main_arm(self) -> str:
         """Name of the objective's own arm."""
         return self.objective.kind
 
     @property
-    def refined(self) -> dict[str, tuple[Objective, RefinementArm]]:
+    def objectives_by_arm(self) -> dict[str, tuple[Objective, RefinementArm]]:
         """Every arm by name, cross-entropy alone first: what the others are matched to."""
-        chosen: dict[str, tuple[Objective, RefinementArm]] = {CE: (self.objective, CE)}
+        objectives: dict[str, tuple[Objective, RefinementArm]] = {CE: (self.objective, CE)}
         for arm in self.objective.arms:
             if arm in self.arms and arm != CE:
-                chosen[self.main if arm == "objective" else arm] = (self.objective, arm)
-        return chosen | {name: (one, "objective") for name, one in self.also.items()}
+                objectives[self.main_arm if arm == "objective" else arm] = (self.objective, arm)
+        return objectives | {
+            name: (objective, "objective") for name, objective in self.also.items()
+        }
 
 
-def told(objective: Objective) -> dict[str, object]:
+def identify_objective(objective: Objective) -> dict[str, object]:
     """All that decides what is trained: of files what is in them, not where they are."""
-    said: dict[str, object] = to_plain_data(objective)
-    del said["file"]
+    identity: dict[str, object] = to_plain_data(objective)
+    del identity["file"]
     if objective.teacher is not None:
-        said["teacher"] = _content_of(objective.teacher)
-    return said if objective.file is None else {**said, "metric": sha256_of(Path(objective.file))}
+        identity["teacher"] = _identify_network(objective.teacher)
+    return (
+        identity
+        if objective.file is None
+        else {**identity, "metric": sha256_of(Path(objective.file))}
+    )
 
 
-def _content_of(network: NetworkSpec) -> dict[str, object]:
+def _identify_network(network: NetworkSpec) -> dict[str, object]:
     """A network's settings, with what is in its file of weights where it has one."""
-    said: dict[str, object] = to_plain_data(network)
+    identity: dict[str, object] = to_plain_data(network)
     file = Path(network.weights or "")
-    return said | {"weights": sha256_of(file)} if file.is_file() else said
+    return identity | {"weights": sha256_of(file)} if file.is_file() else identity
 
 
-def of_maps(plan: Plan) -> Mapping[str, object]:
+def identify_maps(plan: RefinementPlan) -> Mapping[str, object]:
     """What of the objective decides what is measured."""
-    one = plan.objective
+    objective = plan.objective
     teacher = None
-    if one.kind == "fidelity" and one.teacher is not None:
-        teacher = [_content_of(one.teacher), one.teacher_layer]
-    file = None if one.file is None else sha256_of(Path(one.file))
+    if objective.kind == "fidelity" and objective.teacher is not None:
+        teacher = [_identify_network(objective.teacher), objective.teacher_layer]
+    file = None if objective.file is None else sha256_of(Path(objective.file))
     return {
-        "cam": [one.cam, one.layer, one.replacement],
-        "views": to_plain_data(one.views),
+        "cam": [objective.cam, objective.layer, objective.replacement],
+        "views": to_plain_data(objective.views),
         "teacher": teacher,
         "metric": file,
     }

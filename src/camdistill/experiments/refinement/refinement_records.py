@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from camdistill.experiments.refinement.refinement_measurement import Values
+from camdistill.experiments.refinement.refinement_measurement import ValuesByColumn
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Refined:
+class RefinementRecord:
     """What came out of one job.
 
     Attributes:
@@ -58,7 +58,7 @@ class Refined:
         return np.frombuffer(raw, "<f4").astype(np.float64)
 
 
-def packed(values: Values) -> dict[str, str]:
+def pack_columns(values: ValuesByColumn) -> dict[str, str]:
     """Values by column as text."""
     return {
         name: base64.b64encode(np.asarray(value, "<f4").tobytes()).decode()

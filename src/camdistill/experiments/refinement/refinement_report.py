@@ -9,20 +9,20 @@ from camdistill import tags
 from camdistill.distill.refinement_targets import ARMS
 from camdistill.distill.training import as_images
 from camdistill.experiments.refinement.refinement_analysis import (
+    compare_arm,
+    estimate_gain,
     is_matched,
-    kept,
-    mean_of,
-    row,
-    told,
-    trained,
-    verdict,
+    mean_score,
+    refinement_verdict,
+    retention_gain,
+    training_metrics,
 )
 from camdistill.experiments.refinement.refinement_config import CE, START
-from camdistill.experiments.refinement.refinement_hypotheses import hypotheses
+from camdistill.experiments.refinement.refinement_hypotheses import answer_hypotheses
 from camdistill.experiments.refinement.refinement_measurement import LOCALISATION, MAP
 from camdistill.experiments.refinement.refinement_records import Job
-from camdistill.experiments.refinement.refinement_run import Found
-from camdistill.experiments.refinement.refinement_worker import Workshop
+from camdistill.experiments.refinement.refinement_run import RefinementRuns
+from camdistill.experiments.refinement.refinement_worker import RefinementWorker
 from camdistill.experiments.shared.seed_statistics import Gain
 from camdistill.measure.intervals import Interval, seed_interval
 from camdistill.report.figures.intervals import interval_chart
@@ -31,62 +31,65 @@ from camdistill.report.figures.pictures import Picture
 from camdistill.report.results import Cell, text_table
 from camdistill.report.tensorboard import TensorBoardLogger
 
-RUNS = "tensorboard"
+BOARD_FOLDER = "tensorboard"
 PICTURES = 4
 
 
-def refinement_text(found: Found) -> str:
+def refinement_text(runs: RefinementRuns) -> str:
     """Tables of what was kept, of every metric and of held-out explainers; then what it means."""
-    parts = [_kept_table(found)]
-    parts += [_metric_table(found, metric, MAP) for metric in found.metrics()]
-    for explainer in found.plan.judging.held_out:
+    parts = [_retention_table(runs)]
+    parts += [_metric_table(runs, metric, MAP) for metric in runs.metrics()]
+    for explainer in runs.plan.judging.held_out:
         parts += [
-            _metric_table(found, metric, explainer)
-            for metric in found.metrics(explainer)
+            _metric_table(runs, metric, explainer)
+            for metric in runs.metrics(explainer)
             if metric in ("road", "rank_accuracy")
         ]
-    lines = [f"{one.name} {one.asks}: {one.answer}. {one.says}" for one in hypotheses(found)]
-    parts += ["\n".join(["Hypotheses", *lines]), "\n".join(["Verdict", *verdict(found)])]
-    return "\n\n".join([*parts, _footnote(found)])
+    lines = [
+        f"{hypothesis.name} {hypothesis.asks}: {hypothesis.answer}. {hypothesis.says}"
+        for hypothesis in answer_hypotheses(runs)
+    ]
+    parts += ["\n".join(["Hypotheses", *lines]), "\n".join(["Verdict", *refinement_verdict(runs)])]
+    return "\n\n".join([*parts, _footnote(runs)])
 
 
-def results(found: Found) -> dict[str, object]:
+def refinement_results(runs: RefinementRuns) -> dict[str, object]:
     """Everything that was found, by name."""
-    plan = found.plan
+    plan = runs.plan
     explainers = (MAP, *plan.judging.held_out)
     return {
-        "n": next(iter(found.records.values())).images,
+        "n": next(iter(runs.records.values())).images,
         "starts": list(plan.starts),
         "seeds": [] if plan.checkpoints else list(plan.seeds),
         "trained": {
-            metric: arms for metric in found.metrics() if (arms := _trained_by(found, metric))
+            metric: arms for metric in runs.metrics() if (arms := _arms_trained_on(runs, metric))
         },
         "start": {
-            explainer: {m: mean_of(found, START, m, explainer) for m in found.metrics(explainer)}
+            explainer: {m: mean_score(runs, START, m, explainer) for m in runs.metrics(explainer)}
             for explainer in explainers
         },
-        "arms": {arm: _arm(found, arm) for arm in found.arms},
-        "hypotheses": {one.name: one._asdict() for one in hypotheses(found)},
-        "verdict": verdict(found),
+        "arms": {arm: _arm_results(runs, arm) for arm in runs.arms},
+        "hypotheses": {entry.name: entry._asdict() for entry in answer_hypotheses(runs)},
+        "verdict": refinement_verdict(runs),
         "checkpoints": {
-            f"{start}/{arm}": record.checkpoint for (start, arm), record in found.records.items()
+            f"{start}/{arm}": record.checkpoint for (start, arm), record in runs.records.items()
         },
-        "seconds_of_runs": round(sum(one.seconds for one in found.records.values()), 1),
+        "seconds_of_runs": round(sum(entry.seconds for entry in runs.records.values()), 1),
     }
 
 
-def chart(found: Found) -> Picture:
+def refinement_chart(runs: RefinementRuns) -> Picture:
     """The map's own part of every metric, by arm, with intervals."""
     rows: dict[str, dict[str, Interval]] = {}
-    for arm in found.arms:
-        for metric in found.metrics():
-            part = row(found, arm, metric).by_map
+    for arm in runs.arms:
+        for metric in runs.metrics():
+            part = compare_arm(runs, arm, metric).by_map
             if part is not None:
-                arms = _trained_by(found, metric)
+                arms = _arms_trained_on(runs, metric)
                 title = f"{metric} ({', '.join(arms)})" if arms else metric
                 rows.setdefault(arm, {})[title] = Interval(part.mean, part.low, part.high)
     zero = {title: 0.0 for titles in rows.values() for title in titles}
-    starts, count = len(found.plan.starts), next(iter(found.records.values())).images
+    starts, count = len(runs.plan.starts), next(iter(runs.records.values())).images
     title = (
         f"The map's own part, larger is better: {starts} starts, {count} test images, 95 % "
         "(in brackets: who was trained on it)"
@@ -94,49 +97,51 @@ def chart(found: Found) -> Picture:
     return interval_chart(rows, title=title, references=zero)
 
 
-def pictures(found: Found, workshop: Workshop) -> list[Picture]:
+def refinement_panels(runs: RefinementRuns, worker: RefinementWorker) -> list[Picture]:
     """Some test images with the maps of the first start and of what each arm made of it."""
-    start, arms = found.plan.starts[0], [START, *found.arms]
-    batch = workshop.sets().test.batch(np.arange(min(PICTURES, len(workshop.sets().test))))
-    images = as_images(batch.pixels).to(workshop.device)
-    classes = workshop.network(start)(images).argmax(1)
+    start, arms = runs.plan.starts[0], [START, *runs.arms]
+    batch = worker.image_sets().test.batch(np.arange(min(PICTURES, len(worker.image_sets().test))))
+    images = as_images(batch.pixels).to(worker.device)
+    classes = worker.network(start)(images).argmax(1)
     maps = {
-        arm: workshop.made(Job(start, arm), found.records[start, arm], images, classes)
+        arm: worker.explain_job(Job(start, arm), runs.records[start, arm], images, classes)
         for arm in arms
     }
-    layer = found.plan.objective.layer or "last layer"
+    layer = runs.plan.objective.layer or "last layer"
     return [
         method_panel(
-            images[place].cpu().numpy(),
+            images[index].cpu().numpy(),
             {
-                f"{found.plan.objective.cam} of the start's top class": [
-                    MethodMap(arm, layer, maps[arm][place].cpu().numpy()) for arm in arms
+                f"{runs.plan.objective.cam} of the start's top class": [
+                    MethodMap(arm, layer, maps[arm][index].cpu().numpy()) for arm in arms
                 ]
             },
-            title=f"{start}, test image {int(batch.ids[place])}",
+            title=f"{start}, test image {int(batch.ids[index])}",
         )
-        for place in range(len(images))
+        for index in range(len(images))
     ]
 
 
-def log_board(found: Found, folder: Path, parts: Picture, panels: list[Picture], text: str) -> Path:
+def log_refinement(
+    runs: RefinementRuns, folder: Path, gain_chart: Picture, panels: list[Picture], text: str
+) -> Path:
     """Charts, pictures, tables, and a run for each start and arm: accuracy by epoch."""
-    board = folder / RUNS
-    for old in board.rglob("events.out.tfevents*"):
-        old.unlink()  # a study that was widened is drawn anew
-    for (start, arm), record in found.records.items():
+    board = folder / BOARD_FOLDER
+    for event_file in board.rglob("events.out.tfevents*"):
+        event_file.unlink()  # a study that was widened is drawn anew
+    for (start, arm), record in runs.records.items():
         if not record.accuracies:
             continue
-        logger = TensorBoardLogger(folder, name=RUNS, version=f"{start}-{arm}")
-        tag = tags.ACCURACY_VAL if found.kept == "accuracy" else tags.AGREEMENT_START
+        logger = TensorBoardLogger(folder, name=BOARD_FOLDER, version=f"{start}-{arm}")
+        tag = tags.ACCURACY_VAL if runs.retention_metric == "accuracy" else tags.AGREEMENT_START
         for epoch, accuracy in enumerate(record.accuracies, start=1):
             logger.log_metrics({tag: accuracy}, epoch)
-        place = found.plan.starts.index(start)
-        part = float(found.by_map(arm, "road")[place].mean())
-        logger.log_metrics({tags.MAP_PART: part}, record.epoch)
+        start_index = runs.plan.starts.index(start)
+        map_gain = float(runs.by_map(arm, "road")[start_index].mean())
+        logger.log_metrics({tags.MAP_PART: map_gain}, record.epoch)
         logger.finalize("success")
-    logger = TensorBoardLogger(folder, name=RUNS, version="study")
-    logger.log_picture(tags.REFINED, parts, 0)
+    logger = TensorBoardLogger(folder, name=BOARD_FOLDER, version="study")
+    logger.log_picture(tags.REFINED, gain_chart, 0)
     for number, picture in enumerate(panels):
         logger.log_picture(tags.REFINED_MAPS, picture, number)
     logger.log_text(tags.EVALUATION_TABLE, f"```\n{text}\n```")
@@ -145,43 +150,47 @@ def log_board(found: Found, folder: Path, parts: Picture, panels: list[Picture],
     return board
 
 
-def _kept_table(found: Found) -> str:
+def _retention_table(runs: RefinementRuns) -> str:
     rows: dict[str, dict[str, Cell]] = {}
-    shares = [name for name in ("accuracy", "agreement") if found.has(name)]
-    for arm in [START, *found.arms]:
-        by_start = {name: found.scores(arm, name).mean(1) for name in shares}
+    shares = [name for name in ("accuracy", "agreement") if runs.has(name)]
+    for arm in [START, *runs.arms]:
+        by_start = {name: runs.scores(arm, name).mean(1) for name in shares}
         rows[arm] = {name: seed_interval(values) for name, values in by_start.items()}
         if arm not in (START, CE):
-            rows[arm][f"{found.kept} over {CE}"] = _cell(kept(found, arm))
+            rows[arm][f"{runs.retention_metric} over {CE}"] = _to_interval(
+                retention_gain(runs, arm)
+            )
         if arm != START:
-            epochs = [found.records[name, arm].epoch for name in found.plan.starts]
+            epochs = [runs.records[name, arm].epoch for name in runs.plan.starts]
             rows[arm]["epochs"] = " ".join(map(str, epochs))
-            rows[arm]["matched"] = "yes" if is_matched(found, arm) else "NO"
+            rows[arm]["matched"] = "yes" if is_matched(runs, arm) else "NO"
     return text_table(rows, corner="what was kept")
 
 
-def _metric_table(found: Found, metric: str, explainer: str) -> str:
-    rows: dict[str, dict[str, Cell]] = {START: {"value": mean_of(found, START, metric, explainer)}}
-    for arm in found.arms:
-        one = row(found, arm, metric, explainer)
+def _metric_table(runs: RefinementRuns, metric: str, explainer: str) -> str:
+    rows: dict[str, dict[str, Cell]] = {
+        START: {"value": mean_score(runs, START, metric, explainer)}
+    }
+    for arm in runs.arms:
+        comparison = compare_arm(runs, arm, metric, explainer)
         rows[arm] = {
-            "value": one.value,
-            "gained": _cell(one.gained),
-            "by answers": _cell(one.by_answers),
-            "by map": _cell(one.by_map),
-            f"by map, over {CE}": _cell(one.over.get(CE)),
-            "of these starts": _cell(one.here),
+            "value": comparison.value,
+            "gained": _to_interval(comparison.total_gain),
+            "by answers": _to_interval(comparison.by_answers),
+            "by map": _to_interval(comparison.by_map),
+            f"by map, over {CE}": _to_interval(comparison.by_map_over.get(CE)),
+            "of these starts": _to_interval(comparison.within_starts),
         }
-    whose = "" if explainer == MAP else f"{explainer}: "
-    arms = _trained_by(found, metric) if explainer == MAP else []
-    used = f"trained by {', '.join(arms)}" if arms else "held out"
+    prefix = "" if explainer == MAP else f"{explainer}: "
+    arms = _arms_trained_on(runs, metric) if explainer == MAP else []
+    role = f"trained by {', '.join(arms)}" if arms else "held out"
     kind = ", ground truth" if metric in LOCALISATION else ""
-    return text_table(rows, corner=f"{whose}{metric} ({used}{kind})")
+    return text_table(rows, corner=f"{prefix}{metric} ({role}{kind})")
 
 
-def _footnote(found: Found) -> str:
-    plan = found.plan
-    count = next(iter(found.records.values())).images
+def _footnote(runs: RefinementRuns) -> str:
+    plan = runs.plan
+    count = next(iter(runs.records.values())).images
     starts = len(plan.starts)
     lines = [
         f"{count} test images, {starts} start{'s' * (starts > 1)} ({', '.join(plan.starts)}); 95 % "
@@ -207,48 +216,54 @@ def _footnote(found: Found) -> str:
     return "\n".join(lines)
 
 
-def _arm(found: Found, arm: str) -> dict[str, object]:
-    explainers = (MAP, *found.plan.judging.held_out)
+def _arm_results(runs: RefinementRuns, arm: str) -> dict[str, object]:
+    explainers = (MAP, *runs.plan.judging.held_out)
     shares = {
-        name: seed_interval(found.scores(arm, name).mean(1))
+        name: seed_interval(runs.scores(arm, name).mean(1))
         for name in ("accuracy", "agreement")
-        if found.has(name)
+        if runs.has(name)
     }
     return {
         **shares,
-        f"{found.kept}_over_ce": _values(
-            told(found.scores(arm, found.kept) - found.scores(CE, found.kept))
+        f"{runs.retention_metric}_over_ce": _to_dict(
+            estimate_gain(
+                runs.scores(arm, runs.retention_metric) - runs.scores(CE, runs.retention_metric)
+            )
         ),
-        "matched": is_matched(found, arm),
-        "epochs": [found.records[name, arm].epoch for name in found.plan.starts],
+        "matched": is_matched(runs, arm),
+        "epochs": [runs.records[name, arm].epoch for name in runs.plan.starts],
         "explainers": {
-            explainer: {m: _row(found, arm, m, explainer) for m in found.metrics(explainer)}
+            explainer: {
+                m: _comparison_results(runs, arm, m, explainer) for m in runs.metrics(explainer)
+            }
             for explainer in explainers
         },
     }
 
 
-def _row(found: Found, arm: str, metric: str, explainer: str) -> Mapping[str, object]:
-    one = row(found, arm, metric, explainer)
+def _comparison_results(
+    runs: RefinementRuns, arm: str, metric: str, explainer: str
+) -> Mapping[str, object]:
+    comparison = compare_arm(runs, arm, metric, explainer)
     return {
-        "value": one.value,
-        "gained": _values(one.gained),
-        "by_answers": _values(one.by_answers),
-        "by_map": _values(one.by_map),
-        "by_map_over_ce_of_these_starts": _values(one.here),
-        "by_map_over": {other: _values(gain) for other, gain in one.over.items()},
+        "value": comparison.value,
+        "gained": _to_dict(comparison.total_gain),
+        "by_answers": _to_dict(comparison.by_answers),
+        "by_map": _to_dict(comparison.by_map),
+        "by_map_over_ce_of_these_starts": _to_dict(comparison.within_starts),
+        "by_map_over": {other: _to_dict(gain) for other, gain in comparison.by_map_over.items()},
     }
 
 
-def _trained_by(found: Found, metric: str) -> list[str]:
+def _arms_trained_on(runs: RefinementRuns, metric: str) -> list[str]:
     """The objectives that are trained on a metric; controls are of the first."""
-    own = [found.main] if found.main in found.arms else []
-    return [arm for arm in (*own, *found.plan.also) if metric in trained(found, arm)]
+    main_arms = [runs.main_arm] if runs.main_arm in runs.arms else []
+    return [arm for arm in (*main_arms, *runs.plan.also) if metric in training_metrics(runs, arm)]
 
 
-def _cell(gain: Gain | None) -> Interval | None:
+def _to_interval(gain: Gain | None) -> Interval | None:
     return None if gain is None else Interval(gain.mean, gain.low, gain.high)
 
 
-def _values(gain: Gain | None) -> dict[str, float] | None:
+def _to_dict(gain: Gain | None) -> dict[str, float] | None:
     return None if gain is None else gain._asdict()

@@ -19,7 +19,7 @@ from camdistill.experiments.refinement.refinement_config import Precision
 
 
 @dataclass(eq=False)
-class Chosen(Callback):
+class EpochSelector(Callback):
     """Keeps the last epoch whose validation accuracy is high enough; else the most accurate.
 
     Args:
@@ -44,20 +44,20 @@ class Chosen(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at an epoch."""
         assert isinstance(pl_module, Refiner), "it chooses among epochs of a refinement"
-        self.look(pl_module.retention(), pl_module.fitted.network.state_dict())
+        self.consider_epoch(pl_module.retention(), pl_module.fitted.network.state_dict())
 
-    def look(self, accuracy: float, state: Mapping[str, Tensor]) -> None:
+    def consider_epoch(self, accuracy: float, state: Mapping[str, Tensor]) -> None:
         """Looks at an epoch's accuracy and weights; these are copied where they are kept."""
         best = max(self.accuracies, default=-1.0)
-        settled = self.epoch > 0 and self.matched
+        has_match = self.epoch > 0 and self.matched
         self.accuracies.append(accuracy)
-        enough = self.floor is None or accuracy >= self.floor
-        if enough or (not settled and accuracy > best):
+        accurate_enough = self.floor is None or accuracy >= self.floor
+        if accurate_enough or (not has_match and accuracy > best):
             self.epoch = len(self.accuracies)
             self.state = copy.deepcopy(dict(state))
 
 
-def trained(
+def fit_silently(
     module: TrainingModule,
     data: ImageData,
     *,
@@ -79,11 +79,11 @@ def trained(
         callbacks: That look on.
     """
     data.seed = seed
-    before = signal.getsignal(signal.SIGINT)
-    cards = [torch.cuda.current_device()] if device == "cuda" else []
-    with _quiet(), torch.random.fork_rng(devices=cards):
+    interrupt_handler = signal.getsignal(signal.SIGINT)
+    gpus = [torch.cuda.current_device()] if device == "cuda" else []
+    with _silence_lightning(), torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(seed)  # of dropout
-        if cards:
+        if gpus:
             torch.cuda.manual_seed(seed)
         trainer = Trainer(
             max_epochs=epochs,
@@ -101,12 +101,12 @@ def trained(
         try:
             trainer.fit(module, datamodule=data)
         except SystemExit:  # what Lightning makes of Ctrl-C, after it has switched it off
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, interrupt_handler)
             raise KeyboardInterrupt from None
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_lightning() -> Iterator[None]:
     """Leaves out what Lightning says of itself: there are many short trainings."""
     names = ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")
     levels = {name: logging.getLogger(name).level for name in names}

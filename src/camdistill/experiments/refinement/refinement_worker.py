@@ -22,13 +22,13 @@ from camdistill.experiments.refinement.refinement_config import (
     CE,
     START,
     STUDENT,
-    Plan,
-    of_maps,
-    told,
+    RefinementPlan,
+    identify_maps,
+    identify_objective,
 )
 from camdistill.experiments.refinement.refinement_measurement import Judge
-from camdistill.experiments.refinement.refinement_records import Job, Refined, packed
-from camdistill.experiments.refinement.refinement_training import Chosen, trained
+from camdistill.experiments.refinement.refinement_records import Job, RefinementRecord, pack_columns
+from camdistill.experiments.refinement.refinement_training import EpochSelector, fit_silently
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, build_preprocessed
 from camdistill.networks.weights import sha256_of
 from camdistill.types import Images, Labels, Maps
@@ -36,13 +36,13 @@ from camdistill.types import Images, Labels, Maps
 VERSION = 1  # goes up when the same run would give other numbers
 
 
-class _Sets(NamedTuple):
-    whole: ImageData
-    refining: ImageData
+class _ImageSets(NamedTuple):
+    full_data: ImageData
+    refining_data: ImageData
     test: ImageSet
 
 
-class Workshop:
+class RefinementWorker:
     """Does the jobs of a plan; each process loads the images once.
 
     Args:
@@ -50,73 +50,75 @@ class Workshop:
         device: "cpu" or "cuda".
     """
 
-    def __init__(self, plan: Plan, device: str = "cpu") -> None:
+    def __init__(self, plan: RefinementPlan, device: str = "cpu") -> None:
         self.plan, self.device = plan, device
-        self._sets: _Sets | None = None
+        self._sets: _ImageSets | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """For another process, which loads the images itself."""
         return {**self.__dict__, "_sets": None}
 
-    def __call__(self, job: Job) -> Refined:
+    def __call__(self, job: Job) -> RefinementRecord:
         """Trains what is missing, and measures it."""
-        begun = time.monotonic()
-        chosen = Chosen()
+        start_time = time.monotonic()
+        selector = EpochSelector()
         if job.arm == START:
-            network = before = self._started(job.start)
+            network = reference = self._train_or_load_start(job.start)
         elif job.arm.startswith(STUDENT):
-            network = self._taught(job)
-            base = replace(job, arm=STUDENT + CE, floor=None)
-            before = network if job == base else self._at(self.path(base))
+            network = self._distill_student(job)
+            baseline = replace(job, arm=STUDENT + CE, floor=None)
+            reference = network if job == baseline else self._load_network(self.path(baseline))
         else:
-            network, chosen = self._refined(job)
-            before = self.network(job.start)
-        values = self.judge()(network, before)
-        return Refined(
+            network, selector = self._refine(job)
+            reference = self.network(job.start)
+        values = self.build_judge()(network, reference)
+        return RefinementRecord(
             key=self.key(job),
             start=job.start,
             arm=job.arm,
-            accuracies=chosen.accuracies,
-            epoch=chosen.epoch,
-            matched=chosen.matched if chosen.accuracies else True,
-            columns=packed(values),
-            images=len(self.sets().test),
+            accuracies=selector.accuracies,
+            epoch=selector.epoch,
+            matched=selector.matched if selector.accuracies else True,
+            columns=pack_columns(values),
+            images=len(self.image_sets().test),
             checkpoint=str(self.path(job)),
-            seconds=round(time.monotonic() - begun, 2),
+            seconds=round(time.monotonic() - start_time, 2),
         )
 
     def key(self, job: Job) -> str:
         """A sha256 of everything that decides a job's numbers; a given start's file is read."""
-        plan, sets = self.plan, self.sets()
+        plan, sets = self.plan, self.image_sets()
         common = {
             "version": [VERSION, refinement_measurement.VERSION],
-            "test": sets.whole.fingerprints["test"],
+            "test": sets.full_data.fingerprints["test"],
             **({"truth": sets.test.annotation_digest} if sets.test.annotation_digest else {}),
             "judged": [to_plain_data(plan.judging), len(sets.test), plan.seed],
-            "maps": to_plain_data(of_maps(plan)),
+            "maps": to_plain_data(identify_maps(plan)),
             "start": self._start_digest(job.start),
         }
         if job.arm == START:
             return digest_of(common)
         if job.arm.startswith(STUDENT):
             teacher = replace(job, arm=job.arm.removeprefix(STUDENT))
-            taught = [to_plain_data(plan.students), self.key(teacher)]
-            base = replace(job, arm=STUDENT + CE, floor=None)
-            against = None if job == base else self.key(base)
-            return digest_of(common | {"student": taught, "against": against})
-        objective, arm = plan.refined[job.arm]
-        own = {
-            "objective": told(objective) if arm != "ce" else None,
+            student_identity = [to_plain_data(plan.students), self.key(teacher)]
+            baseline = replace(job, arm=STUDENT + CE, floor=None)
+            baseline_key = None if job == baseline else self.key(baseline)
+            return digest_of(common | {"student": student_identity, "against": baseline_key})
+        objective, arm = plan.objectives_by_arm[job.arm]
+        arm_identity = {
+            "objective": identify_objective(objective) if arm != "ce" else None,
             "arm": arm,
             "recipe": to_plain_data(plan.recipe),
             "floor": job.floor,
-            "order": self._order(job.start),
-            "images": self._images(),
+            "order": self._order_seed(job.start),
+            "images": self._image_identity(),
         }
-        located = (
-            _known(sets.whole.train_set).annotation_digest if objective.kind == "energy" else ""
+        annotations = (
+            _assert_loaded(sets.full_data.train_set).annotation_digest
+            if objective.kind == "energy"
+            else ""
         )
-        return digest_of(common | own | ({"located": located} if located else {}))
+        return digest_of(common | arm_identity | ({"located": annotations} if annotations else {}))
 
     def path(self, job: Job) -> Path:
         """Where a job's network is."""
@@ -128,43 +130,45 @@ class Workshop:
 
     def network(self, start: str) -> Preprocessed:
         """A start network, from its file."""
-        return self._at(self.path(Job(start, START)))
+        return self._load_network(self.path(Job(start, START)))
 
-    def _at(self, path: Path) -> Preprocessed:
-        found = load(path, trust=self.plan.trust).network
-        return found.to(self.device).eval()
+    def _load_network(self, path: Path) -> Preprocessed:
+        network = load(path, trust=self.plan.trust).network
+        return network.to(self.device).eval()
 
-    def made(self, job: Job, record: Refined, images: Images, classes: Labels) -> Maps:
+    def explain_job(
+        self, job: Job, record: RefinementRecord, images: Images, classes: Labels
+    ) -> Maps:
         """The refined explainer's maps of what a job made."""
-        found = self._at(Path(record.checkpoint))
-        return self.judge().explain(found, images, classes).detach()
+        network = self._load_network(Path(record.checkpoint))
+        return self.build_judge().explain(network, images, classes).detach()
 
-    def judge(self) -> Judge:
+    def build_judge(self) -> Judge:
         """What measures."""
         plan = self.plan
-        return Judge(self.sets().test, plan.objective, plan.judging, plan.seed, self.device)
+        return Judge(self.image_sets().test, plan.objective, plan.judging, plan.seed, self.device)
 
-    def sets(self) -> _Sets:
+    def image_sets(self) -> _ImageSets:
         """The images, loaded once."""
         if self._sets is None:
             data, plan = copy.copy(self.plan.data), self.plan
             data.prepare_data()
             data.setup("fit")
             data.setup("test")
-            train, test = _known(data.train_set), _known(data.test_set)
+            train, test = _assert_loaded(data.train_set), _assert_loaded(data.test_set)
             for recipe in (plan.start, plan.recipe, plan.students):
                 if recipe is not None:
                     recipe.augment.check_size(train.size)
             refining = copy.copy(data)
             refining.train_set = limit_set(train, plan.recipe.images, plan.seed)
-            order = np.random.default_rng([plan.seed, *b"refine"]).permutation(len(test))
-            rows = np.sort(order[: plan.judging.images])
-            self._sets = _Sets(data, refining, test.subset(rows))
+            shuffled_rows = np.random.default_rng([plan.seed, *b"refine"]).permutation(len(test))
+            rows = np.sort(shuffled_rows[: plan.judging.images])
+            self._sets = _ImageSets(data, refining, test.subset(rows))
         return self._sets
 
-    def starting(self) -> list[Preprocessed]:
+    def start_networks(self) -> list[Preprocessed]:
         """The start networks; those that are trained here as one that is not, if it can be."""
-        plan, classes = self.plan, len(self.sets().whole.classes)
+        plan, classes = self.plan, len(self.image_sets().full_data.classes)
         if plan.network is None:
             return [self.network(name) for name in plan.starts]
         if not classes:
@@ -173,7 +177,7 @@ class Workshop:
             )
         return [build_preprocessed(plan.network, classes=classes).to(self.device).eval()]
 
-    def _started(self, start: str) -> Preprocessed:
+    def _train_or_load_start(self, start: str) -> Preprocessed:
         plan, path = self.plan, self.path(Job(start, START))
         if plan.network is not None and not path.exists():
             seed = plan.seeds[plan.starts.index(start)]
@@ -183,10 +187,10 @@ class Workshop:
                 optimisation=plan.start.optimisation,
                 seed=seed,
             )
-            module.cure = _cure(start, START, "start")
-            trained(
+            module.cure = _describe_cure(start, START, "start")
+            fit_silently(
                 module,
-                copy.copy(self.sets().whole),
+                copy.copy(self.image_sets().full_data),
                 epochs=plan.start.epochs,
                 seed=seed,
                 precision=plan.start.precision,
@@ -195,11 +199,11 @@ class Workshop:
             write_checkpoint(module, path)
         return self.network(start)
 
-    def _refined(self, job: Job) -> tuple[Preprocessed, Chosen]:
+    def _refine(self, job: Job) -> tuple[Preprocessed, EpochSelector]:
         plan = self.plan
-        objective, arm = plan.refined[job.arm]
+        objective, arm = plan.objectives_by_arm[job.arm]
         module = Refiner(
-            self._spec(job.start),
+            self._network_spec(job.start),
             objective,
             arm=arm,
             keep=plan.recipe.keep,
@@ -208,28 +212,28 @@ class Workshop:
             optimisation=plan.recipe.optimisation,
             seed=plan.seed,
         )
-        chosen = Chosen(job.floor)
-        module.cure = _cure(job.start, job.arm, "recipe")
-        trained(
+        selector = EpochSelector(job.floor)
+        module.cure = _describe_cure(job.start, job.arm, "recipe")
+        fit_silently(
             module,
-            copy.copy(self.sets().refining),
+            copy.copy(self.image_sets().refining_data),
             epochs=plan.recipe.epochs,
-            seed=self._order(job.start),
+            seed=self._order_seed(job.start),
             precision=plan.recipe.precision,
             device=self.device,
-            callbacks=[chosen],
+            callbacks=[selector],
         )
-        module.network.network.load_state_dict(chosen.state)
+        module.network.network.load_state_dict(selector.state)
         write_checkpoint(module, self.path(job))
-        return module.network.to(self.device).eval(), chosen
+        return module.network.to(self.device).eval(), selector
 
-    def _taught(self, job: Job) -> Preprocessed:
+    def _distill_student(self, job: Job) -> Preprocessed:
         """A student of what another job made."""
-        recipe, sets = self.plan.students, self.sets()
+        recipe, sets = self.plan.students, self.image_sets()
         assert recipe is not None, "there are jobs of students"
         teacher = self.path(replace(job, arm=job.arm.removeprefix(STUDENT)))
         module = DistilledExplainer(
-            replace(self._spec(job.start), weights=str(teacher)),
+            replace(self._network_spec(job.start), weights=str(teacher)),
             recipe.network,
             ce=0.0,
             kd=1.0,
@@ -237,42 +241,43 @@ class Workshop:
             augment=recipe.augment,
             optimisation=recipe.optimisation,
             cached=False,
-            seed=self._order(job.start),
+            seed=self._order_seed(job.start),
         )
-        module.cure = _cure(job.start, job.arm, "students")
-        data = copy.copy(sets.whole)
-        data.train_set = limit_set(_known(data.train_set), recipe.images, self.plan.seed)
-        trained(
+        module.cure = _describe_cure(job.start, job.arm, "students")
+        data = copy.copy(sets.full_data)
+        data.train_set = limit_set(_assert_loaded(data.train_set), recipe.images, self.plan.seed)
+        fit_silently(
             module,
             data,
             epochs=recipe.epochs,
-            seed=self._order(job.start),
+            seed=self._order_seed(job.start),
             precision="float32",
             device=self.device,
         )
         write_checkpoint(module, self.path(job))
         return module.student.to(self.device).eval()
 
-    def _spec(self, start: str) -> NetworkSpec:
+    def _network_spec(self, start: str) -> NetworkSpec:
         path = self.path(Job(start, START))
         if self.plan.network is not None:
             return replace(self.plan.network, weights=str(path))
-        found = load(path, trust=self.plan.trust)
-        told = found.settings["student" if "student" in found.settings else "network"]
+        checkpoint = load(path, trust=self.plan.trust)
+        settings = checkpoint.settings["student" if "student" in checkpoint.settings else "network"]
         mean, std = (
-            tuple(part.flatten().tolist()) for part in (found.network.mean, found.network.std)
+            tuple(statistic.flatten().tolist())
+            for statistic in (checkpoint.network.mean, checkpoint.network.std)
         )
         return NetworkSpec(
-            str(told["name"]), str(path), dict(told.get("args") or {}), mean=mean, std=std
+            str(settings["name"]), str(path), dict(settings.get("args") or {}), mean=mean, std=std
         )
 
-    def _order(self, start: str) -> int:
+    def _order_seed(self, start: str) -> int:
         """Seed of the order of training: the same for all arms of a start, whatever is beside it.
 
         Given networks have no seed of their own, so theirs is their place in the list.
         """
-        plan, place = self.plan, self.plan.starts.index(start)
-        return plan.seed + 1 + (plan.seeds[place] if plan.network is not None else place)
+        plan, index = self.plan, self.plan.starts.index(start)
+        return plan.seed + 1 + (plan.seeds[index] if plan.network is not None else index)
 
     def _start_digest(self, start: str) -> str:
         """Of a given network its content; of one that is trained here how."""
@@ -280,24 +285,29 @@ class Workshop:
         if plan.network is None:
             return sha256_of(self.path(Job(start, START)))
         seed = plan.seeds[plan.starts.index(start)]
-        made = [to_plain_data(plan.network), to_plain_data(plan.start), seed, self._images()]
-        return digest_of({"version": VERSION, "start": made})
+        identity = [
+            to_plain_data(plan.network),
+            to_plain_data(plan.start),
+            seed,
+            self._image_identity(),
+        ]
+        return digest_of({"version": VERSION, "start": identity})
 
-    def _images(self) -> list[object]:
+    def _image_identity(self) -> list[object]:
         """Which images networks learn from, and in which batches."""
-        whole = self.sets().whole
-        found = {name: whole.fingerprints[name] for name in ("train", "val")}
-        counts = [len(_known(whole.train_set)), len(_known(whole.val_set))]
-        return [found, counts, self.plan.data.split_seed, self.plan.data.batch_size]
+        full_data = self.image_sets().full_data
+        fingerprints = {name: full_data.fingerprints[name] for name in ("train", "val")}
+        counts = [len(_assert_loaded(full_data.train_set)), len(_assert_loaded(full_data.val_set))]
+        return [fingerprints, counts, self.plan.data.split_seed, self.plan.data.batch_size]
 
 
-def _cure(start: str, arm: str, recipe: str) -> str:
+def _describe_cure(start: str, arm: str, recipe: str) -> str:
     """What to do where a run's loss is not a number."""
     weight = " or a smaller weight of its objective" if recipe == "recipe" else ""
     precise = "" if recipe == "students" else f", or --{recipe}.precision float32"
     return f", in {arm} of {start}; try a third of it (--{recipe}.optimisation.lr){weight}{precise}"
 
 
-def _known(images: ImageSet | None) -> ImageSet:
+def _assert_loaded(images: ImageSet | None) -> ImageSet:
     assert images is not None, "setup made it"
     return images

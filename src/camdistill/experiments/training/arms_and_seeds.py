@@ -16,7 +16,7 @@ from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.errors import UserError, check_folder_name, check_number, nearest
 from camdistill.experiments.training.config_errors import read_config
 from camdistill.experiments.training.lightning_cli import Experiment, read_table
-from camdistill.experiments.training.trainer_options import OF_A_TRAINING, check_run_of_study
+from camdistill.experiments.training.trainer_options import STUDY_RUN_OPTIONS, check_run_of_study
 from camdistill.measure.fidelity import SAME_MAP, FidelityTable, intervals
 from camdistill.measure.intervals import FloatArray, Interval, paired_interval, seed_interval
 from camdistill.networks.teachers import Teacher
@@ -26,9 +26,9 @@ from camdistill.report.results import Cell, read_results, write_results
 MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill", "runner_up")
 RESULTS = "results.json"
 # Names that a study's results have for other rows, and its folder for other files
-ROWS = ("mean_map", "same_map", RESULTS, "table.txt", "table.png")
+RESERVED = ("mean_map", "same_map", RESULTS, "table.txt", "table.png")
 # Options of a run that the study itself gives
-OURS = {
+STUDY_OPTIONS = {
     "seed_everything": "its seeds: --seeds",
     "run": "its folder: --out",
     "config": "its config: --base",
@@ -37,7 +37,7 @@ OURS = {
 
 
 @dataclass(frozen=True)
-class Study:
+class TrainingStudy:
     """Several ways to train (arms), each with the same seeds, from one config.
 
     The first arm is the one that the others are controls of.
@@ -67,9 +67,9 @@ class Study:
         main, *_ = self.arms
         for arm, options in self.arms.items():
             _check_arm(arm, options, main=arm == main)
-        given = dict(word.lstrip("-").partition("=")[::2] for word in self.overrides)
-        _check_options("overrides", list(given))
-        check_run_of_study(_of_trainer(given), "overrides")
+        override_values = dict(word.lstrip("-").partition("=")[::2] for word in self.overrides)
+        _check_options("overrides", list(override_values))
+        check_run_of_study(_trainer_options(override_values), "overrides")
         if not self.config.is_file():
             raise UserError(
                 f"no config {self.config}; "
@@ -88,10 +88,10 @@ class Study:
 
     def arguments(self, arm: str, seed: int) -> list[str]:
         """The command line of one run, without the subcommand."""
-        chosen = [f"--{name}={_text(value)}" for name, value in self.arms[arm].items()]
+        arm_options = [f"--{name}={_option_text(value)}" for name, value in self.arms[arm].items()]
         run = f"{self.folder}/{arm}/seed_{seed}"
         common = ["--config", str(self.config), *self.overrides]
-        return [*common, *chosen, f"--seed_everything={seed}", f"--run={run}"]
+        return [*common, *arm_options, f"--seed_everything={seed}", f"--run={run}"]
 
 
 def _check_arm(arm: str, options: Mapping[str, object], *, main: bool) -> None:
@@ -99,36 +99,36 @@ def _check_arm(arm: str, options: Mapping[str, object], *, main: bool) -> None:
     if not isinstance(arm, str):  # YAML reads 5, true and null as something else
         raise UserError(f"arm {arm} is no text in YAML; give it in quotes, and as a name: 'arm_1'")
     check_folder_name("arm", arm)
-    if arm in ROWS and not (main and arm == "student"):  # the main arm is the student's row
+    if arm in RESERVED and not (main and arm == "student"):  # the main arm is the student's row
         raise UserError(f"arm '{arm}' has the name of what a study writes itself; give another")
-    if arm in OURS or arm.partition(".")[0] in ("model", "data", "trainer"):
+    if arm in STUDY_OPTIONS or arm.partition(".")[0] in ("model", "data", "trainer"):
         raise UserError(
             f"arm '{arm}' has the name of an option; name the arm too: {{NAME: {{{arm}: VALUE}}}}"
         )
     _check_options(f"arm '{arm}'", list(options))
-    check_run_of_study(_of_trainer(options), f"arm '{arm}'")
+    check_run_of_study(_trainer_options(options), f"arm '{arm}'")
 
 
-def _of_trainer(options: Mapping[str, object]) -> dict[str, object]:
+def _trainer_options(options: Mapping[str, object]) -> dict[str, object]:
     """The trainer's options by name, text as the values that it stands for."""
     return {
         name.removeprefix("trainer."): yaml.safe_load(value) if isinstance(value, str) else value
         for name, value in options.items()
-        if name in {f"trainer.{one}" for one in OF_A_TRAINING}
+        if name in {f"trainer.{option}" for option in STUDY_RUN_OPTIONS}
     }
 
 
 def _check_options(what: str, options: Sequence[str]) -> None:
     """Refuses options that the study gives itself: its own would replace them."""
     for option in options:
-        if option in OURS:
+        if option in STUDY_OPTIONS:
             raise UserError(
-                f"{what} sets {option}, but the study chooses {OURS[option]}; leave it out"
+                f"{what} sets {option}, but the study chooses {STUDY_OPTIONS[option]}; leave it out"
             )
 
 
 def run_study(
-    study: Study, *, on_run: Callable[[str, int, int, int], None] | None = None
+    study: TrainingStudy, *, on_run: Callable[[str, int, int, int], None] | None = None
 ) -> dict[str, Any]:
     """Trains and tests what is missing, and returns the results of everything.
 
@@ -139,14 +139,14 @@ def run_study(
         on_run: Told the arm, the seed, and how many runs are done of how many, before each.
     """
     path = study.folder / RESULTS
-    runs = _known_runs(path, study)
+    runs = _load_finished_runs(path, study)
     jobs = [(arm, seed) for seed in study.seeds for arm in study.arms]
     for number, (arm, seed) in enumerate(jobs):
         if str(seed) in runs.setdefault(arm, {}):
             continue
         if on_run is not None:
             on_run(arm, seed, number, len(jobs))
-        experiment = Experiment(study.arguments(arm, seed), run=False, go_on=True)
+        experiment = Experiment(study.arguments(arm, seed), run=False, resume=True)
         try:
             _check_experiment(study, experiment)
         except BaseException:
@@ -156,17 +156,17 @@ def run_study(
         runs[arm][str(seed)] = {
             "arguments": study.arguments(arm, seed),
             "config_sha256": study.config_sha256,
-            "teacher": _taught_by(experiment.model.teacher),
+            "teacher": _teacher_identity(experiment.model.teacher),
             "folder": str(experiment.folder),
             **{name: results[name] for name in ("n", "student", "controls", "seconds")},
         }
         _write(path, {"runs": runs, "seeds": list(study.seeds)})
-    results = {**summarise(study, runs), "runs": runs, "seeds": list(study.seeds)}
+    results = {**summarize_study(study, runs), "runs": runs, "seeds": list(study.seeds)}
     _write(path, results)
     return results
 
 
-def _check_experiment(study: Study, experiment: Experiment) -> None:
+def _check_experiment(study: TrainingStudy, experiment: Experiment) -> None:
     """Refuses what is no student's training, or what could not be tested after it."""
     if not isinstance(experiment.model, DistilledExplainer):
         raise UserError(
@@ -177,8 +177,8 @@ def _check_experiment(study: Study, experiment: Experiment) -> None:
         experiment.datamodule.check_test_set()
 
 
-def summarise(
-    study: Study, runs: Mapping[str, Mapping[str, Mapping[str, object]]]
+def summarize_study(
+    study: TrainingStudy, runs: Mapping[str, Mapping[str, Mapping[str, object]]]
 ) -> dict[str, object]:
     """Means with intervals: over seeds where there are several, else over the test images."""
     tables = {
@@ -186,65 +186,80 @@ def summarise(
         for arm in study.arms
     }
     main, *others = study.arms
-    controls = {other: measured(tables[other], "student") for other in others}
-    controls["mean_map"] = measured(tables[main], "controls.mean_map")
-    gain_over = {other: gains(tables[main], tables[other], "student") for other in others}
-    gain_over["mean_map"] = gains(tables[main], tables[main], "controls.mean_map")
-    if same := measured(tables[main], SAME_MAP):
-        controls["same_map"] = same
-        gain_over["same_map"] = gains(tables[main], tables[main], SAME_MAP)
+    controls = {other: mean_intervals(tables[other], "student") for other in others}
+    controls["mean_map"] = mean_intervals(tables[main], "controls.mean_map")
+    gain_over = {other: gain_intervals(tables[main], tables[other], "student") for other in others}
+    gain_over["mean_map"] = gain_intervals(tables[main], tables[main], "controls.mean_map")
+    if same_map := mean_intervals(tables[main], SAME_MAP):
+        controls["same_map"] = same_map
+        gain_over["same_map"] = gain_intervals(tables[main], tables[main], SAME_MAP)
     return {
         "n": len(tables[main][0]),
-        "student": measured(tables[main], "student"),
+        "student": mean_intervals(tables[main], "student"),
         "controls": controls,
         "gain_over": gain_over,
     }
 
 
-def measured(tables: Sequence[FidelityTable], who: str) -> dict[str, Interval]:
+def mean_intervals(tables: Sequence[FidelityTable], prefix: str) -> dict[str, Interval]:
     """A student's (or control's) means by measure, with 95 % intervals.
 
     Several tables are several seeds: Student's t over their means. One is bootstrapped over images.
     """
     by_seed = [intervals(table) for table in tables]
-    found = {}
+    interval_by_measure = {}
     for name in MEASURES:
-        values = [one[f"{who}.{name}"] for one in by_seed if f"{who}.{name}" in one]
+        values = [
+            seed_intervals[f"{prefix}.{name}"]
+            for seed_intervals in by_seed
+            if f"{prefix}.{name}" in seed_intervals
+        ]
         if len(values) == len(tables):
             several = len(values) > 1
-            found[name] = seed_interval([value.mean for value in values]) if several else values[0]
-    return found
+            interval_by_measure[name] = (
+                seed_interval([value.mean for value in values]) if several else values[0]
+            )
+    return interval_by_measure
 
 
-def gains(
-    tables: Sequence[FidelityTable], others: Sequence[FidelityTable], who: str
+def gain_intervals(
+    tables: Sequence[FidelityTable], others: Sequence[FidelityTable], prefix: str
 ) -> dict[str, Interval]:
     """What the main arm has over another, paired by seed where there are several, else by image."""
-    found = {}
+    interval_by_measure = {}
     for name in MEASURES:
         pairs = [
-            (_column(table, f"student.{name}"), _column(other, f"{who}.{name}"))
+            (_image_values(table, f"student.{name}"), _image_values(other, f"{prefix}.{name}"))
             for table, other in zip(tables, others, strict=True)
         ]
-        complete = [(own, base) for own, base in pairs if own is not None and base is not None]
+        complete = [
+            (main_values, base_values)
+            for main_values, base_values in pairs
+            if main_values is not None and base_values is not None
+        ]
         if len(complete) < len(pairs):
             continue
         if len(complete) == 1:
-            found[name] = paired_interval(*complete[0])
+            interval_by_measure[name] = paired_interval(*complete[0])
         else:
-            found[name] = seed_interval([float(np.nanmean(own - base)) for own, base in complete])
-    return found
+            interval_by_measure[name] = seed_interval(
+                [
+                    float(np.nanmean(main_values - base_values))
+                    for main_values, base_values in complete
+                ]
+            )
+    return interval_by_measure
 
 
 def result_rows(results: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
     """The table of a run that was tested: a row a network or control, a column a measure."""
     rows = {name: results[name] for name in ("student", "network") if name in results}
     rows |= results.get("controls", {})
-    found = results.get("intervals", {})
-    return say_definitions(
+    intervals_by_name = results.get("intervals", {})
+    return mark_definitions(
         {
             name: {
-                measure: found.get(
+                measure: intervals_by_name.get(
                     f"{'' if name in results else 'controls.'}{name}.{measure}", value
                 )
                 for measure in MEASURES
@@ -255,51 +270,53 @@ def result_rows(results: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
     )
 
 
-def say_definitions(rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, Cell]]:
+def mark_definitions(rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, Cell]]:
     """The same table, saying that the mean map's skill is the zero of skill, not measured."""
-    found = {name: dict(row) for name, row in rows.items()}
-    if "skill" in found.get("mean_map", {}):
-        found["mean_map"]["skill"] = "0 by definition"
-    return found
+    marked_rows = {name: dict(row) for name, row in rows.items()}
+    if "skill" in marked_rows.get("mean_map", {}):
+        marked_rows["mean_map"]["skill"] = "0 by definition"
+    return marked_rows
 
 
-def _column(table: FidelityTable, key: str) -> FloatArray | None:
+def _image_values(table: FidelityTable, key: str) -> FloatArray | None:
     """Values by image; a map's measure without a layer is that of the main pair."""
-    who, _, name = key.rpartition(".")
-    return table.columns.get(key, table.columns.get(f"{who}.layers.{table.layers[-1]}.{name}"))
+    prefix, _, name = key.rpartition(".")
+    return table.columns.get(key, table.columns.get(f"{prefix}.layers.{table.layers[-1]}.{name}"))
 
 
-def _known_runs(path: Path, study: Study) -> dict[str, dict[str, dict[str, object]]]:
+def _load_finished_runs(
+    path: Path, study: TrainingStudy
+) -> dict[str, dict[str, dict[str, object]]]:
     """Finished runs of this study; a run with other arguments is not one of them."""
     if not path.is_file():
         return {}
-    found = read_results(path).get("runs", {})
-    assert isinstance(found, dict)
-    known = {
+    runs_by_arm = read_results(path).get("runs", {})
+    assert isinstance(runs_by_arm, dict)
+    finished = {
         arm: {
             seed: run
             for seed, run in runs.items()
             if run["arguments"] == study.arguments(arm, int(seed))
             and run.get("config_sha256") == study.config_sha256
         }
-        for arm, runs in found.items()
+        for arm, runs in runs_by_arm.items()
         if arm in study.arms
     }
-    for arm, runs in known.items():
+    for arm, runs in finished.items():
         for seed, run in runs.items():
-            _demand_same_teacher(f"{arm}, seed {seed}", run.get("teacher", {}))
-    return known
+            _check_same_teacher(f"{arm}, seed {seed}", run.get("teacher", {}))
+    return finished
 
 
-def _taught_by(teacher: Teacher) -> dict[str, str | None]:
+def _teacher_identity(teacher: Teacher) -> dict[str, str | None]:
     file = None if teacher.spec is None else teacher.spec.weights
     return {"weights": file, "sha256": teacher.sha256}
 
 
-def _demand_same_teacher(run: str, taught_by: Mapping[str, str | None]) -> None:
+def _check_same_teacher(run: str, teacher: Mapping[str, str | None]) -> None:
     """Refuse a finished run whose teacher's file holds other weights now."""
-    file = Path(taught_by.get("weights") or "")
-    if file.is_file() and taught_by["sha256"] not in (None, sha256_of(file)):
+    file = Path(teacher.get("weights") or "")
+    if file.is_file() and teacher["sha256"] not in (None, sha256_of(file)):
         raise UserError(
             f"the study's finished run ({run}) had a teacher whose file has changed since, {file}: "
             "give another --out, so that students of two teachers don't share a table"
@@ -311,6 +328,6 @@ def _write(path: Path, results: Mapping[str, object]) -> None:
     write_results(path, results)
 
 
-def _text(value: object) -> str:
+def _option_text(value: object) -> str:
     """A value as the command line takes it."""
     return json.dumps(value) if isinstance(value, list | dict | None) else str(value)

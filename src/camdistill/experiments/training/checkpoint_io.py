@@ -22,7 +22,7 @@ LAST = Path("checkpoints") / "last.ckpt"
 STOPPED = "stopped"  # a checkpoint's key: the limits of a training that a callback ended
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Puts a checkpoint in place by renaming it inside its folder.
 
     Lightning's own writer moves it from the system's temporary folder, which is a copy, and no
@@ -40,8 +40,8 @@ class WholeFiles(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
         write_atomically(Path(path), content.getvalue())
-        for left in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
-            left.unlink(missing_ok=True)
+        for leftover in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
+            leftover.unlink(missing_ok=True)
 
     def load_checkpoint(
         self,
@@ -55,17 +55,17 @@ class WholeFiles(TorchCheckpointIO):
             UserError: It isn't there, damaged, holds code, or is something else.
         """
         read_weights(path)  # says what is wrong with a file
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        if EXPERIMENT not in found or "pytorch-lightning_version" not in found:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if EXPERIMENT not in checkpoint or "pytorch-lightning_version" not in checkpoint:
             raise UserError(
                 f"'{path}' has weights, but is no checkpoint to go on from; give a run's {LAST}, "
                 "or name it as the network's weights"
             )
-        parse_experiment(found[EXPERIMENT], f"'{path}'")  # says which version wrote it
-        return dict(found)
+        parse_experiment(checkpoint[EXPERIMENT], f"'{path}'")  # says which version wrote it
+        return dict(checkpoint)
 
 
-class WholeFitLoop(_FitLoop):
+class CompletingFitLoop(_FitLoop):
     """Lightning's loop, which also ends a training whose checkpoint was its last.
 
     Lightning does nothing then. But what happens when training ends comes after the checkpoint:
@@ -73,7 +73,7 @@ class WholeFitLoop(_FitLoop):
     """
 
     @classmethod
-    def of(cls, trainer: Trainer) -> "WholeFitLoop":
+    def from_trainer(cls, trainer: Trainer) -> "CompletingFitLoop":
         """A loop in the place of a new trainer's own."""
         old = trainer.fit_loop
         loop = cls(trainer, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
@@ -90,9 +90,9 @@ class WholeFitLoop(_FitLoop):
     def skip(self) -> bool:
         """Whether there is nothing to do, not even to end what a checkpoint left to end."""
         trainer = self.trainer
-        nothing = trainer.limit_train_batches == 0 or self.max_batches == 0
-        resumed = trainer.ckpt_path is not None and trainer.global_step > 0
-        return nothing or (self.done and not resumed)
+        is_empty = trainer.limit_train_batches == 0 or self.max_batches == 0
+        is_resumed = trainer.ckpt_path is not None and trainer.global_step > 0
+        return is_empty or (self.done and not is_resumed)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -117,21 +117,23 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Notes whether a callback ended the training, such as `EarlyStopping`."""
-        checkpoint[STOPPED] = _limits(trainer) if trainer.should_stop else None
+        checkpoint[STOPPED] = _training_limits(trainer) if trainer.should_stop else None
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Ends a training that was ended, unless it may be longer now."""
-        if trainer.state.fn == TrainerFn.FITTING and checkpoint.get(STOPPED) == _limits(trainer):
+        if trainer.state.fn == TrainerFn.FITTING and checkpoint.get(STOPPED) == _training_limits(
+            trainer
+        ):
             trainer.should_stop = True
 
 
-def _limits(trainer: Trainer) -> list[str]:
+def _training_limits(trainer: Trainer) -> list[str]:
     """What decides how long a training is, as text."""
-    timers = [one for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
     return [
         f"{trainer.max_epochs} epochs, {trainer.max_steps} steps",
         *(f"{timer._duration} seconds" for timer in timers),
-        *sorted(type(one).__name__ for one in trainer.callbacks),  # type: ignore[attr-defined]
+        *sorted(type(callback).__name__ for callback in trainer.callbacks),  # type: ignore[attr-defined]
     ]

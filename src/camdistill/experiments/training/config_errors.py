@@ -15,7 +15,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from camdistill.errors import UserError, mistake_of_system, nearest
 from camdistill.experiments.training.config_yaml import load_config
 from camdistill.experiments.training.option_checks import check_no_empty_text, restore_nulls
-from camdistill.experiments.training.option_hints import places
+from camdistill.experiments.training.option_hints import suggest_options
 from camdistill.experiments.training.trainer_errors import LIBRARY_ERRORS, mistake_of_options
 
 # What a config's `model` and `data` may name; any other class path works too.
@@ -37,7 +37,7 @@ _LIGHTNINGS = {
     "trainer.plugins": "pytorch_lightning.plugins",
     "trainer.profiler": "pytorch_lightning.profilers",
 }
-_KINDS = {
+_TYPE_WORDS = {
     "float": "a number",
     "int": "a whole number",
     "bool": "true or false",
@@ -49,8 +49,8 @@ _KINDS = {
     "nonetype": "null",
 }
 # Lightning's types have it, but the one seed is a number.
-_MEANINGLESS = {"seed_everything": _KINDS["bool"]}
-LONGEST = 300  # characters of a message that we don't translate
+_MEANINGLESS = {"seed_everything": _TYPE_WORDS["bool"]}
+MAX_MESSAGE = 300  # characters of a message that we don't translate
 
 
 class OptionError(UserError):
@@ -65,7 +65,7 @@ class OptionError(UserError):
         super().__init__(sentence.format(*options))
         self.sentence, self.options = sentence, options
 
-    def inside(self, group: str) -> "OptionError":
+    def with_group(self, group: str) -> "OptionError":
         """The same mistake with its options' names as seen from outside a group."""
         return OptionError(self.sentence, *(f"{group}.{option}" for option in self.options))
 
@@ -75,7 +75,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raises the `UserError` that jsonargparse's many-line message stands for."""
-        raise told(message, self, ex) from ex
+        raise explain_parser_error(message, self, ex) from ex
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *rest: Any, **options: Any
@@ -85,7 +85,9 @@ class Parser(LightningArgumentParser):
         return super().parse_args(words, *rest, **options)
 
 
-def told(message: str, parser: ArgumentParser, error: BaseException | None) -> UserError:
+def explain_parser_error(
+    message: str, parser: ArgumentParser, error: BaseException | None
+) -> UserError:
     """What a parser's message says to a user.
 
     Args:
@@ -93,18 +95,18 @@ def told(message: str, parser: ArgumentParser, error: BaseException | None) -> U
         parser: That gave up.
         error: What made it; a `UserError` among its causes already says it.
     """
-    inner = mistake_in(error)
-    if inner is not None:
+    cause = mistake_in(error)
+    if cause is not None:
         group = re.match(r"Parser key ['\"]([\w.]+)['\"]", message)
-        return inner.inside(group[1]) if group and isinstance(inner, OptionError) else inner
+        return cause.with_group(group[1]) if group and isinstance(cause, OptionError) else cause
     parser = getattr(error, "subcommand_parser", None) or parser
     names = [action.dest for action in parser._actions]
     options = [name for name in names if not name.endswith(("help", "config"))]
     text = " ".join(message.split())
-    for pattern, tell in _TOLD:
-        if found := re.search(pattern, text):
-            return tell(found, options)
-    return UserError(f"{_short(text)}; --help shows the options")
+    for pattern, translate in _TRANSLATIONS:
+        if match := re.search(pattern, text):
+            return translate(match, options)
+    return UserError(f"{_shorten(text)}; --help shows the options")
 
 
 def mistake_in(error: BaseException | None) -> UserError | None:
@@ -117,20 +119,20 @@ def mistake_in(error: BaseException | None) -> UserError | None:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def raise_user_errors() -> Iterator[None]:
     """Lets the mistakes that jsonargparse and Lightning wrap or find themselves through as ours."""
     try:
         yield
     except UserError:
         raise
     except LIBRARY_ERRORS as error:
-        found = mistake_in(error) or mistake_of_options(error)
-        if found is None:
+        user_error = mistake_in(error) or mistake_of_options(error)
+        if user_error is None:
             raise
-        raise found from error
+        raise user_error from error
 
 
-def demand_configs(arguments: Sequence[str]) -> None:
+def check_config_files(arguments: Sequence[str]) -> None:
     """Checks that the config files on a command line are there and are YAML.
 
     Raises:
@@ -142,13 +144,13 @@ def demand_configs(arguments: Sequence[str]) -> None:
 
 def config_files(arguments: Sequence[str]) -> list[Path]:
     """The config files on a command line."""
-    found = []
-    for place, argument in enumerate(arguments):
-        if argument in ("-c", "--config") and place + 1 < len(arguments):
-            found.append(Path(arguments[place + 1]))
+    paths = []
+    for position, argument in enumerate(arguments):
+        if argument in ("-c", "--config") and position + 1 < len(arguments):
+            paths.append(Path(arguments[position + 1]))
         elif argument.startswith("--config="):
-            found.append(Path(argument.partition("=")[2]))
-    return found
+            paths.append(Path(argument.partition("=")[2]))
+    return paths
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -161,10 +163,10 @@ def read_config(path: Path) -> dict[str, object]:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a pipe, a socket or a device; give a .yaml file")
         if path.is_dir():
-            raise UserError(f"{path} is a folder, not a config; {_configs_like(path / 'x')}")
-        raise UserError(f"no config file {path}; {_configs_like(path)}")
+            raise UserError(f"{path} is a folder, not a config; {_suggest_configs(path / 'x')}")
+        raise UserError(f"no config file {path}; {_suggest_configs(path)}")
     try:
-        found = load_config(path)
+        config = load_config(path)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text, so no config; give a .yaml file") from None
     except OSError as error:
@@ -172,19 +174,19 @@ def read_config(path: Path) -> dict[str, object]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or _short(str(error), 100) or "it can't be read"
+        what = getattr(error, "problem", None) or _shorten(str(error), 100) or "it can't be read"
         raise UserError(
             f"{path}{where} is not YAML: {what}; check brackets, colons and indentation there"
         ) from None
-    if isinstance(found, dict):
-        check_no_empty_text(found)
+    if isinstance(config, dict):
+        check_no_empty_text(config)
     else:
-        kind = "is empty" if found is None else f"holds a {type(found).__name__}"
+        kind = "is empty" if config is None else f"holds a {type(config).__name__}"
         raise UserError(f"{path} {kind}; a config has options by name, such as model: and data:")
-    return found
+    return config
 
 
-def _configs_like(path: Path) -> str:
+def _suggest_configs(path: Path) -> str:
     folder = path.parent
     names = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
     if names:
@@ -192,12 +194,12 @@ def _configs_like(path: Path) -> str:
     return f"there is none in {folder}" if folder.is_dir() else f"there is no folder {folder}"
 
 
-def _unknown(found: re.Match[str], options: list[str]) -> UserError:
+def _unknown_option_error(match: re.Match[str], options: list[str]) -> UserError:
     """No such option: the nearest ones, first among those of the same group."""
-    named = found.groupdict()
-    name = f"{named['group']}.{named['name']}" if named.get("group") else named["name"]
+    groups = match.groupdict()
+    name = f"{groups['group']}.{groups['name']}" if groups.get("group") else groups["name"]
     if not name:
-        word = named["word"]
+        word = groups["word"]
         if word.lower().endswith((".yaml", ".yml")):
             return UserError(f"'{word}' belongs to no option; a config stands after -c: -c {word}")
         if "run" in options and Path(word).is_dir():
@@ -207,28 +209,32 @@ def _unknown(found: re.Match[str], options: list[str]) -> UserError:
         return UserError(f"'{word}' belongs to no option; options begin with --")
     if name[0].isdecimal():
         return UserError(
-            f"'{named['word']}' reads as an option; give a number below 0 as --NAME=-1"
+            f"'{groups['word']}' reads as an option; give a number below 0 as --NAME=-1"
         )
-    if elsewhere := places(name, options, CLASSES):
-        marks = " or ".join(["--{}"] * len(elsewhere))
-        return OptionError(f"no option '{{}}' here; give {marks}", name, *elsewhere)
-    group, _, last = name.rpartition(".")
-    beside = {
+    if suggestions := suggest_options(name, options, CLASSES):
+        marks = " or ".join(["--{}"] * len(suggestions))
+        return OptionError(f"no option '{{}}' here; give {marks}", name, *suggestions)
+    group, _, last_word = name.rpartition(".")
+    group_options = {
         option.rpartition(".")[2]: option
         for option in options
         if option.rpartition(".")[0] == group
     }
-    alike = [beside[word] for word in get_close_matches(last, beside, cutoff=0.5)]
-    alike = alike or get_close_matches(name, options, cutoff=0.5)
-    cure = f"nearest: {', '.join(['{!r}'] * len(alike))}" if alike else "--help shows them"
-    return OptionError(f"no option '{{}}'; {cure}", name, *alike)
+    close_names = [
+        group_options[word] for word in get_close_matches(last_word, group_options, cutoff=0.5)
+    ]
+    close_names = close_names or get_close_matches(name, options, cutoff=0.5)
+    cure = (
+        f"nearest: {', '.join(['{!r}'] * len(close_names))}" if close_names else "--help shows them"
+    )
+    return OptionError(f"no option '{{}}'; {cure}", name, *close_names)
 
 
-def _missing(found: re.Match[str], options: list[str]) -> UserError:
+def _missing_option_error(match: re.Match[str], options: list[str]) -> UserError:
     """Options without a default that were not given."""
-    names = [name.removeprefix("fit.") for name in found["names"].split(", ")]
+    names = [name.removeprefix("fit.") for name in match["names"].split(", ")]
     loops = ("fit.", "validate.", "test.", "predict.")
-    if found["names"].startswith(loops):
+    if match["names"].startswith(loops):
         return UserError(
             "no model or data: they come from a config; -c configs/shapes.yaml is an example"
         )
@@ -242,49 +248,59 @@ def _missing(found: re.Match[str], options: list[str]) -> UserError:
     )
 
 
-def _wrong_kind(found: re.Match[str], options: list[str]) -> UserError:
+def _wrong_type_error(match: re.Match[str], options: list[str]) -> UserError:
     """A value of another type, or not among the choices."""
-    kinds = list(dict.fromkeys(_kind(kind) for kind in re.findall(_EXPECTED, found["rest"])))
-    kinds = [kind for kind in kinds if kind and kind != _MEANINGLESS.get(found["name"])]
-    value = re.search(rf"(?:Got value|Given value): (.*?)(?:{_AFTER_VALUE}|$)", found["rest"])
-    given = value[1] if value else "that"
-    if nested := re.match(r"NestedArg\(key='(.*?)', val='(.*?)'\)", given):
-        said = f"{{}} has no option '{nested[1]}' of its own; give --{{}} {nested[2]}"
-        return OptionError(said, found["name"], found["name"])
-    if given == "None":
-        wanted = _short(" or ".join(kinds) or "a value", 200).replace("{", "{{").replace("}", "}}")
-        said = f"{{}} is null; leave it out for its default, or give {wanted}"
-        return OptionError(said, found["name"])
-    is_switch = given in ("True", "False")
-    given = given.lower() if is_switch else given
-    alike = get_close_matches(given, re.findall(r"'([^']*)'", " ".join(kinds)), n=1, cutoff=0.5)
-    wanted = f"it takes {' or '.join(kinds) or 'another type'}"
-    said = f"is {_short(given, 60)!r}; {_short(wanted, 200)}"
-    said += f"; nearest: '{alike[0]}'" if alike and not is_switch else ""
-    if _KINDS["int"] in kinds and re.fullmatch(r"-?\d+\.0", given):
-        said += f"; write {given.removesuffix('.0')}"
-    return OptionError("{} " + said.replace("{", "{{").replace("}", "}}"), found["name"])
+    expected_types = list(
+        dict.fromkeys(_type_in_words(kind) for kind in re.findall(_EXPECTED, match["rest"]))
+    )
+    expected_types = [
+        kind for kind in expected_types if kind and kind != _MEANINGLESS.get(match["name"])
+    ]
+    value = re.search(rf"(?:Got value|Given value): (.*?)(?:{_AFTER_VALUE}|$)", match["rest"])
+    value_text = value[1] if value else "that"
+    if nested := re.match(r"NestedArg\(key='(.*?)', val='(.*?)'\)", value_text):
+        sentence = f"{{}} has no option '{nested[1]}' of its own; give --{{}} {nested[2]}"
+        return OptionError(sentence, match["name"], match["name"])
+    if value_text == "None":
+        expected = (
+            _shorten(" or ".join(expected_types) or "a value", 200)
+            .replace("{", "{{")
+            .replace("}", "}}")
+        )
+        sentence = f"{{}} is null; leave it out for its default, or give {expected}"
+        return OptionError(sentence, match["name"])
+    is_switch = value_text in ("True", "False")
+    value_text = value_text.lower() if is_switch else value_text
+    close_names = get_close_matches(
+        value_text, re.findall(r"'([^']*)'", " ".join(expected_types)), n=1, cutoff=0.5
+    )
+    expected = f"it takes {' or '.join(expected_types) or 'another type'}"
+    sentence = f"is {_shorten(value_text, 60)!r}; {_shorten(expected, 200)}"
+    sentence += f"; nearest: '{close_names[0]}'" if close_names and not is_switch else ""
+    if _TYPE_WORDS["int"] in expected_types and re.fullmatch(r"-?\d+\.0", value_text):
+        sentence += f"; write {value_text.removesuffix('.0')}"
+    return OptionError("{} " + sentence.replace("{", "{{").replace("}", "}}"), match["name"])
 
 
-def _kind(kind: str) -> str:
+def _type_in_words(kind: str) -> str:
     """A type's name in words."""
     if choices := re.match(r"typing\.Literal\[(.*)\]", kind):
         return choices[1]
     name = re.sub(r"<class '(.*)'>", r"\1", kind).rpartition(".")[2].rstrip("'>").lower()
-    return _KINDS.get(name, "" if "." in kind else kind)
+    return _TYPE_WORDS.get(name, "" if "." in kind else kind)
 
 
-def _unknown_class(found: re.Match[str], options: list[str]) -> UserError:
+def _unknown_class_error(match: re.Match[str], options: list[str]) -> UserError:
     """A class path that leads nowhere."""
-    path, known = found["path"], _classes_of(found["name"])
+    path, known = match["path"], _classes_of(match["name"])
     by_name = {option.rpartition(".")[2]: option for option in known}
-    alike = get_close_matches(path.rpartition(".")[2], by_name, cutoff=0.5)
-    shown = [by_name[name] for name in alike] or list(known)
-    cure = f"{'nearest' if alike else 'there are'}: {', '.join(map(repr, shown[:8]))}"
+    close_names = get_close_matches(path.rpartition(".")[2], by_name, cutoff=0.5)
+    suggestions = [by_name[name] for name in close_names] or list(known)
+    cure = f"{'nearest' if close_names else 'there are'}: {', '.join(map(repr, suggestions[:8]))}"
     return OptionError(
         f"{{}} names the class '{path}', which is not there; "
-        + (cure if shown else "check its spelling"),
-        found["name"],
+        + (cure if suggestions else "check its spelling"),
+        match["name"],
     )
 
 
@@ -295,62 +311,64 @@ def _classes_of(option: str) -> tuple[str, ...]:
     return CLASSES.get(option, ())
 
 
-def _named_values(found: re.Match[str], options: list[str]) -> UserError:
+def _group_expected_error(match: re.Match[str], options: list[str]) -> UserError:
     """One value where a group of them is meant: teacher: resnet20."""
-    named = found.groupdict()
-    given = _short(named.get("value") or "that", 60).strip("'\"")
-    if given in ("null", "None"):
-        return OptionError("{} is null; leave it out for its defaults", found["name"])
+    groups = match.groupdict()
+    value_text = _shorten(groups.get("value") or "that", 60).strip("'\"")
+    if value_text in ("null", "None"):
+        return OptionError("{} is null; leave it out for its defaults", match["name"])
     return OptionError(
-        f"{{}} is {given!r}; it takes named values, such as {{{{name: {given}}}}}", found["name"]
+        f"{{}} is {value_text!r}; it takes named values, such as {{{{name: {value_text}}}}}",
+        match["name"],
     )
 
 
-def _class_or_values(found: re.Match[str], options: list[str]) -> UserError:
+def _class_or_group_error(match: re.Match[str], options: list[str]) -> UserError:
     """A word where a class path or a group is meant."""
-    known = found["name"] in {**CLASSES, **_LIGHTNINGS}
-    return (_unknown_class if known else _named_values)(found, options)
+    known = match["name"] in {**CLASSES, **_LIGHTNINGS}
+    return (_unknown_class_error if known else _group_expected_error)(match, options)
 
 
-def _wrong_class(found: re.Match[str], options: list[str]) -> UserError:
+def _wrong_class_error(match: re.Match[str], options: list[str]) -> UserError:
     """A class of another kind."""
-    known = ", ".join(repr(option) for option in _classes_of(found["name"])[:8])
+    known = ", ".join(repr(option) for option in _classes_of(match["name"])[:8])
     cure = f"name one, such as {known}" if known else "name one"
     return OptionError(
-        f"{{}} names '{found['value']}', which is no {found['kind']}; {cure}", found["name"]
+        f"{{}} names '{match['value']}', which is no {match['kind']}; {cure}", match["name"]
     )
 
 
 def _key_of_number(found: re.Match[str], options: list[str]) -> UserError:
     """A word among named values whose names are whole numbers."""
     return OptionError(
-        f"{{}} has the name {_short(found['key'], 60)!r}, but its names are whole numbers; write "
+        f"{{}} has the name {_shorten(found['key'], 60)!r}, but its names are whole numbers; write "
         "them as in {{0: 1, 4: 2}}",
         found["name"],
     )
 
 
-def _wrong_length(found: re.Match[str], options: list[str]) -> UserError:
+def _wrong_length_error(match: re.Match[str], options: list[str]) -> UserError:
     return OptionError(
-        f"{{}} is {_short(found['value'], 60)}; it takes a list of {found['count']}", found["name"]
+        f"{{}} is {_shorten(match['value'], 60)}; it takes a list of {match['count']}",
+        match["name"],
     )
 
 
-def _inside_a_value(found: re.Match[str], options: list[str]) -> UserError:
-    return OptionError("no option '{}': {} is one value", found["inner"], found["name"])
+def _not_a_group_error(match: re.Match[str], options: list[str]) -> UserError:
+    return OptionError("no option '{}': {} is one value", match["inner"], match["name"])
 
 
-def _unknown_entry(found: re.Match[str], options: list[str]) -> UserError:
+def _unknown_entry_error(match: re.Match[str], options: list[str]) -> UserError:
     return UserError(
-        f"an entry with '{found['name']}' has another name in it that is not known; check its names"
+        f"an entry with '{match['name']}' has another name in it that is not known; check its names"
     )
 
 
-def _no_value(found: re.Match[str], options: list[str]) -> UserError:
-    return UserError(f"{found['name']} stands without its value; give one after it")
+def _missing_value_error(match: re.Match[str], options: list[str]) -> UserError:
+    return UserError(f"{match['name']} stands without its value; give one after it")
 
 
-def _short(text: str, longest: int = LONGEST) -> str:
+def _shorten(text: str, longest: int = MAX_MESSAGE) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
@@ -358,32 +376,38 @@ def _short(text: str, longest: int = LONGEST) -> str:
 _AFTER_VALUE = r" - Expected | - Problem | - Not | Given value type: "
 _EXPECTED = r"Expected an? (typing\.Literal\[[^\]]*\]|<class '[^']*'>|[\w.\[\]]+)"
 _KEY = r"Parser key ['\"](?P<name>[\w.]+)['\"]: "
-Telling = Callable[[re.Match[str], list[str]], UserError]
-_TOLD: tuple[tuple[str, Telling], ...] = (
-    (r"[Uu]nrecognized arguments?: (?P<word>(?:--?(?P<name>[\w.]+(?:-[\w.]+)*))?\S*)", _unknown),
-    (r"Subcommand '\w+' does not accept option '(?P<name>[\w.]+)'", _unknown),
-    (r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'", _unknown),
-    (r"Option '(?P<name>[\w.]+)' is not accepted", _unknown),
-    (r"the following arguments are required: (?P<names>.*)", _missing),
-    (_KEY + r".*Problem with given class_path '(?P<path>[^']*)'", _unknown_class),
+Translator = Callable[[re.Match[str], list[str]], UserError]
+_TRANSLATIONS: tuple[tuple[str, Translator], ...] = (
+    (
+        r"[Uu]nrecognized arguments?: (?P<word>(?:--?(?P<name>[\w.]+(?:-[\w.]+)*))?\S*)",
+        _unknown_option_error,
+    ),
+    (r"Subcommand '\w+' does not accept option '(?P<name>[\w.]+)'", _unknown_option_error),
+    (r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'", _unknown_option_error),
+    (r"Option '(?P<name>[\w.]+)' is not accepted", _unknown_option_error),
+    (r"the following arguments are required: (?P<names>.*)", _missing_option_error),
+    (_KEY + r".*Problem with given class_path '(?P<path>[^']*)'", _unknown_class_error),
     (
         _KEY + r".*Expected a dot import path string: (?P<path>(?P<value>\S+))",
-        _class_or_values,
+        _class_or_group_error,
     ),
     (
         _KEY + r".*Expected a path but (?P<value>\S+) either .*"
         r"does not correspond to a subclass of (?P<kind>\w+)",
-        _wrong_class,
+        _wrong_class_error,
     ),
-    (_KEY + r"Not a valid subclass of \w+\. Got value: (?P<value>\S+)", _named_values),
+    (_KEY + r"Not a valid subclass of \w+\. Got value: (?P<value>\S+)", _group_expected_error),
     (
         _KEY + r"Expected a tuple with (?P<count>\d+) elements\. Got value: (?P<value>.*)",
-        _wrong_length,
+        _wrong_length_error,
     ),
-    (_KEY + r"Not of type Path: .* not NestedArg.*key='(?P<inner>[\w.]+)'", _inside_a_value),
+    (_KEY + r"Not of type Path: .* not NestedArg.*key='(?P<inner>[\w.]+)'", _not_a_group_error),
     (_KEY + r"invalid literal for int\(\) with base 10: '(?P<key>.*?)'", _key_of_number),
-    (_KEY + r"(?P<rest>.*Expected .*)", _wrong_kind),
-    (_KEY + r"Unable to load config '(?P<value>[^']*)' - Parser key .* load config", _named_values),
-    (r"^[\"']+(?P<name>\w+)[\"']+$", _unknown_entry),
-    (r"argument (?:-\w/)?(?P<name>--\S+): expected", _no_value),
+    (_KEY + r"(?P<rest>.*Expected .*)", _wrong_type_error),
+    (
+        _KEY + r"Unable to load config '(?P<value>[^']*)' - Parser key .* load config",
+        _group_expected_error,
+    ),
+    (r"^[\"']+(?P<name>\w+)[\"']+$", _unknown_entry_error),
+    (r"argument (?:-\w/)?(?P<name>--\S+): expected", _missing_value_error),
 )

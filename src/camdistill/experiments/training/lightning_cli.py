@@ -17,14 +17,23 @@ from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.errors import UserError, check_number, shorten
 from camdistill.experiments.training.checkpoint_io import (
     LAST,
+    AtomicCheckpointIO,
+    CompletingFitLoop,
     LastCheckpoint,
-    WholeFiles,
-    WholeFitLoop,
 )
-from camdistill.experiments.training.config_errors import Parser, demand_configs, translated
+from camdistill.experiments.training.config_errors import (
+    Parser,
+    check_config_files,
+    raise_user_errors,
+)
 from camdistill.experiments.training.earlier_results import RESULTS, TABLE, remove_earlier_results
 from camdistill.experiments.training.option_checks import check_groups, check_seeds, check_words
-from camdistill.experiments.training.run_folders import CONFIG, RunFolder, choose, same_config
+from camdistill.experiments.training.run_folders import (
+    CONFIG,
+    RunFolder,
+    choose_folder,
+    find_same_config,
+)
 from camdistill.experiments.training.trainer_options import (
     check_callbacks,
     check_loop,
@@ -32,7 +41,7 @@ from camdistill.experiments.training.trainer_options import (
     check_precision,
     check_seed,
     make_profiler_folder,
-    plain_callbacks,
+    normalize_callbacks,
 )
 from camdistill.experiments.training.training_checks import check_processes
 from camdistill.measure.fidelity import FidelityTable
@@ -68,29 +77,29 @@ class Experiment(LightningCLI):
     Args:
         args: The command line.
         run: Whether to run the subcommand that it begins with; without, there is none.
-        go_on: Without a subcommand: go on in the run's newest folder that has this config, if
+        resume: Without a subcommand: go on in the run's newest folder that has this config, if
             there is one.
 
     Attributes:
         folder: The run's folder.
-        removed: Names of what `save_network` removed, as it was of an earlier student.
+        removed_files: Names of what `save_network` removed, as it was of an earlier student.
     """
 
-    def __init__(self, args: list[str], *, run: bool = True, go_on: bool = False) -> None:
-        self._go_on = go_on
-        self._started = time.monotonic()
-        self._run: RunFolder | None = None
-        self._again = self._trial = False
-        self.removed: list[str] = []
+    def __init__(self, args: list[str], *, run: bool = True, resume: bool = False) -> None:
+        self._resume = resume
+        self._start_time = time.monotonic()
+        self._run_folder: RunFolder | None = None
+        self._restarts = self._is_trial = False
+        self.removed_files: list[str] = []
         try:
-            self._begin(args, run)
+            self._run_cli(args, run)
         except BaseException:
             self.release()
             raise
         if run:
-            self.release(keep=not self._trial)
+            self.release(keep=not self._is_trial)
 
-    def _begin(self, args: list[str], run: bool) -> None:
+    def _run_cli(self, args: list[str], run: bool) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -133,15 +142,15 @@ class Experiment(LightningCLI):
         """Parses without Lightning's warning about arguments given from Python."""
         check_words(args)
         check_seeds(args)
-        demand_configs(args)
-        with translated():
+        check_config_files(args)
+        with raise_user_errors():
             self.config = parser.parse_args(args)
         # Lightning would read the file's hyperparameters and let them choose the model's class.
         config = self.config.get(self.config.get("subcommand") or "", {})
         for part in ("model", "data"):
             check_groups(config or self.config, part)
-        self._wanted: str | None = config.get("ckpt_path")
-        if self._wanted:
+        self._requested_checkpoint: str | None = config.get("ckpt_path")
+        if self._requested_checkpoint:
             config["ckpt_path"] = None
 
     def _set_seed(self) -> None:
@@ -151,7 +160,7 @@ class Experiment(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Lets the mistakes that networks and data find through."""
-        with translated():
+        with raise_user_errors():
             super().instantiate_classes()
 
     def before_instantiate_classes(self) -> None:
@@ -159,32 +168,37 @@ class Experiment(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         trainer = config["trainer"]
         check_options(vars(trainer))
-        self._trial = bool(trainer.get("fast_dev_run"))
-        check_loop(self.subcommand, vars(trainer), goes_on=bool(self._wanted))
+        self._is_trial = bool(trainer.get("fast_dev_run"))
+        check_loop(self.subcommand, vars(trainer), resumes=bool(self._requested_checkpoint))
         if trainer.get("callbacks"):
-            trainer["callbacks"] = plain_callbacks(trainer.callbacks)
+            trainer["callbacks"] = normalize_callbacks(trainer.callbacks)
         name = config["run"] = config.run or _config_name(config)
         runs = _runs_folder(name)
-        wanted = self._wanted
-        self._small: str | None = None
+        requested = self._requested_checkpoint
+        self._weights_file: str | None = None
         if "verbose" in config:
             config["verbose"] = False  # our own table says it better
         if "weights_only" in config:
             config["weights_only"] = True  # a checkpoint runs no code
-        text = self._parser(self.subcommand).dump(config, skip_none=False)
-        self._text, plain = text, yaml.safe_load(text)
-        if wanted and wanted != "last":
-            config["ckpt_path"] = self._readable(wanted)
-        same = same_config(runs, plain) if self._go_on else None
-        if same is not None:
-            self._run, self._again = RunFolder(same), not (same / LAST).is_file()
+        config_text = self._parser(self.subcommand).dump(config, skip_none=False)
+        self._config_text, config_options = config_text, yaml.safe_load(config_text)
+        if requested and requested != "last":
+            config["ckpt_path"] = self._resolve_checkpoint(requested)
+        same_folder = find_same_config(runs, config_options) if self._resume else None
+        if same_folder is not None:
+            self._run_folder, self._restarts = (
+                RunFolder(same_folder),
+                not (same_folder / LAST).is_file(),
+            )
         else:
-            self._run, last, self._again = choose(runs, plain, wanted, self.subcommand)
-            if last is not None:
-                config["ckpt_path"] = self._readable(str(last))
-        self.folder = self._run.path
+            self._run_folder, last_checkpoint, self._restarts = choose_folder(
+                runs, config_options, requested, self.subcommand
+            )
+            if last_checkpoint is not None:
+                config["ckpt_path"] = self._resolve_checkpoint(str(last_checkpoint))
+        self.folder = self._run_folder.path
         if self.subcommand == "fit":
-            self._run.lock()
+            self._run_folder.lock()
 
     def release(self, *, keep: bool = False) -> None:
         """Lets other processes train in the folder; one that was never needed is removed.
@@ -192,29 +206,29 @@ class Experiment(LightningCLI):
         Args:
             keep: Whether it was needed.
         """
-        if self._run is not None:
+        if self._run_folder is not None:
             trainer = getattr(self, "trainer", None)
             if keep and trainer is not None and trainer.is_global_zero:
-                self._run.keep()
-            self._run.release()
+                self._run_folder.keep()
+            self._run_folder.release()
 
-    def _readable(self, path: str) -> str | None:
+    def _resolve_checkpoint(self, path: str) -> str | None:
         """A checkpoint for Lightning; a small one, which has weights alone, is ours to read."""
-        found = read_weights(path)
-        if found.is_lightning:
+        weights_file = read_weights(path)
+        if weights_file.is_lightning:
             return path
         if self.subcommand == "fit":
             raise UserError(
                 f"'{path}' has weights alone, so training can't go on from it: give a last.ckpt; "
                 "to start from the weights: --model.student.weights FILE"
             )
-        self._small = path
+        self._weights_file = path
         return None
 
     def after_instantiate_classes(self) -> None:
         """Puts the weights of a small checkpoint where they belong."""
-        if self._small is not None:
-            restore(self.model, self._small)
+        if self._weights_file is not None:
+            restore(self.model, self._weights_file)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with our logger and callbacks, unless the config brings its own logger."""
@@ -222,54 +236,68 @@ class Experiment(LightningCLI):
         if (clip := config.get("gradient_clip_val")) is not None:
             name, cure = "--trainer.gradient_clip_val", "give 0 (no clipping) or more"
             check_number(name, clip, "[0, inf)", cure)
-        assert self._run is not None, "chosen"
+        assert self._run_folder is not None, "chosen"
         # First, because others read the config and write events.
-        ours: list[Callback] = []
+        our_callbacks: list[Callback] = []
         if not config.get("fast_dev_run"):
-            ours += [_SaveConfig(self._run, self._text), LastValidation(), TrainingLog(self.folder)]
+            our_callbacks += [
+                _SaveConfig(self._run_folder, self._config_text),
+                LastValidation(),
+                TrainingLog(self.folder),
+            ]
         if config.get("logger") in (None, True):
             # Lightning logs a test at step 0, where a run's lines would break off.
-            alone = self.subcommand if self.subcommand != "fit" else None
+            sub_dir = self.subcommand if self.subcommand != "fit" else None
             kwargs["logger"] = TensorBoardLogger(
                 self.folder.parent,
                 version=self.folder.name,
-                sub_dir=alone,
+                sub_dir=sub_dir,
                 hparam_metrics=getattr(self.model, "cards", ()),
             )
-            ours += [ResumedEvents(again=self._again), MapGrids(), RunText(), Throughput()]
+            our_callbacks += [
+                ResumedEvents(again=self._restarts),
+                MapGrids(),
+                RunText(),
+                Throughput(),
+            ]
         if config.get("enable_checkpointing") is not False:
-            ours.append(LastCheckpoint(self.folder))
+            our_callbacks.append(LastCheckpoint(self.folder))
         if config.get("enable_progress_bar") is not False:
-            ours.append(Progress())
+            our_callbacks.append(Progress())
         kwargs["default_root_dir"] = config.get("default_root_dir") or str(self.folder)
-        given = config.get("callbacks") or []
-        check_callbacks(given, self.model)
-        kwargs["callbacks"] = [*given, *ours]
+        user_callbacks = config.get("callbacks") or []
+        check_callbacks(user_callbacks, self.model)
+        kwargs["callbacks"] = [*user_callbacks, *our_callbacks]
         plugins = config.get("plugins") or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
+        kwargs["plugins"] = [
+            *(plugins if isinstance(plugins, list) else [plugins]),
+            AtomicCheckpointIO(),
+        ]
         trainer = super().instantiate_trainer(**kwargs)
         check_processes(trainer)
         check_precision(trainer)
         make_profiler_folder(trainer)
-        trainer.fit_loop = WholeFitLoop.of(trainer)
+        trainer.fit_loop = CompletingFitLoop.from_trainer(trainer)
         return trainer
 
     def fit_and_test(self) -> dict[str, object]:
         """Trains (on from the last checkpoint, if there is one) and tests; returns the results."""
-        assert self._run is not None, "chosen"
-        self._run.lock()
+        assert self._run_folder is not None, "chosen"
+        self._run_folder.lock()
         try:
-            last = self.folder / LAST
-            with translated():
+            last_checkpoint = self.folder / LAST
+            with raise_user_errors():
                 self.trainer.fit(
-                    self.model, self.datamodule, ckpt_path=str(last) if last.is_file() else None
+                    self.model,
+                    self.datamodule,
+                    ckpt_path=str(last_checkpoint) if last_checkpoint.is_file() else None,
                 )
             # Only the first process claimed it.
             self.folder = Path(self.trainer.strategy.broadcast(str(self.folder)))
             if self.trainer.is_global_zero:
-                self._run.keep()
+                self._run_folder.keep()
             self.save_network()
-            with translated():
+            with raise_user_errors():
                 self.trainer.test(self.model, self.datamodule, verbose=False)
             results = self.write_results()
             self.trainer.strategy.barrier()  # what the first process wrote, all can read
@@ -286,21 +314,21 @@ class Experiment(LightningCLI):
         path = self.folder / f"{kind}.safetensors"
         if self.trainer.is_global_zero:
             if not is_saved(self.model, path):
-                self.removed = remove_earlier_results(self.folder)
+                self.removed_files = remove_earlier_results(self.folder)
             write_checkpoint(self.model, path)
         return path
 
     def write_results(self) -> dict[str, object]:
         """Writes what the test measured: `results.json`, and every image's values beside it."""
-        found = dict(self.model.results())
-        found["seeds"] = [self._get(self.config, "seed_everything")]
-        found["seconds"] = round(time.monotonic() - self._started, 1)
+        results = dict(self.model.results())
+        results["seeds"] = [self._get(self.config, "seed_everything")]
+        results["seconds"] = round(time.monotonic() - self._start_time, 1)
         if self.trainer.is_global_zero:
             table = getattr(self.model, "table", None)
             if table is not None:
                 save_table(self.folder / TABLE, table)
-            write_results(self.folder / RESULTS, found)
-        return found
+            write_results(self.folder / RESULTS, results)
+        return results
 
 
 def _config_name(config: Namespace) -> str:
@@ -315,12 +343,12 @@ def _runs_folder(name: str) -> Path:
         UserError: It would be `runs` itself, the working folder, or one above these.
     """
     path = expand_home(name) if "/" in name else RUNS / name
-    last = Path(name).name
-    alone = name.startswith("~") and len(Path(name).parts) == 1  # a home folder
-    versions = (RUNS.resolve(), *RUNS.resolve().parents)
-    if last in ("", "..") or alone or not printable(name).isprintable():
+    folder_name = Path(name).name
+    is_home = name.startswith("~") and len(Path(name).parts) == 1  # a home folder
+    reserved = (RUNS.resolve(), *RUNS.resolve().parents)
+    if folder_name in ("", "..") or is_home or not printable(name).isprintable():
         reason = "names no folder of its own"
-    elif path.resolve() in versions:
+    elif path.resolve() in reserved:
         reason = "is the folder that runs/ is, or lies in"
     else:
         return path

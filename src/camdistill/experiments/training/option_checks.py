@@ -18,8 +18,8 @@ from camdistill.errors import UserError, shorten
 from camdistill.store.atomic_files import printable
 
 # Arguments of classes that aren't ours: an empty text may have a meaning there.
-_NO_NUMBER = re.compile(r"(?<![\w.'\"])(-?)(inf|nan)(?![\w.'\"])")  # as Python writes them
-_OTHERS = ("args", "trainer", "callbacks", "dict_kwargs")
+_NON_FINITE = re.compile(r"(?<![\w.'\"])(-?)(inf|nan)(?![\w.'\"])")  # as Python writes them
+_FOREIGN_GROUPS = ("args", "trainer", "callbacks", "dict_kwargs")
 
 
 def check_words(arguments: Sequence[str], options: Collection[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def check_words(arguments: Sequence[str], options: Collection[str] | None = None
     Raises:
         UserError: One is not.
     """
-    for place, word in enumerate(arguments):
+    for position, word in enumerate(arguments):
         if printable(word) != word:
             raise UserError(
                 f"'{shorten(printable(word))}' is not UTF-8, as all options and results are; "
@@ -41,13 +41,13 @@ def check_words(arguments: Sequence[str], options: Collection[str] | None = None
         option, sign, value = word.partition("=")
         option = "--config" if option == "-c" else option
         name = option.removeprefix("--")
-        if name == option or not name or _of_others(name.split(".")):
+        if name == option or not name or _is_foreign(name.split(".")):
             continue
         if options is not None and name.split(".")[0].replace("-", "_") not in options:
             continue
-        following = arguments[place + 1 : place + 2] if not sign else [value]
+        following = arguments[position + 1 : position + 2] if not sign else [value]
         if following and not following[0].strip():
-            raise _empty(option)
+            raise _empty_error(option)
 
 
 def check_seeds(arguments: Sequence[str]) -> None:
@@ -72,21 +72,21 @@ def check_no_empty_text(config: Mapping[str, object], group: str = "") -> None:
         UserError: An option has an empty text.
     """
     for name, value in config.items():
-        if _of_others([str(name)]):
+        if _is_foreign([str(name)]):
             continue
-        whole = f"{group}.{name}" if group else str(name)
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, Mapping):
-                check_no_empty_text(one, whole)
-            elif isinstance(one, str) and not one.strip():
-                raise _empty(f"--{whole}")
+        option = f"{group}.{name}" if group else str(name)
+        for element in value if isinstance(value, list) else [value]:
+            if isinstance(element, Mapping):
+                check_no_empty_text(element, option)
+            elif isinstance(element, str) and not element.strip():
+                raise _empty_error(f"--{option}")
 
 
-def _of_others(words: Sequence[str]) -> bool:
-    return any(word in _OTHERS for word in words)
+def _is_foreign(words: Sequence[str]) -> bool:
+    return any(word in _FOREIGN_GROUPS for word in words)
 
 
-def _empty(option: str) -> UserError:
+def _empty_error(option: str) -> UserError:
     return UserError(f"{option} is empty; give a value, or leave it out")
 
 
@@ -114,7 +114,7 @@ def restore_nulls(argument: str) -> str:
     option, sign, value = argument.partition("=")
     if not sign or value[:1] not in ("[", "{", "N"):
         return argument
-    value = _NO_NUMBER.sub(r"\1.\2", value)
+    value = _NON_FINITE.sub(r"\1.\2", value)
     if "None" not in value:
         return f"{option}={value}"
     try:
@@ -133,48 +133,50 @@ def check_groups(config: Namespace, part: str) -> None:
     Raises:
         UserError: One is.
     """
-    chosen = config.get(part)
-    module, _, factory = str(getattr(chosen, "class_path", "")).rpartition(".")
+    component = config.get(part)
+    module, _, factory = str(getattr(component, "class_path", "")).rpartition(".")
     if not module:
         return
-    found = getattr(importlib.import_module(module), factory, None)
-    if inspect.isclass(found):
-        _check_nulls(found, chosen.get("init_args") or {}, part)
+    imported_class = getattr(importlib.import_module(module), factory, None)
+    if inspect.isclass(imported_class):
+        _check_nulls(imported_class, component.get("init_args") or {}, part)
 
 
-def _check_nulls(factory: type, given: Mapping[str, object] | Namespace, group: str) -> None:
+def _check_nulls(factory: type, arguments: Mapping[str, object] | Namespace, group: str) -> None:
     """Refuses null where a class's or dataclass's annotation doesn't have it."""
-    for name, kind in _kinds(factory).items():
-        if name not in given:
+    for name, annotation in _annotations_by_name(factory).items():
+        if name not in arguments:
             continue
-        value, whole = given[name], f"{group}.{name}"
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        value, option = arguments[name], f"{group}.{name}"
+        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             if value is None:
                 raise UserError(
-                    f"{whole} is null; leave it out for its defaults, or give its options one by "
-                    f"one: --{whole}.OPTION"
+                    f"{option} is null; leave it out for its defaults, or give its options one by "
+                    f"one: --{option}.OPTION"
                 )
             if isinstance(value, Mapping | Namespace):
-                _check_nulls(kind, value, whole)
+                _check_nulls(annotation, value, option)
         elif isinstance(value, list | tuple):
-            entries = [one for one in typing.get_args(_without_null(kind)) if inspect.isclass(one)]
+            entries = [
+                one for one in typing.get_args(_without_null(annotation)) if inspect.isclass(one)
+            ]
             for one in value if entries and dataclasses.is_dataclass(entries[0]) else ():
                 if isinstance(one, Mapping | Namespace):
-                    _check_nulls(entries[0], one, whole)
-        elif value is None and not _takes_null(kind):
-            raise UserError(f"{whole} is null; leave it out for its default, or give a value")
+                    _check_nulls(entries[0], one, option)
+        elif value is None and not _takes_null(annotation):
+            raise UserError(f"{option} is null; leave it out for its default, or give a value")
 
 
-def _kinds(factory: type) -> dict[str, Any]:
+def _annotations_by_name(factory: type) -> dict[str, Any]:
     """The annotations of a class's parameters, and of those that it hands on to its parents."""
-    found: dict[str, Any] = {}
-    for one in factory.__mro__:
-        parameters = inspect.signature(one).parameters if one is not object else {}
+    annotations: dict[str, Any] = {}
+    for base in factory.__mro__:
+        parameters = inspect.signature(base).parameters if base is not object else {}
         for name, parameter in parameters.items():
-            found.setdefault(name, parameter.annotation)
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            annotations.setdefault(name, parameter.annotation)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             break
-    return found
+    return annotations
 
 
 def _without_null(kind: Any) -> Any:
@@ -183,14 +185,16 @@ def _without_null(kind: Any) -> Any:
     return typing.get_args(kind)[0] if several else kind
 
 
-def _takes_null(kind: Any) -> bool:
+def _takes_null(annotation: Any) -> bool:
     """Whether an annotation has None; one that is none, or a text, may."""
-    if kind in (None, type(None), Any, object, inspect.Parameter.empty) or isinstance(kind, str):
+    if annotation in (None, type(None), Any, object, inspect.Parameter.empty) or isinstance(
+        annotation, str
+    ):
         return True
-    if typing.get_origin(kind) is typing.Annotated:
-        return _takes_null(typing.get_args(kind)[0])
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return any(_takes_null(one) for one in typing.get_args(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        return None in typing.get_args(kind)
-    return isinstance(kind, typing.TypeVar)
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _takes_null(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return any(_takes_null(member) for member in typing.get_args(annotation))
+    if typing.get_origin(annotation) is typing.Literal:
+        return None in typing.get_args(annotation)
+    return isinstance(annotation, typing.TypeVar)

@@ -27,7 +27,9 @@ ALIASES = {
 }
 
 
-def places(name: str, options: Sequence[str], classes: dict[str, tuple[str, ...]]) -> list[str]:
+def suggest_options(
+    name: str, options: Sequence[str], classes: dict[str, tuple[str, ...]]
+) -> list[str]:
     """The options that end with the last word of a name, or with what it is called here.
 
     Args:
@@ -35,27 +37,31 @@ def places(name: str, options: Sequence[str], classes: dict[str, tuple[str, ...]
         options: Of the command, dotted.
         classes: What a group of the command may name, by class path.
     """
-    group, _, last = name.rpartition(".")
-    known = [*options]
-    for part, paths in classes.items():
-        if part in options and "images" not in options:  # beside it, data is a text
-            known += [f"{part}.{inner}" for path in paths for inner in _arguments(path)]
-    last = last.replace("-", "_")
-    seen: set[str] = set()
-    while last not in seen:
-        seen.add(last)
-        found = [
+    group, _, last_word = name.rpartition(".")
+    candidates = [*options]
+    for group_name, paths in classes.items():
+        if group_name in options and "images" not in options:  # beside it, data is a text
+            candidates += [
+                f"{group_name}.{argument}" for path in paths for argument in _list_arguments(path)
+            ]
+    last_word = last_word.replace("-", "_")
+    tried: set[str] = set()
+    while last_word not in tried:
+        tried.add(last_word)
+        matches = [
             option
-            for option in dict.fromkeys(known)
-            if option.rpartition(".")[2] == last and option.startswith(group) and option != name
+            for option in dict.fromkeys(candidates)
+            if option.rpartition(".")[2] == last_word
+            and option.startswith(group)
+            and option != name
         ]
-        if found:
-            return sorted(found, key=lambda option: option.count("."))[:3]
-        last = ALIASES.get(last, last)
+        if matches:
+            return sorted(matches, key=lambda option: option.count("."))[:3]
+        last_word = ALIASES.get(last_word, last_word)
     return []
 
 
-def _arguments(path: str) -> Iterator[str]:
+def _list_arguments(path: str) -> Iterator[str]:
     """The arguments of a class, and the fields of dataclasses among them, dotted."""
     module, _, name = path.rpartition(".")
     signature = inspect.signature(getattr(importlib.import_module(module), name))
@@ -65,5 +71,5 @@ def _arguments(path: str) -> Iterator[str]:
         yield argument
         if dataclasses.is_dataclass(parameter.annotation):
             yield from (
-                f"{argument}.{one.name}" for one in dataclasses.fields(parameter.annotation)
+                f"{argument}.{field.name}" for field in dataclasses.fields(parameter.annotation)
             )

@@ -16,17 +16,17 @@ import yaml
 from camdistill.errors import UserError, writing_mistake
 from camdistill.experiments.training.checkpoint_io import LAST
 from camdistill.experiments.training.run_identity import (
-    FREE,
-    PLACES,
-    TRAINER,
+    FREE_OPTIONS,
+    PATH_OPTIONS,
+    TRAINER_OPTIONS,
     Config,
-    describe,
-    differences,
+    config_differences,
+    describe_differences,
 )
 from camdistill.store.atomic_files import make_folders, release_lock, remove_empty, take_lock
 
 CONFIG = "config.yaml"
-INHERITED = "CAMDISTILL_RUN_FOLDER"
+FOLDER_VARIABLE = "CAMDISTILL_RUN_FOLDER"
 # What launchers tell a process about its place; some tell only its node's, or that on its node.
 _RANKS = (
     "RANK",
@@ -36,7 +36,7 @@ _RANKS = (
     "NODE_RANK",
     "GROUP_RANK",
 )
-_BUSY = "wait for it, or start a run of its own: without --ckpt_path, or with another --run"
+_BUSY_CURE = "wait for it, or start a run of its own: without --ckpt_path, or with another --run"
 
 
 class RunFolder:
@@ -46,9 +46,9 @@ class RunFolder:
         path: Where.
     """
 
-    def __init__(self, path: Path, made: list[Path] | None = None) -> None:
+    def __init__(self, path: Path, created: list[Path] | None = None) -> None:
         self.path = path
-        self._made = made or []
+        self._created = created or []
         self._lock: int | None = None
 
     def lock(self) -> None:
@@ -58,42 +58,42 @@ class RunFolder:
             UserError: One does.
         """
         if self._lock is None and self.path.is_dir() and _is_first_process():
-            self._lock = take_lock(self.path, _BUSY)
+            self._lock = take_lock(self.path, _BUSY_CURE)
 
     def keep(self) -> None:
         """From now on the folder stays, however the run ends."""
-        self._made = []
+        self._created = []
 
     def release(self) -> None:
         """Unlocks the folder; one that was claimed and never needed is removed."""
-        if self._made:
+        if self._created:
             with contextlib.suppress(OSError):
                 shutil.rmtree(self.path)
-            remove_empty(self._made[1:])
-            self._made = []
+            remove_empty(self._created[1:])
+            self._created = []
         release_lock(self._lock)
         self._lock = None
 
 
-def versions(runs: Path) -> list[Path]:
+def list_versions(runs: Path) -> list[Path]:
     """A run's version folders, oldest first."""
-    found = [path for path in runs.glob("version_*") if path.name.split("_")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("_")[1]))
+    folders = [path for path in runs.glob("version_*") if path.name.split("_")[1].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.split("_")[1]))
 
 
-def claim(runs: Path) -> RunFolder:
+def claim_folder(runs: Path) -> RunFolder:
     """Makes the next free folder, so that no other run takes it.
 
     Processes that Lightning starts for the same run get the same one.
     """
-    inherited = os.environ.get(INHERITED)
+    inherited = os.environ.get(FOLDER_VARIABLE)
     if inherited and "LOCAL_RANK" in os.environ and Path(inherited).parent == runs:
         return RunFolder(Path(inherited))
-    found = versions(runs)
-    number = int(found[-1].name.split("_")[1]) + 1 if found else 0
+    folders = list_versions(runs)
+    number = int(folders[-1].name.split("_")[1]) + 1 if folders else 0
     if not _is_first_process():  # the first one claims, and tells the folder when they have met
         return RunFolder(runs / f"version_{max(number - 1, 0)}")
-    above = make_folders(runs)
+    parents = make_folders(runs)
     while True:
         path = runs / f"version_{number}"
         try:
@@ -102,13 +102,13 @@ def claim(runs: Path) -> RunFolder:
             number += 1
             continue
         except OSError as error:
-            remove_empty(above)
+            remove_empty(parents)
             raise writing_mistake(error, "make the folder", path, "give another --run") from None
-        os.environ[INHERITED] = str(path)
-        return RunFolder(path, [path, *above])
+        os.environ[FOLDER_VARIABLE] = str(path)
+        return RunFolder(path, [path, *parents])
 
 
-class Found(NamedTuple):
+class ResumableRun(NamedTuple):
     """A run to go on with.
 
     Attributes:
@@ -120,53 +120,57 @@ class Found(NamedTuple):
     checkpoint: Path | None
 
 
-class Choice(NamedTuple):
+class FolderChoice(NamedTuple):
     """Where a command works.
 
     Attributes:
         folder: The run's.
         checkpoint: What `last` stands for; None where nothing, or a file, was asked for.
-        again: Whether the run was stopped before its first checkpoint and starts again.
+        restarts: Whether the run was stopped before its first checkpoint and starts again.
     """
 
     folder: RunFolder
     checkpoint: Path | None = None
-    again: bool = False
+    restarts: bool = False
 
 
-def choose(runs: Path, config: Config, wanted: str | None, subcommand: str | None) -> Choice:
+def choose_folder(
+    runs: Path, config: Config, requested: str | None, subcommand: str | None
+) -> FolderChoice:
     """The folder for a command, claimed if it is a new one.
 
     Args:
         runs: Folder of the versions.
         config: The whole one.
-        wanted: The checkpoint that was asked for: `last`, a file, or none.
+        requested: The checkpoint that was asked for: `last`, a file, or none.
         subcommand: Of Lightning's command line; None trains.
 
     Raises:
         UserError: There is no such run, it is another one, or no checkpoint was given to test.
     """
     fit = subcommand in (None, "fit")
-    if wanted == "last":
-        folder, last = find_run(runs, config, fit=fit)
-        mine = fit or is_same_run(folder, config)
-        return Choice(RunFolder(folder) if mine else claim(runs), last, last is None)
-    if not (wanted or fit):
+    if requested == "last":
+        folder, checkpoint = find_run(runs, config, fit=fit)
+        is_same = fit or is_same_run(folder, config)
+        return FolderChoice(
+            RunFolder(folder) if is_same else claim_folder(runs), checkpoint, checkpoint is None
+        )
+    if not (requested or fit):
         raise UserError(
             f"no checkpoint to {subcommand}: give --ckpt_path FILE, or --ckpt_path last for the "
             f"newest run of {runs}"
         )
-    own = folder_of(Path(wanted)) if wanted else None
-    if own is None:
-        return Choice(claim(runs))
+    checkpoint_folder = find_run_folder(Path(requested)) if requested else None
+    if checkpoint_folder is None:
+        return FolderChoice(claim_folder(runs))
     if fit:
-        check_same_run(own, config)
-    elif not is_same_run(own, config):
-        return Choice(claim(runs))
-    return Choice(RunFolder(own))
+        check_same_run(checkpoint_folder, config)
+    elif not is_same_run(checkpoint_folder, config):
+        return FolderChoice(claim_folder(runs))
+    return FolderChoice(RunFolder(checkpoint_folder))
 
 
-def find_run(runs: Path, config: Config, *, fit: bool) -> Found:
+def find_run(runs: Path, config: Config, *, fit: bool) -> ResumableRun:
     """The newest run of a name that is the one of a config.
 
     Args:
@@ -179,52 +183,56 @@ def find_run(runs: Path, config: Config, *, fit: bool) -> Found:
         UserError: There is none; the message says which there are.
     """
     others: list[str] = []
-    moved: Found | None = None
-    for folder in reversed(versions(runs)):
+    moved_run: ResumableRun | None = None
+    for folder in reversed(list_versions(runs)):
         checkpoint = folder / LAST if (folder / LAST).is_file() else None
-        stored = _stored(folder)
+        stored = _read_stored_config(folder)
         if stored is None:
             if checkpoint:
-                raise UserError(_without_config(folder))
+                raise UserError(_missing_config_message(folder))
             continue
         unfinished = fit and not any(folder.glob("*.safetensors"))
-        differing = differences(stored, config, FREE if fit else FREE | TRAINER)
+        differing = config_differences(
+            stored, config, FREE_OPTIONS if fit else FREE_OPTIONS | TRAINER_OPTIONS
+        )
         if not differing and (checkpoint or unfinished):
-            return Found(folder, checkpoint)
+            return ResumableRun(folder, checkpoint)
         if checkpoint:
-            others.append(f"{folder.name} {describe(differing)}")
-            if all(name in PLACES or not (fit or name.startswith("data.")) for name in differing):
-                moved = moved or Found(folder, checkpoint)
-    if moved is not None:
-        return moved
+            others.append(f"{folder.name} {describe_differences(differing)}")
+            if all(
+                name in PATH_OPTIONS or not (fit or name.startswith("data.")) for name in differing
+            ):
+                moved_run = moved_run or ResumableRun(folder, checkpoint)
+    if moved_run is not None:
+        return moved_run
     if not others:
         raise UserError(
             f"no checkpoint to go on from under {runs}; start without --ckpt_path, or name the run "
             "with --run"
         )
-    listed = "; ".join(others[:3]) + (f"; and {len(others) - 3} more" if len(others) > 3 else "")
+    notes = "; ".join(others[:3]) + (f"; and {len(others) - 3} more" if len(others) > 3 else "")
     raise UserError(
-        f"no run under {runs} is this one: {listed}. Start without --ckpt_path, or go on in one of "
+        f"no run under {runs} is this one: {notes}. Start without --ckpt_path, or go on in one of "
         f"them with its own config: -c {runs}/{others[0].split()[0]}/{CONFIG}"
     )
 
 
-def same_config(runs: Path, config: Config) -> Path | None:
+def find_same_config(runs: Path, config: Config) -> Path | None:
     """The newest of a run's folders whose whole config is this one.
 
     Raises:
         UserError: A newer one has a checkpoint, but no config that says whose.
     """
-    for folder in reversed(versions(runs)):
-        stored = _stored(folder)
+    for folder in reversed(list_versions(runs)):
+        stored = _read_stored_config(folder)
         if stored == config:
             return folder
         if stored is None and (folder / LAST).is_file():
-            raise UserError(_without_config(folder))
+            raise UserError(_missing_config_message(folder))
     return None
 
 
-def folder_of(checkpoint: Path) -> Path | None:
+def find_run_folder(checkpoint: Path) -> Path | None:
     """The run that a checkpoint lies in, if it lies in one."""
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if (folder / CONFIG).is_file() or folder / LAST == checkpoint:
@@ -238,33 +246,36 @@ def check_same_run(folder: Path, config: Config) -> None:
     Raises:
         UserError: The folder's run is another one.
     """
-    stored = _stored(folder)
-    differing = {} if stored is None else differences(stored, config, FREE | PLACES)
+    stored = _read_stored_config(folder)
+    differing = (
+        {} if stored is None else config_differences(stored, config, FREE_OPTIONS | PATH_OPTIONS)
+    )
     if differing:
         raise UserError(
-            f"{folder} {describe(differing)}, so it is another run; go on with its own config, -c "
+            f"{folder} {describe_differences(differing)}, so it is another run; go on with its "
+            "own config, -c "
             f"{folder / CONFIG}, or start without --ckpt_path"
         )
 
 
 def is_same_run(folder: Path, config: Config) -> bool:
     """Whether what a config's test measures belongs into a folder."""
-    stored = _stored(folder)
+    stored = _read_stored_config(folder)
     # they change no result of a test, or are chosen for it
-    free = FREE | TRAINER | {"data.batch_size", "model.teacher.weights"}
-    return stored is None or not differences(stored, config, free)
+    free = FREE_OPTIONS | TRAINER_OPTIONS | {"data.batch_size", "model.teacher.weights"}
+    return stored is None or not config_differences(stored, config, free)
 
 
-def _stored(folder: Path) -> Config | None:
+def _read_stored_config(folder: Path) -> Config | None:
     """A folder's config; None where there is none, or one that can't be read."""
     try:
-        found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    return found if isinstance(found, dict) else None
+    return config if isinstance(config, dict) else None
 
 
-def _without_config(folder: Path) -> str:
+def _missing_config_message(folder: Path) -> str:
     return (
         f"{folder} has a checkpoint, but its {CONFIG} is missing, empty or damaged, so whose it is "
         f"can't be known; put the config back, move the folder away, or give --ckpt_path "

@@ -21,9 +21,11 @@ LIBRARY_ERRORS = (
     TypeError,
     ValueError,
 )
-LONGEST = 300  # characters of a message that we don't translate
+MAX_MESSAGE = 300  # characters of a message that we don't translate
 _LIGHTNING = {"pytorch_lightning", "lightning_fabric", "lightning_utilities", "jsonargparse"}
-_PARTS = tuple(f"pytorch_lightning.{room}." for room in ("callbacks", "loggers", "strategies"))
+_PARTS = tuple(
+    f"pytorch_lightning.{package}." for package in ("callbacks", "loggers", "strategies")
+)
 # What they raise comes from elsewhere: a user's data set in a worker process, another machine.
 _CARRIERS = (
     "torch.autograd",
@@ -32,7 +34,7 @@ _CARRIERS = (
     "torch.utils.data",
     "torch.distributed",
 )
-_BELOW = {"torch", "torchmetrics", "numpy", "tensorboard", *sys.stdlib_module_names}
+_LOWER_LIBRARIES = {"torch", "torchmetrics", "numpy", "tensorboard", *sys.stdlib_module_names}
 
 
 def mistake_of_options(error: Exception) -> UserError | None:
@@ -41,26 +43,28 @@ def mistake_of_options(error: Exception) -> UserError | None:
     Args:
         error: One of `LIBRARY_ERRORS`.
     """
-    first = _first_cause(error)
-    message = _one_line(str(first))
+    cause = _first_cause(error)
+    message = _one_line(str(cause))
     if message.startswith("Error(s) in loading state_dict"):
         return UserError(
             "the checkpoint's weights don't fit the network of the config "
             f"({message.partition(': ')[2][:150]}...); give the config that it was trained with: -c"
         )
-    if not isinstance(first, MisconfigurationException) and not is_lightnings(first):
+    if not isinstance(cause, MisconfigurationException) and not is_from_lightning(cause):
         return None
     for text in (message, _one_line(str(error))):
-        for pattern, tell in _MESSAGES:
-            if found := re.search(pattern, text):
-                return UserError(tell(found))
-    what = message.partition(" Got value: Namespace")[0].rstrip(". ") or type(first).__name__
-    if len(what) > LONGEST:
-        what = f"{what[: LONGEST - 3]}..."
-    return UserError(f"{_part(first)}{what}; change that option of the trainer, or leave it out")
+        for pattern, translate in _MESSAGES:
+            if match := re.search(pattern, text):
+                return UserError(translate(match))
+    reason = message.partition(" Got value: Namespace")[0].rstrip(". ") or type(cause).__name__
+    if len(reason) > MAX_MESSAGE:
+        reason = f"{reason[: MAX_MESSAGE - 3]}..."
+    return UserError(
+        f"{_lightning_part(cause)}{reason}; change that option of the trainer, or leave it out"
+    )
 
 
-def is_lightnings(error: BaseException) -> bool:
+def is_from_lightning(error: BaseException) -> bool:
     """Whether Lightning itself, or what it calls, raised an error.
 
     The innermost frame decides that is not of a library below Lightning. A step of the training, a
@@ -68,7 +72,7 @@ def is_lightnings(error: BaseException) -> bool:
     Lightning's; nor is a wrong call of `self.log`, which lies in `pytorch_lightning.core`.
     """
     inner = ""  # Lightning's outermost frame below the one that is looked at
-    for module in reversed(list(_modules(error))):
+    for module in reversed(list(_traceback_modules(error))):
         top = module.partition(".")[0]
         if module.startswith(_CARRIERS):
             return False
@@ -76,18 +80,18 @@ def is_lightnings(error: BaseException) -> bool:
             inner = module
         elif top == "camdistill":
             return bool(inner) and not inner.startswith("pytorch_lightning.core")
-        elif top not in _BELOW:
+        elif top not in _LOWER_LIBRARIES:
             return False
     return bool(inner)
 
 
-def _modules(error: BaseException) -> Iterator[str]:
+def _traceback_modules(error: BaseException) -> Iterator[str]:
     """The module of each frame of an error's traceback, outermost first."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         yield str(frame.f_globals.get("__name__", ""))
 
 
-def _part(error: BaseException) -> str:
+def _lightning_part(error: BaseException) -> str:
     """The callback, logger or strategy of Lightning's in which an error was raised."""
     name = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -108,27 +112,27 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _monitor(found: re.Match[str]) -> str:
+def _monitor_message(match: re.Match[str]) -> str:
     """A callback that watches a number which nobody logs."""
-    names = re.findall(r"[`']([^`']+)[`']", found["names"])
+    names = re.findall(r"[`']([^`']+)[`']", match["names"])
     return (
-        f"a callback monitors '{found['name']}', which is not logged; "
-        f"{nearest(found['name'], names, count=len(names))}"
+        f"a callback monitors '{match['name']}', which is not logged; "
+        f"{nearest(match['name'], names, count=len(names))}"
     )
 
 
-def _not_installed(found: re.Match[str]) -> str:
-    package = re.split(r"[<>=!~.\[ ]", found["name"])[0]
+def _missing_package_message(match: re.Match[str]) -> str:
+    package = re.split(r"[<>=!~.\[ ]", match["name"])[0]
     return (
         f"the package '{package}', which that option needs, is not installed; "
         f"pip install {package}, or leave the option out"
     )
 
 
-def _interval(found: re.Match[str]) -> str:
+def _interval_message(match: re.Match[str]) -> str:
     return (
-        f"--trainer.val_check_interval is {found[1]}, but an epoch has {found[2]} batches; give "
-        f"{found[2]} or less, or --trainer.check_val_every_n_epoch null to count over epochs"
+        f"--trainer.val_check_interval is {match[1]}, but an epoch has {match[2]} batches; give "
+        f"{match[2]} or less, or --trainer.check_val_every_n_epoch null to count over epochs"
     )
 
 
@@ -144,13 +148,16 @@ def _no_batch(found: re.Match[str]) -> str:
 _MESSAGES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (
         r"conditioned on metric `(?P<name>[^`]*)` which is not available\..*: (?P<names>.*)",
-        _monitor,
+        _monitor_message,
     ),
-    (r"\(monitor='(?P<name>[^']*)'\)`? could not find the monitored key(?P<names>.*)", _monitor),
+    (
+        r"\(monitor='(?P<name>[^']*)'\)`? could not find the monitored key(?P<names>.*)",
+        _monitor_message,
+    ),
     (
         r"Timer\(duration='(.*)'\)` is not a valid duration",
-        lambda found: (
-            f"the longest time (max_time) is '{found[1]}'; give DD:HH:MM:SS, such as "
+        lambda match: (
+            f"the longest time (max_time) is '{match[1]}'; give DD:HH:MM:SS, such as "
             "00:02:00:00 for two hours"
         ),
     ),
@@ -160,18 +167,21 @@ _MESSAGES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     ),
     (
         r"restored a checkpoint with current_epoch=(\d+), .*Trainer\(max_epochs=(\d+)\)",
-        lambda found: (
-            f"--trainer.max_epochs is {found[2]}, but the checkpoint has been trained for "
-            f"{int(found[1]) + 1} epochs; give {int(found[1]) + 1} or more, or start without "
+        lambda match: (
+            f"--trainer.max_epochs is {match[2]}, but the checkpoint has been trained for "
+            f"{int(match[1]) + 1} epochs; give {int(match[1]) + 1} or more, or start without "
             "--ckpt_path"
         ),
     ),
-    (r"by running `pip install -U (?P<name>[\w-]+)`", _not_installed),
-    (r"Requirement '(?P<name>[^']+)' not met", _not_installed),
-    (r"No module named '(?P<name>[^']+)'", _not_installed),
-    (r"`val_check_interval` \((\d+)\) must be less .* training batches \((\d+)\)", _interval),
+    (r"by running `pip install -U (?P<name>[\w-]+)`", _missing_package_message),
+    (r"Requirement '(?P<name>[^']+)' not met", _missing_package_message),
+    (r"No module named '(?P<name>[^']+)'", _missing_package_message),
+    (
+        r"`val_check_interval` \((\d+)\) must be less .* training batches \((\d+)\)",
+        _interval_message,
+    ),
     (
         r"You selected an invalid (\w+) .*?='?([^'`]*)'?`\. .*?: (.*?)\.$",
-        lambda found: f"--trainer.{found[1]} is '{found[2]}'; give one of {found[3]}",
+        lambda match: f"--trainer.{match[1]} is '{match[2]}'; give one of {match[3]}",
     ),
 )

@@ -25,50 +25,50 @@ from pytorch_lightning.strategies import StrategyRegistry
 from camdistill.distill.training import TrainingModule
 from camdistill.errors import UserError, nearest, shorten
 
-LARGEST_SEED = 2**32 - 1  # numpy's
+MAX_SEED = 2**32 - 1  # numpy's
 
 
 class Range(NamedTuple):
     """Which numbers an option takes.
 
     Attributes:
-        holds: Whether a number is one of them.
+        accepts: Whether a number is one of them.
         words: What to give, in words.
     """
 
-    holds: Callable[[int | float], bool]
+    accepts: Callable[[int | float], bool]
     words: str
 
 
-def _from(least: int) -> Range:
+def _at_least(least: int) -> Range:
     return Range(lambda value: value >= least, f"{least} or more")
 
 
-def _share(value: int | float) -> bool:
+def _is_batch_limit(value: int | float) -> bool:
     return 0 <= value <= 1 or (value > 1 and isinstance(value, int))
 
 
 _ENDLESS = Range(lambda value: value >= -1, "0 or more, or -1 for no end")
-_BATCHES = Range(_share, "a share from 0.0 to 1.0, or a whole number of batches")
+_BATCHES = Range(_is_batch_limit, "a share from 0.0 to 1.0, or a whole number of batches")
 RANGES = {
-    "accumulate_grad_batches": _from(1),
-    "check_val_every_n_epoch": _from(1),
-    "fast_dev_run": _from(0),
+    "accumulate_grad_batches": _at_least(1),
+    "check_val_every_n_epoch": _at_least(1),
+    "fast_dev_run": _at_least(0),
     "limit_predict_batches": _BATCHES,
     "limit_test_batches": _BATCHES,
     "limit_train_batches": _BATCHES,
     "limit_val_batches": _BATCHES,
-    "log_every_n_steps": _from(0),
+    "log_every_n_steps": _at_least(0),
     "max_epochs": _ENDLESS,
     "max_steps": _ENDLESS,
-    "min_epochs": _from(0),
-    "min_steps": _from(0),
-    "num_nodes": _from(1),
+    "min_epochs": _at_least(0),
+    "min_steps": _at_least(0),
+    "num_nodes": _at_least(1),
     "num_sanity_val_steps": Range(lambda value: value >= -1, "0 or more batches, or -1 for all"),
     "overfit_batches": _BATCHES,
-    "reload_dataloaders_every_n_epochs": _from(0),
+    "reload_dataloaders_every_n_epochs": _at_least(0),
     "val_check_interval": Range(
-        lambda value: value > 0 and _share(value),
+        lambda value: value > 0 and _is_batch_limit(value),
         "a share of an epoch above 0.0 up to 1.0, or a whole number of batches",
     ),
 }
@@ -82,11 +82,11 @@ _LIMITS: dict[str | None, str] = {
     "test": "limit_test_batches",
     "predict": "limit_predict_batches",
 }
-OF_A_TRAINING = (
+STUDY_RUN_OPTIONS = (
     *("fast_dev_run", "max_epochs", "max_steps"),
     *("limit_train_batches", "limit_test_batches"),
 )
-UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
+TIME_UNITS = ("weeks", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
 
 
 def check_seed(seed: object) -> None:
@@ -97,9 +97,9 @@ def check_seed(seed: object) -> None:
     """
     if isinstance(seed, bool):
         word = str(seed).lower()
-        raise UserError(f"seed_everything is {word}; give a whole number from 0 to {LARGEST_SEED}")
-    if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"seed_everything is {seed}; give a whole number from 0 to {LARGEST_SEED}")
+        raise UserError(f"seed_everything is {word}; give a whole number from 0 to {MAX_SEED}")
+    if isinstance(seed, int) and not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed_everything is {seed}; give a whole number from 0 to {MAX_SEED}")
 
 
 def check_options(options: Mapping[str, object]) -> None:
@@ -113,7 +113,7 @@ def check_options(options: Mapping[str, object]) -> None:
     """
     for name, allowed in RANGES.items():
         value = options.get(name)
-        if isinstance(value, int | float) and not allowed.holds(value):
+        if isinstance(value, int | float) and not allowed.accepts(value):
             raise UserError(f"--trainer.{name} is {value}; give {allowed.words}")
     strategies = ("auto", *StrategyRegistry.available_strategies())
     for name, choices in {**CHOICES, "strategy": strategies}.items():
@@ -122,9 +122,12 @@ def check_options(options: Mapping[str, object]) -> None:
             raise UserError(f"--trainer.{name} is '{value}'; {nearest(value, choices)}")
     for name in ("max_time", "val_check_interval"):
         value = options.get(name)
-        odd = sorted(set(value) - set(UNITS)) if isinstance(value, dict) else []
-        if odd:
-            raise UserError(f"--trainer.{name} names '{odd[0]}'; {nearest(odd[0], UNITS)}")
+        unknown_units = sorted(set(value) - set(TIME_UNITS)) if isinstance(value, dict) else []
+        if unknown_units:
+            raise UserError(
+                f"--trainer.{name} names '{unknown_units[0]}'; "
+                f"{nearest(unknown_units[0], TIME_UNITS)}"
+            )
     _check_lengths(options)
     profiler = options.get("profiler")
     named = profiler.get("class_path", "") if isinstance(profiler, Namespace) else profiler
@@ -168,23 +171,23 @@ def _check_lengths(options: Mapping[str, object]) -> None:
             )
 
 
-def check_loop(loop: str | None, options: Mapping[str, object], *, goes_on: bool) -> None:
+def check_loop(loop: str | None, options: Mapping[str, object], *, resumes: bool) -> None:
     """Checks that a loop has something to do, and that what it does can be kept.
 
     Args:
         loop: `fit`, `validate`, `test` or `predict`; None is a study's run, which trains and tests.
         options: Of the trainer, by name.
-        goes_on: Whether a checkpoint was given.
+        resumes: Whether a checkpoint was given.
 
     Raises:
         UserError: It has nothing to do, or would leave files that don't belong together.
     """
-    if loop == "fit" and goes_on and options.get("enable_checkpointing") is False:
+    if loop == "fit" and resumes and options.get("enable_checkpointing") is False:
         raise UserError(
             "--trainer.enable_checkpointing false with --ckpt_path would leave a last.ckpt that is "
             "older than the student; leave one of the two out"
         )
-    if loop == "fit" and goes_on and options.get("fast_dev_run"):
+    if loop == "fit" and resumes and options.get("fast_dev_run"):
         raise UserError(
             "--trainer.fast_dev_run is a trial that starts afresh and keeps nothing; leave out "
             "--ckpt_path"
@@ -195,40 +198,40 @@ def check_loop(loop: str | None, options: Mapping[str, object], *, goes_on: bool
         raise UserError(f"--trainer.{name} is 0, so there is nothing to {loop}; give 1 or more")
 
 
-def check_run_of_study(options: Mapping[str, object], whose: str = "a study's run") -> None:
+def check_run_of_study(options: Mapping[str, object], owner: str = "a study's run") -> None:
     """Checks that a run of a study trains a student and tests it.
 
     Args:
         options: Of the trainer, by name.
-        whose: Who has these options.
+        owner: Who has these options.
 
     Raises:
         UserError: It doesn't.
     """
     if options.get("fast_dev_run"):
         raise UserError(
-            f"{whose} has trainer.fast_dev_run, a trial that keeps nothing, and a study compares "
+            f"{owner} has trainer.fast_dev_run, a trial that keeps nothing, and a study compares "
             "what was kept; try it with `camdistill fit`, or give a study trainer.max_epochs 1"
         )
-    for name in OF_A_TRAINING[1:]:
+    for name in STUDY_RUN_OPTIONS[1:]:
         if options.get(name) == 0:
             verb = "tested" if "test" in name else "trained"
             raise UserError(
-                f"{whose} has trainer.{name} 0, so that nothing would be {verb}; give 1 or more"
+                f"{owner} has trainer.{name} 0, so that nothing would be {verb}; give 1 or more"
             )
 
 
-def plain_callbacks(callbacks: Namespace | list[Namespace]) -> list[Namespace]:
+def normalize_callbacks(callbacks: Namespace | list[Namespace]) -> list[Namespace]:
     """A config's callbacks as a list that YAML can hold: enumerations and devices as text."""
-    whole = callbacks if isinstance(callbacks, list) else [callbacks]
-    for callback in whole:
+    configs = callbacks if isinstance(callbacks, list) else [callbacks]
+    for callback in configs:
         arguments = callback.get("init_args") or {}
         for name, value in list(arguments.items()):
             if isinstance(value, Enum):
                 arguments[name] = value.value
             elif isinstance(value, torch.device):
                 arguments[name] = str(value)
-    return whole
+    return configs
 
 
 def check_callbacks(callbacks: list[Callback], model: LightningModule) -> None:
@@ -275,12 +278,12 @@ def _check_file_name(callback: ModelCheckpoint) -> None:
     """Refuses a pattern that no numbers of a training fit, before it has trained."""
     pattern = callback.filename or ""
     names = re.findall(r"\{([^{}:!]*)", pattern)
-    counted = {"epoch": torch.tensor(1), "step": torch.tensor(1)}
-    measured = {name: torch.tensor(0.5) for name in names if name not in counted}
+    counters = {"epoch": torch.tensor(1), "step": torch.tensor(1)}
+    metrics = {name: torch.tensor(0.5) for name in names if name not in counters}
     try:
         if "!" in "".join(re.findall(r"\{[^{}]*", pattern)):
             raise ValueError("a conversion such as !r")
-        callback.format_checkpoint_name(counted | measured)
+        callback.format_checkpoint_name(counters | metrics)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(
             f"ModelCheckpoint: filename is '{shorten(pattern)}' ({error}); give names and "
