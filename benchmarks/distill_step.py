@@ -61,15 +61,15 @@ def module(images: ImageSet, folder: Path, *, cached: bool, **options: Any) -> S
     return built
 
 
-def seconds(arm: Step, optimiser: torch.optim.Optimizer, batches: list[Batch]) -> float:
+def seconds(arm: Step, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> float:
     """Mean time of a step."""
     start = time.perf_counter()
     for index, batch in enumerate(batches):
         with torch.autocast("cpu", torch.bfloat16):
             loss = arm.training_step(batch, index)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return (time.perf_counter() - start) / len(batches)
 
 
@@ -94,7 +94,7 @@ def main() -> None:
             "KD, live": module(images, root, cached=False, beta=0.0),
             "KD + Grad-CAM, live": module(images, root, cached=False),
         }
-        optimisers = {
+        optimizers = {
             name: torch.optim.SGD(arm.student.network.parameters(), 0.01, momentum=0.9)
             for name, arm in arms.items()
         }
@@ -104,7 +104,7 @@ def main() -> None:
             order = [generator.choice(2048, given.batch, replace=False) for _ in range(given.steps)]
             batches = [images.batch(np.sort(positions)) for positions in order]
             for name, arm in arms.items():
-                one = seconds(arm, optimisers[name], batches)
+                one = seconds(arm, optimizers[name], batches)
                 if number:  # the first round warms up
                     taken[name].append(one)
     _report(taken, given.batch)

@@ -6,7 +6,7 @@
 Five metrics (faithfulness correlation, infidelity, sensitivity-n, deletion, Gini index) over
 several explainers, on the teacher of the quickstart and Shapes' test images of 32 px. Maps are made
 before the clock starts. "Equal" asks both for as many changed images of each metric: 64 subsets, 64
-squares, 96 subsets or steps, 12 levels, filled with grey. "Default" is what each does when nothing
+squares, 96 subsets or steps, 12 levels, filled with gray. "Default" is what each does when nothing
 is set. First the numbers that both define alike are compared; what isn't alike is said. Each arm
 runs in a process of its own, so that the peak of memory is its own, and the arms take turns.
 """
@@ -79,12 +79,12 @@ def ours(work: Work, plan: BankPlan, levels: tuple[float, ...]) -> Table:
     for number, images in enumerate(work.images.split(64)):
         rows = slice(64 * number, 64 * number + len(images))
         generator = torch.Generator().manual_seed(number)
-        grey, classes = baseline(images, "grey"), work.classes[rows]
-        answers = build_bank(work.network, images, grey, generator, classes=classes, plan=plan)
+        gray, classes = baseline(images, "gray"), work.classes[rows]
+        answers = build_bank(work.network, images, gray, generator, classes=classes, plan=plan)
         for name, whole in work.maps.items():
             maps = whole[rows]
             order = ranks(maps, generator)
-            curve = deletion(work.network, images, classes, order, grey, levels)
+            curve = deletion(work.network, images, classes, order, gray, levels)
             values = {
                 "faithfulness_correlation": faithfulness_correlation(maps, answers),
                 "infidelity": infidelity(maps, answers),
@@ -142,21 +142,21 @@ def _quantus(work: Work, options: dict[str, dict[str, object]]) -> Table:
 def quantus_equal(work: Work) -> Table:
     """Quantus with as many changes as ours."""
     values = work.images[0].numel()
-    raw = {"normalise": False, "abs": False}
-    grey = {"perturb_baseline": 0.5}
+    raw = {"normalize": False, "abs": False}
+    gray = {"perturb_baseline": 0.5}
     return _quantus(
         work,
         {
             "faithfulness_correlation": {
-                "nr_runs": 64, "subset_size": values // 4, **raw, **grey
+                "nr_runs": 64, "subset_size": values // 4, **raw, **gray
             },
-            "infidelity": {"perturb_patch_sizes": [4], "n_perturb_samples": 1, **raw, **grey},
+            "infidelity": {"perturb_patch_sizes": [4], "n_perturb_samples": 1, **raw, **gray},
             "sensitivity_n": {
-                "features_in_step": 32, "n_max_percentage": 1.0, **raw, **grey
+                "features_in_step": 32, "n_max_percentage": 1.0, **raw, **gray
             },
-            "deletion": {"features_in_step": 256, **raw, **grey},
+            "deletion": {"features_in_step": 256, **raw, **gray},
             # of signed values Quantus's index isn't the Gini index of anything; here it is |values|
-            "gini": {"normalise": False, "abs": True},
+            "gini": {"normalize": False, "abs": True},
         },
     )  # fmt: skip
 

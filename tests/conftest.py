@@ -75,8 +75,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = ShallowCNN(6, (4, 6), (1, 2)).state_dict()
-    normalisation = {"mean": "[0.5, 0.5, 0.5]", "std": "[0.25, 0.25, 0.25]"}
-    save_safetensors(folder / "teacher.safetensors", state, normalisation)
+    normalization = {"mean": "[0.5, 0.5, 0.5]", "std": "[0.25, 0.25, 0.25]"}
+    save_safetensors(folder / "teacher.safetensors", state, normalization)
     (folder / "tiny.yaml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -86,8 +86,8 @@ def deflated_checkpoint(folder: Path) -> None:
                 file.write(bytes(1 << 20))
 
 
-def normalised(mean: str, std: str) -> Callable[[Path], object]:
-    """A teacher whose file says another normalisation."""
+def normalized(mean: str, std: str) -> Callable[[Path], object]:
+    """A teacher whose file says another normalization."""
 
     def prepare(folder: Path) -> None:
         state = ShallowCNN(6, (4, 6), (1, 2)).state_dict()
@@ -108,7 +108,7 @@ def experiment(**changes: object) -> Callable[[Path], object]:
     return prepare
 
 
-def deep_grey(folder: Path) -> None:
+def deep_gray(folder: Path) -> None:
     values = (np.arange(256, dtype=np.int32) * 1000).reshape(16, 16)
     Image.fromarray(values).save(folder / "images/test/c0/deep.tiff")
 
@@ -164,7 +164,7 @@ MISTAKES = {
         f"{EVALUATE} --explainers x.npz", r"'x\.npz' is a folder", lambda f: (f / "x.npz").mkdir()
     ),
     "null for a group": Mistake(
-        f"{FIT} --model.optimisation null", r"model\.optimisation is null; leave it out"
+        f"{FIT} --model.optimization null", r"model\.optimization is null; leave it out"
     ),
     "null for results": Mistake(f"{EXPLAIN} --out null", r"--out is null; give a path"),
     # what is there
@@ -182,8 +182,8 @@ MISTAKES = {
         ],
         r"no test images: .*test_fraction is 0",
     ),
-    "grey values of 32 bits": Mistake(
-        EXPLAIN, r"deep\.tiff' \(grey values from 0 to 255000 have no agreed range", deep_grey
+    "gray values of 32 bits": Mistake(
+        EXPLAIN, r"deep\.tiff' \(gray values from 0 to 255000 have no agreed range", deep_gray
     ),
     # what hangs, or fills the memory
     "pipe among training images": Mistake(
@@ -253,10 +253,10 @@ MISTAKES = {
         f"{FIT} --trainer.gradient_clip_val .nan", r"gradient_clip_val is nan"
     ),
     "learning rate without end": Mistake(
-        f"{FIT} --model.optimisation.lr .inf", r"lr is inf; a learning rate"
+        f"{FIT} --model.optimization.lr .inf", r"lr is inf; a learning rate"
     ),
     "decay that is no number": Mistake(
-        f"{FIT} --model.optimisation.weight_decay .nan", r"weight_decay is nan; give 0 or more"
+        f"{FIT} --model.optimization.weight_decay .nan", r"weight_decay is nan; give 0 or more"
     ),
     "beta that is no number": Mistake(f"{FIT} --model.beta .nan", r"beta is nan; .* 0 or more"),
     "temperature without end": Mistake(
@@ -275,15 +275,15 @@ MISTAKES = {
     "spread of 0 in a file": Mistake(
         FIT,
         r"std is 0\.0; .*teacher\.safetensors' has these in its metadata",
-        normalised("[0.5, 0.5, 0.5]", "[0.25, 0.0, 0.25]"),
+        normalized("[0.5, 0.5, 0.5]", "[0.25, 0.0, 0.25]"),
     ),
     "spread that is no number in a file": Mistake(
-        FIT, r"std is nan;", normalised("[0.5, 0.5, 0.5]", "[NaN, 0.2, 0.2]")
+        FIT, r"std is nan;", normalized("[0.5, 0.5, 0.5]", "[NaN, 0.2, 0.2]")
     ),
     "mean of images up to 255 in a file": Mistake(
         FIT,
         r"mean is 123\.7; give numbers for images in \[0, 1\]",
-        normalised("[123.7, 116.3, 103.5]", "[58.4, 57.1, 57.4]"),
+        normalized("[123.7, 116.3, 103.5]", "[58.4, 57.1, 57.4]"),
     ),
     "spread without end in a config": Mistake(
         FIT,
@@ -375,7 +375,7 @@ MISTAKES = {
         for option in (
             *("data.batch_size", "data.split_seed", "data.val_fraction", "data.test_fraction"),
             *("data.on_broken", "model.beta", "model.temperature", "model.cached"),
-            *("model.optimisation.lr", "model.transfer.classes", "model.student.name"),
+            *("model.optimization.lr", "model.transfer.classes", "model.student.name"),
         )
     },
     "null for a number in the config": Mistake(

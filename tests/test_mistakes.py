@@ -260,8 +260,8 @@ MISTAKES = {
     ),
     # numbers
     "loss that is no number": Mistake(
-        f"{FIT} --model.optimisation.lr 1e30 --model.optimisation.schedule constant "
-        "--model.optimisation.warmup 0 --trainer.max_epochs 3",
+        f"{FIT} --model.optimization.lr 1e30 --model.optimization.schedule constant "
+        "--model.optimization.warmup 0 --trainer.max_epochs 3",
         r"the loss is not a number .*learning rate 1e\+30\); try a third",
     ),
     "negative beta": Mistake(f"{FIT} --model.beta -1", r"beta is -1\.0; .* 0 or more"),
@@ -272,7 +272,7 @@ MISTAKES = {
         f"{FIT} --model.temperature 0", r"temperature is 0\.0; give a number above 0"
     ),
     "decay of 2": Mistake(f"{FIT} --model.ema 2", r"ema is 2\.0; give a decay in \(0, 1\)"),
-    "learning rate 0": Mistake(f"{FIT} --model.optimisation.lr 0", r"lr is 0\.0; .*above 0"),
+    "learning rate 0": Mistake(f"{FIT} --model.optimization.lr 0", r"lr is 0\.0; .*above 0"),
     # words
     "unknown command": Mistake("fitt -c tiny.yaml", r"no command 'fitt'; nearest: 'fit'"),
     "port below 0": Mistake(

@@ -170,7 +170,7 @@ OTHERS = {
         f"{FIT} --trainer.profiler XLAProfiler",
         r"profiler xla is for TPUs, .*give simple, advanced or pytorch",
     ),
-    "learning rate finder": (f"{CALLBACK}LearningRateFinder", r"model\.optimisation\.lr .*leave"),
+    "learning rate finder": (f"{CALLBACK}LearningRateFinder", r"model\.optimization\.lr .*leave"),
     "pruning": (
         f"{CALLBACK}ModelPruning --trainer.callbacks.pruning_fn=l1_unstructured",
         r"ModelPruning replaces the weights .*leave it out",

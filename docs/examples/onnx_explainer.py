@@ -15,7 +15,7 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 # Viridis at six places, dark to bright.
-COLOURS = np.array(
+COLORS = np.array(
     [(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37)]
 )
 
@@ -47,10 +47,10 @@ def overlay(image: Image.Image, raw: np.ndarray, opacity: float = 0.5) -> Image.
     grown = Image.fromarray(evidence.astype(np.float32)).resize(
         image.size, Image.Resampling.BILINEAR
     )
-    places = np.linspace(0, 1, len(COLOURS))
+    places = np.linspace(0, 1, len(COLORS))
     values = np.clip(np.asarray(grown), 0, 1)
-    colours = np.stack([np.interp(values, places, COLOURS[:, rgb]) for rgb in range(3)], -1)
-    mixed = (1 - opacity) * np.asarray(image) + opacity * colours
+    colors = np.stack([np.interp(values, places, COLORS[:, rgb]) for rgb in range(3)], -1)
+    mixed = (1 - opacity) * np.asarray(image) + opacity * colors
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 

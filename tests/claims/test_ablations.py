@@ -35,7 +35,7 @@ def flat() -> Preprocessed:
 def by_hand(network: nn.Module, images: Tensor, classes: Tensor, rule: str) -> Tensor:
     """dS/dA at every cell of the last stage, the head's one ReLU by a rule."""
     inner = network.network
-    cells = inner.stage2(inner.stage1(network.normalise(images))).requires_grad_()
+    cells = inner.stage2(inner.stage1(network.normalize(images))).requires_grad_()
     before = inner.hidden(torch.flatten(F.max_pool2d(cells, 2), 1))
     backward = inner.linear.weight[classes]
     through = {
@@ -67,7 +67,7 @@ def test_variant_is_its_formula(
     images = draw_batch(lab()).images.double()
     classes = flat(images).argmax(1)
     inner = flat.network
-    cells = inner.stage2(inner.stage1(flat.normalise(images)))
+    cells = inner.stage2(inner.stage1(flat.normalize(images)))
     weights = weigh(by_hand(flat, images, classes, rule))
     small = (weights[:, :, None, None] * cells).sum(1)
     expected = F.interpolate(small[:, None], (32, 32), mode="bilinear")[:, 0]

@@ -18,32 +18,32 @@ from camdistill.claims.bias import (
 )
 from camdistill.claims.claim import ClaimSetup
 from camdistill.claims.networks.small_networks import SmallNetworkRecipe
-from camdistill.data.shapes_painting import PATCH_COLOURS
-from camdistill.distill.optimization import Optimisation
+from camdistill.data.shapes_painting import PATCH_COLORS
+from camdistill.distill.optimization import Optimization
 from camdistill.explain.gradcam import grad_cam
 from camdistill.networks.teachers import Preprocessed
 from camdistill.types import PerImage
 
 
 class Patch(nn.Module):
-    """Answers with the class whose colour the patch has: it looks at nothing else.
+    """Answers with the class whose color the patch has: it looks at nothing else.
 
-    Patches are the only flat squares of saturated colours; the network knows two of them.
+    Patches are the only flat squares of saturated colors; the network knows two of them.
     """
 
-    def __init__(self, colours: Tensor) -> None:
+    def __init__(self, colors: Tensor) -> None:
         super().__init__()
-        self.colours = nn.Parameter(colours)
+        self.colors = nn.Parameter(colors)
         self.cells = nn.ReLU()
 
     def forward(self, images: Tensor) -> Tensor:
-        far = (images[:, None] - self.colours[None, :, :, None, None]).abs().sum(2)
+        far = (images[:, None] - self.colors[None, :, :, None, None]).abs().sum(2)
         return self.cells(0.05 - far).mean((2, 3)) * 1000
 
 
 def test_a_network_of_the_patch_alone_is_found_out(lab: Callable[..., ClaimSetup]) -> None:
-    colours = torch.from_numpy(PATCH_COLOURS[:8]).float() / 255
-    whole = Preprocessed(Patch(colours), (0.0,) * 3, (1.0,) * 3).eval()
+    colors = torch.from_numpy(PATCH_COLORS[:8]).float() / 255
+    whole = Preprocessed(Patch(colors), (0.0,) * 3, (1.0,) * 3).eval()
     found = draw_conflicting_batch(lab(count=32))
     seen = shortcut_scores(whole, found)
     assert seen.right.tolist() == [[0.0] * 32]
@@ -83,7 +83,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bias, "TRAIN", 256)
     monkeypatch.setattr(bias, "EPOCHS", 1)
     monkeypatch.setattr(bias, "SEEDS", 1)
-    monkeypatch.setattr(bias, "CURE", SmallNetworkRecipe(1, 64, Optimisation("adamw", lr=2e-3)))
+    monkeypatch.setattr(bias, "CURE", SmallNetworkRecipe(1, 64, Optimization("adamw", lr=2e-3)))
 
 
 def examples(lab: ClaimSetup) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from camdistill.claims.claim import ClaimSetup, ShapesBatch
 from camdistill.claims.networks.small_networks import SmallNetworkRecipe
 from camdistill.claims.networks.visual_features import FeatureExtractor
 from camdistill.claims.two_object_scenes import Scenes, draw_test_scenes
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 
 SHAPES = ("disc", "plus", "bar")
 
@@ -144,7 +144,7 @@ def test_row_of_an_untaught_captioner(
 ) -> None:
     monkeypatch.setattr(captions, "IMAGES", 256)
     monkeypatch.setattr(
-        captions, "RECIPE", SmallNetworkRecipe(12, 32, Optimisation("adamw", lr=5e-3))
+        captions, "RECIPE", SmallNetworkRecipe(12, 32, Optimization("adamw", lr=5e-3))
     )
     row = captions.run_captioning(lab())
     right = {one.name: one.value for one in row.ours if one.measure.startswith("share")}

@@ -176,7 +176,7 @@ def test_charts_of_all_sizes_stand_below_one_another(tmp_path: Path) -> None:
     }
     alone = [claim_chart(one.row) for one in found.values() if one.row is not None]
     write_claim_pictures(found, tmp_path)
-    with Image.open(tmp_path / "claims_localisation.png") as picture:
+    with Image.open(tmp_path / "claims_localization.png") as picture:
         heights = sum(one.shape[0] for one in alone if one is not None)
         widths = max(one.shape[1] for one in alone if one is not None)
         assert picture.size == (widths, heights)

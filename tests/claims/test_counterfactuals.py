@@ -15,8 +15,8 @@ class Corners(nn.Module):
     """Class 0 is brightness at the top, class 1 at the bottom."""
 
     def forward(self, images: Tensor) -> Tensor:
-        grey = images.mean(1)
-        return torch.stack([grey[:, :16].sum((1, 2)), grey[:, 16:].sum((1, 2))], 1) / 20
+        gray = images.mean(1)
+        return torch.stack([gray[:, :16].sum((1, 2)), gray[:, 16:].sum((1, 2))], 1) / 20
 
 
 def test_removing_what_speaks_against_a_class_raises_it_and_what_speaks_for_it_lowers() -> None:

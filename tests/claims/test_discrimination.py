@@ -15,7 +15,7 @@ from camdistill.claims.discrimination import (
     outlines,
     run_discrimination,
     train_shape_observer,
-    visualisations,
+    visualizations,
 )
 from camdistill.claims.two_object_scenes import draw_test_scenes
 from camdistill.explain.guided import guided_grad_cam
@@ -42,7 +42,7 @@ def test_observer_is_right_where_the_class_is_in_the_picture_and_at_chance_where
 def test_product_is_guided_grad_cam(lab: Callable[..., ClaimSetup]) -> None:
     here = lab()
     scenes = draw_test_scenes(here)
-    shown = visualisations(here.teacher, scenes.images, scenes.classes)
+    shown = visualizations(here.teacher, scenes.images, scenes.classes)
     (own,) = guided_grad_cam(here.teacher, scenes.images, None, scenes.classes).values()
     assert torch.allclose(shown["guided_grad_cam"], own, atol=1e-6)
     assert all(one.shape == (16, 2, 32, 32) for one in shown.values())

@@ -17,7 +17,7 @@ from camdistill.claims.failures import (
 from camdistill.networks.teachers import Preprocessed
 
 
-class Colours(nn.Module):
+class Colors(nn.Module):
     """Class 0 is red, class 1 is green, summed over the cells of `layer`."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Colours(nn.Module):
         return self.pool(self.layer(images))[:, :2].mean((2, 3)) * 40
 
 
-def colourful(count: int) -> tuple[ShapesBatch, Tensor, Tensor]:
+def colorful(count: int) -> tuple[ShapesBatch, Tensor, Tensor]:
     """Red objects (class 0) and larger, greener distractors (class 1), which the network answers.
 
     In every other image there is a second green patch in the object, so that not the distractor is
@@ -48,8 +48,8 @@ def colourful(count: int) -> tuple[ShapesBatch, Tensor, Tensor]:
 
 
 def test_planted_causes_of_errors_are_found(lab: Callable[..., ClaimSetup]) -> None:
-    found, answers, alone = colourful(40)
-    row = judge_failures(lab(), Colours(), found, answers, alone, 100)
+    found, answers, alone = colorful(40)
+    row = judge_failures(lab(), Colors(), found, answers, alone, 100)
     by_name = {(one.name, one.measure): one for one in row.ours}
     assert by_name["distractor blamed", "share"].value == 0.5
     mended = "share mended without the distractor"
@@ -64,14 +64,14 @@ def test_planted_causes_of_errors_are_found(lab: Callable[..., ClaimSetup]) -> N
 def test_maps_that_say_the_same_of_both_classes_explain_no_error(
     lab: Callable[..., ClaimSetup],
 ) -> None:
-    found, answers, alone = colourful(40)
+    found, answers, alone = colorful(40)
 
-    class Grey(Colours):
+    class Gray(Colors):
         def forward(self, images: Tensor) -> Tensor:
             whole = super().forward(images).sum(1, keepdim=True)
             return torch.cat([whole, whole + 1], 1)
 
-    row = judge_failures(lab(), Grey(), found, answers, alone, 100)
+    row = judge_failures(lab(), Gray(), found, answers, alone, 100)
     moved = [one for one in row.ours if one.name in ("wrong - true class", "true - wrong class")]
     assert [one.value for one in moved] == [0, 0]
     assert row.passed is False
@@ -92,8 +92,8 @@ def test_difference_of_groups_against_the_normal_interval(lab: Callable[..., Cla
 def test_attack_reaches_what_it_can_and_stays_in_its_budget() -> None:
     class Linear(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
-            grey = images.mean((1, 2, 3)) - 0.5
-            return torch.stack([-grey, grey], 1) * 200
+            gray = images.mean((1, 2, 3)) - 0.5
+            return torch.stack([-gray, gray], 1) * 200
 
     images = torch.full((2, 3, 8, 8), 0.49)
     images[1] = 0.1  # too far: the budget ends before the border

@@ -129,7 +129,7 @@ def by_depth(*levels: float) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def neighbours(within: float, across: float) -> dict[tuple[str, str], Tensor]:
+def neighbors(within: float, across: float) -> dict[tuple[str, str], Tensor]:
     return {
         pair: around(within if pair[0][:6] == pair[1][:6] else across) for pair in pairwise(BLOCKS)
     }
@@ -139,12 +139,12 @@ def test_layers_must_become_worse_stage_by_stage_and_jump_between(
     lab: Callable[..., ClaimSetup],
 ) -> None:
     rising = by_depth(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-    assert depth.judge_depth(lab(), rising, neighbours(0.9, 0.4)).passed
-    assert depth.judge_depth(lab(), rising, neighbours(0.4, 0.9)).passed is False
+    assert depth.judge_depth(lab(), rising, neighbors(0.9, 0.4)).passed
+    assert depth.judge_depth(lab(), rising, neighbors(0.4, 0.9)).passed is False
     dented = by_depth(0.1, 0.2, 0.3, 0.6, 0.5, 0.6)
-    assert depth.judge_depth(lab(), dented, neighbours(0.9, 0.4)).passed is False
+    assert depth.judge_depth(lab(), dented, neighbors(0.9, 0.4)).passed is False
     one = rising | {depth.MEASURES[0]: dented[depth.MEASURES[0]]}
-    assert depth.judge_depth(lab(), one, neighbours(0.9, 0.4)).passed is False
+    assert depth.judge_depth(lab(), one, neighbors(0.9, 0.4)).passed is False
 
 
 def test_every_block_of_a_residual_network_is_measured(lab: Callable[..., ClaimSetup]) -> None:

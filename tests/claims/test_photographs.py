@@ -17,17 +17,17 @@ from camdistill.errors import UserError
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two classes of coloured squares, with their boxes."""
+    """Two classes of colored squares, with their boxes."""
     monkeypatch.setattr(photographs, "EPOCHS", 1)
     monkeypatch.setenv("CAMDISTILL_CACHE", str(tmp_path / "cache"))
     generator, lines = np.random.default_rng(0), ["path,xmin,ymin,xmax,ymax"]
     for split, count in (("train", 128), ("val", 40)):
         for number in range(count):
-            colour = number % 2
+            color = number % 2
             pixels = generator.integers(0, 80, (64, 64, 3), dtype=np.uint8)
             x, y = generator.integers(0, 32, 2)
-            pixels[y : y + 32, x : x + 32, colour] = 220
-            name = f"{split}/c{colour}/{number}.png"
+            pixels[y : y + 32, x : x + 32, color] = 220
+            name = f"{split}/c{color}/{number}.png"
             path = tmp_path / "squares" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)

@@ -7,7 +7,7 @@ import torch
 
 from camdistill.claims import bias, failures, trust
 from camdistill.claims.claim import ClaimSetup
-from camdistill.claims.trust import judge_pairs, off_centre, probe, roughness
+from camdistill.claims.trust import judge_pairs, off_center, probe, roughness
 
 
 def pairs(shift: float, count: int = 400) -> list[torch.Tensor]:
@@ -49,7 +49,7 @@ def test_statistics_of_maps_by_hand() -> None:
     maps[1, :, 2:] = 1.0
     # One step down and one across among 12 each; 4 steps across among 12.
     assert torch.allclose(roughness(maps), torch.tensor([1 / 12, 1 / 6]))
-    assert torch.allclose(off_centre(maps[:1]), torch.tensor([(2 * 0.75**2) ** 0.5]))
+    assert torch.allclose(off_center(maps[:1]), torch.tensor([(2 * 0.75**2) ** 0.5]))
 
 
 @pytest.mark.slow

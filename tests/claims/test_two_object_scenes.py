@@ -1,4 +1,4 @@
-"""Images of two objects: centres and brightness by hand, and what stands in them."""
+"""Images of two objects: centers and brightness by hand, and what stands in them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from camdistill.claims.two_object_scenes import (
 )
 
 
-def test_centres_and_brightness_of_a_drawing_by_hand() -> None:
+def test_centers_and_brightness_of_a_drawing_by_hand() -> None:
     images = torch.full((1, 3, 8, 8), 0.5)
     first, second = torch.zeros(1, 8, 8, dtype=torch.bool), torch.zeros(1, 8, 8, dtype=torch.bool)
     first[0, 1:4, 0:3], second[0, 6, 5:8] = True, True

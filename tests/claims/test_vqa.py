@@ -27,7 +27,7 @@ from camdistill.claims.vqa_data import (
     questions_about_object,
     questions_about_side,
 )
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 
 LANGUAGE = Language(("disc", "plus", "bar"))
 
@@ -115,8 +115,8 @@ class Pointing(nn.Module):
         self.seen = nn.ReLU()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        grey = self.seen(images).mean(1)
-        left, right = grey[:, :, :16].sum((1, 2)), grey[:, :, 16:].sum((1, 2))
+        gray = self.seen(images).mean(1)
+        left, right = gray[:, :, :16].sum((1, 2)), gray[:, :, 16:].sum((1, 2))
         return {"answers": torch.stack([left, right, torch.zeros_like(left)], 1) / 40}
 
 
@@ -164,7 +164,7 @@ def test_row_of_an_untaught_network(
     lab: Callable[..., ClaimSetup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vqa, "IMAGES", 256)
-    monkeypatch.setattr(vqa, "RECIPE", SmallNetworkRecipe(4, 64, Optimisation("adamw", lr=5e-3)))
+    monkeypatch.setattr(vqa, "RECIPE", SmallNetworkRecipe(4, 64, Optimization("adamw", lr=5e-3)))
     row = vqa.run_vqa(lab(count=32))
     assert row.number == "20"
     right = {one.name: one.value for one in row.ours if one.measure == "answers that are true"}

@@ -52,11 +52,11 @@ def test_it_adapts_judges_on_fresh_students_and_goes_on(
     assert [one["number"] for one in whole["rounds"]] == [0, 1, 2]
     best = min(whole["rounds"], key=lambda one: one["kl"])["number"]
     assert whole["best_round"] == best
-    assert set(results["students"]["tiny n=16"]) == {"none", "grad_cam", "adapted", "randomised"}
+    assert set(results["students"]["tiny n=16"]) == {"none", "grad_cam", "adapted", "randomized"}
     assert results["arms"]["adapted"] == "out/adapted.safetensors"
     assert set(results["differences"]["tiny n=16"]) >= {"adapted - grad_cam", "adapted - none"}
 
-    # again: nothing is learnt or taught a second time, and the numbers are the same
+    # again: nothing is learned or taught a second time, and the numbers are the same
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was done before")
 
@@ -90,11 +90,11 @@ def test_rank_and_evaluate_take_an_explainer_by_file(folder: Path) -> None:
     explainer = load_explainer("out/adapted.safetensors")
     assert list(explainer.units) == ["stage1", "stage2"]
     config = {name: value for name, value in CONFIG.items() if name != "adaptation"}
-    config |= {"methods": ["out/adapted.safetensors", "grad_cam"], "controls": ["randomised"]}
+    config |= {"methods": ["out/adapted.safetensors", "grad_cam"], "controls": ["randomized"]}
     (folder / "rank.yaml").write_text(yaml.safe_dump(config | {"shares": [], "seeds": [0]}))
     assert main(["rank", "-c", "rank.yaml", "--out", "ranked"]) == 0
     arms = json.loads((folder / "ranked/results.json").read_text())["students"]["tiny"]["n=16"]
-    assert "out/adapted.safetensors randomised" in arms
+    assert "out/adapted.safetensors randomized" in arms
     # `evaluate` builds a network from its name alone
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -126,7 +126,7 @@ def test_rank_and_evaluate_take_an_explainer_by_file(folder: Path) -> None:
         ("--data.init_args.val 2", "give at least 4"),
         ("--methods grad_cm", "no method 'grad_cm'"),
         ("--teacher.weights absent.pt", "no file 'absent.pt'"),
-        ("--recipe.optimisation.lr 1e30", "is not a number"),
+        ("--recipe.optimization.lr 1e30", "is not a number"),
     ],
     ids=lambda value: value[:30],
 )
@@ -139,11 +139,11 @@ def test_mistakes_are_one_line_and_exit_with_2(
     assert says in error
 
 
-def test_wrong_methods_are_told_before_anything_is_learnt(
+def test_wrong_methods_are_told_before_anything_is_learned(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object, **__: object) -> None:
-        raise AssertionError("it was learnt for nothing")
+        raise AssertionError("it was learned for nothing")
 
     monkeypatch.setattr("camdistill.experiments.adaptation.adaptation_run.run_rounds", never)
     for name, says in (("grad_cm", "no method 'grad_cm'"), ("grad_cam@stage9", "no layer")):

@@ -40,7 +40,7 @@ def _checkpoint(trained: Path) -> Path:
     return path
 
 
-def test_checkpoint_is_analysed_beside_its_teacher(
+def test_checkpoint_is_analyzed_beside_its_teacher(
     trained: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.chdir(trained)
@@ -72,7 +72,7 @@ def test_chosen_layers_and_units_are_looked_at_alone(tmp_path: Path, monkeypatch
     assert [one["unit"] for one in results["units"]["teacher"]["layer3"]] == [5, 2]
 
 
-class Grey(nn.Module):
+class Gray(nn.Module):
     """Takes one channel."""
 
     def __init__(self) -> None:
@@ -87,14 +87,14 @@ class Grey(nn.Module):
         return self.head(self.features(images).mean((2, 3)))
 
 
-def test_any_network_by_class_path_also_of_grey_images(
+def test_any_network_by_class_path_also_of_gray_images(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(__file__).read_text()
-    body = source[source.index("class Grey") : source.index("def test_any_network")]
-    (tmp_path / "grey_network.py").write_text(f"import torch\nfrom torch import nn\n\n\n{body}")
+    body = source[source.index("class Gray") : source.index("def test_any_network")]
+    (tmp_path / "gray_network.py").write_text(f"import torch\nfrom torch import nn\n\n\n{body}")
     monkeypatch.syspath_prepend(tmp_path)
-    given = ["--teacher", "grey_network.Grey", "--size", "32", "--data", "shapes"]
+    given = ["--teacher", "gray_network.Gray", "--size", "32", "--data", "shapes"]
     assert main(["analyze", *given, *QUICK, "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["networks"]["teacher"]) == ["features.1", "features.3"]

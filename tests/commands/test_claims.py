@@ -30,7 +30,7 @@ def test_rows_reach_the_terminal_the_file_the_chart_and_tensorboard(
 ) -> None:
     assert main([*LEAST, "--rows", "1", "2", "4", "--out", "out"]) == 0
     printed = capsys.readouterr().out
-    assert "  1  pass  Grad-CAM generalises CAM" in printed
+    assert "  1  pass  Grad-CAM generalizes CAM" in printed
     assert "AlexNet" in printed
     results = json.loads(Path("out/results.json").read_text())
     assert list(results["rows"]) == ["1", "2", "4"]
@@ -41,16 +41,16 @@ def test_rows_reach_the_terminal_the_file_the_chart_and_tensorboard(
     assert error["low"] <= error["value"] <= error["high"]
     assert error["n"] == 16
     assert len(list(Path("out/networks").glob("flattened0-*.safetensors"))) == 1
-    with Image.open("out/claims_localisation.png") as picture:
+    with Image.open("out/claims_localization.png") as picture:
         assert np.asarray(picture).std() > 10
     cards = read_tags(Path("out/tensorboard"))
     assert cards["0_evaluation/claims"] == "text"
-    assert cards["0_evaluation/claims_localisation"] == "images"
+    assert cards["0_evaluation/claims_localization"] == "images"
 
     made = Path("out/networks").stat().st_mtime_ns
     assert main([*LEAST, "--rows", "4", "1", "--out", "out"]) == 0
     again = capsys.readouterr().out
-    assert again.index("Grad-CAM generalises") < again.index("AlexNet")
+    assert again.index("Grad-CAM generalizes") < again.index("AlexNet")
     assert json.loads(Path("out/results.json").read_text())["rows"] == results["rows"]
     assert Path("out/networks").stat().st_mtime_ns == made
     assert "needs no other architecture" not in again
@@ -68,7 +68,7 @@ def test_every_row_of_the_shipped_networks_is_made(folder: Path) -> None:
         assert entry["row"]["number"] == number
         assert entry["row"]["passed"] in (True, False)
         assert entry["row"]["ours"]
-    for chart in ("localisation", "faithfulness"):
+    for chart in ("localization", "faithfulness"):
         assert Path(f"out/claims_{chart}.png").exists()
 
 

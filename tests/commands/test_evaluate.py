@@ -141,8 +141,8 @@ def test_another_method_under_the_same_name_is_another_evaluation(folder: Path) 
         read_pool([Path("run0"), Path("run1")])
 
 
-def test_networks_of_grey_images_are_evaluated(folder: Path) -> None:
-    Path("grey.py").write_text(
+def test_networks_of_gray_images_are_evaluated(folder: Path) -> None:
+    Path("gray.py").write_text(
         "import torch\n"
         "def network():\n"
         "    return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(),\n"
@@ -151,7 +151,7 @@ def test_networks_of_grey_images_are_evaluated(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         results = evaluate(
-            teacher="grey.network", data="images", metrics=QUICK, count=3, size=16, out=Path("out")
+            teacher="gray.network", data="images", metrics=QUICK, count=3, size=16, out=Path("out")
         )
     assert set(results["explainers"]) == {"grad_cam"}  # type: ignore[call-overload]
 
@@ -257,18 +257,18 @@ def test_what_is_so_by_construction_is_left_out_with_its_reason(
 ) -> None:
     """A student's map is its own, whatever the weights of the teacher that is explained."""
     line = f"evaluate --checkpoint {STUDENT} --data images --count 6 --batch 6"
-    gates = ["--metrics", "randomisation", "smooth_randomisation", "gini"]
+    gates = ["--metrics", "randomization", "smooth_randomization", "gini"]
     assert main([*line.split(), "--out", "both", *gates]) == 0
     explainers = read_results(Path("both/results.json"))["explainers"]
-    assert {"randomisation", "smooth_randomisation"} <= set(explainers["grad_cam"])  # type: ignore[index]
+    assert {"randomization", "smooth_randomization"} <= set(explainers["grad_cam"])  # type: ignore[index]
     assert set(explainers["student"]) == {"gini"}  # type: ignore[index]
     printed = capsys.readouterr().out
-    assert "student: no randomisation, which would be 0 by construction" in printed
-    assert "student: no smooth_randomisation, which would be 1 by construction" in printed
+    assert "student: no randomization, which would be 0 by construction" in printed
+    assert "student: no smooth_randomization, which would be 1 by construction" in printed
 
     alone = ["--explainers", "student", "--out", "alone"]
     assert main([*line.split(), *alone, *gates]) == 2
     assert "would be 0 by construction: leave it out" in capsys.readouterr().err
     assert not Path("alone").exists()
     assert main([*line.split(), *alone]) == 0
-    assert "randomisation is left out: it would be 0 by construction" in capsys.readouterr().out
+    assert "randomization is left out: it would be 0 by construction" in capsys.readouterr().out

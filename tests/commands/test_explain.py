@@ -36,7 +36,7 @@ def folder(folder: Path) -> Path:
     pictures = folder / "pictures"
     pictures.mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
-    for mode, name in (("L", "grey.png"), ("RGBA", "alpha.png"), ("RGB", "photo.jpg")):
+    for mode, name in (("L", "gray.png"), ("RGBA", "alpha.png"), ("RGB", "photo.jpg")):
         Image.fromarray(pixels).convert(mode).save(pictures / name)
     return folder
 
@@ -53,7 +53,7 @@ def close(first: np.ndarray, second: Tensor) -> None:  # type: ignore[type-arg]
 def test_checkpoint_shows_student_beside_teacher(folder: Path) -> None:
     results = explain(checkpoint=Path(STUDENT), images=[Path("pictures")], out=Path("out"))
     assert results == {"n": 3, "images": results["images"]}
-    names = ["alpha.png", "grey.png", "photo.jpg"]
+    names = ["alpha.png", "gray.png", "photo.jpg"]
     assert sorted(path.name for path in Path("out").iterdir()) == sorted(
         [f"{n:03d}_{name[:-4]}{kind}" for n, name in enumerate(names) for kind in (".npz", ".png")]
         + ["overview.png", "results.json"]
@@ -71,11 +71,11 @@ def test_checkpoint_shows_student_beside_teacher(folder: Path) -> None:
 
 
 def test_results_say_what_was_seen_and_with_which_files(folder: Path) -> None:
-    explain(checkpoint=Path(STUDENT), images=[Path("pictures/grey.png")], out=Path("out"))
+    explain(checkpoint=Path(STUDENT), images=[Path("pictures/gray.png")], out=Path("out"))
     results = json.loads(Path("out/results.json").read_text())
     assert set(results) == {"n", "images", "machine", "versions", "sha256"}
     assert set(results["sha256"]) == {"checkpoint", "teacher"}
-    row = results["images"]["grey.png"]
+    row = results["images"]["gray.png"]
     assert set(row) == {"teacher", "student", "maps"}
     assert row["teacher"]["class"] in {f"c{number}" for number in range(6)}
     assert 0 < row["student"]["probability"] <= 1
@@ -87,7 +87,7 @@ def test_results_say_what_was_seen_and_with_which_files(folder: Path) -> None:
 def test_teacher_alone_at_several_layers_for_several_classes(folder: Path) -> None:
     line = (
         "explain --teacher small.network --weights teacher.safetensors --size 16 --out out "
-        "--images pictures/photo.jpg pictures/grey.png --layers stage1 stage2 --classes 1 4"
+        "--images pictures/photo.jpg pictures/gray.png --layers stage1 stage2 --classes 1 4"
     )
     Path("small.py").write_text(
         "from camdistill.networks.students import ShallowCNN\n"
@@ -141,21 +141,21 @@ def test_student_works_alone_where_its_teacher_is_missing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("teacher.safetensors").unlink()
-    explain(checkpoint=Path(STUDENT), images=[Path("pictures/grey.png")], out=Path("out"))
+    explain(checkpoint=Path(STUDENT), images=[Path("pictures/gray.png")], out=Path("out"))
     assert "the student alone: no file 'teacher.safetensors'" in capsys.readouterr().out
-    row = json.loads(Path("out/results.json").read_text())["images"]["grey.png"]
+    row = json.loads(Path("out/results.json").read_text())["images"]["gray.png"]
     assert set(row) == {"student"}
     kind = f"stage2/{row['student']['class']}"
-    with np.load("out/000_grey.npz") as maps:
+    with np.load("out/000_gray.npz") as maps:
         assert maps.files == [f"student/{kind}"]
 
 
 def test_files_of_one_name_keep_their_folders_names(folder: Path) -> None:
     for name in ("first", "second"):
         Path(name).mkdir()
-        shutil.copy("pictures/grey.png", f"{name}/grey.png")
+        shutil.copy("pictures/gray.png", f"{name}/gray.png")
     found = explain(checkpoint=Path(STUDENT), images=[Path("first"), Path("second")])
-    assert set(found["images"]) == {"first/grey.png", "second/grey.png"}  # type: ignore[call-overload]
+    assert set(found["images"]) == {"first/gray.png", "second/gray.png"}  # type: ignore[call-overload]
 
 
 def test_data_sets_are_explained_by_name_and_class(folder: Path) -> None:
@@ -184,19 +184,19 @@ def test_methods_stand_side_by_side_with_their_raw_maps(folder: Path) -> None:
     assert results["methods"] == methods
     assert json.loads(Path("out/results.json").read_text())["methods"] == methods
     files = {path.name for path in Path("out").iterdir()}
-    assert "001_grey.png" in files
+    assert "001_gray.png" in files
     assert "overview.png" not in files
     explainer = load(STUDENT)
     assert explainer.teacher is not None
-    own = explainer.teacher(image("grey.png")).argmax(1)
-    with np.load("out/001_grey.npz", allow_pickle=False) as maps:
+    own = explainer.teacher(image("gray.png")).argmax(1)
+    with np.load("out/001_gray.npz", allow_pickle=False) as maps:
         for who, network in (("teacher", explainer.teacher), ("student", explainer.network)):
             for method in methods:
                 layer = "input" if method == "integrated_gradients" else "stage2"
-                true = method_of(method)(network, image("grey.png"), ["stage2"], own)[layer][0]
+                true = method_of(method)(network, image("gray.png"), ["stage2"], own)[layer][0]
                 close(maps[f"{who}/{layer}/c{own.item()}/{method}"], true)
         assert len(maps.files) == 6
-    scores = results["images"]["grey.png"]["maps"]
+    scores = results["images"]["gray.png"]["maps"]
     assert set(scores) == {
         f"layer_cam/stage2/c{own.item()}",
         f"integrated_gradients/input/c{own.item()}",
@@ -242,17 +242,17 @@ def test_a_classifier_of_small_images_is_shown_small_images() -> None:
     assert load_networks(shipped, None, None, []).size == (32, 32)
 
 
-def test_networks_of_grey_images_see_the_mean_of_the_colours(folder: Path) -> None:
+def test_networks_of_gray_images_see_the_mean_of_the_colors(folder: Path) -> None:
     """They ended in a traceback."""
-    Path("grey_cnn.py").write_text(
+    Path("gray_cnn.py").write_text(
         "from camdistill.networks.students import ShallowCNN\n"
         "def network(): return ShallowCNN(6, (4, 6), (1, 2), in_channels=1)\n"
     )
     with torch.random.fork_rng():
         own = ShallowCNN(6, (4, 6), (1, 2), in_channels=1).eval()
-    save_safetensors("grey.safetensors", own.state_dict())
+    save_safetensors("gray.safetensors", own.state_dict())
     line = (
-        "explain --teacher grey_cnn.network --weights grey.safetensors --size 16 --classes 1 "
+        "explain --teacher gray_cnn.network --weights gray.safetensors --size 16 --classes 1 "
         "--images pictures/photo.jpg --layers stage2"
     )
     with pytest.MonkeyPatch.context() as patch:

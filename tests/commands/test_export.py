@@ -161,8 +161,8 @@ runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")
     grown = torch.nn.functional.interpolate(
         (evidence / evidence.max())[None, None], (32, 32), mode="bilinear"
     )[0, 0].numpy()
-    # Half of the picture is the colour; its blue rises to 142 at 0.4 and falls to 37 at 1.
-    colours = 2 * picture - pixels.transpose(1, 2, 0)
+    # Half of the picture is the color; its blue rises to 142 at 0.4 and falls to 37 at 1.
+    colors = 2 * picture - pixels.transpose(1, 2, 0)
     blue = np.interp(grown, [0, 0.2, 0.4, 0.6, 0.8, 1], [84, 135, 142, 132, 81, 37])
-    assert np.abs(colours[..., 2] - blue).max() <= 4
-    assert np.abs(colours[grown == 0] - (68, 1, 84)).max(initial=0) <= 2
+    assert np.abs(colors[..., 2] - blue).max() <= 4
+    assert np.abs(colors[grown == 0] - (68, 1, 84)).max(initial=0) <= 2

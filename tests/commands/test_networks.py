@@ -62,7 +62,7 @@ def test_a_size_that_the_network_cannot_take_is_told_in_a_line(
 
 @pytest.fixture
 def own(folder: Path) -> Path:
-    """A file of ours: a ResNet that was trained at 24 pixels, with names and a normalisation."""
+    """A file of ours: a ResNet that was trained at 24 pixels, with names and a normalization."""
     torch.manual_seed(0)
     network = build(NetworkSpec("resnet18"), classes=3)
     told = {
@@ -87,7 +87,7 @@ def results(out: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("data", ["images/train", "images"])
 def test_a_network_alone_is_explained_as_its_file_says(data: str, own: Path) -> None:
-    """It was run at 224 pixels, with ImageNet's normalisation, its classes being numbers."""
+    """It was run at 224 pixels, with ImageNet's normalization, its classes being numbers."""
     given = f"--data {data} --count 3"
     assert main(f"explain --checkpoint {own} {given} --out one".split()) == 0
     assert main(f"explain --teacher resnet18 --weights {own} {given} --out two".split()) == 0
@@ -122,7 +122,7 @@ def test_a_network_alone_is_measured_as_its_file_says(command: str, own: Path) -
 def test_a_student_s_file_gives_the_same_teacher_as_it_gives_a_network(
     file: str, folder: Path
 ) -> None:
-    """A .ckpt lost its normalisation; either needed the arguments again."""
+    """A .ckpt lost its normalization; either needed the arguments again."""
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = load(file).network(images)

@@ -83,7 +83,7 @@ def test_the_end_of_a_training_is_always_validated(
     ("command", "says"),
     [
         ("fit -c tiny.yaml --root images", r"no option 'root' here; give --data\.root"),
-        ("fit -c tiny.yaml --lr 1", r"give --model\.optimisation\.lr"),
+        ("fit -c tiny.yaml --lr 1", r"give --model\.optimization\.lr"),
         ("fit -c tiny.yaml --epochs 3", r"give --trainer\.max_epochs"),
         ("fit -c tiny.yaml --model.padding 3", r"give --model\.augment\.padding"),
         ("report --logdir runs", r"no option 'logdir' here; give --run"),
@@ -138,7 +138,7 @@ def test_predictions_are_those_of_the_test(folder: Path) -> None:
     [
         "--model.cached true",
         "--model.beta 0",
-        "--data.labelled false --model.ce 0",
+        "--data.labeled false --model.ce 0",
         "--return_predictions false",
         "--trainer.limit_predict_batches 2",
         "--trainer.precision 64-true",

@@ -13,7 +13,7 @@ from camdistill import grad_cam
 from camdistill.cli import main
 from camdistill.errors import UserError
 from camdistill.explain.attribution import gradient
-from camdistill.explain.methods import explainer
+from camdistill.explain.methods import find_method
 from camdistill.explain.variants import hires_cam
 from camdistill.networks.teachers import NetworkSpec, Teacher
 from mistakes import mistaken_line
@@ -122,7 +122,7 @@ def test_what_the_lines_ask_for_is_explained(folder: Path) -> None:
     command = "explain --data images --count 1 --size 16 --teacher odd_networks.PartlyScripted"
     assert main([*command.split(), "--layers", "conv"]) == 0
     # It was refused: the second convolution reads four channels.
-    command = "explain --data images --count 1 --size 16 --teacher odd_networks.GreyScripted"
+    command = "explain --data images --count 1 --size 16 --teacher odd_networks.GrayScripted"
     assert main([*command.split(), "--layers", "block"]) == 0
 
 
@@ -146,7 +146,7 @@ def test_answers_by_chance_are_told(folder: Path, capsys: pytest.CaptureFixture[
         assert re.search("the teacher answers by chance: .* draws nothing in eval mode", line), line
     for method in ("occlusion", "score_cam"):
         with pytest.raises(UserError, match="AnswersByChance answers by chance"):
-            explainer(method)(
+            find_method(method)(
                 odd_networks.AnswersByChance().eval(), torch.rand(2, 3, 16, 16), ["block"], 1
             )
 

@@ -95,7 +95,7 @@ def test_a_teacher_of_one_class_is_told(folder: Path, capsys: pytest.CaptureFixt
         ("--seeds 7", "seed 7 is in both seeds and tuning.seeds"),
         ("--recipe.steps 0", "recipe.steps 0"),
         ("--recipe.stpes 3", "no option 'recipe.stpes'; nearest: 'recipe.steps'"),
-        ("--recipe.optimisation.lr 1e30", "loss is not a number"),
+        ("--recipe.optimization.lr 1e30", "loss is not a number"),
         ("--tuning.betas [0]", "tuning.betas is [0.0]"),
         ("--students {vgg: {name: vgg11}}", "don't end in global average pooling"),
         ("--students {t: {name: shallow_cn}}", "no network 'shallow_cn'; nearest: 'shallow_cnn'"),

@@ -177,7 +177,7 @@ def test_help_is_short_and_tells_what_stands_in_the_recipe(
     assert all(len(line) <= 100 for line in lines)
     assert main(["refine", "--help", "recipe"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "--recipe.optimisation.lr NUMBER The highest learning rate. Default: 0.0003." in told
+    assert "--recipe.optimization.lr NUMBER The highest learning rate. Default: 0.0003." in told
 
 
 @pytest.mark.parametrize(

@@ -153,9 +153,9 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     images = load_folder(tmp_path / "flat", cache_dir=tmp_path / "c")
     assert images.labels.tolist() == [-1] * 4
     assert images.classes == ()
-    assert not images.labelled
+    assert not images.labeled
     save(tmp_path / "deep", a=2, b__c=2)
-    deep = load_folder(tmp_path / "deep", labelled=False, cache_dir=tmp_path / "c")
+    deep = load_folder(tmp_path / "deep", labeled=False, cache_dir=tmp_path / "c")
     assert list(deep.names) == ["a/0.png", "a/1.png", "b/c/0.png", "b/c/1.png"]
     assert deep.labels.tolist() == [-1] * 4
 
@@ -226,7 +226,7 @@ def test_cifar_equals_its_published_layout(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.data
-def test_tiny_imagenet_boxes_and_greyscale_files_are_read(tmp_path: Path) -> None:
+def test_tiny_imagenet_boxes_and_grayscale_files_are_read(tmp_path: Path) -> None:
     root = os.environ.get("CAMDISTILL_DATA")
     if not root or not (Path(root) / "tinyimagenet10").is_dir():
         pytest.skip("CAMDISTILL_DATA names no folder with tinyimagenet10")
@@ -238,11 +238,11 @@ def test_tiny_imagenet_boxes_and_greyscale_files_are_read(tmp_path: Path) -> Non
     assert np.isfinite(images.boxes).all()
     assert images.boxes.min() >= 0
     assert images.boxes.max() <= 63
-    greyscale = []
+    grayscale = []
     for index, name in enumerate(images.names):
         with Image.open(Path(root) / "tinyimagenet10" / name) as opened:
             if opened.mode == "L":
-                greyscale.append(index)
-    assert greyscale
-    for index in greyscale:
+                grayscale.append(index)
+    assert grayscale
+    for index in grayscale:
         assert np.ptp(images.pixels[np.array([index])][0].astype(int), axis=0).max() == 0

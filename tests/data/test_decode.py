@@ -19,19 +19,19 @@ from camdistill.errors import UserError
 H, W = 5, 7
 
 
-def colours(seed: int = 0, channels: int = 3, size: tuple[int, int] = (H, W)) -> NDArray[np.uint8]:
+def colors(seed: int = 0, channels: int = 3, size: tuple[int, int] = (H, W)) -> NDArray[np.uint8]:
     shape = (*size, channels) if channels else size
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def png(path: Path, depth: int, colour: int, rows: NDArray[np.generic]) -> None:
+def png(path: Path, depth: int, color: int, rows: NDArray[np.generic]) -> None:
     """A PNG written from the specification, for the kinds that Pillow doesn't write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checked = kind + content
         return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
 
-    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], depth, colour, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], depth, color, 0, 0, 0)
     body = b"".join(b"\0" + row.tobytes() for row in rows)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n"
@@ -47,41 +47,41 @@ def shown(path: Path, size: int | None = None) -> NDArray[np.int64]:
     return pixels.transpose(1, 2, 0).astype(np.int64)
 
 
-def grey(values: NDArray[np.generic]) -> NDArray[np.int64]:
+def gray(values: NDArray[np.generic]) -> NDArray[np.int64]:
     return np.repeat(values.astype(np.int64)[..., None], 3, axis=2)
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "bmp", "tiff", "ppm"])
 def test_rgb_comes_out_as_it_is(tmp_path: Path, kind: str) -> None:
-    truth = colours()
+    truth = colors()
     Image.fromarray(truth).save(
         tmp_path / f"a.{kind}", **({"lossless": True} if kind == "webp" else {})
     )
     assert np.array_equal(shown(tmp_path / f"a.{kind}"), truth)
 
 
-def test_greyscale_is_three_equal_channels(tmp_path: Path) -> None:
-    values = colours(channels=0)
+def test_grayscale_is_three_equal_channels(tmp_path: Path) -> None:
+    values = colors(channels=0)
     Image.fromarray(values).save(tmp_path / "a.png")
-    assert np.array_equal(shown(tmp_path / "a.png"), grey(values))
+    assert np.array_equal(shown(tmp_path / "a.png"), gray(values))
 
 
 def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
-    values = colours(channels=0) > 127
+    values = colors(channels=0) > 127
     Image.fromarray(values).save(tmp_path / "a.png")
-    assert np.array_equal(shown(tmp_path / "a.png"), grey(values * 255))
+    assert np.array_equal(shown(tmp_path / "a.png"), gray(values * 255))
 
 
 def test_palette_is_looked_up(tmp_path: Path) -> None:
-    palette, index = colours(size=(1, 256))[0], colours(1, channels=0)
+    palette, index = colors(size=(1, 256))[0], colors(1, channels=0)
     image = Image.frombytes("P", (W, H), index.tobytes())
     image.putpalette(palette.tobytes())
     image.save(tmp_path / "a.png")
     assert np.array_equal(shown(tmp_path / "a.png"), palette[index])
 
 
-def test_palette_with_a_transparent_colour_is_white_there(tmp_path: Path) -> None:
-    palette, index = colours(size=(1, 256))[0], colours(1, channels=0) % 4
+def test_palette_with_a_transparent_color_is_white_there(tmp_path: Path) -> None:
+    palette, index = colors(size=(1, 256))[0], colors(1, channels=0) % 4
     image = Image.frombytes("P", (W, H), index.tobytes())
     image.putpalette(palette.tobytes())
     image.save(tmp_path / "a.png", transparency=2)
@@ -90,8 +90,8 @@ def test_palette_with_a_transparent_colour_is_white_there(tmp_path: Path) -> Non
     assert np.array_equal(shown(tmp_path / "a.png"), truth)
 
 
-def test_rgb_with_a_transparent_colour_is_white_there(tmp_path: Path) -> None:
-    truth = colours()
+def test_rgb_with_a_transparent_color_is_white_there(tmp_path: Path) -> None:
+    truth = colors()
     truth[1:3, 2:4] = (10, 20, 30)
     Image.fromarray(truth).save(tmp_path / "a.png", transparency=(10, 20, 30))
     truth[1:3, 2:4] = 255
@@ -100,20 +100,20 @@ def test_rgb_with_a_transparent_colour_is_white_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("channels", [2, 4])
 def test_alpha_lies_on_white(tmp_path: Path, channels: int) -> None:
-    values = colours(channels=channels)
+    values = colors(channels=channels)
     Image.fromarray(values).save(tmp_path / "a.png")
     alpha = values[..., -1:] / 255
     truth = values[..., :-1] * alpha + 255 * (1 - alpha)
     assert np.abs(shown(tmp_path / "a.png") - truth).max() <= 1
 
 
-def test_16_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+def test_16_bit_gray_keeps_its_range(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 65536, (H, W), dtype=np.uint16)
     values[0, :2] = 0, 65535
     png(tmp_path / "a.png", 16, 0, values.astype(">u2"))
-    assert np.array_equal(shown(tmp_path / "a.png"), grey(np.rint(values / 257)))
+    assert np.array_equal(shown(tmp_path / "a.png"), gray(np.rint(values / 257)))
     Image.fromarray(values).save(tmp_path / "a.tiff")
-    assert np.array_equal(shown(tmp_path / "a.tiff"), grey(np.rint(values / 257)))
+    assert np.array_equal(shown(tmp_path / "a.tiff"), gray(np.rint(values / 257)))
 
 
 def test_16_bit_rgb_keeps_its_range(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_16_bit_rgb_keeps_its_range(tmp_path: Path) -> None:
 
 
 def test_cmyk_is_ink_taken_from_white(tmp_path: Path) -> None:
-    ink = colours(channels=4)
+    ink = colors(channels=4)
     Image.frombytes("CMYK", (W, H), ink.tobytes()).save(tmp_path / "a.tiff")
     share = ink / 255
     truth = 255 * (1 - share[..., :3]) * (1 - share[..., 3:])
@@ -168,8 +168,8 @@ def test_an_animation_gives_its_first_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40), (33, 33), (10, 25), (24, 24)])
-def test_resize_and_centre_crop_equal_torchvision(tmp_path: Path, shape: tuple[int, int]) -> None:
-    image = Image.fromarray(colours(size=shape))
+def test_resize_and_center_crop_equal_torchvision(tmp_path: Path, shape: tuple[int, int]) -> None:
+    image = Image.fromarray(colors(size=shape))
     image.save(tmp_path / "a.png")
     expected = np.asarray(TF.center_crop(TF.resize(image, 24), [24, 24]))
     assert np.array_equal(shown(tmp_path / "a.png", 24), expected)
@@ -216,7 +216,7 @@ def test_a_palette_mask_counts_by_index(tmp_path: Path) -> None:
 
 def _good_jpeg() -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(colours(size=(64, 64))).save(stream, "jpeg")
+    Image.fromarray(colors(size=(64, 64))).save(stream, "jpeg")
     return stream.getvalue()
 
 
@@ -247,7 +247,7 @@ def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
         decode(tmp_path / "a.tiff", None)
 
 
-def test_32_bit_grey_within_16_bits_keeps_its_range(tmp_path: Path) -> None:
+def test_32_bit_gray_within_16_bits_keeps_its_range(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 65536, (H, W)).astype(np.int32)
     Image.fromarray(values).save(tmp_path / "x.tiff")
     pixels, _ = decode(tmp_path / "x.tiff", None)
@@ -255,7 +255,7 @@ def test_32_bit_grey_within_16_bits_keeps_its_range(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [65536, 2**31 - 1, -1])
-def test_grey_values_beyond_16_bits_are_refused(tmp_path: Path, value: int) -> None:
+def test_gray_values_beyond_16_bits_are_refused(tmp_path: Path, value: int) -> None:
     values = np.zeros((H, W), np.int32)
     values[1, 1] = value
     Image.fromarray(values).save(tmp_path / "x.tiff")
@@ -265,7 +265,7 @@ def test_grey_values_beyond_16_bits_are_refused(tmp_path: Path, value: int) -> N
 
 @pytest.mark.parametrize("suffix", ["avif", "jfif", "tga", "jp2", "qoi", "ico"])
 def test_other_kinds_are_read_from_folders_too(tmp_path: Path, suffix: str) -> None:
-    picture = Image.fromarray(colours(size=(16, 16)))
+    picture = Image.fromarray(colors(size=(16, 16)))
     picture.save(tmp_path / f"x.{suffix}", format="JPEG" if suffix == "jfif" else None)
     (name,) = scan(tmp_path).names
     assert decode(tmp_path / name, None)[0].shape == (3, 16, 16)
@@ -295,17 +295,17 @@ def test_thin_images_are_scaled_where_they_are_kept(
             * shape[axis]
             / frame.size_after_scaling()[along]
         )
-        centres = first + np.arange(224) * scale - 0.5
+        centers = first + np.arange(224) * scale - 0.5
         if shape[axis] == max(shape):  # the ramp itself at these places, wraps apart
             line = pixels[0, :, 100] if axis == 0 else pixels[0, 100, :]
             across = np.clip((100.5) * scale - 0.5, 0, min(shape) - 1)
-            wanted = centres + across
+            wanted = centers + across
             inside = (wanted % 256 > 1) & (wanted % 256 < 254)
             assert np.abs(line[inside] - wanted[inside] % 256).max() <= 1
 
 
 def test_sides_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(colours()).save(tmp_path / "x.png")
+    Image.fromarray(colors()).save(tmp_path / "x.png")
     with pytest.raises(UserError, match=r"size is 100000; give .*, at most 8,192"):
         decode(tmp_path / "x.png", 100_000)
 

@@ -78,7 +78,7 @@ def test_split_folders(
     assert layout.test == (None if test is None else tmp_path / test)
 
 
-def test_missing_folder_offers_its_neighbours(tmp_path: Path) -> None:
+def test_missing_folder_offers_its_neighbors(tmp_path: Path) -> None:
     make(tmp_path, "cifar10/", "flowers/")
     with pytest.raises(UserError, match=r"no folder .*cifar1'.*nearest: 'cifar10'"):
         check_folder(tmp_path / "cifar1")
@@ -108,7 +108,7 @@ def test_classes_are_looked_for_required_or_ignored(tmp_path: Path) -> None:
 
 def test_one_class_only_is_told(tmp_path: Path) -> None:
     make(tmp_path, "cats/1.png")
-    with pytest.raises(UserError, match=r"one class only, 'cats'.*labelled: false"):
+    with pytest.raises(UserError, match=r"one class only, 'cats'.*labeled: false"):
         find_classes(tmp_path, None)
 
 

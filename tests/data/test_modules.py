@@ -166,7 +166,7 @@ def test_arguments_are_documented_and_parsed(tmp_path: Path) -> None:
             str(tmp_path),
             "--data.size",
             "32",
-            "--data.labelled",
+            "--data.labeled",
             "null",
             "--data.val_fraction",
             "20",

@@ -161,7 +161,7 @@ def test_position_prior_is_flat() -> None:
     # On a map of 8 x 8 cells; the outermost ones are half empty: shapes don't reach into corners.
     inner = mean.reshape(8, 4, 8, 4).mean((1, 3))[1:-1, 1:-1]
     assert inner.max() / inner.min() < 1.5
-    # A prior for the centre must fail.
+    # A prior for the center must fail.
     assert inner[2:4, 2:4].mean() < inner.mean()
 
 
@@ -178,12 +178,12 @@ def test_global_statistics_tell_nothing_about_the_label() -> None:
     images = rendered(12_000, seed=11)
     pixels, shape = images.pixels.astype(np.float32), images.masks["object"]
     area = shape.mean((1, 2))
-    colour = np.einsum("nchw,nhw->nc", pixels, shape) / shape.sum((1, 2))[:, None]
+    color = np.einsum("nchw,nhw->nc", pixels, shape) / shape.sum((1, 2))[:, None]
     rows, columns = (
         np.einsum("nhw,hw->n", shape, grid) / shape.sum((1, 2)) for grid in np.mgrid[:32, :32]
     )
     features = np.column_stack(
-        [pixels.mean((2, 3)), pixels.std((2, 3)), colour, area, rows, columns]
+        [pixels.mean((2, 3)), pixels.std((2, 3)), color, area, rows, columns]
     )
     # Chance is 1/8; 6,000 held-out images have a standard error of 0.43 %.
     assert abs(held_out_accuracy(features, images.labels, 8) - 1 / 8) < 0.02
@@ -238,12 +238,12 @@ def test_conflicting_patch_never_agrees_and_prefers_no_class() -> None:
     assert stats.chisquare(shift[1:]).pvalue > 1e-3
 
 
-def test_patch_has_one_colour_a_class() -> None:
+def test_patch_has_one_color_a_class() -> None:
     images = rendered(3_000, "neutral", shortcut=0.9)
     image, row, column = np.nonzero(images.masks["shortcut"])
-    colours = images.pixels[image, :, row, column]
+    colors = images.pixels[image, :, row, column]
     by_class = [
-        np.unique(colours[images.shortcut_labels[image] == label], axis=0) for label in range(8)
+        np.unique(colors[images.shortcut_labels[image] == label], axis=0) for label in range(8)
     ]
     assert all(len(found) == 1 for found in by_class)
     assert len(np.unique(np.concatenate(by_class), axis=0)) == 8
@@ -251,7 +251,7 @@ def test_patch_has_one_colour_a_class() -> None:
 
 @pytest.mark.parametrize("objects", [1, 2])
 @pytest.mark.parametrize("cells", [0.5, 1.0, 2.0])
-def test_patch_is_off_centre_and_occludes_nothing(cells: float, objects: int) -> None:
+def test_patch_is_off_center_and_occludes_nothing(cells: float, objects: int) -> None:
     images = rendered(5_000, shortcut=0.5, shortcut_cells=cells, objects=objects)
     without = rendered(5_000, objects=objects)
     for name in ("object", "distractor"):
@@ -276,8 +276,8 @@ def test_background_amplitude_falls_like_one_over_frequency(size: int) -> None:
     shapes = Shapes(split="train", length=400, size=size)
     pixels = shapes.render(np.arange(400), remove={"object", "distractor"}).pixels.mean(axis=1)
     window = np.hanning(size)[:, None] * np.hanning(size)
-    centred = (pixels - pixels.mean((1, 2), keepdims=True)) * window
-    amplitude = np.sqrt((np.abs(np.fft.fft2(centred)) ** 2).mean(axis=0))
+    centered = (pixels - pixels.mean((1, 2), keepdims=True)) * window
+    amplitude = np.sqrt((np.abs(np.fft.fft2(centered)) ** 2).mean(axis=0))
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
     used = (frequency > 2.5 / size) & (frequency < 0.4)
     slope = np.polyfit(np.log(frequency[used]), np.log(amplitude[used]), 1)[0]

@@ -45,7 +45,7 @@ def boxes_inside(n: int, seed: int = 0) -> torch.Tensor:
 
 
 def by_grid_sample(source: torch.Tensor, view: View, size: tuple[int, int]) -> torch.Tensor:
-    """Edge-clamped bilinear sampling at the centres of the target's pixels, in float64."""
+    """Edge-clamped bilinear sampling at the centers of the target's pixels, in float64."""
     top, left, height, width = view.box.double().unbind(1)
     y = top[:, None] + height[:, None] * (torch.arange(size[0]) + 0.5) / size[0]
     x = left[:, None] + width[:, None] * (torch.arange(size[1]) + 0.5) / size[1]
@@ -90,7 +90,7 @@ def test_uniforms_are_uniform_and_columns_epochs_and_seeds_are_independent() -> 
     ]
     for column in columns:
         assert stats.kstest(column, "uniform").pvalue > 1e-3
-        # neighbours in the order of the ids
+        # neighbors in the order of the ids
         assert abs(np.corrcoef(column[1:], column[:-1])[0, 1]) < 0.03
     correlations = np.corrcoef(columns) - np.eye(len(columns))
     assert np.abs(correlations).max() < 0.03
@@ -202,7 +202,7 @@ def test_enlarged_boxes_equal_grid_sample(flip: bool) -> None:
 
 
 def test_a_box_on_pixel_borders_shrinks_to_the_mean_of_its_pixels() -> None:
-    # tent of 2 pixels over a linear ramp: the mean is the value at the centre
+    # tent of 2 pixels over a linear ramp: the mean is the value at the center
     ramp = torch.arange(16.0).expand(1, 3, 16, 16).contiguous()
     box = torch.tensor([[0.25, 0.25, 0.5, 0.5]])
     moved = view_images(ramp, View(torch.tensor([False]), box), (4, 4))

@@ -12,7 +12,7 @@ from torch import Tensor
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment
 from camdistill.distill.distilled_explainer import DistilledExplainer
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.networks.weights import save_safetensors
@@ -36,7 +36,7 @@ def random_teacher(seed: int = 0) -> CifarResNet:
         assert data.train_set is not None
         images = data.train_set.batch(torch.arange(128).numpy()).pixels.float() / 255
         images = (images - images.mean((0, 2, 3), keepdim=True)) / 0.226
-        for _ in range(30):  # batch normalisation learns the data's statistics
+        for _ in range(30):  # batch normalization learns the data's statistics
             network.train()(images)
         with torch.no_grad():
             network.linear.weight.mul_(3)
@@ -59,7 +59,7 @@ def explainer(teacher_file: Path) -> Callable[..., DistilledExplainer]:
         known: dict[str, object] = {
             "teacher": NetworkSpec("resnet20", str(teacher_file), {"classes": 8}),
             "student": STUDENT,
-            "optimisation": Optimisation(lr=0.05),
+            "optimization": Optimization(lr=0.05),
             "augment": Augment("pad", padding=3, flip=True),
         }
         return DistilledExplainer(**(known | options))  # type: ignore[arg-type]

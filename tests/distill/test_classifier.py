@@ -16,7 +16,7 @@ from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment, draw_view, view_images
 from camdistill.distill.checkpoints import load, write_checkpoint
 from camdistill.distill.classifier import Classifier
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.tensorboard import TensorBoardLogger, read_scalars
@@ -52,7 +52,7 @@ def test_it_learns_and_its_numbers_are_those_of_the_network(
     shapes: Data, trainer_of: Trainers, tmp_path: Path
 ) -> None:
     data = shapes(train=256, batch_size=32, test=37)
-    module = Classifier(SMALL, optimisation=Optimisation(lr=0.2))
+    module = Classifier(SMALL, optimization=Optimization(lr=0.2))
     logger = TensorBoardLogger(tmp_path, version="run")
     trainer = trainer_of(logger=logger, max_epochs=3, log_every_n_steps=1)
     trainer.fit(module, data)
@@ -99,7 +99,7 @@ def test_weights_for_other_classes_get_a_new_head(
     trainer_of().fit(first, data)
     write_checkpoint(first, tmp_path / "first.safetensors")
     spec = NetworkSpec("shallow_cnn", str(tmp_path / "first.safetensors"), SMALL.args)
-    second = Classifier(spec, optimisation=Optimisation(lr=1e-9))
+    second = Classifier(spec, optimization=Optimization(lr=1e-9))
     trainer_of(limit_train_batches=1).fit(second, shapes(classes=6))
     assert second.network.network.linear.out_features == 6  # type: ignore[union-attr]
     kept, new = first.network.network.state_dict(), second.network.network.state_dict()

@@ -17,7 +17,7 @@ from camdistill import tags
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment, draw_view, view_images, view_maps
 from camdistill.distill.distilled_explainer import DistilledExplainer
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.transfer import LayerPair, Transfer
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import explain_images
@@ -119,7 +119,7 @@ def test_loss_of_a_step_is_the_sum_written_out(
 
 
 def _resized(maps: Tensor, like: Tensor) -> Tensor:
-    """Bilinear, half-pixel centres, of ReLU maps."""
+    """Bilinear, half-pixel centers, of ReLU maps."""
     return torch.nn.functional.interpolate(
         maps.relu()[:, None], like.shape[-2:], mode="bilinear", align_corners=False
     )[:, 0]
@@ -155,7 +155,7 @@ def test_a_term_without_a_weight_is_neither_computed_nor_logged(
     assert not {tags.LOSS_KD, tags.LOSS_MAPS, tags.BETA} & set(trainer.logged_metrics)
 
 
-class Relabelled(ShapesData):
+class Relabeled(ShapesData):
     """Shapes whose labels are changed: missing, or of other classes than the teacher's."""
 
     def __init__(self, change: Callable[[np.ndarray], np.ndarray], names: tuple[str, ...]) -> None:
@@ -185,7 +185,7 @@ def test_without_ce_labels_change_nothing(
     ):
         module = explainer(ce=0.0, kd=1.0, beta=3.0, cached=cached)
         trainer = trainer_of()
-        data = Relabelled(change, names)
+        data = Relabeled(change, names)
         trainer.fit(module, data)
         trainer.test(module, data, verbose=False)
         weights.append(module.student.state_dict())
@@ -204,9 +204,9 @@ def test_missing_or_foreign_labels_with_ce_are_told(
     explainer: Explainer, trainer_of: Trainers
 ) -> None:
     with pytest.raises(UserError, match=r"no labels, but ce is 0\.1; --model\.ce 0"):
-        trainer_of().fit(explainer(), Relabelled(lambda labels: labels * 0 - 1, ()))
+        trainer_of().fit(explainer(), Relabeled(lambda labels: labels * 0 - 1, ()))
     with pytest.raises(UserError, match="3 classes, the teacher 8"):
-        trainer_of().fit(explainer(), Relabelled(lambda labels: labels % 3, ("a", "b", "c")))
+        trainer_of().fit(explainer(), Relabeled(lambda labels: labels % 3, ("a", "b", "c")))
 
 
 class Watch(Callback):
@@ -295,7 +295,7 @@ def test_gradient_of_a_step_is_that_of_the_loss_written_in_torch(
     student, batch = recorder.befores[0].student.train(), recorder.batches[0]
     images = batch.pixels.float() / 255
     told = explain_images(module.teacher, images, ["layer3"])
-    hidden = student.normalise(images)
+    hidden = student.normalize(images)
     for stage in range(1, 5):
         hidden = student.network.get_submodule(f"stage{stage}")(hidden)
     head = student.network.linear
@@ -353,7 +353,7 @@ def test_scalars_are_logged_under_their_tags(
     assert all([step for step, _ in found[tag]] == list(range(8)) for tag in each_step)
     assert all([step for step, _ in found[tag]] == [3, 7] for tag in each_epoch)
     for step, rate in found[tags.LEARNING_RATE]:
-        assert rate == pytest.approx(0.05 * module.optimisation.lr_factor(step / 8))
+        assert rate == pytest.approx(0.05 * module.optimization.lr_factor(step / 8))
     for step in range(8):
         terms = {tag: dict(found[tag])[step] for tag in each_step}
         total = 0.1 * terms[tags.LOSS_CE] + 0.9 * terms[tags.LOSS_KD]
@@ -441,7 +441,7 @@ def test_validation_with_cache_equals_validation_with_the_live_teacher(
 ) -> None:
     tables = []
     for cached in (True, False):
-        module = explainer(cached=cached, optimisation=Optimisation(lr=1e-12), seed=3)
+        module = explainer(cached=cached, optimization=Optimization(lr=1e-12), seed=3)
         trainer_of().fit(module, shapes())
         tables.append(module.table)
     for name in ("student.agreement", "student.layers.stage4.pearson", "student.kl"):
@@ -513,11 +513,11 @@ def test_names_of_other_classes_are_not_the_networks(
     for names, expected in ((tuple("abcdefgh"), list("abcdefgh")), (("cat", "dog"), [])):
         module = explainer(ce=0.0, cached=False)
         trainer = trainer_of(limit_train_batches=1, limit_val_batches=0)
-        trainer.fit(module, Relabelled(lambda labels: labels % 2, names))
+        trainer.fit(module, Relabeled(lambda labels: labels % 2, names))
         assert module.experiment()["class_names"] == expected
 
 
-def test_default_student_takes_the_teachers_classes_and_normalisation(teacher_file: Path) -> None:
+def test_default_student_takes_the_teachers_classes_and_normalization(teacher_file: Path) -> None:
     spec = NetworkSpec("resnet20", str(teacher_file), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     module = DistilledExplainer(spec)
     assert module.student.network.linear.out_features == 8  # type: ignore[union-attr]

@@ -164,7 +164,7 @@ def test_map_distance_is_the_papers(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_map_distance_has_the_gradient_of_finite_differences(kind: str) -> None:
-    # FACIL's learning-without-memorising detaches the maps: its distillation loss had no gradient.
+    # FACIL's learning-without-memorizing detaches the maps: its distillation loss had no gradient.
     student = normal(3, 3, 4, seed=1).requires_grad_()
     teacher = normal(3, 3, 4, seed=2)
     assert torch.autograd.gradcheck(lambda maps: map_distance(maps, teacher, kind), (student,))  # type: ignore[arg-type]
@@ -409,7 +409,7 @@ def test_cross_entropy_is_the_negative_log_probability_and_0_without_a_label() -
     assert (gradient[1] == 0).all()
 
 
-def test_unlabelled_batch_has_zero_cross_entropy_and_gradient() -> None:
+def test_unlabeled_batch_has_zero_cross_entropy_and_gradient() -> None:
     logits = normal(3, 4).requires_grad_()
     loss = cross_entropy(logits, torch.full((3,), -1)).mean()
     loss.backward()

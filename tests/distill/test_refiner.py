@@ -13,7 +13,7 @@ from camdistill.data.views import Augment, draw_view, identity_view
 from camdistill.distill.checkpoints import load, restore, write_checkpoint
 from camdistill.distill.differentiable_maps import eval_mode, explain_with_graph, forward_constant
 from camdistill.distill.objectives import energy_outside, insertion_deletion
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.refinement_targets import Objective, Refinement, ViewBatch
 from camdistill.distill.refiner import Refiner
 from camdistill.distill.training import as_images
@@ -92,7 +92,7 @@ def test_a_weight_of_zero_is_cross_entropy_alone_bit_for_bit(spec: NetworkSpec) 
 
 def test_without_labels_a_network_that_agrees_with_itself_stays(spec: NetworkSpec) -> None:
     module = Refiner(
-        spec, arm="ce", keep="start", optimisation=Optimisation("sgd", 1e-2, weight_decay=0.0)
+        spec, arm="ce", keep="start", optimization=Optimization("sgd", 1e-2, weight_decay=0.0)
     )
     trainer = fitted(module)
     before = load_state(spec)
@@ -106,7 +106,7 @@ def load_state(spec: NetworkSpec) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_statistics_of_batch_normalisation_stay_where_frozen(
+def test_statistics_of_batch_normalization_stay_where_frozen(
     spec: NetworkSpec, frozen: bool
 ) -> None:
     module = Refiner(spec, arm="ce", frozen_statistics=frozen)
@@ -160,7 +160,7 @@ def test_the_start_is_asked_about_validation_images_once(
             asked.append(len(images))
             return super().forward(images)
 
-    module = Refiner(spec, arm="ce", optimisation=Optimisation("adamw", 3e-2))
+    module = Refiner(spec, arm="ce", optimization=Optimization("adamw", 3e-2))
     monkeypatch.setattr("camdistill.distill.refiner.Teacher", Asked)
     trainer = fitted(module, epochs=3)
     assert asked == [16]
@@ -176,7 +176,7 @@ def test_the_start_is_asked_about_validation_images_once(
 
 
 def test_it_tests_accuracy_and_agreement_with_its_start(spec: NetworkSpec) -> None:
-    module = Refiner(spec, arm="ce", optimisation=Optimisation("adamw", 1e-9))
+    module = Refiner(spec, arm="ce", optimization=Optimization("adamw", 1e-9))
     trainer = fitted(module)
     with pytest.raises(UserError, match="nothing was tested"):
         module.results()

@@ -45,7 +45,7 @@ class Tiny(nn.Module):
             self.head = nn.Linear(8, 5)
             self.body[1].running_mean.normal_()
             self.body[1].running_var.uniform_(0.5, 2)
-            with torch.no_grad():  # centred, so that every class is some image's top one
+            with torch.no_grad():  # centered, so that every class is some image's top one
                 noise = (torch.rand(200, 3, 8, 6) - 0.45) / 0.226
                 self.head.bias -= self.eval()(noise).mean(0)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from camdistill.data.modules import ShapesData
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.distilled_explainer import DistilledExplainer
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.training import as_images, build_with_seed, to_plain_data
 from camdistill.distill.transfer import LayerPair, Transfer
 from camdistill.errors import UserError
@@ -118,7 +118,7 @@ def test_the_running_average_is_what_is_kept_and_tested(
     if kind == "student":
         module = explainer(ema=decay, student=SMALL)
     else:
-        module = Classifier(SMALL, ema=decay, optimisation=Optimisation(lr=0.05))
+        module = Classifier(SMALL, ema=decay, optimization=Optimization(lr=0.05))
     expected: dict[str, Tensor] = {}
 
     class Average(Callback):
@@ -243,8 +243,8 @@ def test_checkpoints_of_something_else_are_refused(
     assert equal(other.state_dict(), start)
     with pytest.raises(UserError, match="of another network"):
         trainer_of().test(Classifier(SMALL), shapes(), ckpt_path=path, weights_only=True)
-    faster = explainer(student=SMALL, optimisation=Optimisation(lr=0.1))
-    with pytest.raises(UserError, match="trained with optimisation"):
+    faster = explainer(student=SMALL, optimization=Optimization(lr=0.1))
+    with pytest.raises(UserError, match="trained with optimization"):
         trainer_of(max_epochs=2).fit(faster, shapes(), ckpt_path=path, weights_only=True)
     trainer_of().test(faster, shapes(), ckpt_path=path, weights_only=True, verbose=False)
 

@@ -87,7 +87,7 @@ def test_quantities_are_the_papers(teacher: Teacher, images: ImageSet) -> None:
     hidden = teacher.network.layer3(
         teacher.network.layer2(
             teacher.network.layer1(
-                torch.relu(teacher.network.bn1(teacher.network.conv1(teacher.normalise(given))))
+                torch.relu(teacher.network.bn1(teacher.network.conv1(teacher.normalize(given))))
             )
         )
     )

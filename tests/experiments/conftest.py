@@ -46,7 +46,7 @@ def config(tmp_path: Path) -> Callable[..., Path]:
                 "args": {"classes": 8},
             },
             "student": {"name": "shallow_cnn", "args": {"channels": [6, 8], "strides": [2, 2]}},
-            "optimisation": {"lr": 0.05},
+            "optimization": {"lr": 0.05},
         }
         images = {"train": 48, "val": 20, "test": 20, "batch_size": 16}
         whole = {

@@ -147,7 +147,7 @@ def test_memory_bounds_what_lives(generator: torch.Generator) -> None:
         assert live.most - drawn > memory / 8  # nor is it wasted
 
 
-def test_pixels_are_those_of_a_network_that_normalises_itself(images: Tensor) -> None:
+def test_pixels_are_those_of_a_network_that_normalizes_itself(images: Tensor) -> None:
     network = small()
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.5]
     wrapped = Preprocessed(network, mean, std).double().eval()

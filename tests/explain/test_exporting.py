@@ -42,10 +42,10 @@ def test_maps_are_autograds_of_every_class(build, layer: str, head: str) -> None
     assert (explainer.layer, explainer.head) == (layer, head)
     logits, maps = explainer(images)
     untouched(wrapped, before)
-    torch.testing.assert_close(logits, network(wrapped.normalise(images)))
+    torch.testing.assert_close(logits, network(wrapped.normalize(images)))
     for number in range(4):
         true = reference(
-            network, wrapped.normalise(images), [layer], torch.full((2,), number), create_graph=True
+            network, wrapped.normalize(images), [layer], torch.full((2,), number), create_graph=True
         )
         close(maps[:, number].detach(), true[layer].detach())
 

@@ -10,22 +10,22 @@ from torch import Tensor
 from camdistill.data.shapes import Shapes
 from camdistill.explain.attribution import integrated_gradients
 from camdistill.explain.methods import AT_PIXELS, METHODS, image_explainer
-from camdistill.networks.analytic import ColourReader
+from camdistill.networks.analytic import ColorReader
 
 COUNT, GAIN = 12, 1000.0
 SHAPES = Shapes("test", COUNT, shortcut=1.0, shortcut_cells=2.0)
 # At an exact match the gradient is 0 on both sides of a kink.
 BLIND = {"gradient", "gradient_x_input", "guided_backprop", "guided_grad_cam", "deconvnet"}
-BLIND |= {"smooth_grad", "counterfactual"}  # noise leaves the colour; nothing speaks against it
+BLIND |= {"smooth_grad", "counterfactual"}  # noise leaves the color; nothing speaks against it
 SLOW = {"rise", "integrated_gradients"}  # asked differently below, or too seldom right at once
 EXACT = {"grad_cam", "cam", "hires_cam", "x_grad_cam", "layer_cam", "grad_cam_plus_plus"}
 
 
 @pytest.fixture(scope="module")
-def known() -> tuple[ColourReader, Tensor, Tensor, Tensor]:
+def known() -> tuple[ColorReader, Tensor, Tensor, Tensor]:
     rendered = SHAPES.render(np.arange(COUNT))
     return (
-        ColourReader(SHAPES.patch_colours, GAIN).eval(),
+        ColorReader(SHAPES.patch_colors, GAIN).eval(),
         torch.from_numpy(rendered.pixels) / 255,
         torch.from_numpy(rendered.labels),
         torch.from_numpy(rendered.masks["shortcut"]),

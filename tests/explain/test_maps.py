@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from camdistill.explain.maps import fuse, normalise, relu, resize, upsample
+from camdistill.explain.maps import fuse, normalize, relu, resize, upsample
 
 
 @pytest.fixture
@@ -15,31 +15,31 @@ def test_relu_keeps_positive_evidence() -> None:
     assert torch.equal(relu(torch.tensor([[-1.0, 2.0]])), torch.tensor([[0.0, 2.0]]))
 
 
-def test_normalisations_equal_their_formulas(maps: torch.Tensor) -> None:
+def test_normalizations_equal_their_formulas(maps: torch.Tensor) -> None:
     values = maps.numpy()
     low, high = values.min((1, 2), keepdims=True), values.max((1, 2), keepdims=True)
-    np.testing.assert_allclose(normalise(maps), (values - low) / (high - low), rtol=1e-12)
+    np.testing.assert_allclose(normalize(maps), (values - low) / (high - low), rtol=1e-12)
     largest = np.abs(values).max((1, 2), keepdims=True)
-    np.testing.assert_allclose(normalise(maps, "max"), values / largest, rtol=1e-12)
+    np.testing.assert_allclose(normalize(maps, "max"), values / largest, rtol=1e-12)
 
 
 def test_an_epsilon_is_added_to_the_range_as_peers_do(maps: torch.Tensor) -> None:
     values = maps.numpy()
     low, high = values.min((1, 2), keepdims=True), values.max((1, 2), keepdims=True)
     expected = (values - low) / (high - low + 0.5)
-    np.testing.assert_allclose(normalise(maps, epsilon=0.5), expected, rtol=1e-12)
+    np.testing.assert_allclose(normalize(maps, epsilon=0.5), expected, rtol=1e-12)
     blank = torch.zeros(1, 2, 2, dtype=torch.float16)
-    assert torch.equal(normalise(blank, epsilon=1e-8), blank)  # where 1e-8 is 0
+    assert torch.equal(normalize(blank, epsilon=1e-8), blank)  # where 1e-8 is 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["minmax", "max"])
 def test_a_blank_map_stays_zero_in_every_precision(dtype: torch.dtype, kind) -> None:
     blank = torch.zeros(2, 3, 4, 4, dtype=dtype)
-    assert torch.equal(normalise(blank, kind), blank)
+    assert torch.equal(normalize(blank, kind), blank)
     tiny = torch.full((1, 2, 2), torch.finfo(dtype).tiny, dtype=dtype)
     tiny[0, 0, 0] = 0
-    scaled = normalise(tiny, kind)
+    scaled = normalize(tiny, kind)
     assert scaled.dtype == dtype
     assert scaled.max() == 1
 
@@ -47,13 +47,13 @@ def test_a_blank_map_stays_zero_in_every_precision(dtype: torch.dtype, kind) -> 
 def test_a_constant_map_has_no_range() -> None:
     flat = torch.full((1, 3, 3), 0.3)
     flat[0, 1, 1] = torch.nextafter(torch.tensor(0.3), torch.tensor(1.0))
-    assert torch.equal(normalise(flat), torch.zeros(1, 3, 3))
+    assert torch.equal(normalize(flat), torch.zeros(1, 3, 3))
 
 
-def test_normalise_has_finite_gradients_at_blank_maps() -> None:
+def test_normalize_has_finite_gradients_at_blank_maps() -> None:
     blank = torch.zeros(2, 3, 3, requires_grad=True)
     for kind in ("minmax", "max"):
-        (gradient,) = torch.autograd.grad(normalise(blank, kind).sum(), blank)
+        (gradient,) = torch.autograd.grad(normalize(blank, kind).sum(), blank)
         assert torch.isfinite(gradient).all()
 
 

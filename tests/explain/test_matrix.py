@@ -211,11 +211,11 @@ def test_an_exception_in_any_network_leaves_it_as_it_was(name: str) -> None:
     untouched(network, before)
 
 
-def test_wrappers_of_ours_give_the_maps_of_the_network_on_normalised_images() -> None:
+def test_wrappers_of_ours_give_the_maps_of_the_network_on_normalized_images() -> None:
     network = seeded(ROWS["student"][0]).eval()
     images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     wrapped = Preprocessed(network, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-    true = reference(network, wrapped.normalise(images), ["stage1"], CLASSES)["stage1"]
+    true = reference(network, wrapped.normalize(images), ["stage1"], CLASSES)["stage1"]
     close(grad_cam(wrapped, images, ["stage1"], CLASSES)["stage1"], true, 1e-5)
     teacher = Teacher.from_network(copy.deepcopy(network), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     close(grad_cam(teacher, images, ["stage1"], CLASSES)["stage1"], true, 1e-5)

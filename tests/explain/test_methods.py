@@ -200,7 +200,7 @@ def test_permuting_the_batch_permutes_the_maps(images: Tensor) -> None:
 
 
 def test_mixing_batches_are_refused(images: Tensor) -> None:
-    """In train mode batch normalisation mixes images; so does a contrastive head."""
+    """In train mode batch normalization mixes images; so does a contrastive head."""
 
     class Mixes(nn.Module):
         def __init__(self) -> None:

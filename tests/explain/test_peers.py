@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
-from camdistill.explain.maps import normalise
+from camdistill.explain.maps import normalize
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
 
@@ -52,7 +52,7 @@ def test_captums_attributions_are_ours(images: Tensor, relu: bool) -> None:
         close(ours[name].relu() if relu else ours[name], theirs[:, 0].detach())
 
 
-def test_torchcams_normalised_maps_are_ours_by_composition(images: Tensor) -> None:
+def test_torchcams_normalized_maps_are_ours_by_composition(images: Tensor) -> None:
     methods = pytest.importorskip("torchcam.methods")
     network, classes = resnet(), [1, 2, 3]
     ours = grad_cam(network, images, STAGES, classes)
@@ -140,8 +140,8 @@ def test_half_precision_gives_float32_maps(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found["conv"], BEFORE)
         torch.testing.assert_close(found["relu"], AFTER)
     blank = grad_cam(network, torch.zeros(1, 1, 2, 2, dtype=dtype), ["relu"], 1)["relu"]
-    assert normalise(blank.relu()).eq(0).all()
-    assert normalise(blank.to(dtype).relu()).eq(0).all()
+    assert normalize(blank.relu()).eq(0).all()
+    assert normalize(blank.to(dtype).relu()).eq(0).all()
 
 
 def test_every_image_has_its_own_class_and_none_is_left_out() -> None:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from camdistill.errors import UserError
 from camdistill.explain.ablation import ablation_cam
 from camdistill.explain.gradcam import explain_images
-from camdistill.explain.maps import fuse, normalise, relu, upsample
+from camdistill.explain.maps import fuse, normalize, relu, upsample
 from camdistill.explain.perturbation import occlusion, rise, score_cam
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
@@ -85,7 +85,7 @@ def test_captum_has_the_same_occlusion_where_squares_fit(images: Tensor) -> None
     close(occlusion(network, images, CLASSES, patch=4, stride=2), theirs[:, 0], 1e-6)
 
 
-def test_zero_is_the_mean_colour_of_a_network_that_normalises(images: Tensor) -> None:
+def test_zero_is_the_mean_color_of_a_network_that_normalizes(images: Tensor) -> None:
     network = small()
     mean = [0.4, 0.5, 0.6]
     wrapped = Preprocessed(network, mean, [0.25, 0.25, 0.5]).double().eval()
@@ -201,8 +201,8 @@ def test_pytorch_grad_cams_score_cam_is_ours_by_composition(generator: torch.Gen
     with peers.ScoreCAM(twin, [twin.stage1]) as extractor:
         theirs = extractor(images, [targets.ClassifierOutputTarget(number) for number in (1, 2)])
     ours = score_cam(network, images, ["stage1"], [1, 2])["stage1"]
-    picture = upsample(normalise(relu(ours), epsilon=1e-7), (12, 8))
-    fused = normalise(fuse([picture]), epsilon=1e-7)
+    picture = upsample(normalize(relu(ours), epsilon=1e-7), (12, 8))
+    fused = normalize(fuse([picture]), epsilon=1e-7)
     assert (fused - torch.from_numpy(theirs).double()).abs().max() < 1e-5
 
 
@@ -349,7 +349,7 @@ def test_ablation_cams_trunk_runs_once(generator: torch.Generator) -> None:
     """Of a ResNet-18 at its last stage, all 512 units: four forwards and a little, not 512."""
     network = resnet().float()
     images = torch.rand(2, 3, 64, 64, generator=generator)
-    ablation_cam(network, images, ["layer4"], 1)  # what is learnt of a network once
+    ablation_cam(network, images, ["layer4"], 1)  # what is learned of a network once
     with FlopCounterMode(display=False) as one:
         network(images)
     with FlopCounterMode(display=False) as all_units:
@@ -372,8 +372,8 @@ def test_pytorch_grad_cams_ablation_cam_is_ours_by_composition(
     with peers.AblationCAM(twin, [twin.stage2], batch_size=3) as extractor:
         theirs = extractor(images, [targets.ClassifierOutputTarget(number) for number in (1, 2)])
     ours = ablation_cam(network, images, ["stage2"], [1, 2])["stage2"]
-    picture = upsample(normalise(relu(ours), epsilon=1e-7), (12, 8))
-    fused = normalise(fuse([picture]), epsilon=1e-7)
+    picture = upsample(normalize(relu(ours), epsilon=1e-7), (12, 8))
+    fused = normalize(fuse([picture]), epsilon=1e-7)
     assert (fused - torch.from_numpy(theirs).double()).abs().max() < 1e-4
 
 

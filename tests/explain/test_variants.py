@@ -309,7 +309,7 @@ def test_pytorch_grad_cams_pictures_are_ours_by_composition(
     images: Tensor, method: str, peer: str
 ) -> None:
     """Grad-CAM++ on a network of large logits, where its 1e-6 beside G^2 doesn't count."""
-    from camdistill.explain.maps import fuse, normalise, relu, upsample
+    from camdistill.explain.maps import fuse, normalize, relu, upsample
 
     peers = pytest.importorskip("pytorch_grad_cam")
     targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
@@ -320,18 +320,18 @@ def test_pytorch_grad_cams_pictures_are_ours_by_composition(
     with getattr(peers, peer)(twin, [twin.get_submodule(name) for name in STAGES]) as extractor:
         theirs = extractor(images, [targets.ClassifierOutputTarget(number) for number in classes])
     ours = getattr(variants, method)(network, images, STAGES, classes)
-    pictures = [upsample(normalise(relu(maps), epsilon=1e-7), (64, 48)) for maps in ours.values()]
-    fused = normalise(fuse(pictures), epsilon=1e-7)
+    pictures = [upsample(normalize(relu(maps), epsilon=1e-7), (64, 48)) for maps in ours.values()]
+    fused = normalize(fuse(pictures), epsilon=1e-7)
     assert (fused - torch.from_numpy(theirs).double()).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
     ("method", "peer"), [("layer_cam", "LayerCAM"), ("x_grad_cam", "XGradCAM")]
 )
-def test_torchcams_normalised_maps_are_ours_by_composition(
+def test_torchcams_normalized_maps_are_ours_by_composition(
     images: Tensor, method: str, peer: str
 ) -> None:
-    from camdistill.explain.maps import normalise, relu
+    from camdistill.explain.maps import normalize, relu
 
     peers = pytest.importorskip("torchcam.methods")
     network, classes = resnet(), [1, 2, 3]
@@ -341,7 +341,7 @@ def test_torchcams_normalised_maps_are_ours_by_composition(
     # Its XGrad-CAM adds 1e-8 to the sums of the units.
     bound = 1e-12 if method == "layer_cam" else 1e-7
     for maps, other in zip(ours.values(), theirs, strict=True):
-        close(normalise(relu(maps), epsilon=1e-8), other, bound)
+        close(normalize(relu(maps), epsilon=1e-8), other, bound)
 
 
 def test_captums_gradient_times_activation_summed_over_units_is_hires_cam(images: Tensor) -> None:
@@ -373,7 +373,7 @@ def test_all_stages_cost_a_forward_and_the_way_back_to_the_first(images: Tensor)
     """No gradient of a weight, and none before the first stage: 1.7 forwards, frozen or not."""
     for frozen in (False, True):
         network = resnet().requires_grad_(not frozen)
-        variants.hires_cam(network, images, STAGES, 1)  # what is learnt of a network once
+        variants.hires_cam(network, images, STAGES, 1)  # what is learned of a network once
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             network(images)
         with FlopCounterMode(display=False) as whole:

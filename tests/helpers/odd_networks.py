@@ -175,8 +175,8 @@ class PartlyScripted(Plain):
         self.block = torch.jit.script(self.block)
 
 
-class GreyScripted(Plain):
-    """Its first convolution is a program of TorchScript that reads grey images."""
+class GrayScripted(Plain):
+    """Its first convolution is a program of TorchScript that reads gray images."""
 
     def __init__(self, classes: int = 6) -> None:
         super().__init__(classes)

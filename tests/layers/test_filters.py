@@ -11,28 +11,28 @@ from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Preprocessed
 
 
-def _randomised(network: nn.Module, generator: torch.Generator) -> nn.Module:
+def _randomized(network: nn.Module, generator: torch.Generator) -> nn.Module:
     for value in network.state_dict().values():
         if value.is_floating_point():
             value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
     return network.eval()
 
 
-def test_first_filters_are_the_change_of_the_normalised_unit_by_a_pixel(
+def test_first_filters_are_the_change_of_the_normalized_unit_by_a_pixel(
     generator: torch.Generator,
 ) -> None:
     network = Preprocessed(
-        _randomised(ShallowCNN(3, (4,), (1,)), generator), (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+        _randomized(ShallowCNN(3, (4,), (1,)), generator), (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
     ).double()
     bank = first_filters(network, torch.rand(1, 3, 8, 8, dtype=torch.float64))
     assert (bank.layer, bank.folded, bank.per_pixel) == ("stage1.conv", "stage1.bn", True)
     # Finite difference of the unit before its ReLU, exact as it is linear.
-    grey = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64)
+    gray = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64)
     for channel, row, column in [(0, 0, 0), (1, 2, 1), (2, 1, 2)]:
-        brighter = grey.clone()
+        brighter = gray.clone()
         brighter[0, channel, 3 + row, 3 + column] += 1
         stage = network.network.stage1
-        units = [stage.bn(stage.conv(network.normalise(x))) for x in (grey, brighter)]
+        units = [stage.bn(stage.conv(network.normalize(x))) for x in (gray, brighter)]
         difference = (units[1] - units[0])[0, :, 4, 4]
         assert torch.allclose(bank.weights[:, channel, row, column], difference)
 

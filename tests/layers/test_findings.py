@@ -39,14 +39,14 @@ def shapes(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def trained(network: nn.Module, steps: int, seed: int, rate: float = 0.05) -> nn.Module:
     images, labels = shapes("train", 1024)
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=1e-4)
     network.train()
     for _ in range(steps):
         chosen = torch.randint(0, len(images), (48,), generator=generator)
         loss = F.cross_entropy(network(images[chosen]), labels[chosen])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return network.eval()
 
 

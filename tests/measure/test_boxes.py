@@ -8,7 +8,7 @@ from camdistill.measure.boxes import (
     box_iou,
     box_of,
     inside_boxes,
-    localisation_error,
+    localization_error,
 )
 
 
@@ -58,11 +58,11 @@ def test_error_is_the_papers() -> None:
     maps[4, 2:6, 2:6] = 1.0
     boxes = torch.tensor([[2.0, 2, 5, 5]]).repeat(5, 1)
     boxes[4] = torch.nan
-    found = localisation_error(maps, boxes)
+    found = localization_error(maps, boxes)
     assert found[:4].tolist() == [0, 1, 0, 1]  # a blank map has no box: an error
     assert found[4].isnan()
     right = torch.tensor([False, True, True, True, True])
-    assert localisation_error(maps, boxes, correct=right)[:3].tolist() == [1, 1, 0]
+    assert localization_error(maps, boxes, correct=right)[:3].tolist() == [1, 1, 0]
 
 
 def test_boxes_of_masks() -> None:

@@ -12,19 +12,19 @@ from .conftest import OBJECT
 
 
 def test_edges_equal_scipys_sobel(images: Tensor) -> None:
-    grey = images.mean(1).numpy()
+    gray = images.mean(1).numpy()
     expected = [
         np.hypot(*(scipy.ndimage.sobel(one, axis, mode="nearest") for axis in (0, 1))) / 8
-        for one in grey
+        for one in gray
     ]
     np.testing.assert_allclose(controls.sobel_edges(images).numpy(), expected, atol=1e-12)
 
 
-def test_centre_is_a_gaussian_of_a_quarter_of_the_side(images: Tensor) -> None:
+def test_center_is_a_gaussian_of_a_quarter_of_the_side(images: Tensor) -> None:
     ticks = np.linspace(-1, 1, 16)
     bump = scipy.stats.norm.pdf(ticks, scale=0.5)
     expected = np.outer(bump, bump) / bump.max() ** 2
-    found = controls.centre(images)[0].numpy()
+    found = controls.center(images)[0].numpy()
     np.testing.assert_allclose(found / found.max(), expected / expected.max(), rtol=1e-5)
 
 

@@ -21,11 +21,11 @@ PLAN = BankPlan(8, {0.25: 40, 0.5: 20}, (1, 2))
 
 @pytest.fixture
 def answers(linear: Linear, images: Tensor, generator: torch.Generator) -> Bank:
-    return build_bank(linear, images, baseline(images, "grey"), generator, plan=PLAN)
+    return build_bank(linear, images, baseline(images, "gray"), generator, plan=PLAN)
 
 
 def exact(linear: Linear, images: Tensor, answers: Bank) -> Tensor:
-    """What each pixel adds to a linear score, against grey."""
+    """What each pixel adds to a linear score, against gray."""
     return ((images - 0.5) * linear.weight.detach()[answers.classes]).sum(1)
 
 
@@ -65,7 +65,7 @@ def test_values_equal_scipy_and_numpy(answers: Bank, generator: torch.Generator)
             assert found[infidelity][image] == pytest.approx(expected)
 
 
-def test_infidelity_equals_captums_normalised_one(
+def test_infidelity_equals_captums_normalized_one(
     linear: Linear, images: Tensor, answers: Bank
 ) -> None:
     captum = pytest.importorskip("captum.metrics")
@@ -106,13 +106,13 @@ def test_faithfulness_correlation_agrees_with_quantus_on_single_pixels() -> None
         subset_size=16,
         perturb_baseline=0.5,
         abs=False,
-        normalise=False,
+        normalize=False,
         return_aggregate=False,
         disable_warnings=True,
     )
     theirs = metric(network, images.numpy(), classes.numpy(), maps.numpy()[:, None], softmax=False)
     answers = build_bank(
-        network, images, baseline(images, "grey"), generator, plan=BankPlan(8, {0.25: 1500}, ())
+        network, images, baseline(images, "gray"), generator, plan=BankPlan(8, {0.25: 1500}, ())
     )
     # both draw 1500 subsets: a correlation's standard error is below 0.026
     np.testing.assert_allclose(faithfulness_correlation(maps, answers), theirs, atol=0.1)
@@ -121,7 +121,7 @@ def test_faithfulness_correlation_agrees_with_quantus_on_single_pixels() -> None
 def test_an_inverted_map_is_not_as_good_as_the_map(
     linear: Linear, images: Tensor, answers: Bank
 ) -> None:
-    # captum's normalised infidelity fits a beta of either sign and gives both maps the same
+    # captum's normalized infidelity fits a beta of either sign and gives both maps the same
     maps = -exact(linear, images, answers)
     torch.testing.assert_close(infidelity(maps, answers), torch.ones(5).double())
     torch.testing.assert_close(faithfulness_correlation(maps, answers), -torch.ones(5).double())
@@ -136,7 +136,7 @@ def test_scale_changes_nothing(answers: Bank, generator: torch.Generator) -> Non
 
 
 def test_oracle_is_best_and_constant_never(bright: Tensor, generator: torch.Generator) -> None:
-    answers = build_bank(Sees(), bright, baseline(bright, "grey"), generator)
+    answers = build_bank(Sees(), bright, baseline(bright, "gray"), generator)
     maps = contest(generator, len(bright))
     for metric in METRICS:
         sign = -1 if metric is infidelity else 1
@@ -155,7 +155,7 @@ def test_maps_that_say_nothing_are_worth_nothing(answers: Bank) -> None:
 
 def test_further_explainers_cost_no_forward(linear: Linear, images: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
-    answers = build_bank(linear, images, baseline(images, "grey"), generator, plan=PLAN)
+    answers = build_bank(linear, images, baseline(images, "gray"), generator, plan=PLAN)
     asked = linear.asked
     assert asked == 5 * (PLAN.forwards + 1)
     for _ in range(6):

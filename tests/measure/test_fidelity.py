@@ -32,11 +32,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 class Batches:
     """Made-up students and teachers: logits, labels and maps of a number of images."""
 
-    def __init__(self, count: int, labelled: bool = True) -> None:
+    def __init__(self, count: int, labeled: bool = True) -> None:
         generator = torch.Generator().manual_seed(3)
         self.student, self.teacher = normal(count, 5, seed=1), normal(count, 5, seed=2)
         self.labels = torch.randint(0, 5, (count,), generator=generator)
-        if not labelled:
+        if not labeled:
             self.labels = torch.full((count,), -1)
         self.student_maps = {"stage2": normal(count, 8, 8, seed=4), "stage5": normal(count, 4, 4)}
         self.teacher_maps = {
@@ -221,7 +221,7 @@ def test_blank_student_maps_count_and_blank_teacher_maps_are_reported() -> None:
 
 
 def test_accuracy_is_none_without_labels_and_agreement_is_not() -> None:
-    table = measured(Batches(9, labelled=False))
+    table = measured(Batches(9, labeled=False))
     found = summary(table)
     assert found["student"]["accuracy"] is None
     assert "student.accuracy" not in flatten(found)

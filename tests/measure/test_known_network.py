@@ -20,7 +20,7 @@ from camdistill.measure.localization import (
     relevance_rank_accuracy,
 )
 from camdistill.measure.removal import deletion, insertion, road
-from camdistill.networks.analytic import ColourReader
+from camdistill.networks.analytic import ColorReader
 from camdistill.perturb.bank import Bank, BankPlan, build_bank
 from camdistill.perturb.imputers import baseline
 from camdistill.perturb.ranks import ranks
@@ -30,8 +30,8 @@ SHAPES = Shapes("test", COUNT, shortcut=1.0, shortcut_cells=2.0)
 
 
 @pytest.fixture(scope="module")
-def network() -> ColourReader:
-    return ColourReader(SHAPES.patch_colours).eval()
+def network() -> ColorReader:
+    return ColorReader(SHAPES.patch_colors).eval()
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,16 @@ def masks() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def answers(network: ColourReader, images: Tensor) -> Bank:
+def answers(network: ColorReader, images: Tensor) -> Bank:
     # Cells of one pixel: a subset removes what a map's sum counts, and not a pixel more.
     plan = BankPlan(32, {0.25: 40, 0.5: 20}, (4,))
     return build_bank(
-        network, images, baseline(images, "grey"), torch.Generator().manual_seed(0), plan=plan
+        network, images, baseline(images, "gray"), torch.Generator().manual_seed(0), plan=plan
     )
 
 
 def test_its_own_grad_cam_is_perfect_by_every_correlation(
-    network: ColourReader, images: Tensor, answers: Bank
+    network: ColorReader, images: Tensor, answers: Bank
 ) -> None:
     maps = grad_cam(network, images)["match"]
     for metric, best in ((faithfulness_correlation, 1), (sensitivity_n, 1), (infidelity, 0)):
@@ -73,7 +73,7 @@ def test_object_and_distractor_say_nothing_of_this_network(
 
 
 def test_its_own_grad_cam_is_at_the_patch_by_every_measure_of_place(
-    network: ColourReader, images: Tensor, masks: dict[str, Tensor]
+    network: ColorReader, images: Tensor, masks: dict[str, Tensor]
 ) -> None:
     maps, patch = grad_cam(network, images)["match"], masks["shortcut"]
     order = ranks(maps, torch.Generator().manual_seed(0))
@@ -89,13 +89,13 @@ def test_its_own_grad_cam_is_at_the_patch_by_every_measure_of_place(
 
 
 def test_removal_ends_exactly_where_the_patch_ends(
-    network: ColourReader, images: Tensor, masks: dict[str, Tensor]
+    network: ColorReader, images: Tensor, masks: dict[str, Tensor]
 ) -> None:
     classes, patch = network(images).argmax(1), masks["shortcut"]
     share = 8 * 8 / 32**2
     fractions = (0.0, share, 0.5)
     order = ranks(patch.float(), torch.Generator().manual_seed(0))
-    shown = baseline(images, "grey")
+    shown = baseline(images, "gray")
     gone = deletion(network, images, classes, order, shown, fractions).probabilities
     torch.testing.assert_close(gone[:, 1:], torch.full((COUNT, 2), 1 / 8), rtol=0, atol=1e-5)
     come = insertion(network, images, classes, order, shown, fractions).probabilities
@@ -108,7 +108,7 @@ def test_removal_ends_exactly_where_the_patch_ends(
 
 
 def test_road_tells_the_patch_from_the_object(
-    network: ColourReader, images: Tensor, masks: dict[str, Tensor]
+    network: ColorReader, images: Tensor, masks: dict[str, Tensor]
 ) -> None:
     classes = network(images).argmax(1)
     found = {}

@@ -61,9 +61,9 @@ def test_context_is_what_it_says(network: nn.Module, images: torch.Tensor) -> No
     length = np.sqrt((activations**2).sum(1))
     mean = activations.mean((2, 3), keepdims=True)
     cosine = (activations * mean).sum(1) / (length * np.sqrt((mean**2).sum(1))).clip(1e-8)
-    grey = images.numpy().astype(np.float64).mean(1)
-    light = cells(grey, 4)
-    contrast = np.sqrt(cells(grey**2, 4) - light**2)
+    gray = images.numpy().astype(np.float64).mean(1)
+    light = cells(gray, 4)
+    contrast = np.sqrt(cells(gray**2, 4) - light**2)
     y, x = np.meshgrid(np.linspace(-1, 1, 8), np.linspace(-1, 1, 8))
     radius = np.broadcast_to(np.hypot(x, y), (3, 8, 8))
     others = [cells(length, 2), cells(cosine, 2), light, contrast, radius]

@@ -58,7 +58,7 @@ def test_every_metric_of_the_table_is_measured(
     assert tuple(found.values) == ALL
     assert all(values.shape == (4,) for values in found.values.values())
     assert not any(values.isnan().any() for values in found.values.values())
-    assert {"insertion_blur", "deletion_grey"} <= set(found.curves)
+    assert {"insertion_blur", "deletion_gray"} <= set(found.curves)
 
 
 def test_values_are_those_of_the_metrics_themselves(network: Counting, pictures: Tensor) -> None:

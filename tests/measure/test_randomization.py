@@ -10,9 +10,9 @@ from camdistill.errors import UserError
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.maps import upsample
 from camdistill.measure.randomization import (
-    efficient_randomisation,
+    efficient_randomization,
     random_logit,
-    smooth_randomisation,
+    smooth_randomization,
 )
 
 
@@ -45,12 +45,12 @@ def edge(asked: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
 def test_network_is_left_alone_and_layers_come_from_the_input_on(images: Tensor) -> None:
     asked, classes = network(), torch.tensor([0, 1, 2, 3, 0])
     before = copy.deepcopy(asked.state_dict())
-    found = smooth_randomisation(
+    found = smooth_randomization(
         cam, asked, images, classes, torch.Generator().manual_seed(1), samples=3
     )
     assert list(found) == ["0", "1", "3", "7"]
     assert all(torch.equal(before[name], one) for name, one in asked.state_dict().items())
-    again = smooth_randomisation(
+    again = smooth_randomization(
         cam, asked, images, classes, torch.Generator().manual_seed(1), samples=3
     )
     assert all(torch.equal(found[layer], again[layer]) for layer in found)
@@ -68,7 +68,7 @@ def test_trained_networks_own_map_is_not_in_the_mean(images: Tensor) -> None:
     asked = network()
     classes = torch.zeros(5).long()
     generator = torch.Generator().manual_seed(0)
-    found = smooth_randomisation(noting, asked, images, classes, generator, samples=1, noise=0.0)
+    found = smooth_randomization(noting, asked, images, classes, generator, samples=1, noise=0.0)
     assert len(seen) == 1 + len(found)
     trained = cam(asked, images, classes).flatten(1).numpy()
     for changed, (_, values) in zip(seen[1:], found.items(), strict=True):
@@ -80,10 +80,10 @@ def test_trained_networks_own_map_is_not_in_the_mean(images: Tensor) -> None:
 def test_a_map_of_the_image_alone_fails_all_three(images: Tensor) -> None:
     asked, classes = network(), torch.zeros(5).long()
     generator = torch.Generator().manual_seed(0)
-    found = smooth_randomisation(edge, asked, images, classes, generator, samples=2)
+    found = smooth_randomization(edge, asked, images, classes, generator, samples=2)
     for values in found.values():
         torch.testing.assert_close(values, torch.ones(5).double())
-    rise = efficient_randomisation(edge, asked, images, classes, generator)
+    rise = efficient_randomization(edge, asked, images, classes, generator)
     torch.testing.assert_close(rise, torch.zeros(5).double())
     logits = asked(images).detach()
     same = random_logit(edge, asked, images, classes, logits, generator)
@@ -93,7 +93,7 @@ def test_a_map_of_the_image_alone_fails_all_three(images: Tensor) -> None:
 def test_grad_cam_depends_on_weights_and_class(images: Tensor) -> None:
     asked, classes = network(), torch.zeros(5).long()
     generator = torch.Generator().manual_seed(0)
-    found = smooth_randomisation(cam, asked, images, classes, generator, samples=2)
+    found = smooth_randomization(cam, asked, images, classes, generator, samples=2)
     assert list(found.values())[-1].abs().mean() < 0.6
     logits = asked(images).detach()
     assert random_logit(cam, asked, images, classes, logits, generator).mean() < 0.9
@@ -116,15 +116,15 @@ def test_random_logit_never_draws_the_class_itself(images: Tensor) -> None:
 
 
 def test_entropy_is_that_of_a_histogram(images: Tensor) -> None:
-    trained, randomised = images.mean(1), images.mean(1) ** 6
-    maps = iter([trained, randomised])
+    trained, randomized = images.mean(1), images.mean(1) ** 6
+    maps = iter([trained, randomized])
     generator = torch.Generator().manual_seed(0)
-    found = efficient_randomisation(
+    found = efficient_randomization(
         lambda *_: next(maps), network(), images, torch.zeros(5).long(), generator
     )
     for image in range(5):
         entropies = []
-        for values in (trained[image].numpy(), randomised[image].numpy()):
+        for values in (trained[image].numpy(), randomized[image].numpy()):
             counts, _ = np.histogram(values, bins=100)
             entropies.append(scipy.stats.entropy(counts))
         expected = entropies[1] / entropies[0] - 1

@@ -14,22 +14,22 @@ MISTAKES = {
     "weight of the labels below 0": Mistake(f"{FIT} --model.ce -0.5", r"ce is -0\.5; .*0 or more"),
     "decay of 1": Mistake(f"{FIT} --model.ema 1", r"ema is 1\.0; give a decay in \(0, 1\)"),
     "mistyped optimizer": Mistake(
-        f"{FIT} --model.optimisation.optimiser adm",
-        r"optimiser is 'adm'; it takes 'sgd', 'adamw'; nearest: 'adamw'",
+        f"{FIT} --model.optimization.optimizer adm",
+        r"optimizer is 'adm'; it takes 'sgd', 'adamw'; nearest: 'adamw'",
     ),
     "warm-up of twice the training": Mistake(
-        f"{FIT} --model.optimisation.warmup 2", r"warmup is 2\.0; "
+        f"{FIT} --model.optimization.warmup 2", r"warmup is 2\.0; "
     ),
     "weight decay below 0": Mistake(
-        f"{FIT} --model.optimisation.weight_decay -1", r"weight_decay is -1\.0; give 0 or more"
+        f"{FIT} --model.optimization.weight_decay -1", r"weight_decay is -1\.0; give 0 or more"
     ),
-    "momentum of 2": Mistake(f"{FIT} --model.optimisation.momentum 2", r"momentum is 2\.0; "),
+    "momentum of 2": Mistake(f"{FIT} --model.optimization.momentum 2", r"momentum is 2\.0; "),
     "learning rate that is no number": Mistake(
-        f"{FIT} --model.optimisation.lr nan", r"lr is '?nan'?; "
+        f"{FIT} --model.optimization.lr nan", r"lr is '?nan'?; "
     ),
     "no learning rate": Mistake(
-        f"{FIT} --model.optimisation.lr null",
-        r"optimisation\.lr is null; leave it out for its default, or give a number$",
+        f"{FIT} --model.optimization.lr null",
+        r"optimization\.lr is null; leave it out for its default, or give a number$",
     ),
     "no options of the trainer": Mistake(
         f"{FIT} --trainer null", r"trainer is null; leave it out for its defaults"
@@ -96,7 +96,7 @@ MISTAKES = {
         f"{FIT} --model.student.args '{{channels: [4, 6], strides: [1, 2], kernel_size: 4}}'",
         r"kernel_size is 4: take an odd number",
     ),
-    "student of grey images": Mistake(
+    "student of gray images": Mistake(
         f"{FIT} --model.student.args '{{channels: [4, 6], strides: [1, 2], in_channels: 1}}'",
         r"the student can't run on an image of 3x16x16 .*give another --data\.size",
     ),

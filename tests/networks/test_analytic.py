@@ -3,14 +3,14 @@ import torch
 from torch import nn
 
 from camdistill.data.shapes import Shapes
-from camdistill.networks.analytic import ColourReader
+from camdistill.networks.analytic import ColorReader
 from camdistill.networks.teachers import NetworkSpec, build
 
 SHAPES = Shapes("test", 200, shortcut=1.0, classes=10)
 
 
 def test_it_is_right_on_every_image_and_its_logit_is_the_patchs_share() -> None:
-    network = ColourReader(SHAPES.patch_colours, gain=1000.0)
+    network = ColorReader(SHAPES.patch_colors, gain=1000.0)
     rendered = SHAPES.render(np.arange(200))
     logits = network(torch.from_numpy(rendered.pixels) / 255)
     labels = torch.from_numpy(rendered.labels)
@@ -19,8 +19,8 @@ def test_it_is_right_on_every_image_and_its_logit_is_the_patchs_share() -> None:
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_one_level_beside_a_colour_is_no_match() -> None:
-    network = ColourReader(["e61919", "19e619"])
+def test_one_level_beside_a_color_is_no_match() -> None:
+    network = ColorReader(["e61919", "19e619"])
     near = torch.tensor([230.0, 26.0, 25.0])[:, None, None].expand(1, 3, 4, 4) / 255
     assert (network(near) == 0).all()
     there = torch.tensor([25.0, 230.0, 25.0])[:, None, None].expand(1, 3, 4, 4) / 255
@@ -28,6 +28,6 @@ def test_one_level_beside_a_colour_is_no_match() -> None:
 
 
 def test_a_config_can_name_it() -> None:
-    colours = list(SHAPES.patch_colours)
-    spec = NetworkSpec("camdistill.networks.analytic.ColourReader", args={"colours": colours})
+    colors = list(SHAPES.patch_colors)
+    spec = NetworkSpec("camdistill.networks.analytic.ColorReader", args={"colors": colors})
     assert build(spec).linear.out_features == 10

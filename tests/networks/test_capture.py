@@ -20,17 +20,17 @@ from camdistill.networks.wrapper import Wrapper
 
 
 class Doubled(Wrapper):
-    """Stands for the package's own normalising wrapper."""
+    """Stands for the package's own normalizing wrapper."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
         return images * 2 - 1
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(self.normalise(images))
+        return self.network(self.normalize(images))
 
 
 class Twice(nn.Module):
@@ -150,13 +150,13 @@ class OwnNames(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.normalise = nn.BatchNorm2d(3)
+        self.normalize = nn.BatchNorm2d(3)
         self.add_module(name, nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()))
         self.more = nn.Conv2d(6, 6, 3)
         self.head = nn.Linear(6, 4)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        hidden = self.get_submodule(self.name)(self.normalise(images))
+        hidden = self.get_submodule(self.name)(self.normalize(images))
         return self.head(self.more(hidden).relu().mean((2, 3)))
 
 
@@ -171,16 +171,16 @@ def test_a_network_is_no_wrapper_for_the_names_of_its_parts(
     assert unwrap_outer(network) is network
     maps = grad_cam(network, images)
     assert list(maps) == ["more"]
-    hidden = network.more(network.get_submodule(name)(network.normalise(images)))
+    hidden = network.more(network.get_submodule(name)(network.normalize(images)))
     hidden = hidden.detach().requires_grad_()
     logits = network.head(hidden.relu().mean((2, 3)))
     (gradient,) = torch.autograd.grad(logits.max(1).values.sum(), hidden)
     expected = (gradient.mean((2, 3), keepdim=True) * hidden).sum(1)
     torch.testing.assert_close(maps["more"], expected, rtol=1e-12, atol=1e-12)
-    before = network.normalise.running_mean.clone()
-    with pytest.raises(UserError, match="'normalise' is in train mode"):
+    before = network.normalize.running_mean.clone()
+    with pytest.raises(UserError, match="'normalize' is in train mode"):
         grad_cam(network.train(), images, ["more"], 1)
-    assert torch.equal(network.normalise.running_mean, before)
+    assert torch.equal(network.normalize.running_mean, before)
 
 
 def test_a_compiled_network_is_run_uncompiled_and_hooked(

@@ -1,4 +1,4 @@
-"""Folding batch normalisation: exact where it happens, and not done where it can't be."""
+"""Folding batch normalization: exact where it happens, and not done where it can't be."""
 
 import copy
 import logging
@@ -58,7 +58,7 @@ def test_fused_network_is_the_same_function(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in other.parameters())
 
 
-def test_activations_after_a_normalisation_stay_under_the_same_names() -> None:
+def test_activations_after_a_normalization_stay_under_the_same_names() -> None:
     network = unsettled(CifarResNet(8)).double()
     other = fuse_network(network, (32, 32)).double()
     seen: dict[str, list[Tensor]] = {}
@@ -83,7 +83,7 @@ def test_layers_to_keep_keep_their_outputs() -> None:
 
 
 class Awkward(nn.Module):
-    """Every way in which a normalisation after a convolution may not be folded."""
+    """Every way in which a normalization after a convolution may not be folded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Awkward(nn.Module):
         return self.fc(F.relu(x).mean((2, 3)))
 
 
-def test_only_a_normalisation_that_alone_reads_a_convolution_is_folded() -> None:
+def test_only_a_normalization_that_alone_reads_a_convolution_is_folded() -> None:
     network = unsettled(Awkward())
     images = torch.randn(2, 3, 8, 8)
     assert find_foldable(network, images) == [("plain", "bn_plain")]
@@ -115,7 +115,7 @@ def test_only_a_normalisation_that_alone_reads_a_convolution_is_folded() -> None
 
 
 class NormThenActivation(nn.BatchNorm2d):
-    """As in timm: one module that normalises and activates."""
+    """As in timm: one module that normalizes and activates."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x))
@@ -186,7 +186,7 @@ def test_fused_teacher_is_a_teacher_of_the_same_file() -> None:
 
 
 @pytest.mark.parametrize("name", ["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
-def test_normalisations_are_known_by_the_names_that_torch_calls_on_a_gpu(name: str) -> None:
+def test_normalizations_are_known_by_the_names_that_torch_calls_on_a_gpu(name: str) -> None:
     """Input first and the mean fourth, where the recorder reads them."""
     read = [one.name for one in getattr(torch.ops.aten, name).default._schema.arguments[:5]]
     assert read == ["input", "weight", "bias", "running_mean", "running_var"]

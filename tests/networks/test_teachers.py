@@ -27,7 +27,7 @@ from camdistill.networks.teachers import (
     build,
     build_preprocessed,
     network_names,
-    normalisation,
+    normalization,
 )
 from camdistill.networks.weights import read_weights, save_safetensors
 
@@ -129,7 +129,7 @@ def test_spec_is_read_from_yaml_as_written() -> None:
     assert build(spec, classes=3).stage1.conv.kernel_size == (3, 3)
 
 
-def test_impossible_normalisation_is_refused() -> None:
+def test_impossible_normalization_is_refused() -> None:
     with pytest.raises(UserError, match="std above 0"):
         NetworkSpec("resnet20", std=(0.0, 1.0, 1.0))
 
@@ -214,14 +214,14 @@ def test_named_weights_are_taken_from_the_cache(cache: Path) -> None:
     assert "truncated or damaged" in refused(NetworkSpec("resnet18", "DEFAULT"))
 
 
-def test_named_weights_bring_their_own_normalisation() -> None:
+def test_named_weights_bring_their_own_normalization() -> None:
     spec = NetworkSpec("efficientnet_v2_l", "IMAGENET1K_V1")
-    assert normalisation(spec) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert normalization(spec) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     own = NetworkSpec("efficientnet_v2_l", "IMAGENET1K_V1", mean=(0.1, 0.2, 0.3))
-    assert normalisation(own) == ((0.1, 0.2, 0.3), IMAGENET_STD)
+    assert normalization(own) == ((0.1, 0.2, 0.3), IMAGENET_STD)
 
 
-def test_files_metadata_brings_its_normalisation(tmp_path: Path) -> None:
+def test_files_metadata_brings_its_normalization(tmp_path: Path) -> None:
     spec = NetworkSpec("shallow_cnn", args=SMALL, mean=(0.25, 0.5, 0.75), std=(0.5, 1.0, 2.0))
     first = build_preprocessed(spec, classes=3)
     weights = saved(tmp_path / "w", first.network, first.metadata())
@@ -236,12 +236,12 @@ def test_files_metadata_brings_its_normalisation(tmp_path: Path) -> None:
         Teacher(NetworkSpec("shallow_cnn", weights, SMALL))
 
 
-def test_preprocessed_normalises_as_torchvision_does() -> None:
+def test_preprocessed_normalizes_as_torchvision_does() -> None:
     peer = torchvision.transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
     images = torch.rand(2, 3, 8, 8)
     wrapped = Preprocessed(nn.Identity())
-    assert torch.equal(wrapped.normalise(images), peer(images))
-    assert wrapped.normalise(images.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(wrapped.normalize(images), peer(images))
+    assert wrapped.normalize(images.bfloat16()).dtype == torch.bfloat16
     assert set(wrapped.state_dict()) == set()
 
 

@@ -294,7 +294,7 @@ def test_torch_file_without_weights_is_said(content: object, said: str, tmp_path
     one_line(caught)
 
 
-def test_missing_file_offers_its_neighbour(tmp_path: Path) -> None:
+def test_missing_file_offers_its_neighbor(tmp_path: Path) -> None:
     (tmp_path / "resnet20.pth").touch()
     with pytest.raises(UserError, match=r"no file 'resnet2.pth'.*nearest: 'resnet20.pth'"):
         read_weights(tmp_path / "resnet2.pth")

@@ -86,7 +86,7 @@ def test_bank_asks_what_its_plan_says_and_nothing_twice(
     images: Tensor, generator: torch.Generator
 ) -> None:
     network, plan = Counting(10), BankPlan(5, {0.2: 6, 0.5: 4}, (1, 3))
-    found = build_bank(network, images, baseline(images, "grey"), generator, plan=plan)
+    found = build_bank(network, images, baseline(images, "gray"), generator, plan=plan)
     assert plan.forwards == 6 + 4 + 25 + 9
     assert sum(network.forwards) == 3 * (plan.forwards + 1)
     assert found.subsets[0.2].cells.flatten(2).sum(2).unique().tolist() == [5]
@@ -125,21 +125,21 @@ def test_drops_and_sums_equal_numpy_pixel_by_pixel(
 def test_own_top_class_is_watched_unless_one_is_given(
     images: Tensor, generator: torch.Generator
 ) -> None:
-    network, grey = Counting(10), baseline(images, "grey")
-    found = build_bank(network, images, grey, generator, plan=BankPlan(2, {}, (1,)))
+    network, gray = Counting(10), baseline(images, "gray")
+    found = build_bank(network, images, gray, generator, plan=BankPlan(2, {}, (1,)))
     assert torch.equal(found.classes, network(images).argmax(1))
     given = torch.tensor([1, 1, 2])
-    found = build_bank(network, images, grey, generator, classes=given, plan=BankPlan(2, {}, (1,)))
+    found = build_bank(network, images, gray, generator, classes=given, plan=BankPlan(2, {}, (1,)))
     torch.testing.assert_close(found.logits, network(images).gather(1, given[:, None])[:, 0])
 
 
 def test_answers_do_not_depend_on_how_many_masks_are_held_at_once(
     images: Tensor, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grey, plan = baseline(images, "grey"), BankPlan(5, {0.2: 6}, (2,))
-    whole = build_bank(Counting(10), images, grey, torch.Generator().manual_seed(1), plan=plan)
+    gray, plan = baseline(images, "gray"), BankPlan(5, {0.2: 6}, (2,))
+    whole = build_bank(Counting(10), images, gray, torch.Generator().manual_seed(1), plan=plan)
     monkeypatch.setattr("camdistill.perturb.bank._MASK_BYTES", 1300)  # one or two images
-    parts = build_bank(Counting(10), images, grey, torch.Generator().manual_seed(1), plan=plan)
+    parts = build_bank(Counting(10), images, gray, torch.Generator().manual_seed(1), plan=plan)
     for one, other in (
         (whole.subsets[0.2], parts.subsets[0.2]),
         (whole.occluders[2], parts.occluders[2]),

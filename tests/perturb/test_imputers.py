@@ -81,7 +81,7 @@ def test_linear_fill_equals_pytorch_grad_cams(generator: torch.Generator) -> Non
 
 
 def test_linear_ramp_is_filled_in_exactly_and_what_is_kept_keeps_its_bits() -> None:
-    # A linear function is its neighbours' mean wherever all eight exist.
+    # A linear function is its neighbors' mean wherever all eight exist.
     y, x = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     image = torch.stack([0.1 * y, 0.3 + 0.05 * x, 0.02 * (x + y)])[None].double()
     removed = torch.zeros(1, 9, 9, dtype=torch.bool)
@@ -141,7 +141,7 @@ def test_blur_equals_scipy(generator: torch.Generator) -> None:
 def test_baselines_are_what_they_are_called(generator: torch.Generator) -> None:
     images = torch.rand(2, 3, 8, 8, generator=generator)
     assert (baseline(images, "black") == 0).all()
-    assert (baseline(images, "grey") == 0.5).all()
+    assert (baseline(images, "gray") == 0.5).all()
     expected = np.broadcast_to(images.numpy().mean((2, 3))[:, :, None, None], images.shape)
     np.testing.assert_allclose(baseline(images, "mean").numpy(), expected, rtol=1e-6)
     assert all(baseline(images, kind).shape == images.shape for kind in imputers.BASELINES)

@@ -87,19 +87,19 @@ def test_every_method_explains_the_sigmoid(images: Tensor, generator: torch.Gene
 def test_removal_metrics_watch_the_sigmoid(images: Tensor) -> None:
     model, classes = network(), torch.zeros(3, dtype=torch.long)
     maps = torch.arange(144, dtype=torch.float64).view(1, 12, 12).expand(3, -1, -1)
-    order, grey = ranks(maps, torch.Generator().manual_seed(0)), baseline(images, "grey")
+    order, gray = ranks(maps, torch.Generator().manual_seed(0)), baseline(images, "gray")
     for curve in (
-        deletion(model, images, classes, order, grey),
-        insertion(model, images, classes, order, grey),
+        deletion(model, images, classes, order, gray),
+        insertion(model, images, classes, order, gray),
     ):
         assert float(curve.probabilities.std(1).min()) > 0
     removed = maps[:1, None] >= 72
-    changed = torch.where(removed, grey, images)
+    changed = torch.where(removed, gray, images)
     with torch.no_grad():
         expected = torch.sigmoid(model(changed))
-    found = score_changes(model, images, classes, removed, grey)
+    found = score_changes(model, images, classes, removed, gray)
     torch.testing.assert_close(found.probabilities, expected, rtol=1e-12, atol=0)
-    kept = build_bank(model, images, grey, torch.Generator().manual_seed(0), plan=BankPlan())
+    kept = build_bank(model, images, gray, torch.Generator().manual_seed(0), plan=BankPlan())
     torch.testing.assert_close(kept.probabilities, torch.sigmoid(kept.logits))
     assert float(next(iter(kept.subsets.values())).probability_drops.abs().max()) > 1e-4
     drop = masking_scores(model, images, classes, maps).average_drop
@@ -111,7 +111,7 @@ def test_removal_metrics_watch_the_sigmoid(images: Tensor) -> None:
 def test_a_refined_map_is_scored_by_the_sigmoid(images: Tensor) -> None:
     model, classes = network(), torch.zeros(3, dtype=torch.long)
     maps = torch.rand(3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    shown = baseline(images, "grey")
+    shown = baseline(images, "gray")
     found = insertion_deletion(model, images, classes, maps, shown, deletion=0.0).detach()
     assert (-found < 0.999).all()
     assert float(found.std()) > 0

@@ -56,7 +56,7 @@ def _shot(url: str, path: Path) -> np.ndarray:
 
 
 def _ink(picture: np.ndarray) -> float:
-    """Share of the cards' place that is neither white nor pale grey: no bars, no settings."""
+    """Share of the cards' place that is neither white nor pale gray: no bars, no settings."""
     return float((picture[180:, 340:1340].min(-1) < 200).mean())
 
 
@@ -81,10 +81,10 @@ def test_front_page_shows_curves_pictures_and_histograms(
         path = _artifacts(tmp_path) / "front_page.png"
         picture = _rendered(_svg(report_url(folder, base)), path, 0.02)
     assert _ink(picture) > 0.02
-    # The profiles' own colours: the picture of `1_overview/profiles` is pinned near the top.
-    for colour in ([59, 82, 139], [225, 98, 47]):
-        near = (np.abs(picture.astype(int) - colour).max(-1) < 20).sum()
-        assert near > 100, colour
+    # The profiles' own colors: the picture of `1_overview/profiles` is pinned near the top.
+    for color in ([59, 82, 139], [225, 98, 47]):
+        near = (np.abs(picture.astype(int) - color).max(-1) < 20).sum()
+        assert near > 100, color
 
 
 @pytest.mark.parametrize(

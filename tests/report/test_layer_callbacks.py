@@ -113,7 +113,7 @@ def test_histogram_is_of_the_same_images_and_of_the_weights_of_that_epoch(tmp_pa
     images = torch.cat(shares)[:10] / 255
     network = tiny.fitted.eval()
     with torch.no_grad():
-        stage = network.network.stage1(network.normalise(images)).numpy()
+        stage = network.network.stage1(network.normalize(images)).numpy()
     event = _events(tmp_path).Tensors(tags.log10("00.stage1"))[-1]
     left, _, counts = make_ndarray(event.tensor_proto).T
     positive = stage[stage > 0]
@@ -170,7 +170,7 @@ def test_teacher_stands_beside_its_student_on_the_same_images(tmp_path: Path) ->
     images = torch.cat([batch.pixels[:2] for batch in _loader(VAL)])[:10] / 255
     teacher = taught.teacher
     with torch.no_grad():
-        stage = teacher.network.stage1(teacher.normalise(images)).numpy()
+        stage = teacher.network.stage1(teacher.normalize(images)).numpy()
     events = _events(tmp_path, "run/teacher")
     (once,) = events.Tensors(tags.log10("00.stage1"))
     assert once.step == 3

@@ -129,7 +129,7 @@ def test_arrays_hold_what_results_leave_out(opened: AnalysisRun) -> None:
     images = opened.dataset.fetch(opened.dataset.order)
     student = opened.networks["student"]
     with torch.no_grad():
-        values = student.network.stage1(student.normalise(images)).double().numpy()
+        values = student.network.stage1(student.normalize(images)).double().numpy()
     own = {
         name.rpartition("/")[2]: array
         for name, array in arrays.items()

@@ -29,7 +29,7 @@ def test_results_come_back_as_plain_values(tmp_path: Path) -> None:
         "bad": [float("nan"), float("inf")],
         "where": Path("a/b"),
         "interval": Interval(0.5, 0.25, 0.75),
-        "labelled": True,
+        "labeled": True,
         "nothing": None,
     }
     path = write_results(
@@ -38,7 +38,7 @@ def test_results_come_back_as_plain_values(tmp_path: Path) -> None:
     found = read_results(path)
     assert found["student"] == {"accuracy": 0.5, "layers": {"layer3": {"pearson": 0.25}}}
     assert found["seeds"] == [0, 1, 2]
-    assert (found["n"], found["where"], found["labelled"]) == (7, "a/b", True)
+    assert (found["n"], found["where"], found["labeled"]) == (7, "a/b", True)
     assert found["bad"] == [None, None]
     assert found["interval"] == {"mean": 0.5, "low": 0.25, "high": 0.75}
     assert (found["seconds"], found["sha256"], found["nothing"]) == (1.2, {"teacher": "ab"}, None)

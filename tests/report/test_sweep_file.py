@@ -122,7 +122,7 @@ def _other_weight(opening: AnalysisRun) -> None:
     opening.networks["teacher"].network.linear.bias[3] += 1e-3
 
 
-def _other_normalisation(opening: AnalysisRun) -> None:
+def _other_normalization(opening: AnalysisRun) -> None:
     opening.networks["student"].mean += 0.1
 
 
@@ -145,7 +145,7 @@ def _other_layers(opening: AnalysisRun) -> None:
     opening.layers = ["stage2"]
 
 
-OTHERS = [_other_weight, _other_normalisation, _other_stride, _other_order, _other_pixels]
+OTHERS = [_other_weight, _other_normalization, _other_stride, _other_order, _other_pixels]
 
 
 @pytest.mark.usefixtures("undrawn")

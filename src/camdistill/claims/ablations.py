@@ -30,7 +30,7 @@ from camdistill.claims.networks import backbones
 from camdistill.explain.gradcam import grad_cam, last_layer
 from camdistill.explain.gradients import build_request, gradient_maps, pixel_pass
 from camdistill.explain.guided import Rule, replace_relu_rule
-from camdistill.explain.maps import normalise, relu, upsample
+from camdistill.explain.maps import normalize, relu, upsample
 from camdistill.measure.localization import energy_pointing_game
 from camdistill.types import Activations, Explain, Images, Labels, Maps, PerImage
 
@@ -113,8 +113,8 @@ def _relu_scores(setup: ClaimSetup, network: nn.Module) -> dict[str, dict[str, P
         plain_grad_cam, network, other_batch.images, top_classes(network, other_batch.images)
     )
     masks, other_masks = batch.masks["object"], other_batch.masks["object"]
-    scaled_maps = {WITH_RELU: normalise(relu(maps)), WITHOUT_RELU: normalise(maps)}
-    other_scaled = {WITH_RELU: normalise(relu(other_maps)), WITHOUT_RELU: normalise(other_maps)}
+    scaled_maps = {WITH_RELU: normalize(relu(maps)), WITHOUT_RELU: normalize(maps)}
+    other_scaled = {WITH_RELU: normalize(relu(other_maps)), WITHOUT_RELU: normalize(other_maps)}
     thresholds = {
         name: best_threshold(box_error, scaled, other_masks, higher=False)
         for name, scaled in other_scaled.items()

@@ -1,6 +1,6 @@
-"""Row 16: a network that learnt a shortcut is found out by its maps, and cured.
+"""Row 16: a network that learned a shortcut is found out by its maps, and cured.
 
-The shortcut is a coloured patch that agrees with the label in a share rho of the training images.
+The shortcut is a colored patch that agrees with the label in a share rho of the training images.
 """
 
 import copy
@@ -29,7 +29,7 @@ from camdistill.claims.two_object_scenes import draw_all_images, training_shapes
 from camdistill.data.modules import ShapesData
 from camdistill.distill.classifier import Classifier
 from camdistill.distill.losses import cross_entropy, map_distance, soft_targets_kl
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.explain.gradcam import explain_images, grad_cam
 from camdistill.explain.maps import relu, upsample
 from camdistill.measure.localization import energy_lift, energy_pointing_game
@@ -42,7 +42,7 @@ RHOS = (0.0, 0.5, 0.9, 1.0)
 BIASED = 0.9  # of the networks that are cured
 SEEDS = 3
 TRAIN, EPOCHS = 6000, 8
-CURE = SmallNetworkRecipe(4, optimisation=Optimisation("adamw", lr=2e-3, weight_decay=0.05))
+CURE = SmallNetworkRecipe(4, optimization=Optimization("adamw", lr=2e-3, weight_decay=0.05))
 PENALTY, TEMPERATURE = 2.0, 2.0  # of the energy and map losses; of the logits' distillation
 ACCURACY, ON_PATCH, ON_OBJECT = (
     "accuracy where the patch disagrees",
@@ -71,7 +71,7 @@ def shortcut_network(
     """A little classifier of images whose patch agrees with the label in a share rho of them."""
     module = Classifier(
         NetworkSpec("shallow_cnn", args={"channels": [24, 48, 64, 64], "strides": [1, 2, 2, 1]}),
-        optimisation=Optimisation("adamw", lr=8e-3, weight_decay=0.05),
+        optimization=Optimization("adamw", lr=8e-3, weight_decay=0.05),
         seed=seed,
     )
     data = ShapesData(
@@ -120,7 +120,7 @@ def run_bias_removal(setup: ClaimSetup) -> ClaimResult:
     return ClaimResult(
         number="16",
         claim="Grad-CAM shows that a network goes by a bias of its data; without the bias its maps "
-        "move to the object and it generalises",
+        "move to the object and it generalizes",
         paper="doctor or nurse: accuracy 0.82 of the biased network, 0.90 after balancing",
         ours=(
             *_mean_scores(setup, scores_by_rho | scores_by_cure),

@@ -23,7 +23,7 @@ from camdistill.claims.two_object_scenes import (
     draw_training_scenes,
     training_shapes,
 )
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.guided import guided_backprop, guided_grad_cam
 from camdistill.explain.maps import relu, upsample
@@ -33,7 +33,7 @@ from camdistill.types import Activations, Images, Labels, Maps, Masks, PerImage
 
 IMAGES = 8000
 STEPS = 9  # "a bright plus left of a dark bow" and the end
-RECIPE = SmallNetworkRecipe(20, optimisation=Optimisation("adamw", lr=5e-3, weight_decay=0.05))
+RECIPE = SmallNetworkRecipe(20, optimization=Optimization("adamw", lr=5e-3, weight_decay=0.05))
 END = "<end>"
 HIDDEN, WORD = 192, 32
 

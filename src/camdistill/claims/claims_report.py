@@ -18,7 +18,7 @@ from camdistill.store.atomic_files import write_atomically
 
 WIDTH = 96
 CHARTS: dict[str, tuple[str, ...]] = {
-    tags.CLAIMS_LOCALISATION: ("3", "4", "5", "5b", "5c", "6", "7", "8"),
+    tags.CLAIMS_LOCALIZATION: ("3", "4", "5", "5b", "5c", "6", "7", "8"),
     tags.CLAIMS_FAITHFULNESS: ("11", "12", "22", "23", "24", "25", "26"),
     tags.CLAIMS_WORLDS: ("9", "10", "13", "14", "15", "16", "17", "18", "20"),
 }

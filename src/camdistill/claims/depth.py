@@ -86,7 +86,7 @@ def _faithfulness_by_block(
         answer_bank = build_bank(
             setup.teacher,
             images[part],
-            baseline(images[part], "grey"),
+            baseline(images[part], "gray"),
             generator,
             classes=classes[part],
             plan=BankPlan(occluders=()),
@@ -103,7 +103,7 @@ def judge_depth(
     scores_by_measure: dict[str, dict[str, PerImage]],
     similarities: dict[tuple[str, str], PerImage],
 ) -> ClaimResult:
-    """Row 22 of each measure by block, first to last, and of the similarity of neighbours."""
+    """Row 22 of each measure by block, first to last, and of the similarity of neighbors."""
     ours: list[ClaimMeasurement] = []
     stage_gains: list[ClaimMeasurement] = []
     for measure, table in scores_by_measure.items():
@@ -119,7 +119,7 @@ def judge_depth(
         ).mean(0)
         for same in (True, False)
     )
-    jump = gain("within - across", within, across, setup, "neighbours' rank correlation, more")
+    jump = gain("within - across", within, across, setup, "neighbors' rank correlation, more")
     return ClaimResult(
         number="22",
         claim="Maps become worse towards earlier layers, most where the grid changes",
@@ -127,15 +127,15 @@ def judge_depth(
         ours=(
             *ours,
             *stage_gains,
-            mean("within a stage", within, setup, "neighbours' rank correlation"),
-            mean("across stages", across, setup, "neighbours' rank correlation"),
+            mean("within a stage", within, setup, "neighbors' rank correlation"),
+            mean("across stages", across, setup, "neighbors' rank correlation"),
             jump,
         ),
         criterion="the last block of each stage is better than that of the stage before, by both "
-        "measures, and neighbouring blocks' maps agree more within a stage than across: all "
+        "measures, and neighboring blocks' maps agree more within a stage than across: all "
         "paired intervals above 0",
         passed=all(entry.above_zero for entry in (*stage_gains, jump)),
-        note="neighbours are compared on the later one's grid",
+        note="neighbors are compared on the later one's grid",
     )
 
 

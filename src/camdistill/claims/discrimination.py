@@ -1,8 +1,8 @@
 """Row 9: does a map say which of two objects it is about? A machine observer must tell.
 
-Two kinds of observers, as "the map tells the class" means two things. Some know shapes, learnt from
-drawn silhouettes and outlines, and have never seen a map: they stand for the paper's people, who
-knew what a horse looks like. Others are trained on the method's own maps of other images: they
+Two kinds of observers, as "the map tells the class" means two things. Some know shapes, learned
+from drawn silhouettes and outlines, and have never seen a map: they stand for the paper's people,
+who knew what a horse looks like. Others are trained on the method's own maps of other images: they
 find whatever a map carries, also what no person would see.
 """
 
@@ -23,7 +23,7 @@ from camdistill.claims.two_object_scenes import (
 )
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.guided import deconvnet, guided_backprop
-from camdistill.explain.maps import normalise, relu, upsample
+from camdistill.explain.maps import normalize, relu, upsample
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import weights_digest
 from camdistill.perturb.imputers import gaussian_blur
@@ -44,7 +44,7 @@ Classes = Int[Tensor, "n 2"]
 def run_discrimination(setup: ClaimSetup) -> ClaimResult:
     """Row 9: an observer that sees a map alone tells which of two classes it was made for."""
     scenes = draw_test_scenes(setup)
-    pictures_by_method = visualisations(setup.teacher, scenes.images, scenes.classes)
+    pictures_by_method = visualizations(setup.teacher, scenes.images, scenes.classes)
     observers = [train_shape_observer(setup, number) for number in range(OBSERVERS)]
     accuracies_by_method = {
         name: [observer_accuracy(observer, pictures, scenes.classes) for observer in observers]
@@ -89,7 +89,7 @@ def run_discrimination(setup: ClaimSetup) -> ClaimResult:
     )
 
 
-def visualisations(network: nn.Module, images: Images, classes: Classes) -> dict[str, Pictures]:
+def visualizations(network: nn.Module, images: Images, classes: Classes) -> dict[str, Pictures]:
     """What the observer is shown, by method, for both classes of each image.
 
     Guided Grad-CAM is the product (section 3.2), and so is Deconvolution Grad-CAM.
@@ -118,7 +118,7 @@ def visualisations(network: nn.Module, images: Images, classes: Classes) -> dict
 
 def observer_accuracy(observer: nn.Module, pictures: Pictures, classes: Classes) -> PerImage:
     """Share of an image's two pictures whose class the observer tells; no preference is a half."""
-    observer_inputs = normalise(pictures, "max").flatten(0, 1)[:, None]
+    observer_inputs = normalize(pictures, "max").flatten(0, 1)[:, None]
     with torch.no_grad():
         logits = torch.cat([observer(part) for part in torch.split(observer_inputs, 512)])
     margin = _margin(logits, classes.flatten(), classes.flip(1).flatten())
@@ -139,7 +139,7 @@ def _loss(observer: nn.Module, examples: Examples) -> PerImage:
 
 
 def train_shape_observer(setup: ClaimSetup, number: int = 0) -> nn.Module:
-    """An observer that learnt shapes from drawings alone; another number, other drawings."""
+    """An observer that learned shapes from drawings alone; another number, other drawings."""
 
     def examples() -> Examples:
         scenes = draw_training_scenes(setup, PAIRS)
@@ -195,13 +195,13 @@ def draw_silhouettes(
         picture = picture + 0.9 * random_numbers(1, 1) * speckle_drawing(masks)
     picture = picture + 0.2 * random_numbers(1, 1) * random_numbers(*own_masks.shape[1:])
     sharp = random_numbers(1, 1)
-    return normalise(
+    return normalize(
         sharp * picture + (1 - sharp) * gaussian_blur(picture[:, None], 0.7)[:, 0], "max"
     )
 
 
 def outlines(masks: Masks) -> Float[Tensor, "n height width"]:
-    """1 in pixels with a neighbour on the other side of the masks' border."""
+    """1 in pixels with a neighbor on the other side of the masks' border."""
     planes = masks[:, None].float()
     grown, shrunk = F.max_pool2d(planes, 3, 1, 1), -F.max_pool2d(-planes, 3, 1, 1)
     return (grown - shrunk)[:, 0]
@@ -226,9 +226,9 @@ def _map_observer_accuracies(
         if not training_pictures:
             setup.announce("maps for the observers")
             training_pictures.update(
-                visualisations(setup.teacher, training.images, training.classes)
+                visualizations(setup.teacher, training.images, training.classes)
             )
-        pictures = normalise(training_pictures[name], "max").flatten(0, 1)[:, None]
+        pictures = normalize(training_pictures[name], "max").flatten(0, 1)[:, None]
         return pictures, training.classes.flatten(), training.classes.flip(1).flatten()
 
     accuracies_by_method = {}

@@ -22,7 +22,7 @@ def run_cam_equality(setup: ClaimSetup) -> ClaimResult:
     ours = tuple(_error(setup, name, network) for name, network in networks.items())
     return ClaimResult(
         number="1",
-        claim="Grad-CAM generalises CAM: with pooling and a linear head, Z alpha = w",
+        claim="Grad-CAM generalizes CAM: with pooling and a linear head, Z alpha = w",
         paper="a proof (section 3.1)",
         ours=ours,
         criterion=f"largest |Z alpha - w| / max |w| below {TOLERANCE:g} in both networks, the "

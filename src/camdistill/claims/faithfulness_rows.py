@@ -22,7 +22,7 @@ from camdistill.explain.maps import relu
 from camdistill.explain.methods import image_explainer
 from camdistill.measure.faithfulness import occlusion_correlation
 from camdistill.measure.localization import relevance_rank_accuracy
-from camdistill.measure.randomization import smooth_randomisation
+from camdistill.measure.randomization import smooth_randomization
 from camdistill.perturb.bank import Bank, BankPlan, build_bank
 from camdistill.perturb.imputers import baseline
 from camdistill.perturb.ranks import ranks
@@ -32,7 +32,7 @@ ORDERED = ("grad_cam", "guided_grad_cam", "guided_backprop", "gradient", "random
 OCCLUDER_SIDES = {1: "4 pixels", 2: "8 pixels"}  # of the occluder, in cells of the bank's 8 x 8
 REPEATS, TIMED = 9, 16  # timings of each; images of a timing
 CHEAPER = 100.0  # times: two orders of magnitude
-RANDOMISED = 64  # images of the gate, which makes some hundred maps of each
+RANDOMIZED = 64  # images of the gate, which makes some hundred maps of each
 GATE = 0.5  # rank correlation above which a map has hardly noticed that weights are random
 
 
@@ -220,7 +220,7 @@ def run_resolution(setup: ClaimSetup) -> ClaimResult:
         )
         for method, method_maps in maps.items()
     }
-    first_images = slice(RANDOMISED)
+    first_images = slice(RANDOMIZED)
     similarities = {
         method: _similarity_to_random(
             setup, method, batch.images[first_images], classes[first_images]
@@ -271,7 +271,7 @@ def _similarity_to_random(
 ) -> PerImage:
     """Rank correlation of a map with that of the network whose layers are all random."""
     explain: Callable[[nn.Module, Images, Labels], torch.Tensor] = image_explainer(method)
-    similarity_by_layer = smooth_randomisation(
+    similarity_by_layer = smooth_randomization(
         lambda network, inputs, targets: relu(explain(network, inputs, targets)),
         setup.teacher,
         images,

@@ -1,4 +1,4 @@
-"""Weakly supervised localisation: boxes, masks and pointing (rows 3, 4, 5, 5b, 7 and 8)."""
+"""Weakly supervised localization: boxes, masks and pointing (rows 3, 4, 5, 5b, 7 and 8)."""
 
 from dataclasses import dataclass, replace
 

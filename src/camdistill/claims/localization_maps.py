@@ -9,7 +9,7 @@ from torch import nn
 from camdistill.claims.claim import ClaimSetup, ShapesBatch, draw_batch
 from camdistill.explain.maps import relu
 from camdistill.explain.methods import image_explainer
-from camdistill.measure.boxes import box_around, localisation_error
+from camdistill.measure.boxes import box_around, localization_error
 from camdistill.measure.controls import random_maps
 from camdistill.measure.localization import iou
 from camdistill.types import Explain, Images, Labels, Maps, Masks, PerImage
@@ -66,7 +66,7 @@ def draw_validation_batch(setup: ClaimSetup) -> ShapesBatch:
 
 def box_error(maps: Maps, masks: Masks, threshold: float) -> PerImage:
     """1 where the box misses the object (IoU below 0.5)."""
-    return localisation_error(maps, box_around(masks), threshold)
+    return localization_error(maps, box_around(masks), threshold)
 
 
 def overlap(maps: Maps, masks: Masks, threshold: float) -> PerImage:

@@ -14,12 +14,12 @@ from camdistill.claims.networks.claim_training import train_or_load
 from camdistill.data.modules import FolderData
 from camdistill.data.views import Augment
 from camdistill.distill.classifier import Classifier
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.explain.maps import relu
 from camdistill.explain.methods import image_explainer
-from camdistill.measure.boxes import localisation_error
+from camdistill.measure.boxes import localization_error
 from camdistill.measure.controls import random_maps
 from camdistill.networks.teachers import NetworkSpec, Preprocessed
 from camdistill.types import PerImage
@@ -38,7 +38,7 @@ def run_photograph_boxes(setup: ClaimSetup) -> ClaimResult:
     data.setup("test")
     images = data.test_set
     assert images is not None, "setup made it"
-    if images.boxes is None or not images.labelled:
+    if images.boxes is None or not images.labeled:
         raise UserError(
             f"the test images of {setup.boxes} have no boxes, or no classes: row 5c takes class "
             "folders with a boxes.csv beside them"
@@ -62,11 +62,11 @@ def run_photograph_boxes(setup: ClaimSetup) -> ClaimResult:
         setup,
         correct.double(),
         {
-            name: localisation_error(method_maps, boxes, PAPER_THRESHOLD, correct)
+            name: localization_error(method_maps, boxes, PAPER_THRESHOLD, correct)
             for name, method_maps in maps.items()
         },
         {
-            name: localisation_error(method_maps, boxes, PAPER_THRESHOLD)
+            name: localization_error(method_maps, boxes, PAPER_THRESHOLD)
             for name, method_maps in maps.items()
         },
     )
@@ -108,7 +108,7 @@ def _train_on_photographs(setup: ClaimSetup, data: FolderData, classes: int) -> 
     module = Classifier(
         NetworkSpec("shallow_cnn", args=args),
         augment=Augment(crop="pad", padding=6, flip=True),
-        optimisation=Optimisation(lr=0.2),
+        optimization=Optimization(lr=0.2),
         seed=setup.seed,
     )
     return train_or_load(setup, "photographs", module, data, epochs=EPOCHS)

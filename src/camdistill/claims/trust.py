@@ -17,7 +17,7 @@ from camdistill.claims.claim import (
     mean,
 )
 from camdistill.claims.failures import WEAK_EPOCHS, weak_network
-from camdistill.explain.maps import normalise, relu
+from camdistill.explain.maps import normalize, relu
 from camdistill.explain.methods import image_explainer
 from camdistill.measure.complexity import entropy, gini, mean_size
 from camdistill.measure.faithfulness import faithfulness_correlation
@@ -60,7 +60,7 @@ def run_trust(setup: ClaimSetup) -> ClaimResult:
         passed=all((measurement.low or 0) > 0.5 for measurement in probes),
         note=f"share of images in which the better network is picked (the forced choice's AUC), "
         f"where both are right; {SEEDS} pairs each, the same images for all. Worse is a network "
-        f"after {WEAK_EPOCHS} epochs, and one that learnt a shortcut (rho {BIASED:g}), in images "
+        f"after {WEAK_EPOCHS} epochs, and one that learned a shortcut (rho {BIASED:g}), in images "
         "with the patch",
     )
 
@@ -99,19 +99,19 @@ def map_statistics(setup: ClaimSetup, network: nn.Module, batch: ShapesBatch) ->
         entropy(positive_maps),
         mean_size(positive_maps),
         roughness(positive_maps),
-        off_centre(positive_maps),
+        off_center(positive_maps),
     ]
     return torch.stack([column.float() for column in columns], 1)
 
 
 def roughness(maps: Maps) -> PerImage:
-    """Mean step between neighbours of the map in [0, 1]."""
-    share = normalise(maps)
+    """Mean step between neighbors of the map in [0, 1]."""
+    share = normalize(maps)
     down, across = share.diff(dim=1).abs().mean((1, 2)), share.diff(dim=2).abs().mean((1, 2))
     return (down + across) / 2
 
 
-def off_centre(maps: Maps) -> PerImage:
+def off_center(maps: Maps) -> PerImage:
     """Distance of the map's largest pixel from the image's middle, in halves of a side."""
     height, width = maps.shape[1:]
     position = maps.flatten(1).argmax(1)

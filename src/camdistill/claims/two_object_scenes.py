@@ -25,7 +25,7 @@ class Scenes(NamedTuple):
         images: In [0, 1].
         classes: Of both objects.
         masks: Of both objects.
-        centers: Of their centres: y and x, in pixels.
+        centers: Of their centers: y and x, in pixels.
         bright: Whether an object is brighter than its background.
         batch: All else that is known.
     """
@@ -82,13 +82,13 @@ def _scenes(batch: ShapesBatch) -> Scenes:
         batch.images,
         torch.stack([batch.labels, batch.second_labels], 1),
         masks,
-        _centres(masks),
+        _centers(masks),
         _bright(batch.images, masks, batch.masks["background"]),
         batch,
     )
 
 
-def _centres(masks: Bool[Tensor, "n 2 height width"]) -> Float[Tensor, "n 2 2"]:
+def _centers(masks: Bool[Tensor, "n 2 height width"]) -> Float[Tensor, "n 2 2"]:
     rows = torch.arange(masks.shape[2], device=masks.device)[:, None]
     columns = torch.arange(masks.shape[3], device=masks.device)
     area = masks.sum((2, 3)).clamp(min=1)
@@ -98,8 +98,8 @@ def _centres(masks: Bool[Tensor, "n 2 height width"]) -> Float[Tensor, "n 2 2"]:
 def _bright(
     images: Images, masks: Bool[Tensor, "n 2 height width"], background: Masks
 ) -> Bool[Tensor, "n 2"]:
-    """By mean grey: every channel differs from the background's by 60 to 85 levels, up or down."""
-    grey = images.mean(1, keepdim=True)
-    inside = (grey * masks).sum((2, 3)) / masks.sum((2, 3)).clamp(min=1)
-    behind = (grey[:, 0] * background).sum((1, 2)) / background.sum((1, 2))
+    """By mean gray: every channel differs from the background's by 60 to 85 levels, up or down."""
+    gray = images.mean(1, keepdim=True)
+    inside = (gray * masks).sum((2, 3)) / masks.sum((2, 3)).clamp(min=1)
+    behind = (gray[:, 0] * background).sum((1, 2)) / background.sum((1, 2))
     return inside > behind[:, None]

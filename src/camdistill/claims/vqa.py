@@ -25,7 +25,7 @@ from camdistill.claims.two_object_scenes import (
     training_shapes,
 )
 from camdistill.claims.vqa_data import APART, Language, QuestionBatch, Words, all_questions
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.explain.compare import spearman
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.guided import guided_backprop
@@ -37,7 +37,7 @@ from camdistill.networks.weights import weights_digest
 from camdistill.types import Activations, Images, Maps, PerImage
 
 IMAGES = 8000
-RECIPE = SmallNetworkRecipe(24, 256, Optimisation("adamw", lr=5e-3, weight_decay=0.05))
+RECIPE = SmallNetworkRecipe(24, 256, Optimization("adamw", lr=5e-3, weight_decay=0.05))
 PATCH, STRIDE = 8, 4  # of the occlusion: a quarter of an image's side, as large as an object
 WORD, HIDDEN = 16, 64
 METHODS = ("grad_cam", "guided_backprop", "hires_cam")

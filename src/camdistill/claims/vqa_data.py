@@ -14,7 +14,7 @@ from camdistill.types import Labels
 SIDES = ("left", "right", "top", "bottom")
 TONES = ("bright", "dark")
 PLACES = ("left", "right")
-APART = 4.0  # pixels between centres, or a side is not asked about
+APART = 4.0  # pixels between centers, or a side is not asked about
 
 Words = Int[Tensor, "n 6"]
 

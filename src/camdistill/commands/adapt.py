@@ -1,4 +1,4 @@
-"""`adapt`: an explainer's parameters learnt from what it teaches."""
+"""`adapt`: an explainer's parameters learned from what it teaches."""
 
 import time
 from pathlib import Path
@@ -55,7 +55,7 @@ def adapt(
     Grad-CAM with parameters: a gate on each unit, a slope and a power for each layer, a mix of
     layers. They go down the gradient of what a student knows after one step on their maps (SMaT).
     Then students of new seeds, and of other families, learn from the adapted explainer, from
-    Grad-CAM, and from parameters that were learnt in the same way on a teacher of random weights;
+    Grad-CAM, and from parameters that were learned in the same way on a teacher of random weights;
     all are judged on test images that were used for nothing before. No labels are used.
 
     Killed and started again, or with more rounds, seeds or n, it does what is missing.
@@ -64,9 +64,9 @@ def adapt(
         teacher: The network that is explained.
         data: Images to learn from, to learn the parameters on (half of the validation images; the
             other half says when to stop) and to judge on; labels are not used.
-        students: Families of students by name: the parameters are learnt with the first.
+        students: Families of students by name: the parameters are learned with the first.
         n: How many images students learn from.
-        adaptation: How the parameters are learnt.
+        adaptation: How the parameters are learned.
         seeds: Of the fresh students: start, order and views, the same for every arm.
         methods: What else is compared, as in `rank`.
         controls: Of Grad-CAM's maps, as in `rank`.

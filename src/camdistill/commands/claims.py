@@ -42,7 +42,7 @@ def claims(
         rows: Their numbers. Default: all.
         teacher: A network of Shapes that most rows explain.
         student: A shallow one beside it.
-        boxes: An image folder with a boxes.csv, for localisation in photographs too (row 5c).
+        boxes: An image folder with a boxes.csv, for localization in photographs too (row 5c).
         count: Images of each row.
         seed: Of the images and of every random choice.
         device: cpu or cuda. Default: a GPU where there is one.

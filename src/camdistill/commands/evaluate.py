@@ -80,7 +80,7 @@ def evaluate(
         layer: Of the network that is explained. Default: the checkpoint's, or the last layer.
         metrics: Their names, or FILE.safetensors of a learned one; probabilities are the softmax,
             of a single logit the sigmoid. Default: what docs/metrics.md ranks by, deletion,
-            sparsity and the gates; where there are masks, localisation.
+            sparsity and the gates; where there are masks, localization.
         meta: Put the metrics themselves to the test: ladder, controls, halves, references.
         count: At most so many images, spread evenly.
         size: Side in pixels that images are scaled and cut to. Default: the training images'.
@@ -165,7 +165,7 @@ def _metrics_to_omit(explainers: Sequence[Explainer], *, other_classes: bool) ->
         reasons["random_logit"] = "the network has a single logit, so no other class"
     live_explainers = [explainer for explainer in explainers if explainer.explain is not None]
     if live_explainers and all(explainer.apart for explainer in live_explainers):
-        reasons["randomisation"] = (
+        reasons["randomization"] = (
             "it would be 0 by construction, as all maps are another network's"
         )
     return reasons

@@ -40,7 +40,7 @@ def export(
 ) -> dict[str, object]:
     """Writes a student as explainer.onnx and explainer.pt2: images in, logits and raw maps out.
 
-    The graph takes float32 images [B, 3, size, size] in [0, 1], any B, and normalises them itself;
+    The graph takes float32 images [B, 3, size, size] in [0, 1], any B, and normalizes them itself;
     it gives logits [B, C] and the maps of all classes [B, C, h, w]. Both files are run and compared
     with PyTorch before they are kept.
 

@@ -1,4 +1,4 @@
-"""`learn`: a metric of maps, learnt from what rankings found they teach."""
+"""`learn`: a metric of maps, learned from what rankings found they teach."""
 
 import time
 from collections.abc import Callable, Mapping

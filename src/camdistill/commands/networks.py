@@ -131,7 +131,7 @@ def _channels(network: nn.Module) -> int:
     if channels not in (1, 3):
         raise UserError(
             f"{type(network).__name__} takes images of {channels} channels; give a network for "
-            "colour (3) or grey (1) images"
+            "color (3) or gray (1) images"
         )
     return channels
 

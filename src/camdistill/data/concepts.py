@@ -13,7 +13,7 @@ def shape_concepts(shapes: Shapes, indices: Int64[np.ndarray, "n"]) -> ConceptMa
     """Masks of some images by concept.
 
     Each class and each distractor by its name, and `object`, `any shape`, `edge` (a pixel whose
-    neighbour belongs to something else), `background` and, where there is one, `shortcut`.
+    neighbor belongs to something else), `background` and, where there is one, `shortcut`.
 
     Args:
         shapes: Any split.
@@ -40,7 +40,7 @@ def shape_concepts(shapes: Shapes, indices: Int64[np.ndarray, "n"]) -> ConceptMa
 
 
 def _edge_mask(background: Bool[np.ndarray, "n size size"]) -> Bool[np.ndarray, "n size size"]:
-    """Pixels with a neighbour, above, below or beside, on the other side of a border."""
+    """Pixels with a neighbor, above, below or beside, on the other side of a border."""
     edges = np.zeros_like(background)
     down = background[:, 1:] != background[:, :-1]
     across = background[:, :, 1:] != background[:, :, :-1]

@@ -99,7 +99,7 @@ class ImageSet:
         return self.pixels.shape[2], self.pixels.shape[3]
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether the images have labels."""
         return bool(self.classes)
 
@@ -257,7 +257,7 @@ def load_folder(
     split: folders.Split = "train",
     *,
     size: int | None = None,
-    labelled: bool | None = None,
+    labeled: bool | None = None,
     on_broken: cache.OnBroken = "raise",
     cache_dir: Path | None = None,
 ) -> ImageSet:
@@ -271,7 +271,7 @@ def load_folder(
         split: Which of them; a folder without splits is all `train`.
         size: Shorter side after scaling, and side of the square cut from the middle; None for
             images that have one size already.
-        labelled: True requires class folders; False ignores them; None looks.
+        labeled: True requires class folders; False ignores them; None looks.
         on_broken: `raise` names a broken file; `skip` goes on without it.
         cache_dir: Where decoded images are kept; None: CAMDISTILL_CACHE or ~/.cache/camdistill.
 
@@ -284,7 +284,7 @@ def load_folder(
     if split not in split_folders:
         raise UserError(f"{root} has no {split} split; {nearest(split, split_folders)}")
     split_folder = split_folders[split]
-    classes = folders.find_classes(layout.train, labelled)
+    classes = folders.find_classes(layout.train, labeled)
     if classes and split != "train":
         folders.check_same_classes(layout.train, split_folder)
     if (

@@ -43,7 +43,7 @@ SUPPORTED = ", ".join(SUFFIXES[: len(_USUAL)]) + " and what else Pillow opens"
 
 @dataclass(frozen=True)
 class Frame:
-    """How stored pixels lie in an upright image: scaled, then cut out at the centre.
+    """How stored pixels lie in an upright image: scaled, then cut out at the center.
 
     Attributes:
         width: Of the upright image before scaling.
@@ -104,11 +104,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
             raise ValueError(
-                f"grey values from {low} to {high} have no agreed range; save it with 8 or 16 bits"
+                f"gray values from {low} to {high} have no agreed range; save it with 8 or 16 bits"
             )
         # rounds value / 257, which is never halfway between two numbers
-        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+        gray = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return Image.fromarray(gray).convert("RGB")
     if mode == "F":
         raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -177,7 +177,7 @@ def size_in_bytes(path: Path, size: int | None) -> int:
 
 
 def _binarize_mask(image: Image.Image) -> NDArray[np.uint8]:
-    """1 where a mask is marked; palette masks (VOC) count by index, not by colour."""
+    """1 where a mask is marked; palette masks (VOC) count by index, not by color."""
     pixels = np.asarray(image)
     if image.mode in ("RGBA", "LA"):
         pixels = pixels[..., :-1]

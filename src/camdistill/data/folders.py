@@ -255,7 +255,7 @@ def labels_from_paths(files: ImageFiles, classes: tuple[str, ...]) -> NDArray[np
     if len(stray):
         raise UserError(
             f"{files.path(int(stray[0]))} lies beside the class folders of {files.folder} "
-            f"({len(stray)} such images); move it into one, or set labelled: false"
+            f"({len(stray)} such images); move it into one, or set labeled: false"
         )
     counts = np.bincount(labels, minlength=len(classes))
     empty = [classes[index] for index in np.flatnonzero(counts == 0).tolist()]
@@ -267,35 +267,35 @@ def labels_from_paths(files: ImageFiles, classes: tuple[str, ...]) -> NDArray[np
     return labels
 
 
-def find_classes(folder: Path, labelled: bool | None) -> tuple[str, ...]:
+def find_classes(folder: Path, labeled: bool | None) -> tuple[str, ...]:
     """The classes of a folder of images; none for a flat folder or where labels are not wanted.
 
     Args:
         folder: Holds class folders, or images.
-        labelled: True requires class folders, False ignores them, None looks.
+        labeled: True requires class folders, False ignores them, None looks.
     """
-    if labelled is False:
+    if labeled is False:
         return ()
     classes = class_folders(folder)
     if len(classes) >= 2:
         return classes
     loose_count = len(scan(folder, nested=False))
-    if labelled is None and not classes:
+    if labeled is None and not classes:
         return ()
-    if labelled is None and loose_count:
+    if labeled is None and loose_count:
         raise UserError(
-            f"{folder} holds {loose_count} images and one folder {classes[0]!r}; set labelled: "
+            f"{folder} holds {loose_count} images and one folder {classes[0]!r}; set labeled: "
             "false to "
             "train without labels on all of them, or move the images into class folders"
         )
     if not classes:
         raise UserError(
             f"{folder} has no class folders; sort the images into one folder for each class, "
-            "or set labelled: false"
+            "or set labeled: false"
         )
     raise UserError(
         f"{folder} has one class only, {classes[0]!r}; add a folder for each other class, "
-        "or set labelled: false to train without labels"
+        "or set labeled: false to train without labels"
     )
 
 

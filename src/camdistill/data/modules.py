@@ -152,7 +152,7 @@ class ShapesData(ImageData):
         val: Number of validation images.
         test: Number of test images.
         size: Height and width in pixels: 32, 64 or 96.
-        shortcut: Probability that a coloured patch agrees with the label; 0 draws no patch.
+        shortcut: Probability that a colored patch agrees with the label; 0 draws no patch.
         shortcut_cells: Side of the patch in cells of a map of 8 x 8, 0.5 to 2.
         objects: 1, or 2 objects of different classes (the label is the first one's).
         suppressor: Strength in [0, 1] of a noise field shared by background and object.
@@ -270,7 +270,7 @@ class FolderData(ImageData):
         root: Folder with train, val and test folders, or class folders, or images.
         size: Shorter side after scaling, and side of the square cut from the middle; null for
             images that have one size already.
-        labelled: True requires class folders; false ignores them; null looks.
+        labeled: True requires class folders; false ignores them; null looks.
         val_fraction: Share of the training images (or their number) that validates, where there
             is no folder for it.
         test_fraction: Share of the images (or their number) that tests, where there is no folder
@@ -287,7 +287,7 @@ class FolderData(ImageData):
         self,
         root: Path,
         size: int | None = None,
-        labelled: bool | None = None,
+        labeled: bool | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         on_broken: OnBroken = "raise",
@@ -300,7 +300,7 @@ class FolderData(ImageData):
         super().__init__(batch_size=batch_size, seed=seed, split_seed=split_seed, limit=limit)
         self.root = expand_home(root)
         self.image_size = size
-        self.labelled = labelled
+        self.labeled = labeled
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.on_broken = on_broken
@@ -319,7 +319,7 @@ class FolderData(ImageData):
                 self.root,
                 split,
                 size=self.image_size,
-                labelled=self.labelled,
+                labeled=self.labeled,
                 on_broken=self.on_broken,
                 cache_dir=self.cache_dir,
             )
@@ -336,7 +336,7 @@ class FolderData(ImageData):
         layout = self._find_layout()
         self._load_split("train")
         if layout.test is not None:
-            classes = find_classes(layout.train, self.labelled)
+            classes = find_classes(layout.train, self.labeled)
             check_test_folder(layout.train, layout.test, classes)
         else:
             try:

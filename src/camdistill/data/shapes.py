@@ -2,7 +2,7 @@
 
 An image holds an object, whose shape is its label, a distractor of the same size, contrast and
 texture whose shape means nothing, a background of 1/f noise and, on request, a second object and
-a shortcut: a coloured patch that agrees with the label with a set probability. Colour, texture,
+a shortcut: a colored patch that agrees with the label with a set probability. Color, texture,
 brightness, size, rotation and position say nothing about the label. There is no file and no
 state: image i is a function of (version, split, seed, i).
 
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, Integer, UInt8, UInt64
 
 from camdistill.data import shapes_drawing as drawing
-from camdistill.data.shapes_painting import PATCH_COLOURS, paint_images
+from camdistill.data.shapes_painting import PATCH_COLORS, paint_images
 from camdistill.data.shapes_scene import Task, draw_scenes, task_labels
 from camdistill.errors import UserError, nearest
 
@@ -41,7 +41,7 @@ class RenderedShapes:
         labels: What is asked for: the object's shape (after `swap_class`), or what `task` asks.
         kinds: The object's shape.
         second_labels: The second object's shape, never the first one's; None with one object.
-        shortcut_labels: The class whose colour the patch has; -1 without a patch.
+        shortcut_labels: The class whose color the patch has; -1 without a patch.
         distractors: Which distractor shape.
         masks: Exact, by name: `object`, `distractor`, `shortcut`, `background` and, with two
             objects, `second` split the image without overlap or rest. `parts` (`second_parts`)
@@ -145,9 +145,9 @@ class Shapes:
         return tuple(drawing.CLASSES)[: self.classes]
 
     @property
-    def patch_colours(self) -> tuple[str, ...]:
+    def patch_colors(self) -> tuple[str, ...]:
         """Red, green and blue of each label's patch, in hexadecimal."""
-        return tuple(bytes(colour).hex() for colour in PATCH_COLOURS[: len(self.class_names)])
+        return tuple(bytes(color).hex() for color in PATCH_COLORS[: len(self.class_names)])
 
     @property
     def fingerprint(self) -> str:
@@ -187,7 +187,7 @@ class Shapes:
             indices: In [0, length), in any order.
             remove: What is left out: the background that was always behind it shows.
             swap_class: Added to each object's shape, modulo classes: another shape in the same
-                pose, colour and texture, and the label that goes with it. Patch and second object
+                pose, color and texture, and the label that goes with it. Patch and second object
                 stay as they are, so choose a shift that doesn't meet the latter's shape.
             swap_background: Which other background, from 1; 0 is the image's own.
 

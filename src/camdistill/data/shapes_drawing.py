@@ -14,7 +14,7 @@ Mask = Bool[np.ndarray, "n size size"]
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 CORE = 0.45
-"""Radius of the disc at the centre that every shape contains."""
+"""Radius of the disc at the center that every shape contains."""
 REACH = 1.598
 """Radius of the disc that contains every shape."""
 
@@ -47,7 +47,7 @@ def uniforms_by_key(
 
 
 def _double_columns(values: Int16[np.ndarray, "n channels height width"]) -> np.ndarray:
-    """Twice as many columns, linearly interpolated between the old columns' centres."""
+    """Twice as many columns, linearly interpolated between the old columns' centers."""
     wide = np.empty((*values.shape[:-1], 2 * values.shape[-1]), np.int16)
     tripled = values * np.int16(3)
     wide[..., 0] = values[..., 0] * 4
@@ -59,7 +59,7 @@ def _double_columns(values: Int16[np.ndarray, "n channels height width"]) -> np.
 
 
 def _double_rows(values: Int16[np.ndarray, "n channels height width"]) -> np.ndarray:
-    """Twice as many rows, linearly interpolated between the old rows' centres."""
+    """Twice as many rows, linearly interpolated between the old rows' centers."""
     n, channels, height, width = values.shape
     tall = np.empty((n, channels, 2 * height, width), np.int16)
     tripled = values * np.int16(3)
@@ -210,11 +210,11 @@ _FORMULAS = [*CLASSES.values(), *DISTRACTORS.values()]
 def shape_masks(
     kinds: Int[np.ndarray, "n"], poses: Float32[np.ndarray, "n 5"], size: int
 ) -> tuple[Mask, Mask]:
-    """Draw one shape an image: the pixels whose centres lie inside it.
+    """Draw one shape an image: the pixels whose centers lie inside it.
 
     Args:
         kinds: Position in CLASSES followed by DISTRACTORS.
-        poses: Centre x, centre y and unit in pixels (a shape's area is pi units squared), the
+        poses: Center x, center y and unit in pixels (a shape's area is pi units squared), the
             half-angle tangent of the rotation, and -1 for mirrored or 1.
         size: Side of the image in pixels.
 

@@ -1,11 +1,11 @@
-"""What Shapes looks like: backgrounds, colours, textures and patches, painted where masks say."""
+"""What Shapes looks like: backgrounds, colors, textures and patches, painted where masks say."""
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int16, Int64, UInt8, UInt64
 
 from camdistill.data import shapes_drawing as drawing
 
-PATCH_COLOURS = np.array(
+PATCH_COLORS = np.array(
     [
         *[(230, 25, 25), (25, 230, 25), (25, 25, 230), (230, 230, 25), (230, 25, 230)],
         *[(25, 230, 230), (245, 245, 245), (10, 10, 10), (230, 125, 25), (125, 25, 230)],
@@ -14,7 +14,7 @@ PATCH_COLOURS = np.array(
 )
 _STRIPES = np.array([(8, 0), (0, 8), (6, 6), (6, -6), (8, 4), (4, 8), (8, -4), (4, -8)])
 # Numbers of the random streams; 0 is the scene's. Other backgrounds count up from the last.
-_COLOURS, _GRAIN, _SUPPRESSOR, _BACKGROUND = 1, 2, 3, 4
+_COLORS, _GRAIN, _SUPPRESSOR, _BACKGROUND = 1, 2, 3, 4
 
 
 def paint_images(
@@ -30,12 +30,12 @@ def paint_images(
     Args:
         keys: One an image.
         masks: Where everything is.
-        shortcut_labels: Whose colour the patch has.
+        shortcut_labels: Whose color the patch has.
         suppressor: Strength of a noise field that everything shares.
         swap: Which other background, from 1; 0 is the image's own.
     """
     n, size = len(keys), masks["background"].shape[-1]
-    draw = drawing.uniforms_by_key(keys, _COLOURS, 40)
+    draw = drawing.uniforms_by_key(keys, _COLORS, 40)
     base = _levels(draw[:, :3], 85, 170)
     background, amplitude = base, _levels(draw[:, 3], 14, 40)
     if swap:
@@ -59,15 +59,15 @@ def paint_images(
                 item_numbers[:, 6:9], grain.reshape(n, size * size), image, pixel, size
             )
             sign = np.where(item_numbers[:, :3] < 0.5, -1, 1).astype(np.int16)
-            colour = base + sign * _levels(item_numbers[:, 3:6], 60, 86)
+            color = base + sign * _levels(item_numbers[:, 3:6], 60, 86)
             for channel in range(3):
-                flat[image, channel, pixel] = colour[image, channel] + texture
+                flat[image, channel, pixel] = color[image, channel] + texture
     if suppressor > 0:
         shared = drawing.noise(keys, _SUPPRESSOR, 1, size) * np.int16(40 * suppressor)
         field += shared >> 7
     pixels: UInt8[np.ndarray, "n 3 size size"] = np.clip(field, 0, 255).astype(np.uint8)
     image, pixel = np.divmod(np.flatnonzero(masks["shortcut"]), size * size)
-    pixels.reshape(n, 3, size * size)[image, :, pixel] = PATCH_COLOURS[shortcut_labels[image]]
+    pixels.reshape(n, 3, size * size)[image, :, pixel] = PATCH_COLORS[shortcut_labels[image]]
     return pixels
 
 

@@ -13,7 +13,7 @@ Task = Literal["shape", "conjunction", "xor"]
 AREA = (0.056, 0.0765)
 """Least and greatest area of a shape, as a fraction of the image's."""
 MARGIN = np.float32(0.75)
-"""Least distance of a centre from the border, in radii: far tips may lie outside the image."""
+"""Least distance of a center from the border, in radii: far tips may lie outside the image."""
 PATCH_REGION = 0.4
 """The patch lies within this fraction of a side from a border, in both directions."""
 
@@ -34,7 +34,7 @@ class ShapesScene:
         kinds: The object's shape.
         second_kinds: The second object's shape, another one.
         distractors: Which distractor.
-        shortcut_labels: The class whose colour the patch takes.
+        shortcut_labels: The class whose color the patch takes.
         poses: Of each item, as `shapes_drawing.shape_masks` takes them.
         patch: Left and top pixel of the patch.
     """
@@ -76,15 +76,15 @@ def draw_scenes(
     # A disc is reserved that holds every shape, or the place would tell the class.
     radii = np.float32(drawing.REACH) * (low + (high - low) * draw[5:8])
     if objects == 1:
-        centres, radii = _place_beside(
+        centers, radii = _place_beside(
             radii, drawing.uniforms_by_key(keys, _STREAM + _MORE, 2 + 2 * _TRIES).T
         )
     else:
-        centres = _place_in_cells(
+        centers = _place_in_cells(
             radii, draw[14:21], drawing.uniforms_by_key(keys, _STREAM + _MORE, 6).T
         )
     poses = np.empty((len(keys), 3, 5), np.float32)
-    poses[:, :, :2] = centres.transpose(2, 1, 0) * size
+    poses[:, :, :2] = centers.transpose(2, 1, 0) * size
     poses[:, :, 2] = radii.T / np.float32(drawing.REACH) * size
     # tan(15 degrees): rotations within +-30 degrees, which make no class look like another.
     poses[:, :, 3] = (2 * draw[8:11].T - 1) * np.float32(0.2679492)
@@ -97,7 +97,7 @@ def draw_scenes(
         distractors=_choice(draw[3], len(drawing.DISTRACTORS)),
         shortcut_labels=np.where(draw[4] < agreement, labels, other_labels),
         poses=poses,
-        patch=_patch_corners(centres * size, radii * size, places, size, patch),
+        patch=_patch_corners(centers * size, radii * size, places, size, patch),
     )
 
 
@@ -186,22 +186,22 @@ def _place_in_cells(
     cuts: Float32[np.ndarray, "7 n"],
     draw: Float32[np.ndarray, "6 n"],
 ) -> Float32[np.ndarray, "2 3 n"]:
-    """Centres of three items, each in a cell of its own; the fourth cell is left to the patch."""
+    """Centers of three items, each in a cell of its own; the fourth cell is left to the patch."""
     item_sides = np.concatenate([2 * radii, np.full_like(radii[:1], _PATCH_ROOM)])
     starts, ends = _cut_cells(item_sides, cuts)
     slack = np.maximum(ends[:, :3] - starts[:, :3] - 2 * radii, 0)
     places = slack * _stretch_outward(draw.reshape(2, 3, -1))
-    centres: Float32[np.ndarray, "2 3 n"] = starts[:, :3] + radii + places
-    return centres
+    centers: Float32[np.ndarray, "2 3 n"] = starts[:, :3] + radii + places
+    return centers
 
 
 def _place_beside(
     radii: Float32[np.ndarray, "3 n"], draw: Float32[np.ndarray, "tries n"]
 ) -> tuple[Float32[np.ndarray, "2 3 n"], Float32[np.ndarray, "3 n"]]:
-    """Centres of the object, anywhere, and of the distractor, anywhere beside it.
+    """Centers of the object, anywhere, and of the distractor, anywhere beside it.
 
     Returns:
-        The centres, and the radii: an object so near the centre that nothing as large fits beside
+        The centers, and the radii: an object so near the center that nothing as large fits beside
         it is made smaller, and its distractor with it. The absent second object has radius 0.
     """
     object_radius, distractor_radius = radii[0], radii[2]
@@ -243,7 +243,7 @@ def _permutations(numbers: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "4 n"]:
 def _place_centers(
     radius: _PerImage, draw: Float32[np.ndarray, "*tries n"]
 ) -> Float32[np.ndarray, "*tries n"]:
-    """Coordinates of centres, drawn so that shapes cover the image evenly."""
+    """Coordinates of centers, drawn so that shapes cover the image evenly."""
     margin = MARGIN * radius
     places: Float32[np.ndarray, "*tries n"] = margin + (1 - 2 * margin) * _stretch_outward(draw)
     return places
@@ -252,7 +252,7 @@ def _place_centers(
 def _stretch_outward(draw: Float32[np.ndarray, "*tries n"]) -> Float32[np.ndarray, "*tries n"]:
     """Stretch uniform numbers in [0, 1] towards both ends.
 
-    Centres that were uniform would pile objects up in the middle of the image. With 1.36, the mean
+    Centers that were uniform would pile objects up in the middle of the image. With 1.36, the mean
     object over 24,000 images, pooled to a map of 8 x 8, varies by a factor of 1.33 within its
     inner 6 x 6 cells.
     """
@@ -262,7 +262,7 @@ def _stretch_outward(draw: Float32[np.ndarray, "*tries n"]) -> Float32[np.ndarra
 
 
 def _patch_corners(
-    centres: Float32[np.ndarray, "2 3 n"],
+    centers: Float32[np.ndarray, "2 3 n"],
     radii: Float32[np.ndarray, "3 n"],
     draw: Float32[np.ndarray, "tries n"],
     size: int,
@@ -282,7 +282,7 @@ def _patch_corners(
     places = np.concatenate([candidates, np.tile(corners[..., None], candidates.shape[2])], axis=1)
     free = np.ones(places.shape[1:], bool)
     for disc in range(3):
-        gap = np.maximum(places - centres[:, None, disc], centres[:, None, disc] - places - patch)
+        gap = np.maximum(places - centers[:, None, disc], centers[:, None, disc] - places - patch)
         gap = np.maximum(gap, 0)
         free &= (gap * gap).sum(axis=0) >= radii[disc] ** 2
     first = free.argmax(axis=0)

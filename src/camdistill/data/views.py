@@ -208,7 +208,7 @@ def _shift_images(
 def view_maps(maps: Maps, view: View, *, flipped: bool) -> Maps:
     """Maps under a view, on the same grid: what the network's map of the moved image would be.
 
-    The map is read as its bilinear interpolant (`align_corners=False`, edge-clamped) at the centre
+    The map is read as its bilinear interpolant (`align_corners=False`, edge-clamped) at the center
     of each cell of the moved grid, antialiased where a box enlarges the field of view. A shift by
     whole cells is thus exact, and the identity changes nothing; for shifts by part of a cell this
     equals moving a piecewise constant map and averaging over the cells.
@@ -240,18 +240,18 @@ def _resampling_weights(
     """Weights of the source pixels in each target pixel, along one axis.
 
     The triangle filter as wide as the larger of a source and a target pixel, cut at the border and
-    normalised to 1, which is what torch and Pillow do.
+    normalized to 1, which is what torch and Pillow do.
     """
     cells = (torch.arange(target, device=start.device, dtype=torch.float64) + 0.5) / target
     # float64: in float32 an error of 1e-7 of a large image is visible in the weights
-    centre = (start.double()[:, None] + extent.double()[:, None] * cells) * source
-    inside = (centre >= 0) & (centre <= source)
-    centre = centre.clamp(0.5, source - 0.5)
+    center = (start.double()[:, None] + extent.double()[:, None] * cells) * source
+    inside = (center >= 0) & (center <= source)
+    center = center.clamp(0.5, source - 0.5)
     support = (extent * source / target).clamp(min=1.0)[:, None, None]
     pixels = torch.arange(source, device=start.device, dtype=torch.float32) + 0.5
-    # the whole part of the centre apart, so that the difference is exact in float32
-    base = centre.floor()
-    distance = (pixels - base.float()[:, :, None]) - (centre - base).float()[:, :, None]
+    # the whole part of the center apart, so that the difference is exact in float32
+    base = center.floor()
+    distance = (pixels - base.float()[:, :, None]) - (center - base).float()[:, :, None]
     weights = distance.abs_().div_(support).neg_().add_(1).clamp_(min=0)
     weights /= weights.sum(dim=2, keepdim=True)
     return weights * inside[:, :, None] if outside == "zero" else weights

@@ -25,7 +25,7 @@ from camdistill.networks.teachers import (
     Teacher,
     build,
     check_moments,
-    normalisation,
+    normalization,
 )
 from camdistill.networks.training_facts import (
     EXPERIMENT,
@@ -213,7 +213,7 @@ def _build_network(
     settings: Mapping[str, Any],
     allowed: Sequence[str] | None,
 ) -> Preprocessed:
-    """What was trained, with its weights and its normalisation."""
+    """What was trained, with its weights and its normalization."""
     with _report_unreadable(weights.path):
         classes = None if settings.get("classes") is None else int(settings["classes"])
         has_moments = {"mean", "std"} <= set(settings)
@@ -227,7 +227,7 @@ def _build_network(
     network = build(replace(spec, weights=None), classes=classes, allowed=allowed)
     load_weights(network, weights)
     return Preprocessed(
-        network, *(moments or normalisation(spec, weights)), facts=training_facts(weights)
+        network, *(moments or normalization(spec, weights)), facts=training_facts(weights)
     )
 
 

@@ -8,7 +8,7 @@ from torchmetrics import MeanMetric, SumMetric
 from camdistill import tags
 from camdistill.data.views import Augment
 from camdistill.distill.losses import cross_entropy
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.training import (
     TrainingModule,
     as_images,
@@ -35,7 +35,7 @@ class Classifier(TrainingModule):
         network: What to train, and from which weights.
         label_smoothing: The part of the target that is spread over all classes, in [0, 1).
         augment: Views of the training images.
-        optimisation: Optimiser and schedule.
+        optimization: Optimizer and schedule.
         ema: Decay of a running average of the weights; null keeps the last weights.
         seed: Of the start and of the views.
     """
@@ -48,12 +48,12 @@ class Classifier(TrainingModule):
         *,
         label_smoothing: float = 0.0,
         augment: Augment = Augment(),  # noqa: B008  (frozen)
-        optimisation: Optimisation = Optimisation(),  # noqa: B008
+        optimization: Optimization = Optimization(),  # noqa: B008
         ema: float | None = None,
         seed: int = 0,
     ) -> None:
         arguments = dict(locals())
-        super().__init__(optimisation, augment, ema=ema, seed=seed)
+        super().__init__(optimization, augment, ema=ema, seed=seed)
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing is {label_smoothing}; give a part in [0, 1)")
         self.settings = {

@@ -25,7 +25,7 @@ from camdistill.distill.comparison import (
     update_meter,
 )
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.targets import Targets, cached_targets, live_targets, open_shared_cache
 from camdistill.distill.teacher_cache import TeacherCache
 from camdistill.distill.teacher_maps_plan import likeliest_classes
@@ -55,18 +55,18 @@ class DistilledExplainer(TrainingModule):
         ce * CE(student, label) + kd * T^2 KL(teacher || student) + beta * distance(maps)
 
     where the maps of both networks are those of the teacher's top class, or of its
-    `transfer.classes` likeliest. With `ce=0` no label is needed: unlabelled images train.
+    `transfer.classes` likeliest. With `ce=0` no label is needed: unlabeled images train.
 
     Args:
         teacher: The network to imitate; it is never trained and never stored.
-        student: The network that is trained; it gets the teacher's normalisation and classes.
+        student: The network that is trained; it gets the teacher's normalization and classes.
         transfer: Which explanation is transferred, and at which layers.
         ce: Weight of cross-entropy with the labels.
         kd: Weight of distillation with the teacher's logits (Hinton et al. 2015).
         temperature: Of distillation.
         beta: Weight of the distance between the maps.
         augment: Views of the training images; maps move with them.
-        optimisation: Optimiser and schedule.
+        optimization: Optimizer and schedule.
         cached: Ask the teacher once per image and orientation and keep its answers on disk; false
             asks it at every step. Cached maps are cropped with the image; cached logits are of the
             whole one.
@@ -89,14 +89,14 @@ class DistilledExplainer(TrainingModule):
         temperature: float = 4.0,
         beta: float = 20.0,
         augment: Augment = Augment(),  # noqa: B008
-        optimisation: Optimisation = Optimisation(),  # noqa: B008
+        optimization: Optimization = Optimization(),  # noqa: B008
         cached: bool = True,
         cache_dir: Path | None = None,
         ema: float | None = None,
         seed: int = 0,
     ) -> None:
         arguments = dict(locals())
-        super().__init__(optimisation, augment, ema=ema, seed=seed)
+        super().__init__(optimization, augment, ema=ema, seed=seed)
         check_loss_weights(ce=ce, kd=kd, beta=beta, temperature=temperature)
         self.settings = {
             name: to_plain_data(value)

@@ -31,7 +31,7 @@ def attention_map(activations: Activations, p: float = 2.0) -> Maps:
     """Attention F^p_sum: the sum over units of |A|^p.
 
     Zagoruyko and Komodakis 2017 (https://arxiv.org/abs/1612.03928), section 3.1. Their code takes
-    the mean over units instead, which the L2 normalisation undoes. Absolute values matter for odd
+    the mean over units instead, which the L2 normalization undoes. Absolute values matter for odd
     p: ports that leave them out let signed activations cancel.
 
     Args:
@@ -52,7 +52,7 @@ def attention_transfer(
 ) -> PerImage:
     """Attention transfer of one pair of layers (Zagoruyko and Komodakis 2017, Eq. 2).
 
-    With a and b the L2-normalised attention maps of student and teacher as vectors of HW numbers:
+    With a and b the L2-normalized attention maps of student and teacher as vectors of HW numbers:
 
     - "paper": 1/2 ||a - b||_2, the norm not squared. The half is Eq. 2's, so that `beta` is the
       paper's and multiplies this value. The norm stays the L2 norm whatever `p` is, as in all their
@@ -106,7 +106,7 @@ def map_distance(
         kind: "pearson" is 1 - r, in [0, 2]; it ignores the level that all maps share and learns
             fastest. "cosine" is 1 - cos, in [0, 1] (e2KD, Parchami-Araghi et al. 2024,
             https://arxiv.org/abs/2402.03119). "l2" and "l1" are the norms (not squared) of the
-            difference of L2-normalised maps: "l2" is twice attention transfer's "paper" form,
+            difference of L2-normalized maps: "l2" is twice attention transfer's "paper" form,
             "l1" is LwM's (Dhar et al. 2019, https://arxiv.org/abs/1811.08051).
         rectify: Compare ReLU maps; False compares the signed ones.
     """
@@ -159,7 +159,7 @@ def class_map_distance(
     """Class attention transfer of CAT-KD: the maps of all classes, pooled, in mean squared error.
 
     Guo et al. 2023 (CVPR) and the released code: MSE over classes and cells between class
-    activation maps average-pooled to pool x pool, signed and not normalised. Their map is
+    activation maps average-pooled to pool x pool, signed and not normalized. Their map is
     sum_k w_k A_k, whose mean is the logit less its bias; the raw Grad-CAM of such a head is that
     map over HW, so maps are multiplied by their own number of cells here: published betas hold.
 

@@ -195,10 +195,10 @@ def _standardize(rows: Float[Tensor, "batch cells"]) -> Float[Tensor, "batch cel
     """With mean 0 and deviation 1; 0 where what is left after centring is rounding."""
     largest = rows.detach().abs().amax(1, keepdim=True)
     rows = rows / torch.where(largest > 0, largest, 1)
-    centred = rows - rows.mean(1, keepdim=True)
-    blank = centred.detach().abs().amax(1, keepdim=True) <= 16 * torch.finfo(rows.dtype).eps
-    square = torch.where(blank, 1, centred.square().mean(1, keepdim=True))
-    return torch.where(blank, 0, centred / square.sqrt())
+    centered = rows - rows.mean(1, keepdim=True)
+    blank = centered.detach().abs().amax(1, keepdim=True) <= 16 * torch.finfo(rows.dtype).eps
+    square = torch.where(blank, 1, centered.square().mean(1, keepdim=True))
+    return torch.where(blank, 0, centered / square.sqrt())
 
 
 def _normalize_rows(rows: Float[Tensor, "batch cells"]) -> Float[Tensor, "batch cells"]:

@@ -15,11 +15,11 @@ START, END = 1 / 25, 1e-4  # of the highest rate, where one-cycle begins and end
 
 
 @dataclass(frozen=True)
-class Optimisation:
-    """An optimiser with its learning-rate schedule, set step by step over the whole training.
+class Optimization:
+    """An optimizer with its learning-rate schedule, set step by step over the whole training.
 
     Args:
-        optimiser: "sgd" with Nesterov momentum, or "adamw".
+        optimizer: "sgd" with Nesterov momentum, or "adamw".
         lr: The highest learning rate.
         momentum: Of SGD; the first beta of AdamW.
         weight_decay: On weights of two or more axes; norms and biases are never decayed.
@@ -28,7 +28,7 @@ class Optimisation:
         warmup: The part of the training that the rise takes, in [0, 1).
     """
 
-    optimiser: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.3
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -56,7 +56,7 @@ class Optimisation:
     def build_optimizer(
         self, weights: Sequence[Tensor], norms_and_biases: Sequence[Tensor]
     ) -> torch.optim.Optimizer:
-        """The optimiser alone, for a loop that sets the rate itself.
+        """The optimizer alone, for a loop that sets the rate itself.
 
         Args:
             weights: Weights, which decay.
@@ -66,7 +66,7 @@ class Optimisation:
             {"params": list(weights), "weight_decay": self.weight_decay},
             {"params": list(norms_and_biases), "weight_decay": 0.0},
         ]
-        if self.optimiser == "sgd":
+        if self.optimizer == "sgd":
             return torch.optim.SGD(
                 groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0
             )
@@ -75,13 +75,13 @@ class Optimisation:
     def configure(self, network: nn.Module, steps: int) -> OptimizerLRSchedulerConfig:
         """What `configure_optimizers` returns for a network that is fitted for so many steps."""
         parameters = [p for p in network.parameters() if p.requires_grad]
-        optimiser = self.build_optimizer(
+        optimizer = self.build_optimizer(
             [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: self.lr_factor(step / max(steps, 1))
+            optimizer, lambda step: self.lr_factor(step / max(steps, 1))
         )
         return {
-            "optimizer": optimiser,
+            "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }

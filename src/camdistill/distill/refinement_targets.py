@@ -88,7 +88,7 @@ class Objective:
     deletion: float = 1.0
     shares: tuple[float, ...] = LEVELS
     temperature: float | None = None
-    replacement: Literal["blur", "mean", "grey"] = "blur"
+    replacement: Literal["blur", "mean", "gray"] = "blur"
     subsets: int = 32
     cells: int = 8
     views: Augment = field(

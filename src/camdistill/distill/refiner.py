@@ -18,7 +18,7 @@ from camdistill.data.views import Augment, View, view_maps
 from camdistill.distill.checks import check_data_matches
 from camdistill.distill.differentiable_maps import eval_mode, explain_with_graph
 from camdistill.distill.losses import beta_factor, cross_entropy, soft_targets_kl
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.refinement_targets import (
     Objective,
     Refinement,
@@ -37,7 +37,7 @@ from camdistill.perturb.batched_forward import forward_in_chunks
 from camdistill.perturb.probability import label_count, predict_labels
 from camdistill.types import Batch, Images, Labels, Logits, Masks, PerImage
 
-RECIPE = Optimisation(optimiser="adamw", lr=3e-4, schedule="cosine", warmup=0.1)
+RECIPE = Optimization(optimizer="adamw", lr=3e-4, schedule="cosine", warmup=0.1)
 
 
 class Refiner(TrainingModule):
@@ -53,9 +53,9 @@ class Refiner(TrainingModule):
         arm: The objective, or one of its controls.
         keep: What the answers are held to: labels, start (the network's own answers at the start),
             or auto, which takes labels where the images have them.
-        frozen_statistics: Keep the statistics of batch normalisation (and leave out dropout).
+        frozen_statistics: Keep the statistics of batch normalization (and leave out dropout).
         augment: Views of the training images.
-        optimisation: Optimiser and schedule.
+        optimization: Optimizer and schedule.
         ema: Decay of a running average of the weights; null keeps the last weights.
         seed: Of views, random targets and changes.
     """
@@ -71,12 +71,12 @@ class Refiner(TrainingModule):
         keep: Literal["auto", "labels", "start"] = "auto",
         frozen_statistics: bool = True,
         augment: Augment = Augment(),  # noqa: B008
-        optimisation: Optimisation = RECIPE,
+        optimization: Optimization = RECIPE,
         ema: float | None = None,
         seed: int = 0,
     ) -> None:
         arguments = dict(locals())
-        super().__init__(optimisation, augment, ema=ema, seed=seed)
+        super().__init__(optimization, augment, ema=ema, seed=seed)
         self.settings = {
             name: to_plain_data(value)
             for name, value in arguments.items()
@@ -86,7 +86,7 @@ class Refiner(TrainingModule):
         self.refinement = Refinement(objective, arm, seed)
         self.accuracy, self.agreement, self.image_count = MeanMetric(), MeanMetric(), SumMetric()
         self.test_scores: tuple[float, float, int] | None = None
-        self.labelled = False
+        self.labeled = False
         self._masks: Bool[Tensor, "images height width"] | None = None
         self._mask_ids: Labels | None = None
         self._start_classes: dict[
@@ -130,7 +130,7 @@ class Refiner(TrainingModule):
         size_cure = "give another --data.size, or another network"
         check_forward({"network": self.network}, torch.zeros(1, 3, *data.size), cure=size_cure)
         check_data_matches(self.network.facts, data.size, data.classes, "network")
-        self.labelled = bool(classes) and classes == network_classes
+        self.labeled = bool(classes) and classes == network_classes
         needs_masks = self.refinement.objective.kind == "energy" and self.refinement.arm != "ce"
         if needs_masks and data.train_set is not None and self._masks is None:
             self._masks, self._mask_ids = object_masks(data.train_set)
@@ -142,7 +142,7 @@ class Refiner(TrainingModule):
         return {**super().experiment(), **metric}
 
     def train(self, mode: bool = True) -> "Refiner":
-        """Batch normalisation stays as it is where its statistics are frozen."""
+        """Batch normalization stays as it is where its statistics are frozen."""
         super().train(mode)
         if self.frozen and hasattr(self, "network"):
             self.network.eval()
@@ -176,7 +176,7 @@ class Refiner(TrainingModule):
         return self.watch_loss(loss)
 
     def _keep_loss(self, logits: Logits, batch: Batch, images: Images) -> PerImage:
-        if self.keep != "start" and self.labelled:
+        if self.keep != "start" and self.labeled:
             return cross_entropy(logits, batch.labels)
         with torch.no_grad():
             start_logits = self.start(images)
@@ -210,14 +210,14 @@ class Refiner(TrainingModule):
             predict_labels(forward_in_chunks(self.network, images)),
             batch.counted.float(),
         )
-        if self.labelled:
+        if self.labeled:
             self.accuracy.update((top == batch.labels).float(), counted)
         self.agreement.update((top == start_classes).float(), counted)
         self.image_count.update(counted)
 
     def retention(self) -> float:
         """Accuracy of what was evaluated last; agreement with the start where that is kept."""
-        by_labels = self.labelled and self.keep != "start"
+        by_labels = self.labeled and self.keep != "start"
         metric = self.accuracy if by_labels else self.agreement
         return float(metric.compute())
 
@@ -227,7 +227,7 @@ class Refiner(TrainingModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over the validation images."""
-        if self.labelled:
+        if self.labeled:
             self.log(tags.ACCURACY_VAL, self.accuracy.compute(), rank_zero_only=True)
         self.log(tags.AGREEMENT_START, self.agreement.compute(), rank_zero_only=True)
 
@@ -238,7 +238,7 @@ class Refiner(TrainingModule):
 
     def on_test_epoch_end(self) -> None:
         """Keeps what `results` tells."""
-        accuracy = float(self.accuracy.compute()) if self.labelled else float("nan")
+        accuracy = float(self.accuracy.compute()) if self.labeled else float("nan")
         agreement, count = float(self.agreement.compute()), round(float(self.image_count.compute()))
         self.test_scores = (accuracy, agreement, count)
         self.log(tags.on_test(tags.AGREEMENT_START), agreement, rank_zero_only=True)

@@ -1,7 +1,7 @@
 """The teacher's logits and maps of a whole set of images, for both orientations, made once.
 
 A cache lies in a folder whose name is a hash of everything that decides its content: the teacher's
-weights and normalisation, the images, the layers, the precision. Opening it checks every file, and
+weights and normalization, the images, the layers, the precision. Opening it checks every file, and
 asks the live teacher about a random sample of images.
 """
 

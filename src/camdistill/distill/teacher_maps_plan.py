@@ -77,7 +77,7 @@ def likeliest_classes(logits: Logits, count: int) -> Int[Tensor, "batch *count"]
 
 
 def teacher_sha256(teacher: Teacher) -> str:
-    """sha256 of a teacher's modules, weights and normalisation, whatever file they came from."""
+    """sha256 of a teacher's modules, weights and normalization, whatever file they came from."""
     digest = hashlib.sha256()
     for name, module in teacher.network.named_modules():
         digest.update(f"{name} {type(module).__qualname__}\n".encode())

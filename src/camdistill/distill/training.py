@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from camdistill import tags
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment, View, draw_view, view_images
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.errors import UserError, check_number
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed
@@ -32,7 +32,7 @@ IMAGES = "images"  # a checkpoint's key of which images it was trained on
 
 
 class TrainingModule(LightningModule, ABC):
-    """The plumbing around a training step; what is learnt stands in the two modules that use it.
+    """The plumbing around a training step; what is learned stands in the two modules that use it.
 
     Attributes:
         cards: Tags of what one looks at first: TensorBoard's front page and table of settings.
@@ -47,13 +47,13 @@ class TrainingModule(LightningModule, ABC):
     )
 
     def __init__(
-        self, optimisation: Optimisation, augment: Augment, *, ema: float | None, seed: int
+        self, optimization: Optimization, augment: Augment, *, ema: float | None, seed: int
     ) -> None:
         super().__init__()
         if ema is not None and not 0 < ema < 1:
             raise UserError(f"ema is {ema}; give a decay in (0, 1), such as 0.999, or leave it out")
         check_number("seed", seed, "[0, inf)", "give 0 or more")
-        self.optimisation = optimisation
+        self.optimization = optimization
         self.augment = augment
         self.ema = ema
         self.seed = seed
@@ -65,7 +65,7 @@ class TrainingModule(LightningModule, ABC):
     @property
     @abstractmethod
     def fitted(self) -> Preprocessed:
-        """The network that is trained, with its normalisation."""
+        """The network that is trained, with its normalization."""
 
     @property
     def class_names(self) -> list[str]:
@@ -119,7 +119,7 @@ class TrainingModule(LightningModule, ABC):
         if int(bad) > 0:
             raise UserError(
                 f"the loss is not a number by step {self.global_step} (learning rate "
-                f"{self.optimisation.lr}){self.cure}"
+                f"{self.optimization.lr}){self.cure}"
             )
         self._bad_steps = None
 
@@ -173,7 +173,7 @@ class TrainingModule(LightningModule, ABC):
                 "the learning rate falls over the whole training, which has no end; "
                 "give --trainer.max_epochs or --trainer.max_steps"
             )
-        return self.optimisation.configure(self.fitted.network, int(steps))
+        return self.optimization.configure(self.fitted.network, int(steps))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the experiment's settings and the state of torch's generators (dropout needs it)."""

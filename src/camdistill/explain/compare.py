@@ -80,12 +80,12 @@ def _unit(vectors: Vectors) -> Vectors:
 
 
 def _standard(vectors: Vectors) -> Vectors:
-    """Centred, with norm 1; 0 where what is left after centring is rounding."""
-    centred = vectors - vectors.mean(1, keepdim=True)
+    """Centered, with norm 1; 0 where what is left after centring is rounding."""
+    centered = vectors - vectors.mean(1, keepdim=True)
     largest = vectors.detach().abs().amax(1, keepdim=True)
-    spread = centred.detach().abs().amax(1, keepdim=True)
+    spread = centered.detach().abs().amax(1, keepdim=True)
     constant = spread <= 16 * torch.finfo(vectors.dtype).eps * largest
-    return _unit(torch.where(constant, 0, centred))
+    return _unit(torch.where(constant, 0, centered))
 
 
 def _ranks(vectors: Vectors) -> Vectors:

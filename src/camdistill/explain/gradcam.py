@@ -124,7 +124,7 @@ def explain_images(
 
     Returns:
         The explanation. alpha is a gradient of the scores' sum over the batch: in train mode,
-        where batch normalisation mixes images, it includes what an image's activations do to the
+        where batch normalization mixes images, it includes what an image's activations do to the
         others' scores ("activations" and "full"; "none" refuses such networks).
 
     Raises:
@@ -188,7 +188,7 @@ def last_layer(
     of more than one cell, pooling, dropout and identities aside; of nested modules that finish
     together, the outermost. ResNets: "layer4" (CIFAR: "layer3"); VGG and DenseNet: "features".
     Where tokens come after it, it is the last of them of the final width whose patches the score
-    reads: with a class token that is the normalisation before the last attention.
+    reads: with a class token that is the normalization before the last attention.
 
     Raises:
         UserError: If no module gives such an output.

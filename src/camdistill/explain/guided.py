@@ -12,7 +12,7 @@ in place or called twice, and what else reads a ReLU's input (the skip of a pre-
 left alone. ReLU, ReLU6, `threshold` and `clamp` at 0 count as ReLUs; GELU, SiLU and leaky ones do
 not, and have their plain gradient.
 
-Both rules show image structure more than evidence: maps change little when weights are randomised
+Both rules show image structure more than evidence: maps change little when weights are randomized
 (Adebayo et al. 2018, https://arxiv.org/abs/1810.03292).
 """
 
@@ -118,7 +118,7 @@ def guided_grad_cam(
         images: Likewise.
         layers: Likewise.
         classes: Likewise.
-        channels: How the coloured product becomes a map.
+        channels: How the colored product becomes a map.
         score: Likewise.
         layout: Likewise.
         logits: Likewise.

@@ -1,4 +1,4 @@
-"""Pure functions of maps: rectify, normalise, resize, fuse.
+"""Pure functions of maps: rectify, normalize, resize, fuse.
 
 All take maps of shape [..., h, w] and treat every map on its own; all are differentiable.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Normalisation = Literal["minmax", "max"]
+Normalization = Literal["minmax", "max"]
 Fusion = Literal["mean", "max", "product"]
 AnyMaps = Float[Tensor, "*maps height width"]
 OnGrid = Float[Tensor, "*maps rows columns"]
@@ -23,7 +23,7 @@ def relu(maps: AnyMaps) -> AnyMaps:
     return F.relu(maps)
 
 
-def normalise(maps: AnyMaps, kind: Normalisation = "minmax", *, epsilon: float = 0.0) -> AnyMaps:
+def normalize(maps: AnyMaps, kind: Normalization = "minmax", *, epsilon: float = 0.0) -> AnyMaps:
     """Scale every map by its own range.
 
     Args:
@@ -93,7 +93,7 @@ def fuse(
     """One map from several layers' maps, cell by cell.
 
     Args:
-        maps: One entry a layer; normalise them first, as raw maps of layers differ in scale.
+        maps: One entry a layer; normalize them first, as raw maps of layers differ in scale.
         kind: "mean", "max" or "product".
         size: Grid of the result; None is the finest of the layers, per axis.
     """

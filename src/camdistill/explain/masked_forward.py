@@ -29,7 +29,7 @@ from camdistill.perturb.imputers import Baseline, baseline
 from camdistill.types import Images
 
 Fill = Literal["zero"] | Baseline
-"""What stands where an image is removed: "zero" is 0 after the network's own normalisation."""
+"""What stands where an image is removed: "zero" is 0 after the network's own normalization."""
 MaskFunction = Callable[
     [Int[Tensor, "asked"], Int[Tensor, "asked"]], Float[Tensor, "asked height width"]
 ]
@@ -192,5 +192,5 @@ def make_replacement(network: nn.Module, images: Images, fill: Fill) -> Images:
     if fill != "zero":
         return baseline(images, fill)
     inner = unwrap_outer(network)
-    colour = inner.mean if isinstance(inner, Preprocessed) else torch.zeros(())
-    return colour.to(images).expand_as(images)
+    color = inner.mean if isinstance(inner, Preprocessed) else torch.zeros(())
+    return color.to(images).expand_as(images)

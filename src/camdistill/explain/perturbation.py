@@ -15,7 +15,7 @@ from camdistill.errors import UserError
 from camdistill.explain.engine.request import Classes, Score, upcast
 from camdistill.explain.engine.tokens import Layout
 from camdistill.explain.gradcam import explain_images
-from camdistill.explain.maps import normalise, upsample
+from camdistill.explain.maps import normalize, upsample
 from camdistill.explain.masked_forward import Fill, make_scorer
 from camdistill.types import Images
 
@@ -48,7 +48,7 @@ def occlusion(
         classes: Likewise.
         patch: Side of the square in pixels; None is an eighth of the shorter side.
         stride: Pixels between squares; None is half a patch.
-        fill: What covers. The paper's is grey, 0 after normalisation.
+        fill: What covers. The paper's is gray, 0 after normalization.
         score: Likewise.
         logits: Likewise.
         memory: Bytes that one forward may take, about; None is 32 MiB on
@@ -106,7 +106,7 @@ def rise(
 
     Petsiuk et al. 2018, eq. 6 and section 3.2, https://arxiv.org/abs/1806.07421. Masks are random
     grids, enlarged bilinearly by a whole cell more than the image and cut at a random place. As in
-    the paper, S is a probability and masked pixels are 0 after normalisation. N forwards an image.
+    the paper, S is a probability and masked pixels are 0 after normalization. N forwards an image.
 
     Args:
         network: As for `explain.gradcam.explain_images`, like all that isn't named here.
@@ -188,7 +188,7 @@ def score_cam(
         def unit_mask(
             image: Tensor, number: Tensor, layer_activations: Tensor = activations
         ) -> Tensor:
-            return normalise(upsample(layer_activations[image, number], size))
+            return normalize(upsample(layer_activations[image, number], size))
 
         unit_scores = scorer.score_masks(unit_mask, units, fill)
         varies = activations.flatten(2).amax(2) > activations.flatten(2).amin(2)

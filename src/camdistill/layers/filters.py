@@ -34,7 +34,7 @@ class FilterBank:
     Attributes:
         layer: The convolution's name.
         weights: [K, C, h, w].
-        folded: The batch normalisation whose scale is in them; empty where there is none.
+        folded: The batch normalization whose scale is in them; empty where there is none.
         per_pixel: Whether they act on pixels in [0, 1]: the input's standard deviation is in them.
     """
 
@@ -51,9 +51,9 @@ class FilterBank:
 
 
 def first_filters(network: nn.Module, images: Images) -> FilterBank:
-    """Filters of the first convolution that runs, with the normalisations around it folded in.
+    """Filters of the first convolution that runs, with the normalizations around it folded in.
 
-    What they say is then the change of a unit, in standard deviations that its batch normalisation
+    What they say is then the change of a unit, in standard deviations that its batch normalization
     makes, when a pixel changes by 1 (black to white).
 
     Args:
@@ -82,7 +82,7 @@ def first_filters(network: nn.Module, images: Images) -> FilterBank:
             )
         prepared = images[:1]
         if isinstance(network, Preprocessed):
-            prepared = network.normalise(prepared)
+            prepared = network.normalize(prepared)
         pairs = dict(find_foldable(inner, prepared))
     convolution = inner.get_submodule(run_names[0])
     assert isinstance(convolution, nn.Conv2d), "they were chosen as such"

@@ -1,4 +1,4 @@
-"""Weakly supervised localisation: a box from a map, as in the Grad-CAM paper.
+"""Weakly supervised localization: a box from a map, as in the Grad-CAM paper.
 
 Boxes are (xmin, ymin, xmax, ymax), inclusive pixels. Selvaraju et al. 2017, section 4.1: the map at
 15 % of its maximum, the largest connected part, the box around it, right at an IoU of 0.5.
@@ -57,7 +57,7 @@ def box_iou(boxes: Boxes, others: Boxes) -> PerImage:
     return intersection / (areas[0] + areas[1] - intersection)
 
 
-def localisation_error(
+def localization_error(
     maps: Maps, boxes: Boxes, threshold: float = 0.15, correct: Bool[Tensor, "batch"] | None = None
 ) -> PerImage:
     """1 where the map's box misses the object's (IoU below 0.5), else 0; lower.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camdistill.explain.maps import normalise
+from camdistill.explain.maps import normalize
 from camdistill.perturb.ranks import check_finite
 from camdistill.types import Maps, PerImage
 
@@ -42,13 +42,13 @@ def entropy(maps: Maps) -> PerImage:
 
 
 def mean_size(maps: Maps) -> PerImage:
-    """Mean of the min-max normalised map, in [0, 1]: the complexity in ADCC.
+    """Mean of the min-max normalized map, in [0, 1]: the complexity in ADCC.
 
     Poppi et al. 2021, https://arxiv.org/abs/2104.10252, eq. 3. A constant map has no range: 1, the
     worst.
     """
     check_finite(maps)
-    share = normalise(maps)
+    share = normalize(maps)
     constant = (share == 0).flatten(1).all(1)
     return torch.where(constant, 1, share.mean((1, 2)))
 
@@ -57,4 +57,4 @@ def _sizes(maps: Maps) -> Float[Tensor, "batch pixels"]:
     """Absolute values as shares of each map's largest, so that sums don't overflow."""
     check_finite(maps)
     float_maps = maps if maps.dtype == torch.float64 else maps.float()
-    return normalise(float_maps, "max").abs().flatten(1)
+    return normalize(float_maps, "max").abs().flatten(1)

@@ -33,14 +33,14 @@ def smooth_random_maps(images: Images, generator: torch.Generator, cells: int = 
 
 def sobel_edges(images: Images) -> Maps:
     """Sobel's gradient magnitude of the mean over channels: a map of the image alone."""
-    grey = (images if images.dtype == torch.float64 else images.float()).mean(1, keepdim=True)
-    padded = F.pad(grey, (1, 1, 1, 1), mode="replicate")
-    across = grey.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    gray = (images if images.dtype == torch.float64 else images.float()).mean(1, keepdim=True)
+    padded = F.pad(gray, (1, 1, 1, 1), mode="replicate")
+    across = gray.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
     kernels = torch.stack([across, across.T])[:, None]
     return F.conv2d(padded, kernels).square().sum(1).sqrt()
 
 
-def centre(images: Images) -> Maps:
+def center(images: Images) -> Maps:
     """A Gaussian in the middle, its sigma a quarter of the sides: people photograph objects so."""
     rows, columns = (
         torch.linspace(-1, 1, length, device=images.device) for length in images.shape[2:]
@@ -87,6 +87,6 @@ def ladder(
 
 def _standardize(maps: Maps) -> Maps:
     float_maps = maps if maps.dtype == torch.float64 else maps.float()
-    centred = float_maps - float_maps.mean((1, 2), keepdim=True)
-    spread = centred.square().mean((1, 2), keepdim=True).sqrt()
-    return centred / torch.where(spread > 0, spread, 1)
+    centered = float_maps - float_maps.mean((1, 2), keepdim=True)
+    spread = centered.square().mean((1, 2), keepdim=True).sqrt()
+    return centered / torch.where(spread > 0, spread, 1)

@@ -1,4 +1,4 @@
-"""A metric that was learnt: how much a map teaches, told from the map, the image and the network.
+"""A metric that was learned: how much a map teaches, told from the map, the image and the network.
 
 It is trained on rankings (`studies.metric_learning`): students were taught with many methods' maps,
 and what they gained is what the mean score of those maps shall be. No labels are used. What it is
@@ -56,10 +56,10 @@ def image_context(
     size = evidence.square().mean((1, 2), keepdim=True).sqrt()
     energy = activations.square().sum(1).sqrt()
     typical = F.cosine_similarity(activations, activations.mean((2, 3), keepdim=True), dim=1)
-    grey = upcast(images).mean(1)
-    light = resize(grey, (GRID, GRID))
-    contrast = (resize(grey.square(), (GRID, GRID)) - light.square()).clamp_min(0).sqrt()
-    line = torch.linspace(-1, 1, GRID, device=images.device, dtype=grey.dtype)
+    gray = upcast(images).mean(1)
+    light = resize(gray, (GRID, GRID))
+    contrast = (resize(gray.square(), (GRID, GRID)) - light.square()).clamp_min(0).sqrt()
+    line = torch.linspace(-1, 1, GRID, device=images.device, dtype=gray.dtype)
     radius = (line[:, None].square() + line[None].square()).sqrt().expand_as(light)
     others = [resize(energy, (GRID, GRID)), resize(typical, (GRID, GRID)), light, contrast, radius]
     planes = [
@@ -74,7 +74,7 @@ class LearnedMetric(nn.Module):
 
     The mean of several small networks. Each reads a map beside the context with two convolutions,
     and sums what it found under the map and everywhere. A map is rectified, brought to 8 x 8 and
-    standardised first, so that its scale and its size don't matter; a blank one is 0 everywhere.
+    standardized first, so that its scale and its size don't matter; a blank one is 0 everywhere.
 
     Args:
         members: How many networks.
@@ -125,7 +125,7 @@ class _MapScorer(nn.Module):
         self.last = nn.Linear(2 * units, 1)
 
     def forward(self, planes: Float[Tensor, "..."], share: Float[Tensor, "..."]) -> Tensor:
-        # Smooth, so that a map that is optimised by it has a gradient everywhere.
+        # Smooth, so that a map that is optimized by it has a gradient everywhere.
         hidden = F.silu(self.second(F.silu(self.first(planes))))
         under = (hidden * share[:, None]).sum((2, 3))
         return self.last(torch.cat([under, hidden.mean((2, 3))], 1))[:, 0]  # type: ignore[no-any-return]
@@ -158,7 +158,7 @@ def holds_metric(weights: WeightFile) -> bool:
 
 def standardize_planes(planes: AnyMaps) -> AnyMaps:
     """Mean 0 and deviation 1 in each image; a constant plane is 0."""
-    centred = planes - planes.mean((1, 2), keepdim=True)
-    square = centred.square().mean((1, 2), keepdim=True)
+    centered = planes - planes.mean((1, 2), keepdim=True)
+    square = centered.square().mean((1, 2), keepdim=True)
     constant = square <= 1e-12 * planes.square().amax((1, 2), keepdim=True)
-    return torch.where(constant, 0, centred / torch.where(constant, 1, square).sqrt())
+    return torch.where(constant, 0, centered / torch.where(constant, 1, square).sqrt())

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camdistill.explain.maps import normalise, relu
+from camdistill.explain.maps import normalize, relu
 from camdistill.perturb.ranks import Ranks, check_finite
 from camdistill.types import Maps, Masks, PerImage
 
@@ -52,7 +52,7 @@ def energy_pointing_game(maps: Maps, masks: Masks) -> PerImage:
     the image: see `energy_lift`.
     """
     check_finite(maps)
-    positive = relu(normalise(_upcast_maps(maps), "max"))
+    positive = relu(normalize(_upcast_maps(maps), "max"))
     total = positive.sum((1, 2))
     inside = (positive * masks).sum((1, 2))
     return _nan_without_mask(
@@ -72,11 +72,11 @@ def iou(maps: Maps, masks: Masks, threshold: float | None = 0.5) -> PerImage:
     Args:
         maps: Any scale.
         masks: Ground truth.
-        threshold: Of the min-max normalised map; None takes each image's best of 0.05, 0.1, ...,
+        threshold: Of the min-max normalized map; None takes each image's best of 0.05, 0.1, ...,
             0.95, which flatters every map alike.
     """
     check_finite(maps)
-    share = normalise(_upcast_maps(maps))
+    share = normalize(_upcast_maps(maps))
     steps = [step / 20 for step in range(1, 20)] if threshold is None else [threshold]
     scores = []
     for step in steps:
@@ -115,7 +115,7 @@ def inside_outside(maps: Maps, masks: Masks) -> PerImage:
     blank map.
     """
     check_finite(maps)
-    positive = relu(normalise(_upcast_maps(maps), "max"))
+    positive = relu(normalize(_upcast_maps(maps), "max"))
     inside = (positive * masks).sum((1, 2)) / masks.flatten(1).sum(1).clamp(min=1)
     outside = (positive * ~masks).sum((1, 2)) / (~masks).flatten(1).sum(1).clamp(min=1)
     return _nan_without_mask(torch.where(inside > 0, inside / outside, 0), masks)

@@ -1,6 +1,6 @@
 """An image seen through its map: average drop and its kin, which are easily fooled.
 
-They multiply the image by the min-max normalised map, so they reward a map for being large: on
+They multiply the image by the min-max normalized map, so they reward a map for being large: on
 ladders of ever worse maps the drop in deletion ranks backwards and the average drop finds half of
 the order at best, and the map of all ones but one pixel has a drop of about 0 (Poppi et al. 2021,
 https://arxiv.org/abs/2104.10252, "Fake-CAM"). They are here because papers report them. Don't rank
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camdistill.explain.compare import pearson
-from camdistill.explain.maps import normalise
+from camdistill.explain.maps import normalize
 from camdistill.perturb.batched_forward import logits_of
 from camdistill.perturb.probability import probabilities
 from camdistill.perturb.ranks import check_finite
@@ -94,7 +94,7 @@ def _share(maps: Maps, images: Images) -> Float[Tensor, "batch 1 height width"]:
             "`explain.maps.upsample` them first"
         )
     check_finite(maps)
-    return normalise(maps).to(images.dtype)[:, None]
+    return normalize(maps).to(images.dtype)[:, None]
 
 
 def _probability(network: nn.Module, images: Images, classes: Labels) -> PerImage:

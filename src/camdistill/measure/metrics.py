@@ -52,32 +52,32 @@ METRICS: dict[str, Metric] = {
     "max_sensitivity": Metric(False, "gate", "max_sensitivity"),
     "local_lipschitz": Metric(False, "gate", "local_lipschitz"),
     "random_logit": Metric(False, "gate", "random_logit"),
-    "randomisation": Metric(True, "gate", "randomisation"),
-    "smooth_randomisation": Metric(False, "gate", "smooth_randomisation"),
+    "randomization": Metric(True, "gate", "randomization"),
+    "smooth_randomization": Metric(False, "gate", "smooth_randomization"),
     "deletion_rerendered": Metric(False, "reference", "deletion_rerendered"),
-    "rank_accuracy": Metric(True, "mask", "localisation"),
-    "energy_share": Metric(True, "mask", "localisation"),
-    "energy_lift": Metric(True, "mask", "localisation"),
-    "pointing_game": Metric(True, "mask", "localisation"),
-    "iou": Metric(True, "mask", "localisation"),
-    "average_precision": Metric(True, "mask", "localisation"),
-    "box_error": Metric(False, "mask", "localisation"),
+    "rank_accuracy": Metric(True, "mask", "localization"),
+    "energy_share": Metric(True, "mask", "localization"),
+    "energy_lift": Metric(True, "mask", "localization"),
+    "pointing_game": Metric(True, "mask", "localization"),
+    "iou": Metric(True, "mask", "localization"),
+    "average_precision": Metric(True, "mask", "localization"),
+    "box_error": Metric(False, "mask", "localization"),
 }
 FILE = ".safetensors"
 # What they are of maps that another network makes: 0, or 1, whatever that network learned.
-OF_WEIGHTS = {"randomisation": 0, "smooth_randomisation": 1}
+OF_WEIGHTS = {"randomization": 0, "smooth_randomization": 1}
 DEFAULT = (
     "faithfulness_correlation",
     "infidelity",
     "insertion_blur",
-    "deletion_grey",
+    "deletion_gray",
     "road",
     "road_lerf",
     "road_morf",
     "gini",
     "max_sensitivity",
     "random_logit",
-    "randomisation",
+    "randomization",
 )
 DEFAULT_WITH_MASKS = (
     "rank_accuracy",
@@ -99,5 +99,5 @@ def check_metrics(names: Sequence[str]) -> None:
 
 
 def metric_of(name: str) -> Metric:
-    """What is known of a metric; one that was learnt is called by its file."""
+    """What is known of a metric; one that was learned is called by its file."""
     return Metric(True, "learned", name) if name.endswith(FILE) else METRICS[name]

@@ -46,7 +46,7 @@ class EvaluationBatch:
         replacements: What stands where something is removed, by kind; "rerendered" is the image
             drawn again without its objects.
         masks: The objects'; empty ones where there is none.
-        learned: Metrics that were learnt, by their file.
+        learned: Metrics that were learned, by their file.
         context: What those are told of the images; None without any.
     """
 
@@ -98,7 +98,7 @@ def prepare_batch(
     *,
     masks: Masks | None = None,
     rerendered: Images | None = None,
-    fill: Literal["blur", "mean", "grey", "black"] = "grey",
+    fill: Literal["blur", "mean", "gray", "black"] = "gray",
 ) -> EvaluationBatch:
     """Asks the network what every explainer needs to know: once.
 
@@ -197,7 +197,7 @@ def _note_broken_maps(explain: Explain, broken: Bool[Tensor, "batch"]) -> Explai
 def _can_measure(family: str, inputs: _MetricInputs) -> bool:
     if family in ("adcc", *_GATES):
         return inputs.explain is not None
-    if family == "localisation":
+    if family == "localization":
         return inputs.batch.masks is not None
     return family != "deletion_rerendered" or "rerendered" in inputs.batch.replacements
 
@@ -275,7 +275,7 @@ def _score_learned(name: str, inputs: _MetricInputs) -> PerImage:
         return inputs.batch.learned[name](inputs.maps, context)  # type: ignore[no-any-return]
 
 
-def _localisation(inputs: _MetricInputs) -> dict[str, PerImage]:
+def _localization(inputs: _MetricInputs) -> dict[str, PerImage]:
     masks = inputs.batch.masks
     assert masks is not None, "asked before"
     pixels = inputs.maps.shape[1]
@@ -287,7 +287,7 @@ def _localisation(inputs: _MetricInputs) -> dict[str, PerImage]:
         "pointing_game": localization.pointing_game(inputs.order, masks, near),
         "iou": localization.iou(inputs.maps, masks),
         "average_precision": localization.average_precision(inputs.maps, masks),
-        "box_error": boxes.localisation_error(inputs.maps, boxes.box_around(masks)),
+        "box_error": boxes.localization_error(inputs.maps, boxes.box_around(masks)),
     }
 
 
@@ -306,18 +306,18 @@ def _random_logit(inputs: _MetricInputs) -> PerImage:
     )
 
 
-def _randomisation(inputs: _MetricInputs) -> PerImage:
+def _randomization(inputs: _MetricInputs) -> PerImage:
     batch, explain = inputs.batch, inputs.explain
     assert explain is not None, "asked before"
-    return randomization.efficient_randomisation(
+    return randomization.efficient_randomization(
         explain, batch.network, batch.images, batch.classes, batch.generator("weights")
     )
 
 
-def _smooth_randomisation(inputs: _MetricInputs) -> PerImage:
+def _smooth_randomization(inputs: _MetricInputs) -> PerImage:
     batch, explain = inputs.batch, inputs.explain
     assert explain is not None, "asked before"
-    correlations_by_layer = randomization.smooth_randomisation(
+    correlations_by_layer = randomization.smooth_randomization(
         explain, batch.network, batch.images, batch.classes, batch.generator("weights")
     )
     return torch.stack(list(correlations_by_layer.values())).mean(0)
@@ -327,8 +327,8 @@ _GATES: dict[str, Callable[[_MetricInputs], PerImage]] = {
     "max_sensitivity": partial(_robust, robustness.max_sensitivity),
     "local_lipschitz": partial(_robust, robustness.local_lipschitz),
     "random_logit": _random_logit,
-    "randomisation": _randomisation,
-    "smooth_randomisation": _smooth_randomisation,
+    "randomization": _randomization,
+    "smooth_randomization": _smooth_randomization,
 }
 _FAMILIES: dict[str, Callable[[_MetricInputs], dict[str, PerImage]]] = {
     "bank": _bank_metrics,
@@ -336,5 +336,5 @@ _FAMILIES: dict[str, Callable[[_MetricInputs], dict[str, PerImage]]] = {
     "masking": _masking,
     "adcc": _adcc,
     "complexity": _complexity,
-    "localisation": _localisation,
+    "localization": _localization,
 }

@@ -20,7 +20,7 @@ from camdistill.types import Explain, Images, Labels, Logits, Maps, PerImage
 BINS = 100
 
 
-def smooth_randomisation(
+def smooth_randomization(
     explain: Explain,
     network: nn.Module,
     images: Images,
@@ -30,7 +30,7 @@ def smooth_randomisation(
     samples: int = 10,
     noise: float = 0.1,
 ) -> dict[str, PerImage]:
-    """Rank correlation of the map with that of ever more randomised networks; lower is a pass.
+    """Rank correlation of the map with that of ever more randomized networks; lower is a pass.
 
     Maps are means over noisy copies of the image, as the noise of single maps looks like change.
 
@@ -38,13 +38,13 @@ def smooth_randomisation(
         explain: Gives the maps.
         network: In eval mode; not changed.
         images: In [0, 1].
-        classes: Whose maps they are, whatever a randomised network says.
+        classes: Whose maps they are, whatever a randomized network says.
         generator: Of the weights and of the noise, the same noise for all networks.
         samples: Noisy copies of each image; 1 with `noise=0` is the plain test.
         noise: Standard deviation, as a share of the images' range.
 
     Returns:
-        By layer: this layer and all before it are randomised.
+        By layer: this layer and all before it are randomized.
     """
     span = float(images.max() - images.min())
     shape = (samples, *images.shape)
@@ -63,14 +63,14 @@ def smooth_randomisation(
     }
 
 
-def efficient_randomisation(
+def efficient_randomization(
     explain: Explain,
     network: nn.Module,
     images: Images,
     classes: Labels,
     generator: torch.Generator,
 ) -> PerImage:
-    """Relative rise of the map's entropy when all layers are randomised; higher is a pass.
+    """Relative rise of the map's entropy when all layers are randomized; higher is a pass.
 
     (H(random) - H(trained)) / H(trained), H of a histogram of 100 bins over the map's own range.
     NaN where the trained network's map is constant.
@@ -113,7 +113,7 @@ def _randomize_layers(
 ) -> Iterator[tuple[str, nn.Module]]:
     """One copy whose layers are drawn again one after the other, from the input on.
 
-    Convolutions and linear layers get torch's initial distribution, normalisations their initial
+    Convolutions and linear layers get torch's initial distribution, normalizations their initial
     scale and shift; running statistics are no parameters and stay.
     """
     randomized = copy.deepcopy(network)
@@ -123,7 +123,7 @@ def _randomize_layers(
         if next(module.parameters(recurse=False), None) is not None
     }
     if not layers:
-        raise ValueError("the network has no parameters to randomise")
+        raise ValueError("the network has no parameters to randomize")
     for name, module in layers.items():
         with torch.no_grad():
             _redraw(module, generator)

@@ -58,7 +58,7 @@ def deletion(
 
     Args:
         network: In eval mode.
-        images: In [0, 1] for a network that normalises them itself.
+        images: In [0, 1] for a network that normalizes them itself.
         classes: Whose probability is watched: the network's own top class needs no label.
         order: `ranks` of the maps.
         replacement: What stands where something is removed. It decides what is measured: with
@@ -120,11 +120,11 @@ def road(
 
     Both halves and their combination are those of pytorch-grad-cam, but for the number of pixels:
     there a threshold removes all or nothing of a map that is 0 in most places. A smooth map leaves
-    a smooth border, which favours blurred copies of a map: put that control beside it.
+    a smooth border, which favors blurred copies of a map: put that control beside it.
 
     Args:
         network: In eval mode.
-        images: In [0, 1] for a network that normalises them itself.
+        images: In [0, 1] for a network that normalizes them itself.
         classes: Whose probability is watched.
         order: `ranks` of the maps.
         generator: Of the noise.

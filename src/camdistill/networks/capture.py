@@ -42,7 +42,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 def unwrap_outer(network: nn.Module) -> nn.Module:
     """The network without outer wrappers that only run it elsewhere or otherwise.
 
-    Unlike `bare` this keeps what changes the result, such as a normalisation.
+    Unlike `bare` this keeps what changes the result, such as a normalization.
     """
     while isinstance(network, DataParallel | DistributedDataParallel) or _is_compiled(network):
         inner = _unwrap_once(network)

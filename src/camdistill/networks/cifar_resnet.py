@@ -20,7 +20,7 @@ def _conv3x3(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
-def _initialise(network: nn.Module) -> None:
+def _initialize(network: nn.Module) -> None:
     """He et al. 2015, eq. 10, for every weight, as in the released code of both papers."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -97,7 +97,7 @@ class CifarResNet(nn.Module):
         self.layer2 = self._stage(16, 32, blocks, 2)
         self.layer3 = self._stage(32, 64, blocks, 2)
         self.linear = nn.Linear(64, classes)
-        _initialise(self)
+        _initialize(self)
 
     @staticmethod
     def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
@@ -105,7 +105,7 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
     def forward(self, images: Images) -> Logits:
-        """Logits of normalised images."""
+        """Logits of normalized images."""
         hidden = self.relu(self.bn1(self.conv1(images)))
         hidden = self.layer3(self.layer2(self.layer1(hidden)))
         return self.linear(hidden.mean(dim=(2, 3)))  # type: ignore[no-any-return]
@@ -138,7 +138,7 @@ class WideResNet(nn.Module):
 
     Zagoruyko & Komodakis 2016 (https://arxiv.org/abs/1605.07146), table 1, without dropout. The
     groups conv2 to conv4 of the paper are `layer1` to `layer3` here; they end before a ReLU. The
-    last spatial layer is `relu`, after the last batch normalisation `bn`.
+    last spatial layer is `relu`, after the last batch normalization `bn`.
 
     Args:
         depth: Layers with weights: 16, 28, 40 or any other 6n + 4.
@@ -166,7 +166,7 @@ class WideResNet(nn.Module):
         self.bn = nn.BatchNorm2d(channels[3])
         self.relu = nn.ReLU()
         self.linear = nn.Linear(channels[3], classes)
-        _initialise(self)
+        _initialize(self)
 
     @staticmethod
     def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
@@ -174,7 +174,7 @@ class WideResNet(nn.Module):
         return nn.Sequential(first, *(WideBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
     def forward(self, images: Images) -> Logits:
-        """Logits of normalised images."""
+        """Logits of normalized images."""
         hidden = self.layer3(self.layer2(self.layer1(self.conv1(images))))
         hidden = self.relu(self.bn(hidden))
         return self.linear(hidden.mean(dim=(2, 3)))  # type: ignore[no-any-return]

@@ -37,7 +37,7 @@ def align_names(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
 def describe_mismatch(network: nn.Module, state: Mapping[str, Tensor]) -> str:
     """What keeps an (aligned) state from fitting a network, "" if it fits."""
     network_state = network.state_dict()
-    # Files from before batch normalisation counted its batches lack this; it is not used.
+    # Files from before batch normalization counted its batches lack this; it is not used.
     missing = [
         name
         for name in network_state

@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the convolutions before it: the same function, faster."""
+"""Batch normalization folded into the convolutions before it: the same function, faster."""
 
 import copy
 import logging
@@ -22,7 +22,7 @@ _NORMS = (
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Which convolution's output goes into which normalisation, and nowhere else."""
+    """Which convolution's output goes into which normalization, and nowhere else."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -49,7 +49,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def find_foldable(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
-    """Names of convolutions whose only reader is one batch normalisation, with its name.
+    """Names of convolutions whose only reader is one batch normalization, with its name.
 
     Read off a real forward pass of these images; the network must be in eval mode. Only torch's
     own two classes count: a subclass may do more.
@@ -78,7 +78,7 @@ def find_foldable(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """One convolution that does what a convolution and a batch normalisation in eval mode do."""
+    """One convolution that does what a convolution and a batch normalization in eval mode do."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt()
@@ -97,10 +97,10 @@ def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 def fuse_network(
     network: nn.Module, size: tuple[int, int], keep: Collection[str] = (), channels: int = 3
 ) -> nn.Module:
-    """A frozen copy in eval mode with every batch normalisation folded that can be.
+    """A frozen copy in eval mode with every batch normalization folded that can be.
 
-    A folded normalisation becomes an identity, so layers keep their names; the convolution before
-    it then gives the normalised values. Folding is done and checked in float64 on the CPU; where
+    A folded normalization becomes an identity, so layers keep their names; the convolution before
+    it then gives the normalized values. Folding is done and checked in float64 on the CPU; where
     the copy disagrees or can't run, it comes back unfused and the log says why.
 
     Args:

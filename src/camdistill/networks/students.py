@@ -15,7 +15,7 @@ Strided = Float[Tensor, "batch units_out height_out width_out"]
 
 
 class Stage(nn.Module):
-    """A convolution, batch normalisation and ReLU; the output is the activation after the ReLU."""
+    """A convolution, batch normalization and ReLU; the output is the activation after the ReLU."""
 
     def __init__(
         self, inputs: int, outputs: int, stride: int, kernel_size: int, residual: bool
@@ -96,7 +96,7 @@ class ShallowCNN(nn.Module):
         return f"stage{self.stages}"
 
     def forward(self, images: Images) -> Logits:
-        """Logits of normalised images."""
+        """Logits of normalized images."""
         hidden = images
         for index in range(1, self.stages + 1):
             hidden = self.get_submodule(f"stage{index}")(hidden)

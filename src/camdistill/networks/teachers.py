@@ -1,4 +1,4 @@
-"""Networks by name, with their weights and their normalisation; and the frozen Teacher."""
+"""Networks by name, with their weights and their normalization; and the frozen Teacher."""
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -69,7 +69,7 @@ class NetworkSpec:
 
 
 def check_moments(mean: Sequence[float], std: Sequence[float], where: str = "") -> None:
-    """Checks a normalisation of images in [0, 1].
+    """Checks a normalization of images in [0, 1].
 
     Args:
         mean: Of each channel.
@@ -120,9 +120,9 @@ def build_preprocessed(
     allowed: Sequence[str] | None = None,
     replace_head: bool = False,
 ) -> "Preprocessed":
-    """`build` with the normalisation that the spec or its weights ask for."""
+    """`build` with the normalization that the spec or its weights ask for."""
     network, weights, facts = _assemble(spec, classes, allowed, replace_head)
-    return Preprocessed(network, *normalisation(spec, weights), facts=facts)
+    return Preprocessed(network, *normalization(spec, weights), facts=facts)
 
 
 def _assemble(
@@ -231,7 +231,7 @@ def _can_load(name: str, weights: WeightFile) -> bool:
     return not describe_mismatch(network, state)
 
 
-def normalisation(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple[Triple, Triple]:
+def normalization(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple[Triple, Triple]:
     """Mean and standard deviation that a network wants.
 
     The spec's, where they aren't the default; else those that its weights were trained with, where
@@ -253,7 +253,7 @@ def normalisation(spec: NetworkSpec, weights: WeightFile | None = None) -> tuple
 
 
 class Preprocessed(Wrapper):
-    """A network that takes images in [0, 1]: it normalises them itself.
+    """A network that takes images in [0, 1]: it normalizes them itself.
 
     Attributes:
         network: The bare network; layer names are the names inside it.
@@ -280,17 +280,17 @@ class Preprocessed(Wrapper):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def normalise(self, images: Images) -> Images:
+    def normalize(self, images: Images) -> Images:
         """Images as the network was trained to take them; float32 ones get its weights' type."""
-        normalised = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+        normalized = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
         weight = next(self.network.parameters(), self.mean)
         if images.dtype == torch.float32 and weight.is_floating_point():
-            return normalised.to(weight.dtype)
-        return normalised
+            return normalized.to(weight.dtype)
+        return normalized
 
     def forward(self, images: Images) -> object:
         """What the network gives for images in [0, 1]: logits, where it classifies."""
-        return self.network(self.normalise(images))
+        return self.network(self.normalize(images))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Preprocessed":
         """What `to`, `cuda`, `bfloat16` and the like are made of; mean and std stay exact."""
@@ -303,7 +303,7 @@ class Preprocessed(Wrapper):
         return self
 
     def metadata(self) -> dict[str, str]:
-        """The normalisation as `save_safetensors` keeps it and `normalisation` reads it."""
+        """The normalization as `save_safetensors` keeps it and `normalization` reads it."""
         pairs = {"mean": self.mean, "std": self.std}
         return {name: json.dumps(value.flatten().tolist()) for name, value in pairs.items()}
 
@@ -312,7 +312,7 @@ class Teacher(Preprocessed):
     """A frozen network, always in eval mode, and in nobody's checkpoint.
 
     It moves with the module that holds it, but its network is not among the registered modules:
-    no state dict, optimiser, EMA, `train()`, `requires_grad_()` or DDP of the holder sees it, and
+    no state dict, optimizer, EMA, `train()`, `requires_grad_()` or DDP of the holder sees it, and
     a checkpoint without it loads strictly. Reach it as `teacher.network`.
 
     Attributes:
@@ -326,7 +326,7 @@ class Teacher(Preprocessed):
 
     def __init__(self, spec: NetworkSpec, *, allowed: Sequence[str] | None = None) -> None:
         network, weights, facts = _assemble(spec, None, allowed, False)
-        super().__init__(network, *normalisation(spec, weights), facts=facts)
+        super().__init__(network, *normalization(spec, weights), facts=facts)
         self.spec: NetworkSpec | None = spec
         self.sha256: str | None = weights.sha256 if weights else None
         self._freeze()
@@ -370,10 +370,10 @@ class Teacher(Preprocessed):
     def fuse_batch_norm(
         self, size: tuple[int, int] = (32, 32), keep: Collection[str] = ()
     ) -> "Teacher":
-        """A copy with batch normalisation folded into the convolutions, for speed.
+        """A copy with batch normalization folded into the convolutions, for speed.
 
-        Layers keep their names. A convolution whose normalisation is folded gives the normalised
-        values, so name the convolutions and normalisations whose maps are wanted in `keep`. If
+        Layers keep their names. A convolution whose normalization is folded gives the normalized
+        values, so name the convolutions and normalizations whose maps are wanted in `keep`. If
         folding isn't provably the same function, the copy is unfused and the log says why.
 
         Args:

@@ -99,7 +99,7 @@ def build_untrained(name: str, args: Mapping[str, Argument], classes: int | None
 
 
 def weight_facts(name: str, weights: str) -> TrainingFacts:
-    """What torchvision says of named weights: images, normalisation and names of classes."""
+    """What torchvision says of named weights: images, normalization and names of classes."""
     member = _weight_entry(name, weights)
     transforms = member.transforms()
     mean, std = (tuple(float(number) for number in t) for t in (transforms.mean, transforms.std))

@@ -98,8 +98,8 @@ def build_bank(
 
     Args:
         network: In eval mode.
-        images: In [0, 1] for a network that normalises them itself.
-        replacement: What stands where something is removed: `imputers.baseline(images, "grey")`.
+        images: In [0, 1] for a network that normalizes them itself.
+        replacement: What stands where something is removed: `imputers.baseline(images, "gray")`.
         generator: Draws the subsets, other ones for each image.
         classes: Whose score is watched; None is the network's own top class.
         plan: What is asked.

@@ -66,7 +66,7 @@ def score_changes(
 
     Args:
         network: In eval mode.
-        images: In [0, 1] for a network that normalises them itself.
+        images: In [0, 1] for a network that normalizes them itself.
         classes: Whose score is told, one an image.
         removed: The changes.
         replacement: What stands where an image was removed.

@@ -1,11 +1,11 @@
 """What stands in an image where something was removed.
 
-The pictures (`blurred`, `mean_colour`, `constant`) are made once an image and shine through
+The pictures (`blurred`, `mean_color`, `constant`) are made once an image and shine through
 whatever is removed. `noisy_linear` depends on what is removed: it hides the shape of the hole,
 which tells a network the class by itself (Rong et al. 2022, https://arxiv.org/abs/2202.00449). A
 data set that can draw its images again gives its own callable in place of any of these.
 
-Images are in [0, 1], so that black is 0 and grey is 0.5, and the network normalises them itself.
+Images are in [0, 1], so that black is 0 and gray is 0.5, and the network normalizes them itself.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from camdistill.errors import UserError, nearest
 from camdistill.types import Images
 
-Baseline = Literal["blur", "mean", "grey", "black"]
+Baseline = Literal["blur", "mean", "gray", "black"]
 Removed = Bool[Tensor, "batch height width"]
 Filler = Callable[[Images, Removed], Images]
 """Gives whole images: the given ones where nothing is removed, something else where it is."""
 
-BASELINES: tuple[Baseline, ...] = ("blur", "mean", "grey", "black")
-_DIRECT, _DIAGONAL = 1 / 6, 1 / 12  # weights of a pixel's neighbours (Rong et al., section 4.2)
+BASELINES: tuple[Baseline, ...] = ("blur", "mean", "gray", "black")
+_DIRECT, _DIAGONAL = 1 / 6, 1 / 12  # weights of a pixel's neighbors (Rong et al., section 4.2)
 _STEPS_BETWEEN_LOOKS = 8  # looking at the residuals waits for an accelerator
 
 
@@ -34,16 +34,16 @@ def baseline(images: Images, kind: Baseline) -> Images:
 
     Args:
         images: In [0, 1].
-        kind: "blur" keeps colours and loses shapes; "mean" is the image's own mean colour; "grey"
+        kind: "blur" keeps colors and loses shapes; "mean" is the image's own mean color; "gray"
             is 0.5; "black" is 0, which at 32 pixels measures the black more than the removal.
     """
     if kind == "blur":
         return gaussian_blur(images)
     if kind == "mean":
-        return mean_colour(images)
+        return mean_color(images)
     if kind not in BASELINES:
         raise UserError(f"no baseline '{kind}'; {nearest(kind, BASELINES)}")
-    return constant_images(images, 0.5 if kind == "grey" else 0.0)
+    return constant_images(images, 0.5 if kind == "gray" else 0.0)
 
 
 def gaussian_blur(images: Images, sigma: float | int | None = None) -> Images:
@@ -63,8 +63,8 @@ def gaussian_blur(images: Images, sigma: float | int | None = None) -> Images:
         return (rows @ float_images @ columns.T).to(images.dtype)
 
 
-def mean_colour(images: Images) -> Images:
-    """Each image's mean colour, everywhere."""
+def mean_color(images: Images) -> Images:
+    """Each image's mean color, everywhere."""
     float_images = images if images.dtype == torch.float64 else images.float()
     return float_images.mean((2, 3), keepdim=True).to(images.dtype).expand_as(images)
 
@@ -82,10 +82,10 @@ def noisy_linear(
     generator: torch.Generator | None = None,
     tolerance: float = 1e-5,
 ) -> Images:
-    """Each removed pixel becomes the weighted mean of its eight neighbours, plus a little noise.
+    """Each removed pixel becomes the weighted mean of its eight neighbors, plus a little noise.
 
     Rong et al. 2022, section 4.2: weights 1/6 beside and 1/12 across, at the border shared among
-    the neighbours that exist. All images' equations are solved at once, on their device, by
+    the neighbors that exist. All images' equations are solved at once, on their device, by
     conjugate gradients.
 
     Args:
@@ -137,14 +137,14 @@ def _solve_holes(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
     done leave the batch, so that hard ones don't keep easy ones at work.
     """
     known = images * (1 - hole)
-    degree = _neighbours(torch.ones_like(hole[:1]))
-    target = hole * _neighbours(known)
+    degree = _neighbors(torch.ones_like(hole[:1]))
+    target = hole * _neighbors(known)
     # Beside black pixels the right-hand side is 0: the second term is float32's rounding.
     goal = tolerance * _norm(target) + 1e-6 * _norm(known)
     solution = hole * _guess(known, 1 - hole)
     active = torch.arange(len(images), device=images.device)
     guess, inside = solution, hole
-    residual = target - inside * (degree * guess - _neighbours(guess))
+    residual = target - inside * (degree * guess - _neighbors(guess))
     direction = residual / degree
     energy = _dot(residual, direction)
     # In exact arithmetic there are as many steps as pixels; rounding may take some more.
@@ -159,7 +159,7 @@ def _solve_holes(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
                 active, inside, goal = active[unfinished], inside[unfinished], goal[unfinished]
                 guess, residual = guess[unfinished], residual[unfinished]
                 direction, energy = direction[unfinished], energy[unfinished]
-        product = _neighbours(direction).neg_().addcmul_(degree, direction).mul_(inside)
+        product = _neighbors(direction).neg_().addcmul_(degree, direction).mul_(inside)
         curvature = _dot(direction, product)
         step_size = torch.where(curvature > 0, energy / torch.where(curvature > 0, curvature, 1), 0)
         guess.addcmul_(step_size, direction)
@@ -180,8 +180,8 @@ def _norm(values: Tensor) -> Tensor:
     return _dot(values, values).sqrt()
 
 
-def _neighbours(values: Tensor) -> Tensor:
-    """Weighted sum of each pixel's neighbours; what lies outside the image counts 0."""
+def _neighbors(values: Tensor) -> Tensor:
+    """Weighted sum of each pixel's neighbors; what lies outside the image counts 0."""
     row = [_DIAGONAL, _DIRECT, _DIAGONAL]
     kernel = values.new_tensor([row, [_DIRECT, 0.0, _DIRECT], row])
     planes = values.shape[0] * values.shape[1]

@@ -23,7 +23,7 @@ def points_of_first_filters(
 ) -> Collection[Point]:
     """Points with as many units as the first convolution, after which no other weights ran yet.
 
-    Between them are normalisations, non-linearities and pooling then, which leave units apart.
+    Between them are normalizations, non-linearities and pooling then, which leave units apart.
 
     Args:
         network: Bare or wrapped.

@@ -36,7 +36,7 @@ class FitsNetwork(Protocol):
 
     @property
     def fitted(self) -> Preprocessed:
-        """The network, with its normalisation."""
+        """The network, with its normalization."""
 
 
 @runtime_checkable
@@ -45,7 +45,7 @@ class HasTeacher(Protocol):
 
     @property
     def teacher(self) -> Preprocessed:
-        """The frozen network, with its normalisation."""
+        """The frozen network, with its normalization."""
 
 
 class EpochProfiles(TypedDict):

@@ -150,7 +150,7 @@ def filter_pictures(network: str, bank: FilterBank) -> Iterator[tuple[str, Pictu
         tile_grid(
             filter_tiles(visible, marked=dead),
             title=f"{name}: shape",
-            lines=[*lines, "each by its own largest weight; grey is zero"],
+            lines=[*lines, "each by its own largest weight; gray is zero"],
             bar=bar,
         ),
     )

@@ -7,15 +7,15 @@ FAITHFULNESS = card(
     "Explainers and controls by every metric that asks the network, with 95 % intervals over"
     " images. A metric by which a control stands above an explainer ranks nothing.",
 )
-LOCALISATION = card(
-    f"{EVALUATION}/localisation",
+LOCALIZATION = card(
+    f"{EVALUATION}/localization",
     "Explainers and controls by what is known of the images: the objects' masks. It is about the"
     " network only where the network looks at the object.",
 )
 CURVES = card(
     f"{EVALUATION}/curves",
     "Mean probability of the explained class as pixels are put into a blurred image (insertion: the"
-    " higher, the better) or greyed (deletion: the lower), most relevant first.",
+    " higher, the better) or grayed (deletion: the lower), most relevant first.",
 )
 BEST_AND_WORST = card(
     f"{EVALUATION}/best_and_worst",
@@ -46,13 +46,13 @@ CLAIMS_TABLE = card(
     f"{EVALUATION}/claims",
     "The Grad-CAM paper's claims: its numbers, ours, the criterion, and whether the claim holds.",
 )
-CLAIMS_LOCALISATION = card(
-    f"{EVALUATION}/claims_localisation",
+CLAIMS_LOCALIZATION = card(
+    f"{EVALUATION}/claims_localization",
     "What the paper says of where maps lie, row by row, with 95 % intervals.",
 )
 CLAIMS_FAITHFULNESS = card(
     f"{EVALUATION}/claims_faithfulness",
-    "What it says of maps and the network's behaviour, of layers, and its ablations.",
+    "What it says of maps and the network's behavior, of layers, and its ablations.",
 )
 CLAIMS_WORLDS = card(
     f"{EVALUATION}/claims_worlds",

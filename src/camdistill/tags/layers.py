@@ -101,11 +101,11 @@ RIDGE_CHART = card(
 )
 FIRST_SHAPE = card(
     f"{FILTERS}/first_shape",
-    "The first convolution's filters, each by its own largest weight: zero is grey.",
+    "The first convolution's filters, each by its own largest weight: zero is gray.",
 )
 FIRST_SIZE = card(
     f"{FILTERS}/first_size",
-    "The same filters on one scale: a weak or dead filter stays grey. Norms are below.",
+    "The same filters on one scale: a weak or dead filter stays gray. Norms are below.",
 )
 WEIGHTS_CHART = card(
     f"{FILTERS}/weights_through_depth",

@@ -4,7 +4,7 @@ from camdistill.tags.groups import MAPS, OVERVIEW, RUN, card, card_of_layer
 
 LOSS_TRAIN = card(
     f"{OVERVIEW}/loss_train",
-    "What is minimised, on training images: `ce` x cross-entropy + `kd` x distillation + `beta` x"
+    "What is minimized, on training images: `ce` x cross-entropy + `kd` x distillation + `beta` x"
     " distance of the maps (a teacher's own training has the first term only). Smaller is better;"
     " compare only runs that have the same weights.",
 )
@@ -87,7 +87,7 @@ RUNNER_UP = card(
     " class. Near `pearson`: the maps depend on the class as the teacher's do; near 0 or below: the"
     " student draws one map whatever class it is asked for.",
 )
-LEARNING_RATE = card(f"{RUN}/learning_rate", "Step size of the optimiser.")
+LEARNING_RATE = card(f"{RUN}/learning_rate", "Step size of the optimizer.")
 BETA = card(
     f"{RUN}/beta",
     "Weight of the maps' distance in the loss, after its schedule. 0: maps are ignored.",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from camdistill.claims.claim import ClaimSetup
 from camdistill.claims.networks.small_networks import Batches, SmallNetworkRecipe, fit_or_load
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.networks.weights import weights_digest
 
 
@@ -28,7 +28,7 @@ def line(lab: ClaimSetup, asked: list[str], slope: float = 3.0) -> nn.Linear:
         lambda: nn.Linear(1, 1),
         examples,
         loss,
-        recipe=SmallNetworkRecipe(60, 64, Optimisation("adamw", lr=0.1, weight_decay=0.0)),
+        recipe=SmallNetworkRecipe(60, 64, Optimization("adamw", lr=0.1, weight_decay=0.0)),
         settings={"slope": slope},
     )
 

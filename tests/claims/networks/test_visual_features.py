@@ -37,7 +37,7 @@ def test_sight_is_pixels_and_two_stages_on_the_last_grid(lab: Callable[..., Clai
     sight = FeatureExtractor(student)
     images = torch.rand(2, 3, 32, 32)
     found = sight(images)
-    normal = student.normalise(images)
+    normal = student.normalize(images)
     first = student.network.get_submodule("stage1")(normal)
     last = student.network.get_submodule("stage2")(first)
     assert torch.equal(found[:, 9:], last)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from camdistill.data.views import Augment
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.training import build_with_seed
 from camdistill.errors import UserError
 from camdistill.experiments.adaptation.bilevel import (
@@ -38,7 +38,7 @@ def recipe(**options: object) -> Recipe:
         "steps": 5,
         "batch_size": 6,
         "augment": Augment(crop="pad", flip=True),
-        "optimisation": Optimisation(lr=0.05),
+        "optimization": Optimization(lr=0.05),
     }
     return Recipe(**(known | options))  # type: ignore[arg-type]
 
@@ -107,7 +107,7 @@ def simulated_plainly(
 def test_unrolled_gradient_is_the_finite_difference_of_plain_training(
     task: AdaptationTask, explainer: LearnableCAM
 ) -> None:
-    """float64, every parameter, batch normalisation in train mode, flips among the views."""
+    """float64, every parameter, batch normalization in train mode, flips among the views."""
     how = recipe(augment=Augment(crop="none", flip=True))
     network = build_with_seed(7, lambda: build_preprocessed(SPEC, classes=CLASSES)).double()
     plain = copy.deepcopy(network)
@@ -195,7 +195,7 @@ def test_one_seed_gives_the_same_parameters_bit_for_bit(task: AdaptationTask) ->
 def planted(
     generator: torch.Generator, layer: str, unit: int
 ) -> tuple[AdaptationTask, Callable[[LearnableCAM], tuple[float, float]]]:
-    """Images whose class is the colour of a patch among grey clutter, which one unit alone shows.
+    """Images whose class is the color of a patch among gray clutter, which one unit alone shows.
 
     The other units show the clutter, or noise.
     """
@@ -214,8 +214,8 @@ def planted(
     grown, loud = (m.repeat_interleave(4, 1).repeat_interleave(4, 2) for m in (cells, noise))
     pixels = 120 + 40 * torch.rand(count, 3, 16, 16, generator=generator)
     pixels += 80 * loud[:, None] * torch.randn(count, 3, 1, 1, generator=generator)
-    colour = F.one_hot(classes, 3)[:, :, None, None] * 60.0
-    pixels = (pixels + grown[:, None] * colour).clamp(0, 255).to(torch.uint8)
+    color = F.one_hot(classes, 3)[:, :, None, None] * 60.0
+    pixels = (pixels + grown[:, None] * color).clamp(0, 255).to(torch.uint8)
     logits = 6.0 * F.one_hot(classes, 3).float()
     parts = {}
     for name, (units, side) in {"early": (3, 8), "late": (4, 4)}.items():
@@ -269,6 +269,6 @@ def test_parts_are_of_the_class_that_the_pool_says(generator: torch.Generator) -
 
 
 def test_a_loss_that_is_no_number_is_told(task: AdaptationTask) -> None:
-    hot = recipe(optimisation=Optimisation(lr=1e30))
+    hot = recipe(optimization=Optimization(lr=1e30))
     with pytest.raises(UserError, match=r"not a number at step \d; try a third"):
         adapt_once(LearnableCAM(UNITS), task, FAMILY, hot, seed=0, beta=5.0, lr=0.01)

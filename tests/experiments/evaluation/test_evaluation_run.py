@@ -22,12 +22,12 @@ from camdistill.experiments.evaluation.evaluation_run import (
 from camdistill.measure.panel import measure, prepare_batch
 from camdistill.types import Explain
 
-METRICS = ("infidelity", "deletion_grey", "iou", "deletion_rerendered")
+METRICS = ("infidelity", "deletion_gray", "iou", "deletion_rerendered")
 SHAPES = Shapes("test", 7)
 
 
 class Mean(nn.Module):
-    """Classes are colours: which channel is brightest in the middle; counts images."""
+    """Classes are colors: which channel is brightest in the middle; counts images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def test_values_are_those_of_each_batch(tmp_path: Path) -> None:
     values = evaluate(given, tmp_path)
     assert values.table.shape == (1 + 9 + 6, 4, 7)
     assert values.controls == (
-        *("random", "smooth_random", "edges", "centre", "mean_map", "inverted", "blurred_copy"),
+        *("random", "smooth_random", "edges", "center", "mean_map", "inverted", "blurred_copy"),
         *("distractor", "oracle"),
     )
     images = pictures(given, 3)
@@ -87,7 +87,7 @@ def test_values_are_those_of_each_batch(tmp_path: Path) -> None:
     assert values.of("oracle", "iou").tolist() == [1] * 7
     assert 0 < values.seconds["brightness"] < 1
     assert np.isnan(values.seconds["oracle"])
-    assert values.curves["brightness", "deletion_grey"].shape == (7, 17)
+    assert values.curves["brightness", "deletion_gray"].shape == (7, 17)
 
 
 def killing(at: int) -> Callable[[int, int], None]:
@@ -227,12 +227,12 @@ def test_a_constant_map_is_blank_whatever_its_grid_and_its_order_is_chance(
         return lambda network, images, classes: torch.full((len(images), height, width), value)
 
     both = [Explainer("odd", explain(0.1, 5, 7)), Explainer("whole", explain(0.5, 32, 32))]
-    metrics = ("deletion_grey", "max_sensitivity", "randomisation")
+    metrics = ("deletion_gray", "max_sensitivity", "randomization")
     given = evaluation(Mean().eval(), explainers=both, metrics=metrics, ladder=False)
     values = evaluate(given, tmp_path)
     for name in ("odd", "whole", "inverted", "blurred_copy"):
         assert values.blank[values.entries.index(name)].all(), name
-    deletion = [values.of(name, "deletion_grey") for name in ("odd", "whole", "blurred_copy")]
+    deletion = [values.of(name, "deletion_gray") for name in ("odd", "whole", "blurred_copy")]
     np.testing.assert_array_equal(deletion[0], deletion[1])  # the same ties, broken alike
     np.testing.assert_array_equal(deletion[0], deletion[2])
     assert "max_sensitivity" not in values.metrics  # nobody has a value

@@ -38,11 +38,11 @@ def test_a_good_metric_and_its_opposite() -> None:
     lower = [-mean for mean in GOOD]
     found = verdicts(
         values(
-            {"road": GOOD, "deletion_grey": lower, "rank_accuracy": GOOD, "insertion_blur": lower}
+            {"road": GOOD, "deletion_gray": lower, "rank_accuracy": GOOD, "insertion_blur": lower}
         ),
         0,
     )
-    for metric in ("road", "deletion_grey"):  # higher and lower are better
+    for metric in ("road", "deletion_gray"):  # higher and lower are better
         verdict = found[metric]
         assert verdict.ladder is not None
         assert verdict.ladder.mean > 0.9

@@ -34,7 +34,7 @@ def values(seed: int, *, shift: float = 0.0, count: int = 60) -> Values:
     flags[1, :2] = True
     curves = {("grad_cam", "insertion_blur"): np.full((count, 17), seed, np.float32)}
     seconds = dict(zip(ENTRIES, [0.001 * (seed + 1), *[float("nan")] * 9], strict=True))
-    metrics = ("road", "deletion_grey")
+    metrics = ("road", "deletion_gray")
     return Values(ENTRIES, 3, metrics, table, flags, flags, seconds, curves)
 
 
@@ -82,7 +82,7 @@ def test_differences_are_taken_image_by_image_within_each_evaluation() -> None:
     np.testing.assert_allclose(gains[2], second.table[1, 0] - second.table[0, 0], atol=1e-6)
     found = differences(Pool((values(0),)), 0)["student"]
     assert found["road"].mean == pytest.approx(-0.15, abs=0.02)
-    assert found["deletion_grey"].mean == pytest.approx(0.15, abs=0.02)
+    assert found["deletion_gray"].mean == pytest.approx(0.15, abs=0.02)
     # Two seeds whose means differ by 0.1: their spread decides, not the images'.
     assert found["road"].high - found["road"].low > 0.5
     alone = means(Pool((values(0),)), 0)

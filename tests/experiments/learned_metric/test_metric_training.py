@@ -1,4 +1,4 @@
-"""A metric learnt from bags of maps: a planted property is found, and statistics are right."""
+"""A metric learned from bags of maps: a planted property is found, and statistics are right."""
 
 from collections.abc import Mapping
 
@@ -141,7 +141,7 @@ def test_layers_controls_and_mixtures_of_a_method_are_one_group() -> None:
     ]
     assert {arm_group(arm) for arm in arms} == {"grad_cam"}
     assert arm_group(Arm("mask:parts", "inverted")) == "mask:parts"
-    assert arm_group(Arm(control="centre")) == "centre"
+    assert arm_group(Arm(control="center")) == "center"
 
 
 def scored(seed: int = 3) -> tuple[list[Bag], dict[str, float], dict[str, dict[str, float]]]:
@@ -206,16 +206,16 @@ def test_mistakes_are_one_line() -> None:
         MetricRecipe(steps=0)
 
 
-def test_an_image_of_two_rankings_is_learnt_from_in_both_or_in_none() -> None:
+def test_an_image_of_two_rankings_is_learned_from_in_both_or_in_none() -> None:
     ids = {"a": torch.arange(300), "b": torch.arange(400).flip(0), "c": torch.arange(300)}
     halves = split_images(ids, 0)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     for name in ("a", "c"):  # the same images: the same halves, as one ranking alone has them
         assert torch.equal(halves[name][0], order[:150])
         assert torch.equal(halves[name][1], order[150:])
-    learnt, asked = (
+    learned, asked = (
         {int(one) for name, parts in halves.items() for one in ids[name][parts[half]]}
         for half in (0, 1)
     )
-    assert not learnt & asked
+    assert not learned & asked
     assert len(halves["b"][0]) == len(halves["b"][1]) == 200

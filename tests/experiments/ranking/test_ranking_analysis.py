@@ -113,7 +113,7 @@ def test_specific_gain_is_over_own_controls_and_those_of_no_method(found: Found)
     assert good.over is not None
     assert fair.over is not None
     assert len(good.over) == 11
-    assert set(fair.over) == {"random", "centre", "edges"}
+    assert set(fair.over) == {"random", "center", "edges"}
     assert good.specific.mean == pytest.approx(0.05, abs=0.02)
     assert good.specific.mean == pytest.approx(good.over["good blurred"].mean, abs=0.01)
     assert fair.specific.mean == pytest.approx(0.08, abs=0.02)
@@ -140,11 +140,11 @@ def test_gates_hold_where_they_should(found: Found) -> None:
     ("rates", "place"),
     [
         ({("random",): 0.8}, 0),
-        ({("good", "randomised"): 0.8}, 1),
+        ({("good", "randomized"): 0.8}, 1),
         ({("good", 0.5): 0.6}, 2),
         ({("good",): 0.65, ("good", 0.75): 0.65, ("good", 0.5): 0.66, ("good", 0.25): 0.67}, 2),
     ],
-    ids=["random", "randomised", "dip", "upside down"],
+    ids=["random", "randomized", "dip", "upside down"],
 )
 def test_gates_fail_where_they_should(rates: dict[tuple[object, ...], float], place: int) -> None:
     known = gates(found_with(RATES | rates), ("tiny", 100))

@@ -85,9 +85,9 @@ def test_every_arm_runs_at_its_n_with_every_seed(whole: Found) -> None:
 def test_controls_are_those_that_can_be_made() -> None:
     arms = arms_of(["a", "mask:x"], CONTROLS, ["a", "mask:x"], [0.5], {"a"})
     names = [arm.name for arm in arms]
-    assert names[:4] == ["none", "random", "centre", "edges"]
-    assert "a randomised" in names
-    assert "mask:x randomised" not in names
+    assert names[:4] == ["none", "random", "center", "edges"]
+    assert "a randomized" in names
+    assert "mask:x randomized" not in names
     assert {"a mixed 0.5", "mask:x mixed 0.5", "a", "mask:x"} <= set(names)
     assert len(set(names)) == len(names) == 4 + 8 + 7 + 2 + 2
 
@@ -164,7 +164,7 @@ def test_another_n_runs_what_is_new_and_fewer_run_nothing(
     study: Study, ran: list[Run], tmp_path: Path
 ) -> None:
     narrow = replace(
-        study, folder=tmp_path, n=[16], controls=["mean", "randomised"], controls_n=[], seeds=[0]
+        study, folder=tmp_path, n=[16], controls=["mean", "randomized"], controls_n=[], seeds=[0]
     )
     first = ranked(narrow)
     made = len(ran)
@@ -178,11 +178,11 @@ def test_another_n_runs_what_is_new_and_fewer_run_nothing(
     assert ranked(narrow).records == first.records
     assert ran == []
     # one that was never narrower has another pool, and the same numbers but for rounding, and for
-    # the random teacher's normalisations, which are set by up to 512 images of the pool
+    # the random teacher's normalizations, which are set by up to 512 images of the pool
     fresh = ranked(replace(narrow, n=[16, 40], folder=tmp_path / "fresh"))
     assert len(ran) == made + len(first.records)
     for key, one in fresh.records.items():
-        if "randomised" not in key[2]:
+        if "randomized" not in key[2]:
             assert wide.records[key].kl == pytest.approx(one.kl, rel=1e-2)
 
 
@@ -232,7 +232,7 @@ def test_gates_are_told_before_the_other_methods_run(
     ranked(replace(study, folder=tmp_path, n=[16], controls_n=[], seeds=[0]), on_gates=note)
     ((early, names),) = seen
     assert early < len(ran)
-    assert {"none", "random", "grad_cam@stage2", "grad_cam@stage2 randomised"} <= names
+    assert {"none", "random", "grad_cam@stage2", "grad_cam@stage2 randomized"} <= names
     assert "mask:parts" not in names
 
 
@@ -246,7 +246,7 @@ def test_maps_of_arms_are_what_their_names_say(study: Study, whole: Found) -> No
     assert mean is not None
     # of these 16 images alone, and of each orientation by itself
     torch.testing.assert_close(mean[5], own.mean(0))
-    drawn = classroom.maps(Arm("grad_cam@stage2", "randomised"), "tiny", 16)
+    drawn = classroom.maps(Arm("grad_cam@stage2", "randomized"), "tiny", 16)
     assert drawn is not None
     assert not torch.allclose(drawn, own)
     assert classroom.maps(NONE, "tiny", 16) is None
@@ -268,7 +268,7 @@ def test_keys_tell_apart_what_gives_other_numbers(study: Study, whole: Found) ->
         replace(run, arm=Arm("mask:parts", share=0.5)),
         replace(run, arm=Arm("mask:parts", share=0.25)),
         replace(run, arm=Arm(control="random")),
-        replace(run, arm=Arm(control="centre")),
+        replace(run, arm=Arm(control="center")),
     ]
     keys = {room.key(one) for one in (run, *others)}
     keys |= {

@@ -17,7 +17,7 @@ from camdistill.experiments.ranking.student_controls import (
     class_mean,
     control_maps,
     mixed,
-    randomised,
+    randomized,
     shuffled,
     spectrum_noise,
 )
@@ -43,7 +43,7 @@ def images(generator: torch.Generator) -> torch.Tensor:
     return torch.rand(N, 3, 16, 16, generator=generator)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CONTROLS if kind != "randomised"])
+@pytest.mark.parametrize("kind", [kind for kind in CONTROLS if kind != "randomized"])
 def test_controls_keep_shape_and_depend_on_the_seed_alone(
     kind: Control, maps: torch.Tensor, classes: torch.Tensor, images: torch.Tensor
 ) -> None:
@@ -120,19 +120,19 @@ def test_class_means_of_many_images_are_made_in_parts(
 def test_edges_are_sobels_magnitude_averaged_over_cells(
     maps: torch.Tensor, classes: torch.Tensor, images: torch.Tensor
 ) -> None:
-    grey = images.double().mean(1).numpy()
+    gray = images.double().mean(1).numpy()
     slopes = [
-        np.hypot(sobel(one, 0, mode="nearest"), sobel(one, 1, mode="nearest")) / 8 for one in grey
+        np.hypot(sobel(one, 0, mode="nearest"), sobel(one, 1, mode="nearest")) / 8 for one in gray
     ]
     cells = np.stack(slopes).reshape(N, 8, 2, 8, 2).mean((2, 4))
     found = control_maps("edges", maps, classes, images, 0)
     np.testing.assert_allclose(found, cells, atol=1e-6)
 
 
-def test_centre_is_one_bump_in_the_middle_for_all(
+def test_center_is_one_bump_in_the_middle_for_all(
     maps: torch.Tensor, classes: torch.Tensor, images: torch.Tensor
 ) -> None:
-    found = control_maps("centre", maps, classes, images, 0)
+    found = control_maps("center", maps, classes, images, 0)
     assert torch.equal(found[0], found[7])
     torch.testing.assert_close(found[0], found[0].flip(0).T)
     assert (found[0, 3, :4].diff() > 0).all()
@@ -167,12 +167,12 @@ def test_mixing_is_of_maps_of_length_one(maps: torch.Tensor) -> None:
         mixed(maps, other, 1.5)
 
 
-def test_randomised_teacher_is_another_function_and_the_first_stays() -> None:
+def test_randomized_teacher_is_another_function_and_the_first_stays() -> None:
     torch.manual_seed(0)
     teacher = Teacher.from_network(CifarResNet(20, 10))
     images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     state = {name: value.clone() for name, value in teacher.network.state_dict().items()}
-    other = randomised(teacher, images, 3)
+    other = randomized(teacher, images, 3)
     for name, value in teacher.network.state_dict().items():
         assert torch.equal(value, state[name])
     changed = dict(other.network.named_parameters())
@@ -181,18 +181,18 @@ def test_randomised_teacher_is_another_function_and_the_first_stays() -> None:
         for name, value in teacher.network.named_parameters()
         if value.ndim > 1
     )
-    # its normalisations have the statistics of the images: in eval mode as in train mode
+    # its normalizations have the statistics of the images: in eval mode as in train mode
     assert not other.network.training
     with torch.no_grad():
         still = other(images)
         other.network.train()
-        moving = other.network(other.normalise(images))
+        moving = other.network(other.normalize(images))
         other.network.eval()
     torch.testing.assert_close(still, moving, rtol=0.05, atol=0.05)
     assert still.std() > 1e-3
-    again = randomised(teacher, images, 3)
+    again = randomized(teacher, images, 3)
     torch.testing.assert_close(again(images), still)
-    assert not torch.allclose(randomised(teacher, images, 4)(images), still)
+    assert not torch.allclose(randomized(teacher, images, 4)(images), still)
 
 
 def test_wrong_use_is_refused(maps: torch.Tensor, classes: torch.Tensor) -> None:
@@ -200,16 +200,16 @@ def test_wrong_use_is_refused(maps: torch.Tensor, classes: torch.Tensor) -> None
     with pytest.raises(ValueError, match="24 maps, 24 classes, 2 images"):
         control_maps("mean", maps, classes, torch.rand(2, 3, 8, 8), 0)
     with pytest.raises(ValueError, match="not made from maps"):
-        control_maps("randomised", maps, classes, torch.rand(N, 3, 8, 8), 0)
+        control_maps("randomized", maps, classes, torch.rand(N, 3, 8, 8), 0)
 
 
-def test_randomised_network_without_normalisation_keeps_biases_at_zero() -> None:
+def test_randomized_network_without_normalization_keeps_biases_at_zero() -> None:
     teacher = Teacher.from_network(ShallowCNN(4, (4,), (2,)))
-    other = randomised(teacher, torch.rand(8, 3, 8, 8), 0)
+    other = randomized(teacher, torch.rand(8, 3, 8, 8), 0)
     assert not other.network.linear.bias.any()
 
 
-def test_random_teacher_without_batch_normalisation_is_alive() -> None:
+def test_random_teacher_without_batch_normalization_is_alive() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = nn.Sequential(
@@ -217,7 +217,7 @@ def test_random_teacher_without_batch_normalisation_is_alive() -> None:
             nn.Flatten(), nn.Linear(8, 4),
         )  # fmt: skip
     images = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    other = randomised(Teacher.from_network(network), images, 0)
+    other = randomized(Teacher.from_network(network), images, 0)
     norm = other.network[1]
     assert (norm.weight == 1).all()
     assert not norm.bias.any()

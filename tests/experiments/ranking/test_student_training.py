@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from camdistill.data.views import Augment, draw_view, view_images
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.training import build_with_seed
 from camdistill.errors import UserError
 from camdistill.experiments.ranking.student_task import Lesson, Pool, Recipe, batch_at
@@ -45,7 +45,7 @@ def alone(pool: Pool, lesson: Lesson, how: Recipe, family: NetworkSpec, layer: s
 
 
 @pytest.mark.parametrize(
-    ("family", "layer", "optimiser", "distance"),
+    ("family", "layer", "optimizer", "distance"),
     [
         (FAMILY, "stage2", "sgd", "pearson"),
         (FAMILY, "stage2", "adamw", "cosine"),
@@ -54,11 +54,11 @@ def alone(pool: Pool, lesson: Lesson, how: Recipe, family: NetworkSpec, layer: s
     ids=["shallow", "adamw", "wide"],
 )
 def test_stack_equals_students_alone(
-    pool: Pool, maps: torch.Tensor, family: NetworkSpec, layer: str, optimiser: str, distance: str
+    pool: Pool, maps: torch.Tensor, family: NetworkSpec, layer: str, optimizer: str, distance: str
 ) -> None:
     how = recipe(
         distance=distance,
-        optimisation=Optimisation(optimiser, 0.05 if optimiser == "sgd" else 1e-3),
+        optimization=Optimization(optimizer, 0.05 if optimizer == "sgd" else 1e-3),
     )  # type: ignore[arg-type]
     lessons = [
         Lesson(3, 2.0, maps[0]),
@@ -91,12 +91,12 @@ def test_stack_equals_students_alone(
 def test_a_stacks_step_in_half_precision_is_that_of_students_alone(
     pool: Pool, maps: torch.Tensor
 ) -> None:
-    """One step: over several, batch normalisation of so few images makes rounding grow."""
+    """One step: over several, batch normalization of so few images makes rounding grow."""
     how = recipe(
         steps=1,
         precision="bfloat16",
         augment=Augment(crop="resized", flip=True),
-        optimisation=Optimisation(lr=0.1, schedule="constant", warmup=0.0),
+        optimization=Optimization(lr=0.1, schedule="constant", warmup=0.0),
     )
     lessons = [Lesson(3, 2.0, maps[0]), Lesson(4)]
     stack = Students.untrained(FAMILY, CLASSES, [3, 4], layer="stage2")
@@ -115,13 +115,13 @@ def test_a_stacks_step_in_half_precision_is_that_of_students_alone(
 
 def test_training_alone_is_plain_torch(pool: Pool, maps: torch.Tensor) -> None:
     """The loop against one written from the definitions, with Grad-CAM by autograd."""
-    how = recipe(optimisation=Optimisation(lr=0.05, momentum=0.8), augment=Augment(flip=True))
+    how = recipe(optimization=Optimization(lr=0.05, momentum=0.8), augment=Augment(flip=True))
     network = (
         build_with_seed(7, lambda: build_preprocessed(FAMILY, classes=CLASSES)).double().train()
     )
     single = Students.untrained(FAMILY, CLASSES, [7], layer="stage2", dtype=torch.float64)
     teach(single, pool, [Lesson(7, 3.0, maps[0])], how)
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [
             {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in network.parameters() if p.ndim == 1], "weight_decay": 0},
@@ -131,8 +131,8 @@ def test_training_alone_is_plain_torch(pool: Pool, maps: torch.Tensor) -> None:
         nesterov=True,
     )
     for step in range(how.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = 0.05 * how.optimisation.lr_factor(step / how.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * how.optimization.lr_factor(step / how.steps)
         batch = batch_at(pool, how, 7, step)
         wanted = torch.stack(
             [pool.logits[i, int(f)] for i, f in zip(batch.positions, batch.view.flip, strict=True)]
@@ -156,9 +156,9 @@ def test_training_alone_is_plain_torch(pool: Pool, maps: torch.Tensor) -> None:
             .sum(1)
             .mean()
         )
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (kl + 3 * (1 - r).mean()).backward()
-        optimiser.step()
+        optimizer.step()
         network.eval()
         network.train()
     for name, value in network.named_parameters():
@@ -256,7 +256,7 @@ def test_mistakes_are_told(pool: Pool, maps: torch.Tensor) -> None:
     students = Students.untrained(FAMILY, CLASSES, [0], layer="stage2")
     with pytest.raises(ValueError, match="2 lessons for 1 students"):
         teach(students, pool, [Lesson(0), Lesson(0)], recipe())
-    hot = recipe(optimisation=Optimisation(lr=1e30))
-    with pytest.raises(UserError, match=r"not a number after 6 steps .*--recipe.optimisation.lr"):
+    hot = recipe(optimization=Optimization(lr=1e30))
+    with pytest.raises(UserError, match=r"not a number after 6 steps .*--recipe.optimization.lr"):
         teach(students, pool, [Lesson(0)], hot)
     assert isinstance(Preprocessed(ShallowCNN()), Preprocessed)

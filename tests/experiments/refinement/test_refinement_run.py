@@ -17,7 +17,7 @@ from PIL import Image
 
 from camdistill.data.modules import FolderData, ShapesData
 from camdistill.distill.checkpoints import load
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.refinement_targets import Objective
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
@@ -78,7 +78,7 @@ def plan_in(folder: Path, **options: object) -> RefinementPlan:
         "network": TINY,
         "seeds": [0, 1],
         "start": StartRecipe(epochs=1, precision="float32"),
-        "recipe": RefineRecipe(epochs=2, optimisation=Optimisation("adamw", 3e-3)),
+        "recipe": RefineRecipe(epochs=2, optimization=Optimization("adamw", 3e-3)),
         "judging": JUDGING,
         "folder": folder,
     }
@@ -245,8 +245,8 @@ def test_a_learned_metric_is_refined_and_everything_else_is_held_out(
     file = metric_in(tmp_path)
     wanted = Objective(kind="learned", weight=10.0, file=file)
     start = [Path(found.records["seed0", START].checkpoint)]
-    many = Optimisation("adamw", 2e-2)
-    recipe = replace(found.plan.recipe, epochs=8, tolerance=0.99, optimisation=many)
+    many = Optimization("adamw", 2e-2)
+    recipe = replace(found.plan.recipe, epochs=8, tolerance=0.99, optimization=many)
     plan = plan_in(tmp_path, network=None, checkpoints=start, objective=wanted, recipe=recipe)
     again = run_refinement(plan)
     assert again.arms == ["ce", "learned", "random", "shuffled"]
@@ -530,7 +530,7 @@ def test_a_second_objective_without_controls_of_its_own_claims_nothing(tmp_path:
     assert "its own controls did not run" in said[-1]
 
 
-def test_energy_that_localises_without_faithfulness_is_told_from_energy_that_does_both(
+def test_energy_that_localizes_without_faithfulness_is_told_from_energy_that_does_both(
     tmp_path: Path,
 ) -> None:
     also = {"energy": Objective(kind="energy")}
@@ -572,9 +572,9 @@ def test_a_control_that_is_not_matched_is_told(tmp_path: Path) -> None:
 
 
 def test_insertion_with_another_fill_holds_no_insertion_out(tmp_path: Path) -> None:
-    also = {"grey": Objective(replacement="grey")}
+    also = {"gray": Objective(replacement="gray")}
     found = planted(tmp_path, {}, {}, also=also)
-    assert training_metrics(found, "grey") == ("insertion_blur", "deletion_blur")
+    assert training_metrics(found, "gray") == ("insertion_blur", "deletion_blur")
 
 
 def test_h2_tells_the_whole_gain_beside_the_maps(tmp_path: Path) -> None:
@@ -696,8 +696,8 @@ def test_an_objective_that_cant_be_asked_is_refused_before_anything_is_trained(
 
 
 def test_a_run_that_diverges_is_told_by_name_with_options_of_this_command(tmp_path: Path) -> None:
-    start = StartRecipe(1, Optimisation("sgd", 1e30), precision="float32")
-    says = r"in start of seed0; try a third of it \(--start\.optimisation\.lr\), or --start\.prec"
+    start = StartRecipe(1, Optimization("sgd", 1e30), precision="float32")
+    says = r"in start of seed0; try a third of it \(--start\.optimization\.lr\), or --start\.prec"
     with pytest.raises(UserError, match=says):
         run_refinement(plan_in(tmp_path, start=start))
 

@@ -1,4 +1,4 @@
-"""Two processes equal one whose batch normalisation sees the same half-batches."""
+"""Two processes equal one whose batch normalization sees the same half-batches."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment, draw_view, view_images
 from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.distill.losses import cross_entropy, map_distance, soft_targets_kl
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.experiments.training.lightning_cli import read_table
 from camdistill.explain.gradcam import explain_images
 from camdistill.networks.teachers import NetworkSpec
@@ -46,12 +46,12 @@ def by_halves(teacher_file: Path) -> tuple[dict[str, Tensor], list[float]]:
     data = ShapesData(**DATA, batch_size=BATCH)  # type: ignore[arg-type]
     data.setup("fit")
     loader, student = data.train_dataloader(), module.student.train()
-    recipe = Optimisation(lr=0.05).configure(student.network, EPOCHS * len(loader))
-    optimiser, losses = recipe["optimizer"], []
+    recipe = Optimization(lr=0.05).configure(student.network, EPOCHS * len(loader))
+    optimizer, losses = recipe["optimizer"], []
     for epoch in range(EPOCHS):
         loader.sampler.set_epoch(epoch)
         for batch in loader:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             total = 0.0
             view = draw_view(Augment("pad", flip=True), batch.ids, (32, 32), seed=0, epoch=epoch)
             images = view_images(batch.pixels, view).float() / 255
@@ -71,7 +71,7 @@ def by_halves(teacher_file: Path) -> tuple[dict[str, Tensor], list[float]]:
                 if not half.start:  # the first process's statistics are what is kept
                     first = {name: value.clone() for name, value in student.named_buffers()}
             student.load_state_dict(student.state_dict() | first, strict=False)
-            optimiser.step()
+            optimizer.step()
             recipe["lr_scheduler"]["scheduler"].step()  # type: ignore[index]
             losses.append(total)
     return student.network.state_dict(), losses

@@ -105,7 +105,7 @@ def test_a_run_with_ema_killed_between_epochs_ends_as_one_that_was_not(
     path = config(trainer={"max_epochs": 4}, ema=0.9)
     assert main(["fit", "-c", str(path), "--run", "runs/whole"]) == 0
     whole_run = measured(path, "runs/whole")
-    # what normalises the images is no weight: its average is itself, not nearly so
+    # what normalizes the images is no weight: its average is itself, not nearly so
     with safe_open("runs/whole/version_0/student.safetensors", "pt") as file:
         assert json.loads(file.metadata()["std"]) == torch.tensor([0.229, 0.224, 0.225]).tolist()
     given = ["fit", "-c", str(path), "--run", "runs/broken"]

@@ -72,7 +72,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--data.batch_size", "8", "data.batch_size 16 (here 8)"),
         ("--data.split_seed", "1", "data.split_seed 0 (here 1)"),
         ("--model.ema", "0.5", "model.ema None (here 0.5)"),
-        ("--model.optimisation.lr", "0.1", "model.optimisation.lr 0.05 (here 0.1)"),
+        ("--model.optimization.lr", "0.1", "model.optimization.lr 0.05 (here 0.1)"),
     ],
 )
 def test_last_and_files_never_go_on_in_another_run(

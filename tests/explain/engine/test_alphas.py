@@ -250,11 +250,11 @@ def test_scores_that_mix_images_are_refused(small: Tensor, layer: str) -> None:
 
 
 def test_what_mixes_images_before_the_layer_does_no_harm(small: Tensor) -> None:
-    class Centred(nn.Module):
+    class Centered(nn.Module):
         def forward(self, values: Tensor) -> Tensor:
             return values - values.mean(0)
 
-    network = nn.Sequential(Centred(), *student().children())
+    network = nn.Sequential(Centered(), *student().children())
     network.insert(4, nn.AdaptiveAvgPool2d(1))
     network.insert(5, nn.Flatten())
     network.double().eval()

@@ -1,4 +1,4 @@
-"""Batch normalisation that keeps nothing: the same maps, half the memory, and put back."""
+"""Batch normalization that keeps nothing: the same maps, half the memory, and put back."""
 
 import pytest
 import torch

@@ -131,7 +131,7 @@ def test_a_convnext_block_is_read_and_what_is_inside_with_units_last_is_not() ->
     network = ConvNeXt(blocks, num_classes=3).eval()
     layers, others = select_layers(network, IMAGES, ["*"])
     inner = [f"features.{stage}.0.block.{place}" for stage in (1, 3) for place in range(1, 6)]
-    # Permutation, normalisation, linear, GELU, linear; then it permutes back.
+    # Permutation, normalization, linear, GELU, linear; then it permutes back.
     assert set(others) == set(inner)
     shapes = {layer.name: layer.shape for layer in layers}
     assert shapes["features.1.0"] == shapes["features.1.0.block.6"] == (8, 8, 8)

@@ -7,7 +7,7 @@ from torch import nn
 
 from camdistill.errors import UserError
 from camdistill.layers.units.activation_maximization import (
-    COLOURS,
+    COLORS,
     maximize_activation,
     render_spectra,
 )
@@ -22,8 +22,8 @@ def test_painted_is_the_formula_in_numpy(generator: torch.Generator) -> None:
     rows, columns = np.fft.fftfreq(6)[:, None], np.fft.rfftfreq(8)[None]
     frequency = np.maximum(np.sqrt(rows**2 + columns**2), 1 / 8)
     flat = np.fft.irfft2(z * math.sqrt(48) / frequency, s=(6, 8)) / 4
-    colours = COLOURS.numpy().astype(np.float64)
-    mix = colours / np.linalg.norm(colours, axis=0).max()
+    colors = COLORS.numpy().astype(np.float64)
+    mix = colors / np.linalg.norm(colors, axis=0).max()
     mixed = np.einsum("dc,ncij->ndij", mix, flat)
     assert np.allclose(found, 1 / (1 + np.exp(-mixed)), atol=1e-6)
 
@@ -123,7 +123,7 @@ def test_network_is_left_as_it_was_also_after_an_error() -> None:
 
 
 class Hidden(nn.Module):
-    """Two edge filters that a grey image leaves off (at most 2 - 1), and a unit made of them."""
+    """Two edge filters that a gray image leaves off (at most 2 - 1), and a unit made of them."""
 
     def __init__(self, bias: float = 0.0) -> None:
         super().__init__()
@@ -140,12 +140,12 @@ class Hidden(nn.Module):
         return self.relu(self.second(self.first(images).relu())).mean((2, 3))
 
 
-def test_a_unit_whose_parts_are_all_off_at_grey_is_excited() -> None:
+def test_a_unit_whose_parts_are_all_off_at_gray_is_excited() -> None:
     network = Hidden()
-    grey = torch.full((1, 1, 16, 16), 0.5, requires_grad=True)
-    network(grey).sum().backward()
-    assert grey.grad is not None
-    assert float(grey.grad.abs().max()) == 0, "the start that used to be has no gradient"
+    gray = torch.full((1, 1, 16, 16), 0.5, requires_grad=True)
+    network(gray).sum().backward()
+    assert gray.grad is not None
+    assert float(gray.grad.abs().max()) == 0, "the start that used to be has no gradient"
     found = maximize_activation(
         network, "relu", [0], before=True, size=(16, 16), channels=1, steps=150, natural=[2.0]
     )
@@ -217,7 +217,7 @@ def test_random_level_is_the_percentile_of_the_largest_values() -> None:
     white, natural = images[:1000], images[1000:]
     assert abs(float(white.mean()) - 0.5) < 0.01
     assert abs(float(white.var()) - 1 / 12) < 0.01
-    # Neighbours of natural images are alike, and their contrast differs.
+    # Neighbors of natural images are alike, and their contrast differs.
     assert float((natural[..., 1:] - natural[..., :-1]).std() / natural.std()) < 1.3
     spread = natural.flatten(1).std(1)
     assert float(spread.max() / spread.min()) > 5

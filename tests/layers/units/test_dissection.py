@@ -8,7 +8,7 @@ from camdistill.layers.units import dissection
 from camdistill.layers.units.dissection import DETECTOR, TOPS, dissect
 
 
-class Colours(nn.Module):
+class Colors(nn.Module):
     """Unit 0 is redness, unit 1 is noise that no concept knows, unit 2 is dead."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ def planted(generator: torch.Generator):
 
 def test_planted_detector_is_found_and_others_are_at_chance(planted) -> None:
     images, masks = planted
-    found = dissect(Colours(), images, masks, ["layer"], chunk=7)["layer"]
+    found = dissect(Colors(), images, masks, ["layer"], chunk=7)["layer"]
     name, iou, chance = found.best(0)[0]
     assert name == "red"
     assert iou > 0.85
@@ -48,8 +48,8 @@ def test_planted_detector_is_found_and_others_are_at_chance(planted) -> None:
 
 def test_iou_is_that_of_the_masks_on_the_half_that_chose_nothing(planted) -> None:
     images, masks = planted
-    found = dissect(Colours(), images, masks, ["layer"])["layer"]
-    activations = Colours()(images).numpy()
+    found = dissect(Colors(), images, masks, ["layer"])["layer"]
+    activations = Colors()(images).numpy()
     choosing, telling = activations[0::2], activations[1::2]
     sample = choosing[:, 0].reshape(len(choosing), -1)[:, ::7].ravel()
     sample.sort()
@@ -75,14 +75,14 @@ def test_masks_must_fit_the_images(planted) -> None:
     images, masks = planted
     small = {"red": masks["red"][:, :6]}
     with pytest.raises(UserError, match="'red' doesn't fit 40 images of 12x12"):
-        dissect(Colours(), images, small, ["layer"])
+        dissect(Colors(), images, small, ["layer"])
 
 
 def test_fewer_than_two_images_have_no_halves_to_choose_and_tell_with(planted) -> None:
     images, masks = planted
     for count in (0, 1):
         few = {name: mask[:count] for name, mask in masks.items()}
-        assert dissect(Colours(), images[:count], few, ["layer"]) == {}
+        assert dissect(Colors(), images[:count], few, ["layer"]) == {}
 
 
 @pytest.mark.parametrize("room", [1, 12 * 7 * 144 * 2, 1 << 30])

@@ -235,7 +235,7 @@ def test_network_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("name", ["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
-def test_a_normalisation_keeps_the_field_under_the_names_of_a_gpu(name: str) -> None:
+def test_a_normalization_keeps_the_field_under_the_names_of_a_gpu(name: str) -> None:
     walk = FieldTracer(torch.zeros(1, 3, 8, 8))
     with walk:
         seen = torch.nn.functional.conv2d(walk.images, torch.zeros(4, 3, 3, 3), stride=2)

@@ -15,7 +15,7 @@ def _ink(picture: np.ndarray) -> float:
     return float((picture.min(-1) < 200).mean())
 
 
-def test_profile_draws_each_network_in_its_colour_and_gaps_for_nan() -> None:
+def test_profile_draws_each_network_in_its_color_and_gaps_for_nan() -> None:
     depth = np.array([0.0, 50.0, 100.0])
     both = {
         "active": {
@@ -74,12 +74,12 @@ def test_dead_layer_and_nan_have_their_words_and_no_curve() -> None:
     assert red > 10
 
 
-def test_similarity_chart_shows_nan_as_grey() -> None:
+def test_similarity_chart_shows_nan_as_gray() -> None:
     values = np.array([[1.0, 0.0], [np.nan, 0.5]])
     picture = similarity_chart(values, ["a", "b"], ["c", "d"], title="CKA")
-    greys = (picture == 204).all(-1).sum()
+    grays = (picture == 204).all(-1).sum()
     yellows = (np.abs(picture.astype(int) - [253, 231, 36]).max(-1) < 3).sum()
-    assert greys > 300
+    assert grays > 300
     assert yellows > 300
 
 

@@ -19,15 +19,15 @@ def black(height: int = 32, width: int = 32, channels: int = 3) -> np.ndarray:
 
 
 def over_black(share: float) -> np.ndarray:
-    """What README and legend say: 60 % of viridis over an image whose black is 35 % grey."""
+    """What README and legend say: 60 % of viridis over an image whose black is 35 % gray."""
     return 255 * (0.6 * np.array(VIRIDIS(float(share))[:3]) + 0.4 * 0.35)
 
 
-def has(picture: np.ndarray, colour: np.ndarray | tuple[int, ...], off: float = 1.0) -> bool:
-    return bool((np.abs(picture.astype(float) - np.asarray(colour)) <= off).all(-1).any())
+def has(picture: np.ndarray, color: np.ndarray | tuple[int, ...], off: float = 1.0) -> bool:
+    return bool((np.abs(picture.astype(float) - np.asarray(color)) <= off).all(-1).any())
 
 
-def test_maximum_of_the_map_has_the_top_colour_at_its_place() -> None:
+def test_maximum_of_the_map_has_the_top_color_at_its_place() -> None:
     share = np.zeros((4, 4))
     share[1, 2] = 1
     drawn = overlay(black(), share, 132, 132)  # cells of 33 pixels have one in their middle
@@ -76,7 +76,7 @@ def test_difference_is_symmetric_red_where_the_student_has_more() -> None:
 
 
 def difference_tile(panel: np.ndarray, side: int = 128) -> np.ndarray:
-    """The last tile of a one-row panel: found by its grey frame."""
+    """The last tile of a one-row panel: found by its gray frame."""
     frame = (panel == 200).all(-1)
     top = int(np.argmax(frame.sum(1) >= side))
     left = int(np.argmax(frame[top : top + side].sum(0) >= side))
@@ -124,12 +124,12 @@ def test_blank_map_is_drawn_at_zero_and_constant_map_at_one() -> None:
     blank, constant = np.zeros((3, 3), np.float32), np.full((3, 3), 2, np.float32)
     panel = map_panel([PanelRow(black(), blank, constant)], size=128)
     for share in (0, 1):
-        colour = np.rint(over_black(share)).astype(np.uint8)
-        tile = np.broadcast_to(colour, (128, 128, 3))
+        color = np.rint(over_black(share)).astype(np.uint8)
+        tile = np.broadcast_to(color, (128, 128, 3))
         assert find(panel, tile) is not None
 
 
-def test_grey_image_is_drawn_as_its_rgb_twin() -> None:
+def test_gray_image_is_drawn_as_its_rgb_twin() -> None:
     image = np.random.default_rng(2).random((1, 17, 23)).astype(np.float32)
     grid = np.random.default_rng(3).random((5, 3)).astype(np.float32)
     assert np.array_equal(

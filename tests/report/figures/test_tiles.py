@@ -16,7 +16,7 @@ def _middle(tile: Tile, row: int, column: int, factor: int) -> list[int]:
     return tile.pixels[row * factor + factor // 2, column * factor + factor // 2].tolist()
 
 
-def test_zero_is_mid_grey_and_the_sign_is_kept_for_each_filters_own_scale() -> None:
+def test_zero_is_mid_gray_and_the_sign_is_kept_for_each_filters_own_scale() -> None:
     filters = np.zeros((2, 3, 2, 2))
     filters[0, 0, 0, 0], filters[0, 1, 0, 1] = 4.0, -4.0
     filters[1, 2, 1, 1] = 1e-3
@@ -27,7 +27,7 @@ def test_zero_is_mid_grey_and_the_sign_is_kept_for_each_filters_own_scale() -> N
     assert _middle(weak, 1, 1, 4) == [128, 128, 255], "its own scale shows a weak filter's shape"
 
 
-def test_shared_scale_leaves_weak_and_dead_filters_grey() -> None:
+def test_shared_scale_leaves_weak_and_dead_filters_gray() -> None:
     filters = np.zeros((4, 3, 5, 5))
     filters[:2] = np.random.default_rng(0).normal(size=(2, 3, 5, 5))
     filters[2] = 1e-4

@@ -15,7 +15,7 @@ from camdistill.claims.networks.claim_training import train_or_load
 from camdistill.data.modules import ShapesData
 from camdistill.data.views import Augment
 from camdistill.distill.classifier import Classifier
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.training import build_with_seed
 from camdistill.errors import UserError
 from camdistill.networks.capture import unwrap
@@ -57,7 +57,7 @@ class FlattenedCNN(ShallowCNN):
         self.linear = nn.Linear(HIDDEN, classes)
 
     def forward(self, images: Images) -> Logits:
-        """Logits of normalised images."""
+        """Logits of normalized images."""
         cells = images
         for index in range(1, self.stages + 1):
             cells = self.get_submodule(f"stage{index}")(cells)
@@ -99,7 +99,7 @@ def _train_network(
     module = Classifier(
         spec,
         augment=Augment(crop="pad", padding=3, flip=True),
-        optimisation=Optimisation("adamw", lr=2e-3, weight_decay=1e-2),
+        optimization=Optimization("adamw", lr=2e-3, weight_decay=1e-2),
         seed=seed,
     )
     module.network = build_with_seed(seed, lambda: build_preprocessed(spec))

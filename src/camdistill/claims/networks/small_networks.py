@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from camdistill.claims.claim import ClaimSetup
 from camdistill.claims.networks.claim_training import fit
 from camdistill.data.loading import BatchSampler
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.training import build_with_seed, to_plain_data
 from camdistill.errors import UserError
 from camdistill.networks.fitting import load_weights
@@ -37,13 +37,13 @@ class SmallNetworkRecipe:
     Attributes:
         epochs: Times that every example is seen.
         batch: Examples a step.
-        optimisation: Optimiser and schedule.
+        optimization: Optimizer and schedule.
     """
 
     epochs: int
     batch: int = 128
-    optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation("adamw", lr=3e-3, weight_decay=0.05)
+    optimization: Optimization = field(
+        default_factory=lambda: Optimization("adamw", lr=3e-3, weight_decay=0.05)
     )
 
 
@@ -142,4 +142,4 @@ class _FitModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The recipe over the whole training."""
         steps = int(self.trainer.estimated_stepping_batches)
-        return self.recipe.optimisation.configure(self.network, steps)
+        return self.recipe.optimization.configure(self.network, steps)

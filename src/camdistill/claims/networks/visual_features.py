@@ -29,7 +29,7 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: Images) -> Float[Tensor, "batch units rows columns"]:
         """Units of all three."""
-        pixels = hidden = middle = self.student.normalise(images)
+        pixels = hidden = middle = self.student.normalize(images)
         for stage in range(1, self.stages + 1):
             hidden = self.student.network.get_submodule(f"stage{stage}")(hidden)
             middle = hidden if stage == self.middle else middle
@@ -39,7 +39,7 @@ class FeatureExtractor(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """A convolution, batch normalisation and ReLU."""
+    """A convolution, batch normalization and ReLU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -22,13 +22,13 @@ from camdistill.report.results import Cell, text_table
 
 COMPARISONS = {
     "adapted - grad_cam": ("adapted", "grad_cam"),
-    "adapted - randomised": ("adapted", "randomised"),
+    "adapted - randomized": ("adapted", "randomized"),
     "adapted - none": ("adapted", "none"),
     "grad_cam - none": ("grad_cam", "none"),
-    "randomised - none": ("randomised", "none"),
+    "randomized - none": ("randomized", "none"),
 }
-"""Agreement of students on unseen images: randomised is the adapted explainer of a teacher of
-random weights, with as many parameters learnt in the same way."""
+"""Agreement of students on unseen images: randomized is the adapted explainer of a teacher of
+random weights, with as many parameters learned in the same way."""
 
 
 def agreement_gains(outcome: AdaptationOutcome, condition: Condition) -> dict[str, Gain]:
@@ -52,7 +52,7 @@ def adaptation_verdict(outcome: AdaptationOutcome) -> str:
     for name, gain_by_comparison in gains.items():
         gain, control = (
             gain_by_comparison[main_comparison],
-            gain_by_comparison["adapted - randomised"],
+            gain_by_comparison["adapted - randomized"],
         )
         numbers = (
             f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}], p {corrected[name]:.3f} (Holm)"
@@ -65,7 +65,7 @@ def adaptation_verdict(outcome: AdaptationOutcome) -> str:
             conclusion = f"worse than Grad-CAM: {numbers}"
         elif control.low <= 0:
             conclusion = (
-                f"better than Grad-CAM, not than parameters learnt on random weights: {numbers}"
+                f"better than Grad-CAM, not than parameters learned on random weights: {numbers}"
             )
         else:
             conclusion = f"better than Grad-CAM: {numbers}"
@@ -126,7 +126,7 @@ def adaptation_results(outcome: AdaptationOutcome) -> dict[str, object]:
                 "rounds": [round_scores._asdict() for round_scores in entry.rounds],
                 "layers": explainer_parameters(entry.explainer),
             }
-            for name, entry in (("teacher", outcome.adapted), ("randomised", outcome.control))
+            for name, entry in (("teacher", outcome.adapted), ("randomized", outcome.control))
         },
         "students": {
             _condition_name(condition): {
@@ -168,7 +168,7 @@ def adaptation_chart(outcome: AdaptationOutcome) -> Picture:
 
 
 def explainer_parameters(explainer: LearnableCAM) -> dict[str, dict[str, Cell]]:
-    """What was learnt, a row a layer."""
+    """What was learned, a row a layer."""
     with torch.no_grad():
         mix = sparsemax(explainer.mix)
         return {

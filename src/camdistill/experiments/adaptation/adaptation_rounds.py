@@ -1,4 +1,4 @@
-"""The rounds in which an explainer's parameters are learnt: a new student each."""
+"""The rounds in which an explainer's parameters are learned: a new student each."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ ROUNDS = "rounds"
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How an explainer's parameters are learnt.
+    """How an explainer's parameters are learned.
 
     Args:
         layers: Of the teacher, in its order: their maps are mixed, on the grid of the last one.
@@ -65,7 +65,7 @@ class Adaptation:
                     f"adaptation.{name}",
                     value,
                     "(0, inf)",
-                    "give one above 0, or nothing is learnt",
+                    "give one above 0, or nothing is learned",
                 )
         if self.n is not None:
             check_number("adaptation.n", self.n, "[8, inf)", "students need 8 images or more")
@@ -92,7 +92,7 @@ class Adaptation:
             if shared := sorted(used_seeds & set(seeds)):
                 raise UserError(
                     f"seed {shared[0]} is in both {name} and the adaptation's (seed, judges): the "
-                    "explainer would be judged by a student that it was learnt with"
+                    "explainer would be judged by a student that it was learned with"
                 )
 
 
@@ -152,7 +152,7 @@ def run_rounds(
             "answers": classroom.known.sha256,
             "teacher": name,
             "control": [student_controls.VERSION, classroom.control_seed]
-            if name == "randomised"
+            if name == "randomized"
             else None,
             "family": asdict(family.spec),
             "recipe": asdict(classroom.recipe),
@@ -205,7 +205,7 @@ def _load_round(path: Path) -> tuple[LearnableCAM, AdaptationRound]:
 
 
 class _StopImages(NamedTuple):
-    """Images that the parameters were not learnt on, to end the rounds by."""
+    """Images that the parameters were not learned on, to end the rounds by."""
 
     pixels: Tensor
     logits: Tensor
@@ -217,7 +217,7 @@ def _build_task(
     adaptation: Adaptation,
     on_progress: Callable[[int, int], None],
 ) -> tuple[AdaptationTask, _StopImages]:
-    """What the parameters are learnt on: half of the validation images is kept for judging."""
+    """What the parameters are learned on: half of the validation images is kept for judging."""
     pool = pool_of(classroom.known, adaptation.n)
     pool = type(pool)(*(tensor.to(classroom.device) for tensor in pool))
     contributions = pool_contributions(teacher, pool, adaptation.layers, on_progress)

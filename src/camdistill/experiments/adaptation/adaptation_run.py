@@ -1,9 +1,9 @@
 """An explainer adapted to what it teaches, and whether fresh students learn more from it.
 
-Its parameters are learnt beside students of one family (`bilevel`), a new one each round. After
+Its parameters are learned beside students of one family (`bilevel`), a new one each round. After
 each round other students are taught with the explainer as it is, and judged on images that its
-parameters were not learnt on: the best round stays, or Grad-CAM, which is where it starts. The same
-is done for a teacher of random weights. What was found is then ranked with new seeds and other
+parameters were not learned on: the best round stays, or Grad-CAM, which is where it starts. The
+same is done for a teacher of random weights. What was found is then ranked with new seeds and other
 families, beside Grad-CAM, on the test images (`simulatability`).
 """
 
@@ -30,14 +30,14 @@ from camdistill.experiments.ranking.ranking_run import (
     prepared,
     ranked,
 )
-from camdistill.experiments.ranking.student_controls import randomised
+from camdistill.experiments.ranking.student_controls import randomized
 from camdistill.experiments.ranking.teacher_outputs import pool_of
 from camdistill.explain.gradcam import last_layer
 from camdistill.explain.learnable import LearnableCAM
 from camdistill.networks.teachers import Teacher
 from camdistill.store.array_files import lock_cache
 
-ADAPTED, RANDOMISED = "adapted.safetensors", "adapted_randomised.npz"
+ADAPTED, RANDOMIZED = "adapted.safetensors", "adapted_randomized.npz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class AdaptationOutcome:
         adapted: The explainer of the teacher.
         control: That of the teacher of random weights.
         ranking: The ranking.
-        names: The ranking's arms: "grad_cam", "adapted", "randomised".
+        names: The ranking's arms: "grad_cam", "adapted", "randomized".
     """
 
     adapted: AdaptedExplainer
@@ -84,7 +84,7 @@ def adapt_study(
 
     Args:
         study: The ranking, but for its methods. The first family of students is the one that the
-            parameters are learnt with.
+            parameters are learned with.
         adaptation: How they are.
         other_methods: Further methods to rank.
         workers: Of the ranking.
@@ -112,15 +112,15 @@ def adapt_study(
         adapted = run_rounds("teacher", teacher, sized_classroom, adaptation, folder, on_progress)
         adapted.explainer.save(folder / ADAPTED, {"best_round": adapted.best})
         calibration = as_images(pool_of(sized_classroom.known, CALIBRATION).pixels).to(device)
-        random_teacher = randomised(teacher, calibration, study.seed).to(device)
+        random_teacher = randomized(teacher, calibration, study.seed).to(device)
         control = run_rounds(
-            "randomised", random_teacher, sized_classroom, adaptation, folder, on_progress
+            "randomized", random_teacher, sized_classroom, adaptation, folder, on_progress
         )
-        _save_control_maps(folder / RANDOMISED, control.explainer, random_teacher, classroom)
+        _save_control_maps(folder / RANDOMIZED, control.explainer, random_teacher, classroom)
     names = {
         "grad_cam": base_method,
         "adapted": str(folder / ADAPTED),
-        "randomised": str(folder / RANDOMISED),
+        "randomized": str(folder / RANDOMIZED),
     }
     methods = list(dict.fromkeys([*names.values(), *other_methods]))
     ranking_study = replace(study, methods=methods)

@@ -1,4 +1,4 @@
-"""An explainer's parameters learnt from what it teaches: one step of a student, differentiated.
+"""An explainer's parameters learned from what it teaches: one step of a student, differentiated.
 
     theta' = theta - eta grad_theta L_train(theta, phi)      one step of a student on its maps
     min over phi of L_sim(theta'(phi))                       how it simulates the teacher then
@@ -36,7 +36,7 @@ Weights = dict[str, Tensor]
 
 
 class AdaptationTask(NamedTuple):
-    """What an explainer's parameters are learnt on.
+    """What an explainer's parameters are learned on.
 
     Attributes:
         pool: What students are taught with.
@@ -101,7 +101,7 @@ class DifferentiableStudent:
 
     Attributes:
         weights: Its own: leaves of the graph.
-        buffers: Of its normalisations.
+        buffers: Of its normalizations.
     """
 
     def __init__(self, network: Preprocessed, layer: str) -> None:
@@ -185,7 +185,7 @@ def look_ahead(
     """One plain gradient step of a student on an explainer's maps, and its simulation after it.
 
     Args:
-        student: The student; its normalisations note the batch, its weights stay.
+        student: The student; its normalizations note the batch, its weights stay.
         explainer: Its maps are taught.
         task: Whose images.
         student_batch: The student's batch.
@@ -233,7 +233,7 @@ def adapt_once(
 
     Args:
         explainer: Changed in place.
-        task: What it is learnt on.
+        task: What it is learned on.
         family: Of the student.
         recipe: Of its training; float32, whatever its precision.
         seed: Of its start, its batches and the images that it is asked about.
@@ -251,14 +251,14 @@ def adapt_once(
         device
     )
     student = DifferentiableStudent(network, family.layer)
-    optimiser = recipe.optimisation.build_optimizer(
+    optimizer = recipe.optimization.build_optimizer(
         [weight for weight in student.weights.values() if weight.ndim > 1],
         [weight for weight in student.weights.values() if weight.ndim <= 1],
     )
     phi = [parameter for parameter in explainer.parameters() if parameter.requires_grad]
     outer_optimizer = torch.optim.AdamW(phi, lr=lr, weight_decay=0.0)
     for step in range(recipe.steps):
-        rate = recipe.optimisation.lr * recipe.optimisation.lr_factor(step / recipe.steps)
+        rate = recipe.optimization.lr * recipe.optimization.lr_factor(step / recipe.steps)
         unrolled_step = look_ahead(
             student,
             explainer,
@@ -283,15 +283,15 @@ def adapt_once(
         ):
             raise UserError(
                 f"the explainer's gradient is not a number at step {step}; try a third of "
-                f"the student's learning rate ({recipe.optimisation.lr}) or of beta ({beta:g})"
+                f"the student's learning rate ({recipe.optimization.lr}) or of beta ({beta:g})"
             )
         outer_optimizer.step()
         explainer.settle()
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
         for name, weight in student.weights.items():
             weight.grad = unrolled_step.gradients[name].detach()
-        optimiser.step()
+        optimizer.step()
         if on_step is not None:
             on_step(step + 1, recipe.steps)
 

@@ -60,7 +60,7 @@ def charts(pool: Pool, table: Mapping[str, Mapping[str, Interval]]) -> dict[str,
     """By tag: intervals of what was measured, and the curves; None where there is nothing."""
     return {
         tags.FAITHFULNESS: _chart(pool, table, mask=False),
-        tags.LOCALISATION: _chart(pool, table, mask=True),
+        tags.LOCALIZATION: _chart(pool, table, mask=True),
         tags.CURVES: _curves(pool),
     }
 

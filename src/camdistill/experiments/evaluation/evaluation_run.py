@@ -305,7 +305,7 @@ def _controls(
         "random": controls.random_maps(images, asked.generator("random")),
         "smooth_random": controls.smooth_random_maps(images, asked.generator("smooth random")),
         "edges": controls.sobel_edges(images),
-        "centre": controls.centre(images),
+        "center": controls.center(images),
         "mean_map": torch.from_numpy(mean).to(images.device).expand(len(images), -1, -1),
         "inverted": controls.invert(first),
         "blurred_copy": controls.blur_maps(torch.nan_to_num(first)),

@@ -14,7 +14,7 @@ from camdistill.report.results import Cell, text_table
 _BLOCKS: dict[str, tuple[Use, ...]] = {
     "faithfulness": ("rank", "reference"),
     "from papers, not to be trusted": ("paper",),
-    "localisation": ("mask",),
+    "localization": ("mask",),
     "learned from what maps taught": ("learned",),
     "size of the map, and gates": ("axis", "gate"),
 }

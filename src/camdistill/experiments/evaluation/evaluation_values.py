@@ -15,10 +15,10 @@ from camdistill.errors import UserError
 from camdistill.measure.metrics import metric_of
 from camdistill.store.atomic_files import read_arrays, write_atomically
 
-CURVES = ("insertion_blur", "deletion_grey")  # whose curves are kept, where they are measured
+CURVES = ("insertion_blur", "deletion_gray")  # whose curves are kept, where they are measured
 ORACLE, LADDER = "oracle", "ladder"
 CONTROLS = (
-    *("random", "smooth_random", "edges", "centre", "mean_map", "inverted", "blurred_copy"),
+    *("random", "smooth_random", "edges", "center", "mean_map", "inverted", "blurred_copy"),
     *("distractor", ORACLE),
 )
 FILE = "values.npz"

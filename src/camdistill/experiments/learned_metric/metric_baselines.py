@@ -1,4 +1,4 @@
-"""How well metrics foretell what maps teach: one that was learnt, beside those made by hand."""
+"""How well metrics foretell what maps teach: one that was learned, beside those made by hand."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""A metric learnt from rankings: maps are worth what students gained from them.
+"""A metric learned from rankings: maps are worth what students gained from them.
 
 Every arm of a ranking is a bag: the maps that its students were taught with, and their gain. The
 mean score of a bag shall be its gain, in deviations of the gains of its network. A metric is then
@@ -199,12 +199,12 @@ def fit_metric(
     }
     targets = {name: bag_sets[name].targets(network_bags) for name, network_bags in bags.items()}
     metric = build_with_seed(recipe.seed, lambda: LearnedMetric(recipe.members, recipe.units))
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         metric.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
     generator = torch.Generator().manual_seed(recipe.seed)
     for step in range(recipe.steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = recipe.lr * (1 - step / recipe.steps)
         loss = torch.zeros(())
         for name, network_maps in maps.items():
@@ -213,9 +213,9 @@ def fit_metric(
             # Every member on its own, or they would share one error.
             scores = _member_scores(metric, network_maps[:, chosen], bag_sets[name].context[chosen])
             loss = loss + F.mse_loss(scores, targets[name].expand_as(scores))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.autograd.backward(loss)
-        optimiser.step()
+        optimizer.step()
     return metric.requires_grad_(False).eval()
 
 

@@ -46,14 +46,14 @@ def leak(maps: Float[Tensor, "images rows columns"], classes: Labels, seed: int 
     if not len(held):
         raise ValueError(f"{len(maps)} maps are too few to train with and to judge")
     network = build_with_seed(seed, lambda: _reader(int(classes.max()) + 1))
-    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     network.train()
     for _ in range(STEPS):
         rows = train[torch.randint(len(train), (BATCH,), generator=generator)]
         loss = F.cross_entropy(network(planes[rows]), classes[rows])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.autograd.backward(loss)
-        optimiser.step()
+        optimizer.step()
     network.eval()
     with torch.no_grad():
         right = (network(planes[held]).argmax(1) == classes[held]).double()

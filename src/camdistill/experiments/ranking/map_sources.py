@@ -56,7 +56,7 @@ class Source:
         name: As the user wrote it.
         key: What decides the maps, apart from the teacher and the images.
         maps: Gives raw maps.
-        of_teacher: Whether the teacher is asked: then a randomised one gives a control.
+        of_teacher: Whether the teacher is asked: then a randomized one gives a control.
         layer: Of the teacher, if one is named.
     """
 

@@ -141,7 +141,7 @@ def gates(found: Found, condition: Condition) -> list[Gate]:
     known = [_random_gate(boot)]
     for method in found.study.with_controls:
         steps = mixtures(found, condition, Arm(method))
-        known.append(_randomised_gate(method, boot))
+        known.append(_randomized_gate(method, boot))
         known.append(_mixing_gate(found, condition, method, steps))
         known.append(_self_gate(method, boot))
     return known
@@ -266,11 +266,11 @@ def _random_gate(boot: Bootstrap) -> Gate:
     return Gate(name, found.low <= 0, f"gain {_told(found)}; its lower bound must be 0 or less")
 
 
-def _randomised_gate(method: str, boot: Bootstrap) -> Gate:
+def _randomized_gate(method: str, boot: Bootstrap) -> Gate:
     name = f"{method}: a teacher of random weights teaches no more than the mean map"
-    drawn, mean = Arm(method, "randomised").name, Arm(method, "mean").name
+    drawn, mean = Arm(method, "randomized").name, Arm(method, "mean").name
     if drawn not in boot or mean not in boot:
-        return Gate(name, None, "needs the controls 'mean' and 'randomised' (of a teacher's maps)")
+        return Gate(name, None, "needs the controls 'mean' and 'randomized' (of a teacher's maps)")
     found = boot.gain(drawn, mean)
     says = f"difference {_told(found)}; its lower bound must be 0 or less"
     return Gate(name, found.low <= 0, says)

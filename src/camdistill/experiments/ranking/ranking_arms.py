@@ -76,12 +76,12 @@ def arms_of(
         chosen: Which controls there are.
         controls_of: The methods that have controls of their own, and mixtures.
         shares: Of the mixtures.
-        asked: The methods that ask the teacher: only these have a "randomised" control.
+        asked: The methods that ask the teacher: only these have a "randomized" control.
     """
     arms = [NONE, *(Arm(control=kind) for kind in OF_NO_METHOD if kind in chosen)]
     for method in controls_of:
         own = [kind for kind in chosen if kind not in OF_NO_METHOD]
-        arms += [Arm(method, kind) for kind in own if kind != "randomised" or method in asked]
+        arms += [Arm(method, kind) for kind in own if kind != "randomized" or method in asked]
         arms += [Arm(method, share=share) for share in shares]
     return [*arms, *(Arm(method) for method in methods)]
 
@@ -118,7 +118,7 @@ class Classroom:
 
     Attributes:
         known: The teacher's answers.
-        stored: Raw maps by method, and by `(method, "randomised")` of a randomised teacher.
+        stored: Raw maps by method, and by `(method, "randomized")` of a randomized teacher.
         families: Students by name.
         recipe: Of the training.
         classes: Number of logits.
@@ -223,7 +223,7 @@ class Classroom:
             maps = torch.zeros(n, 2, *grid)
         else:
             maps = _targets(self._piece(arm), n, grid)
-        if arm.control in (None, "randomised") and arm.share is None:
+        if arm.control in (None, "randomized") and arm.share is None:
             return maps
         pool = pool_of(self.known, n)
         views = []
@@ -242,7 +242,7 @@ class Classroom:
 
     def _piece(self, arm: Arm) -> Piece:
         assert arm.method is not None
-        return self.stored[arm.method, "randomised" if arm.control == "randomised" else ""]
+        return self.stored[arm.method, "randomized" if arm.control == "randomized" else ""]
 
 
 @lru_cache(maxsize=4)

@@ -20,7 +20,7 @@ from camdistill.experiments.ranking.map_sources import Source, source
 from camdistill.experiments.ranking.ranking_arms import NONE, Arm, Classroom, Family, Run, arms_of
 from camdistill.experiments.ranking.ranking_config import Study
 from camdistill.experiments.ranking.ranking_records import Record
-from camdistill.experiments.ranking.student_controls import Control, randomised
+from camdistill.experiments.ranking.student_controls import Control, randomized
 from camdistill.experiments.ranking.student_training import pooled_layer
 from camdistill.experiments.ranking.teacher_outputs import Piece, Sets
 from camdistill.experiments.shared.worker_pool import Crew
@@ -30,8 +30,8 @@ from camdistill.store.array_files import lock_cache
 from camdistill.store.run_log import Ledger
 
 LEDGER = "runs.jsonl"
-CALIBRATION = 512  # images that set a randomised teacher's normalisations
-GATED: tuple[Control, ...] = ("random", "randomised", "mean", "shuffled")
+CALIBRATION = 512  # images that set a randomized teacher's normalizations
+GATED: tuple[Control, ...] = ("random", "randomized", "mean", "shuffled")
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,7 +77,7 @@ def prepared(study: Study, device: str, on_progress: Progress | None = None) -> 
             (name, ""): teacher_outputs.maps(root, teacher, known, one, on_progress=on_progress)
             for name, one in sources.items()
         }
-        if "randomised" in study.controls:
+        if "randomized" in study.controls:
             stored |= _of_random_weights(study, teacher, known, sources, on_progress)
         rooms[size] = Classroom(
             known, stored, families, study.recipe, teacher.classes, study.seed, device
@@ -106,11 +106,11 @@ def _of_random_weights(
     if not names:
         return {}
     pixels = teacher_outputs.pool_of(known, CALIBRATION).pixels
-    other = randomised(teacher, as_images(pixels.to(teacher.mean.device)), study.seed)
+    other = randomized(teacher, as_images(pixels.to(teacher.mean.device)), study.seed)
     other = other.to(teacher.mean.device)
     root = study.folder / "teacher"
     return {
-        (name, "randomised"): teacher_outputs.maps(
+        (name, "randomized"): teacher_outputs.maps(
             root, other, known, sources[name], on_progress=on_progress
         )
         for name in names

@@ -1,7 +1,7 @@
 """What students are taught in place of a method's maps, on its grid: it must beat them to count.
 
 All are pure functions of rectified maps [n, h, w] and keep their shape. What is random depends on
-the seed alone. Adebayo et al. 2018 (https://arxiv.org/abs/1810.03292) for edges and randomised
+the seed alone. Adebayo et al. 2018 (https://arxiv.org/abs/1810.03292) for edges and randomized
 weights, Rong et al. 2022 (https://arxiv.org/abs/2202.00449) for the bias towards blur.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camdistill.explain.maps import resize, upsample
-from camdistill.measure.controls import centre, sobel_edges
+from camdistill.measure.controls import center, sobel_edges
 from camdistill.networks.teachers import Teacher
 from camdistill.types import Images, Labels
 
@@ -26,14 +26,14 @@ Control = Literal[
     "shuffled_in_class",
     "mean",
     "class_mean",
-    "centre",
+    "center",
     "edges",
-    "randomised",
+    "randomized",
     "inverted",
     "blurred",
 ]
 CONTROLS: tuple[Control, ...] = get_args(Control)
-OF_NO_METHOD: tuple[Control, ...] = ("random", "centre", "edges")  # the same for every method
+OF_NO_METHOD: tuple[Control, ...] = ("random", "center", "edges")  # the same for every method
 ROWS = 4096  # images whose classes are compared with all at once
 VERSION = 2  # goes up when any control changes
 
@@ -45,7 +45,7 @@ def control_maps(
     images: Float[Tensor, "images channels height width"],
     seed: int,
 ) -> Maps:
-    """The control of some maps; "randomised" needs the maps of `randomised` teacher instead.
+    """The control of some maps; "randomized" needs the maps of `randomized` teacher instead.
 
     Args:
         kind: Which control.
@@ -69,15 +69,15 @@ def control_maps(
         return maps.mean(0, keepdim=True).expand_as(maps).contiguous()
     if kind == "class_mean":
         return class_mean(maps, classes)
-    if kind == "centre":
-        return resize(centre(images), grid).to(maps).contiguous()
+    if kind == "center":
+        return resize(center(images), grid).to(maps).contiguous()
     if kind == "edges":
         return resize(sobel_edges(images), grid).to(maps)
     if kind == "inverted":
         return maps.amax((1, 2), keepdim=True) - maps
     if kind == "blurred":
         return blurred(maps)
-    raise ValueError(f"{kind!r} is not made from maps; it is one of {CONTROLS} but 'randomised'")
+    raise ValueError(f"{kind!r} is not made from maps; it is one of {CONTROLS} but 'randomized'")
 
 
 def uniform(maps: Maps, seed: int) -> Maps:
@@ -147,10 +147,10 @@ def mixed(maps: Maps, others: Maps, share: float) -> Maps:
     return share * first + (1 - share) * second
 
 
-def randomised(teacher: Teacher, images: Images, seed: int) -> Teacher:
+def randomized(teacher: Teacher, images: Images, seed: int) -> Teacher:
     """A copy of a teacher with every weight drawn anew (He et al. 2015): the architecture alone.
 
-    Normalisations get weight 1 and bias 0, and those of batches the statistics of the given images:
+    Normalizations get weight 1 and bias 0, and those of batches the statistics of the given images:
     with those of the trained weights a deep random network's activations overflow or die out.
 
     Args:
@@ -166,14 +166,14 @@ def randomised(teacher: Teacher, images: Images, seed: int) -> Teacher:
             module.momentum = None  # a plain average over the images
             continue
         own = dict(module.named_parameters(recurse=False))
-        scales = all(value.ndim < 2 for value in own.values())  # a normalisation
+        scales = all(value.ndim < 2 for value in own.values())  # a normalization
         for name, weight in own.items():
             drawn = torch.randn(weight.shape, generator=generator)
             # He's deviation for weights; biases, which have one axis, are 0
             deviation = (2 / weight[0].numel()) ** 0.5 if weight.ndim > 1 else 0.0
             weight.data.copy_(drawn * deviation + float(scales and not name.endswith("bias")))
     with torch.no_grad():
-        bare(teacher.normalise(images))
+        bare(teacher.normalize(images))
     return Teacher.from_network(
         bare, teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from camdistill.data.views import Augment, View, draw_view, view_images
 from camdistill.distill.losses import MapDistance
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError, check_number
 from camdistill.types import Images, Labels, Pixels
@@ -29,7 +29,7 @@ class Recipe:
         batch_size: Images a step; all of them where there are fewer.
         temperature: Of distillation.
         distance: Between the student's rectified map and the target.
-        optimisation: The optimiser and its schedule.
+        optimization: The optimizer and its schedule.
         augment: How images (and their maps with them) are varied; mirrored images have the
             teacher's answers and maps of their own.
         precision: Of the training; students are judged in float32. "bfloat16" is autocast.
@@ -39,7 +39,7 @@ class Recipe:
     batch_size: int = 128
     temperature: float = 4.0
     distance: MapDistance = "pearson"
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=0.1))
+    optimization: Optimization = field(default_factory=lambda: Optimization(lr=0.1))
     augment: Augment = field(default_factory=lambda: Augment(crop="pad", flip=True))
     precision: Literal["float32", "bfloat16"] = "float32"
 
@@ -47,7 +47,7 @@ class Recipe:
         if self.steps < 1 or self.batch_size < 2:
             raise UserError(
                 f"recipe.steps {self.steps} and batch_size {self.batch_size}; give at least 1 step "
-                "and 2 images (batch normalisation needs two)"
+                "and 2 images (batch normalization needs two)"
             )
         check_number(
             "recipe.temperature", self.temperature, "(0, inf)", "give one above 0, such as 4"

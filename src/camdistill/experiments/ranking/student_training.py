@@ -56,7 +56,7 @@ class Students:
         layer: The last spatial layer's name.
 
     Attributes:
-        decayed: Weights, which the optimiser lets decay.
+        decayed: Weights, which the optimizer lets decay.
         others: Norms and biases.
     """
 
@@ -104,7 +104,7 @@ class Students:
         return {name: whole[name][number].detach() for name in own}
 
     def train(self, mode: bool) -> None:
-        """Whether batch normalisation takes the batch's statistics and notes them."""
+        """Whether batch normalization takes the batch's statistics and notes them."""
         self._network.train(mode)
 
     def answers(
@@ -198,13 +198,13 @@ def teach(students: Students, pool: Pool, lessons: Sequence[Lesson], recipe: Rec
     device, dtype = pool.pixels.device, students.decayed[0].dtype
     row = torch.tensor([seeds.index(lesson.seed) for lesson in lessons], device=device)
     guide = _Guide.of(lessons, row, dtype)
-    optimiser = recipe.optimisation.build_optimizer(students.decayed, students.others)
+    optimizer = recipe.optimization.build_optimizer(students.decayed, students.others)
     half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
     students.train(True)
     loss = torch.zeros(len(lessons), device=device)
     for step in range(recipe.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.optimisation.lr * recipe.optimisation.lr_factor(
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.optimization.lr * recipe.optimization.lr_factor(
                 step / recipe.steps
             )
         batches = _Batches.of(pool, recipe, seeds, step)
@@ -217,14 +217,14 @@ def teach(students: Students, pool: Pool, lessons: Sequence[Lesson], recipe: Rec
         if guide is not None:
             maps = students.maps(activations, wanted.argmax(2))
             loss = loss.index_add(0, guide.places, guide.loss(maps, batches, recipe))
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss.sum())
-        optimiser.step()
+        optimizer.step()
     students.train(False)
     if not bool(torch.isfinite(loss).all()):
         raise UserError(
             f"a student's loss is not a number after {recipe.steps} steps (learning rate "
-            f"{recipe.optimisation.lr}); try a third of it: --recipe.optimisation.lr"
+            f"{recipe.optimization.lr}); try a third of it: --recipe.optimization.lr"
         )
 
 

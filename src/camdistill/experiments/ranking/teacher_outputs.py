@@ -178,7 +178,7 @@ def maps(
 
     Args:
         root: Folder of pieces.
-        teacher: Whom the method explains: `known`'s, or a randomised one.
+        teacher: Whom the method explains: `known`'s, or a randomized one.
         known: The answers: they say which class.
         source: The method.
         on_progress: Told what is being made, and how many images are done of how many.

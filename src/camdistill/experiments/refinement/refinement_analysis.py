@@ -7,7 +7,7 @@ import numpy as np
 
 from camdistill.experiments.refinement.refinement_config import CE
 from camdistill.experiments.refinement.refinement_measurement import (
-    LOCALISATION,
+    LOCALIZATION,
     MAP,
     objective_metrics,
 )
@@ -92,7 +92,7 @@ def independent_metrics(runs: RefinementRuns, arm: str) -> list[str]:
     metrics = [
         m for m in runs.metrics() if m not in training_metrics(runs, arm) and runs.has_parts(m)
     ]
-    metrics = [m for m in metrics if m not in (*LOCALISATION, *TARGET_METRICS)]
+    metrics = [m for m in metrics if m not in (*LOCALIZATION, *TARGET_METRICS)]
     return sorted(metrics, key=lambda metric: metric != ROAD)
 
 

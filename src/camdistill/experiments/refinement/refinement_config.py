@@ -7,7 +7,7 @@ from typing import Literal
 
 from camdistill.data.modules import ImageData
 from camdistill.data.views import Augment
-from camdistill.distill.optimization import Optimisation
+from camdistill.distill.optimization import Optimization
 from camdistill.distill.refinement_targets import ARMS, Objective, RefinementArm
 from camdistill.distill.refiner import RECIPE
 from camdistill.distill.training import to_plain_data
@@ -30,13 +30,13 @@ class StartRecipe:
 
     Args:
         epochs: Times that each training image is seen.
-        optimisation: The optimiser and its schedule.
+        optimization: The optimizer and its schedule.
         augment: Views of the training images.
         precision: "bfloat16" is autocast.
     """
 
     epochs: int = 14
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=0.1))
+    optimization: Optimization = field(default_factory=lambda: Optimization(lr=0.1))
     augment: Augment = field(default_factory=Augment)
     precision: Precision = "bfloat16"
 
@@ -55,8 +55,8 @@ class RefineRecipe:
         tolerance: An arm's last epoch counts whose validation accuracy (without labels agreement
             with the start) is at most so much below that of cross-entropy alone.
         images: Train on so many of the training images; null is all.
-        frozen_statistics: Keep the statistics of batch normalisation, and leave out dropout.
-        optimisation: The optimiser and its schedule.
+        frozen_statistics: Keep the statistics of batch normalization, and leave out dropout.
+        optimization: The optimizer and its schedule.
         augment: Views of the training images.
         precision: "bfloat16" is autocast; maps and objectives are float32.
     """
@@ -66,7 +66,7 @@ class RefineRecipe:
     tolerance: float = 0.01
     images: int | None = None
     frozen_statistics: bool = True
-    optimisation: Optimisation = RECIPE
+    optimization: Optimization = RECIPE
     augment: Augment = field(default_factory=Augment)
     precision: Precision = "float32"
 
@@ -88,7 +88,7 @@ class StudentRecipe:
         epochs: Times that each training image is seen.
         beta: Weight of the maps' distance, beside 1 of distillation.
         images: Train on so many of the training images; null is all.
-        optimisation: The optimiser and its schedule.
+        optimization: The optimizer and its schedule.
         augment: Views of the training images; maps move with them.
     """
 
@@ -96,7 +96,7 @@ class StudentRecipe:
     epochs: int = 8
     beta: float = 10.0
     images: int | None = None
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=0.1))
+    optimization: Optimization = field(default_factory=lambda: Optimization(lr=0.1))
     augment: Augment = field(default_factory=lambda: Augment(flip=True))
 
     def __post_init__(self) -> None:

@@ -115,7 +115,7 @@ def _h3(runs: RefinementRuns) -> Hypothesis:
 
 
 def _h4(runs: RefinementRuns) -> Hypothesis:
-    asks = "energy in masks raises localisation, not faithfulness"
+    asks = "energy in masks raises localization, not faithfulness"
     arms = [
         arm
         for arm, (objective, arm_kind) in runs.plan.objectives_by_arm.items()

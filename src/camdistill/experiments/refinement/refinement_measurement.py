@@ -45,7 +45,7 @@ BANK_PLAN = BankPlan(occluders=())
 MapOwner = str
 OWN_MAP, START_MAP = "own", "before"
 """The judged network's map, and its start's map of the same class, both asked of the former."""
-LOCALISATION = ("rank_accuracy", "energy_share", "pointing_game")
+LOCALIZATION = ("rank_accuracy", "energy_share", "pointing_game")
 ValuesByColumn = Mapping[str, Float[np.ndarray, "images"]]
 
 
@@ -227,7 +227,7 @@ def _prepare_batch(
     perturbation_bank = build_bank(
         network,
         images,
-        baseline(images, "grey"),
+        baseline(images, "gray"),
         _seed_generator(f"{seed} bank"),
         classes=classes,
         plan=BANK_PLAN,

@@ -19,7 +19,7 @@ from camdistill.experiments.refinement.refinement_analysis import (
 )
 from camdistill.experiments.refinement.refinement_config import CE, START
 from camdistill.experiments.refinement.refinement_hypotheses import answer_hypotheses
-from camdistill.experiments.refinement.refinement_measurement import LOCALISATION, MAP
+from camdistill.experiments.refinement.refinement_measurement import LOCALIZATION, MAP
 from camdistill.experiments.refinement.refinement_records import Job
 from camdistill.experiments.refinement.refinement_run import RefinementRuns
 from camdistill.experiments.refinement.refinement_worker import RefinementWorker
@@ -184,7 +184,7 @@ def _metric_table(runs: RefinementRuns, metric: str, explainer: str) -> str:
     prefix = "" if explainer == MAP else f"{explainer}: "
     arms = _arms_trained_on(runs, metric) if explainer == MAP else []
     role = f"trained by {', '.join(arms)}" if arms else "held out"
-    kind = ", ground truth" if metric in LOCALISATION else ""
+    kind = ", ground truth" if metric in LOCALIZATION else ""
     return text_table(rows, corner=f"{prefix}{metric} ({role}{kind})")
 
 

@@ -38,12 +38,12 @@ class RefinementRuns:
     Attributes:
         plan: What was asked.
         records: By (start, arm).
-        labelled: Whether accuracy is that of labels.
+        labeled: Whether accuracy is that of labels.
     """
 
     plan: RefinementPlan
     records: Mapping[tuple[str, str], RefinementRecord]
-    labelled: bool
+    labeled: bool
 
     @property
     def arms(self) -> list[str]:
@@ -53,7 +53,7 @@ class RefinementRuns:
     @property
     def retention_metric(self) -> str:
         """What arms are matched by: accuracy, or without labels agreement with the start."""
-        return "accuracy" if self.labelled and self.plan.recipe.keep != "start" else "agreement"
+        return "accuracy" if self.labeled and self.plan.recipe.keep != "start" else "agreement"
 
     @property
     def main_arm(self) -> str:
@@ -151,8 +151,8 @@ def run_refinement(
                     replace(job, arm=STUDENT + job.arm) for job in jobs if job.arm == plan.main_arm
                 ]
                 records |= runner.run("students of refined networks", student_jobs)
-        labelled = bool(worker.image_sets().full_data.classes)
-    return RefinementRuns(plan, records, labelled)
+        labeled = bool(worker.image_sets().full_data.classes)
+    return RefinementRuns(plan, records, labeled)
 
 
 def list_arm_jobs(plan: RefinementPlan, baseline: RefinementRecord) -> list[Job]:

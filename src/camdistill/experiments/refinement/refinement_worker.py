@@ -184,7 +184,7 @@ class RefinementWorker:
             module = Classifier(
                 plan.network,
                 augment=plan.start.augment,
-                optimisation=plan.start.optimisation,
+                optimization=plan.start.optimization,
                 seed=seed,
             )
             module.cure = _describe_cure(start, START, "start")
@@ -209,7 +209,7 @@ class RefinementWorker:
             keep=plan.recipe.keep,
             frozen_statistics=plan.recipe.frozen_statistics,
             augment=plan.recipe.augment,
-            optimisation=plan.recipe.optimisation,
+            optimization=plan.recipe.optimization,
             seed=plan.seed,
         )
         selector = EpochSelector(job.floor)
@@ -239,7 +239,7 @@ class RefinementWorker:
             kd=1.0,
             beta=recipe.beta,
             augment=recipe.augment,
-            optimisation=recipe.optimisation,
+            optimization=recipe.optimization,
             cached=False,
             seed=self._order_seed(job.start),
         )
@@ -305,7 +305,7 @@ def _describe_cure(start: str, arm: str, recipe: str) -> str:
     """What to do where a run's loss is not a number."""
     weight = " or a smaller weight of its objective" if recipe == "recipe" else ""
     precise = "" if recipe == "students" else f", or --{recipe}.precision float32"
-    return f", in {arm} of {start}; try a third of it (--{recipe}.optimisation.lr){weight}{precise}"
+    return f", in {arm} of {start}; try a third of it (--{recipe}.optimization.lr){weight}{precise}"
 
 
 def _assert_loaded(images: ImageSet | None) -> ImageSet:

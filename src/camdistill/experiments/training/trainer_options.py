@@ -253,7 +253,7 @@ def check_callbacks(callbacks: list[Callback], model: LightningModule) -> None:
         if isinstance(callback, LearningRateFinder):
             raise UserError(
                 "the callback LearningRateFinder sets an attribute `lr`; the learning rate here "
-                "is --model.optimisation.lr with a schedule over the whole training; leave the "
+                "is --model.optimization.lr with a schedule over the whole training; leave the "
                 "callback out and try a few values"
             )
         if isinstance(callback, ModelPruning):

@@ -4,7 +4,7 @@ For y = W mean_ij(A) + b the gradient is dy_c/dA_kij = w_ck / Z with Z = h w, so
 are w_c / Z for every input, and the map is the class activation map of Zhou et al. 2016, eq. 2
 (https://arxiv.org/abs/1512.04150), divided by Z. That is the closed form: no backward at all.
 
-A head that reads only g = mean_ij(A), whatever it does with it (hidden layers, normalisation, an
+A head that reads only g = mean_ij(A), whatever it does with it (hidden layers, normalization, an
 active dropout), has alpha = (dS/dg) / Z: the backward ends at g, before it is as large as A.
 
 That these hold is proven, not looked up. Autograd's graph lists the operations between a layer and

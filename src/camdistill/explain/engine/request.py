@@ -208,12 +208,12 @@ def check_separate_images(network: nn.Module, count: int) -> None:
     name, module = next(entry for entry in inner.named_modules() if _mixes(entry[1], count))
     if module.training:
         raise UserError(
-            f"'{name}' is in train mode, where batch normalisation mixes the images of a "
+            f"'{name}' is in train mode, where batch normalization mixes the images of a "
             "batch: call .eval() on the network first (grad='full' and 'activations' are for "
             "a training step)"
         )
     raise UserError(
-        f"'{name}' keeps no running statistics, so batch normalisation mixes the images "
+        f"'{name}' keeps no running statistics, so batch normalization mixes the images "
         "of a batch even in eval mode: give one image at a time"
     )
 

@@ -203,7 +203,7 @@ def _has_units_last(event: _Event, layer_input: object, earlier: list[_Event]) -
     if output.dim() != 4:
         return False
     source = next((other for other in reversed(earlier) if other.output is layer_input), None)
-    if isinstance(module, nn.Linear) or _normalises_last(module, output):
+    if isinstance(module, nn.Linear) or _normalizes_last(module, output):
         # Not of a convolution's output, whose columns a linear layer may well mix.
         if source is not None and not list(source.module.parameters()):
             source.units_last = source.output.dim() == 4
@@ -214,7 +214,7 @@ def _has_units_last(event: _Event, layer_input: object, earlier: list[_Event]) -
     return inside is not None and inside.units_last and inside.output.shape == output.shape
 
 
-def _normalises_last(module: nn.Module, output: Tensor) -> bool:
+def _normalizes_last(module: nn.Module, output: Tensor) -> bool:
     if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
         return False
     (units,) = module.normalized_shape

@@ -172,7 +172,7 @@ def _notes(
     if plan.options.probes:
         notes.append(
             f"probes are tested on {used['probe']} held-out images, chosen by their numbers, and "
-            "fitted on the other labelled ones"
+            "fitted on the other labeled ones"
         )
     if plan.options.cam_share:
         notes.append(

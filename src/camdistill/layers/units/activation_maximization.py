@@ -1,12 +1,12 @@
-"""Images made to excite a unit: activation maximisation, many units at a time.
+"""Images made to excite a unit: activation maximization, many units at a time.
 
-The image is parameterised by its spectrum and is moved a little before every step, so that what it
+The image is parameterized by its spectrum and is moved a little before every step, so that what it
 shows is robust (Olah et al. 2017, https://distill.pub/2017/feature-visualization, "The Enemy of
 Feature Visualization"). The objective is the unit in the middle of the layer before its ReLU: after
 it, a unit that is off has no gradient; and the mean over places of a convolution before it knows
-nothing but the mean colour.
+nothing but the mean color.
 
-A nearly grey image may leave all units off that the layer is made of, and then it has no gradient:
+A nearly gray image may leave all units off that the layer is made of, and then it has no gradient:
 such a start gets more contrast. A unit that is not excited clearly more than by random images
 (`layers.random_images`) gets a second try: from the best of many random starts, with an image that
 stays where it is, and wherever in the layer it is most excited. What is excited no more than by
@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from camdistill.layers.units.image_spectra import COLOURS, draw_spectra, render_spectra
+from camdistill.layers.units.image_spectra import COLORS, draw_spectra, render_spectra
 from camdistill.layers.units.jitter import move_images
 from camdistill.layers.units.random_images import RandomLevels, random_levels, unit_values
 from camdistill.networks.capture import unwrap
 from camdistill.types import Images, PerImage
 
-__all__ = ["COLOURS", "ExcitingImages", "maximize_activation", "render_spectra"]
+__all__ = ["COLORS", "ExcitingImages", "maximize_activation", "render_spectra"]
 
 START = 0.01  # standard deviation of the first spectrum
 CONTRASTS = (1.0, 3.0, 10.0, 30.0, 100.0)  # factors of it, until there is a gradient
@@ -92,7 +92,7 @@ def maximize_activation(
         units: Channels.
         before: Whether what the layer is given is meant, not what it gives: say so of a ReLU.
         size: Height and width of the images.
-        channels: 3 (decorrelated colours) or another number (independent).
+        channels: 3 (decorrelated colors) or another number (independent).
         natural: The units' largest activations at this layer over natural images.
         levels: What random images do to all units of the layer; None asks the network.
         steps: Of Adam, in each of at most two tries.
@@ -214,14 +214,14 @@ def _ascend(
 ) -> _Attempt:
     """What Adam makes of a start; the images are moved where there is a generator for it."""
     spectra = start.detach().clone().requires_grad_()
-    optimiser = torch.optim.Adam([spectra], lr=rate)
+    optimizer = torch.optim.Adam([spectra], lr=rate)
     for step in range(steps):
         images = targets.images(spectra)
         jittered = images if jitter_generator is None else move_images(images, jitter_generator)
         loss = -score(targets.pick_units(targets.values(jittered)[0])).sum()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+        optimizer.step()
         if on_step is not None:
             on_step(step + 1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Images by their spectrum: all frequencies grow alike, in decorrelated colours.
+"""Images by their spectrum: all frequencies grow alike, in decorrelated colors.
 
 Olah et al. 2017, https://distill.pub/2017/feature-visualization, "The Enemy of Feature
 Visualization".
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from camdistill.types import Images
 
-# How colours of natural images vary together: the square root of their covariance over ImageNet,
+# How colors of natural images vary together: the square root of their covariance over ImageNet,
 # in the direction of its largest column (lucid's `param.color`, rounded).
-COLOURS = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
+COLORS = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
 CONTRAST = 4.0  # what the inverse transform is divided by before the sigmoid
 
 
@@ -30,7 +30,7 @@ def render_spectra(
 ) -> Images:
     """Images in (0, 1) of spectra: sigmoid(M irfft2(Z s(f)) / 4), s(f) = sqrt(H W) / f.
 
-    M mixes decorrelated colours; f is at least one period an image.
+    M mixes decorrelated colors; f is at least one period an image.
     """
     _, channels, height, width = shape
     rows = torch.fft.fftfreq(height, device=spectrum.device)[:, None]
@@ -39,6 +39,6 @@ def render_spectra(
     scale = math.sqrt(height * width) / torch.hypot(rows, columns).clamp_min(lowest)
     flat = torch.fft.irfft2(spectrum * scale, s=(height, width)) / CONTRAST
     if channels == 3:
-        mix = (COLOURS / COLOURS.norm(dim=0).max()).to(flat)
+        mix = (COLORS / COLORS.norm(dim=0).max()).to(flat)
         flat = torch.einsum("dc,ncij->ndij", mix, flat)
     return torch.sigmoid(flat)

@@ -26,7 +26,7 @@ class Patch:
     """A piece of an image.
 
     Attributes:
-        pixels: In [0, 1]; grey beyond the image.
+        pixels: In [0, 1]; gray beyond the image.
         inside: Which pixels are the image's.
         box: Top, left, bottom, right in the image, the last two exclusive; may exceed it.
         region: Where the unit is active, for a whole image; None for a piece that it sees.
@@ -52,7 +52,7 @@ def exceeds_image(field: Field, size: tuple[int, int]) -> bool:
 def cut_patch(
     image: Float[Tensor, "channels height width"], box: tuple[int, int, int, int]
 ) -> Patch:
-    """The pixels of a box; those beyond the image are grey."""
+    """The pixels of a box; those beyond the image are gray."""
     top, left, bottom, right = box
     height, width = image.shape[1:]
     pixels = image.new_full((len(image), bottom - top, right - left), 0.5)

@@ -52,7 +52,7 @@ class ReceptiveField:
         rows: Along the height.
         columns: Along the width.
         gated: Whether a factor computed from the whole image (squeeze and excitation, group
-            normalisation) multiplies it: the field is then of all other paths.
+            normalization) multiplies it: the field is then of all other paths.
     """
 
     rows: Span

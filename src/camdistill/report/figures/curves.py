@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 from camdistill.report.figures.pictures import Picture, render_figure
 
-# Okabe and Ito's and Tol's colours, which differ for every kind of colour vision.
-_COLOURS = (
+# Okabe and Ito's and Tol's colors, which differ for every kind of color vision.
+_COLORS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     *("#882255", "#117733", "#332288", "#AA4499"),
 )
-_GREYS = ("0.6", "0.0", "0.3")
+_GRAYS = ("0.6", "0.0", "0.3")
 
 
 def removal_chart(
@@ -29,7 +29,7 @@ def removal_chart(
         charts: Probabilities by chart, then by map. An image without (NaN) is left out of that
             map's mean, and the legend says of how many it is; a map without any has no line.
         fractions: Of the pixels, at each level.
-        dashed: Maps drawn with dashes, in greys: the controls.
+        dashed: Maps drawn with dashes, in grays: the controls.
     """
     if not charts:
         raise ValueError("there is no curve to draw")
@@ -37,7 +37,7 @@ def removal_chart(
     for axes, (title, curves) in zip(
         figure.subplots(1, len(charts), squeeze=False, sharey=True)[0], charts.items(), strict=True
     ):
-        colours, greys = cycle(_COLOURS), cycle(_GREYS)
+        colors, grays = cycle(_COLORS), cycle(_GRAYS)
         for name, values in curves.items():
             curve = values[~np.isnan(values).any(1)]
             if not len(curve):
@@ -46,7 +46,7 @@ def removal_chart(
                 fractions,
                 curve.mean(0),
                 label=name if len(curve) == len(values) else f"{name} (n = {len(curve)})",
-                color=next(greys) if name in dashed else next(colours),
+                color=next(grays) if name in dashed else next(colors),
                 linestyle="--" if name in dashed else "-",
                 linewidth=1.6,
             )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from camdistill.report.figures.pictures import SEQUENTIAL, Picture, render_figure
 
-COLOURS = ("#3b528b", "#e1622f", "#2a9d6f", "#8a5fb0")  # of networks, in their order
+COLORS = ("#3b528b", "#e1622f", "#2a9d6f", "#8a5fb0")  # of networks, in their order
 BESIDE = ("#e1622f", "#8a5fb0")  # of what is compared with: apart from every shade of viridis
 Series = Float[np.ndarray, "_"]
 
@@ -63,8 +63,8 @@ def profile_chart(
         notes: A line below a statistic's name: its meaning or unit.
         columns: Charts in a row.
         ranges: Ends of a statistic's axis, where they are known.
-        graded: Whether lines are stages of one network, so that colours go from dark to bright.
-        references: Profiles to compare with, likewise: dashed, in colours of their own.
+        graded: Whether lines are stages of one network, so that colors go from dark to bright.
+        references: Profiles to compare with, likewise: dashed, in colors of their own.
     """
     if not table:
         raise ValueError("a chart needs at least one statistic")
@@ -140,10 +140,10 @@ def ridge_chart(
                 height / tall,
             )
         )
-        colour = COLOURS[place % len(COLOURS)]
-        _ridges(axes, layers, limits, colour)
+        color = COLORS[place % len(COLORS)]
+        _ridges(axes, layers, limits, color)
         axes.set_title(
-            network, fontsize=9.5, color=colour, weight="bold", loc="left", pad=6, parse_math=False
+            network, fontsize=9.5, color=color, weight="bold", loc="left", pad=6, parse_math=False
         )
         axes.set_xlabel(f"{axis}, powers of ten", fontsize=8, parse_math=False)
         axes.text(1.02, 1.01, "zero", transform=axes.transAxes, fontsize=7.5, color="0.35")
@@ -152,7 +152,7 @@ def ridge_chart(
 
 
 def _ridges(
-    axes: Axes, layers: Mapping[str, LogHistogram], limits: tuple[float, float], colour: str
+    axes: Axes, layers: Mapping[str, LogHistogram], limits: tuple[float, float], color: str
 ) -> None:
     for number, histogram in enumerate(layers.values()):
         base = len(layers) - 1 - number
@@ -162,9 +162,9 @@ def _ridges(
             level = 1.55 * density / density.max()
             middle = (histogram.edges[1:] + histogram.edges[:-1]) / 2
             axes.fill_between(
-                middle, base, base + level, color=colour, alpha=0.55, linewidth=0, zorder=number + 1
+                middle, base, base + level, color=color, alpha=0.55, linewidth=0, zorder=number + 1
             )
-            axes.plot(middle, base + level, color=colour, linewidth=0.9, zorder=number + 1)
+            axes.plot(middle, base + level, color=color, linewidth=0.9, zorder=number + 1)
         broken = histogram.nonfinite > 0
         words = "–" if np.isnan(histogram.zeros) else f"{100 * histogram.zeros:.0f} %"
         if broken:
@@ -215,7 +215,7 @@ def similarity_chart(
     row_axis: str = "teacher",
     column_axis: str = "student",
 ) -> Picture:
-    """A heat map from 0 to 1 with the numbers in it; NaN is grey and says so.
+    """A heat map from 0 to 1 with the numbers in it; NaN is gray and says so.
 
     Args:
         values: Similarity of each row's layer to each column's.
@@ -286,7 +286,7 @@ def _style_axes(axes: Axes) -> None:
 
 def _shades(names: Sequence[str], graded: bool) -> dict[str, str]:
     if not graded:
-        return {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
+        return {name: COLORS[place % len(COLORS)] for place, name in enumerate(names)}
     # The brightest end of viridis is lost on white.
     levels = np.linspace(0, 0.85, len(names))
     return {
@@ -302,15 +302,15 @@ def _legend(
     name_limit = 2 if dashed else 4  # beside a title
     named = list(shades) if len(shades) <= name_limit else [next(iter(shades)), list(shades)[-1]]
     marks = [("●", name, shades[name]) for name in named]
-    marks += [("╌", name, colour) for name, colour in dashed.items()]
+    marks += [("╌", name, color) for name, color in dashed.items()]
     right_edge = wide - 0.2
-    for mark, name, colour in reversed(marks):
+    for mark, name, color in reversed(marks):
         figure.text(
             right_edge / wide,
             1 - 0.22 / tall,
             f"{mark} {name}",
             parse_math=False,
-            color=colour,
+            color=color,
             fontsize=9.5,
             weight="bold",
             ha="right",

@@ -46,7 +46,7 @@ def depth_panel(
 ) -> Picture:
     """Maps through depth: one row a method and network, the first layer left.
 
-    Colours are shares of each map's own maximum, so that every map can be read; the bar below it is
+    Colors are shares of each map's own maximum, so that every map can be read; the bar below it is
     that maximum, with the number, on one scale for all layers and networks of a method.
 
     Args:
@@ -93,10 +93,10 @@ def depth_panel(
     )
     sheet.write(MARGIN, MARGIN, title, bold=True, points=9.5)
     for number, line in enumerate(lines):
-        sheet.write(MARGIN, MARGIN + LINE + 2 + number * LINE, line, colour="0.35")
+        sheet.write(MARGIN, MARGIN + LINE + 2 + number * LINE, line, color="0.35")
     y = top
     sheet.paste(MARGIN, y + 2 * LINE, as_bytes(resize_image(image, tall, wide)))
-    sheet.write(MARGIN, y + 2 * LINE + tall + 1, "image", colour="0.35", points=7.0)
+    sheet.write(MARGIN, y + 2 * LINE + tall + 1, "image", color="0.35", points=7.0)
     for name, peak, layers in rows:
         if name:
             sheet.write(left, y, name, bold=True)
@@ -106,7 +106,7 @@ def depth_panel(
         y += pitch
     share = ("0", "map / its own maximum", "1")
     sheet.bar(left, y + 2, min(3 * step, across * step - GAP), SEQUENTIAL, share)
-    sheet.write(left, y + 2 * LINE + 2, UNIT, colour="0.35", points=7.5)
+    sheet.write(left, y + 2 * LINE + 2, UNIT, color="0.35", points=7.5)
     return sheet.picture()
 
 
@@ -121,7 +121,7 @@ def _draw_layer(
 ) -> None:
     tall, wide = tile
     peak = peak_of(layer_map.values)
-    sheet.write(x, y, _shorten_name(layer_map.layer), colour="0.35", points=7.0)
+    sheet.write(x, y, _shorten_name(layer_map.layer), color="0.35", points=7.0)
     sheet.paste(x, y + LINE - 2, overlay(image, share_of(layer_map.values, peak), tall, wide))
     length = round(wide * peak / highest) if highest > 0 else 0
     if length:
@@ -129,7 +129,7 @@ def _draw_layer(
     rows, columns = layer_map.values.shape
     note = (f"{peak:.0f}" if peak >= 10 else f"{peak:.2g}") if peak > 0 else "blank"
     note = note if np.isfinite(layer_map.values).all() else "NaN"
-    sheet.write(x, y + LINE + tall + 8, f"{note}   {rows}x{columns}", colour="0.35", points=6.5)
+    sheet.write(x, y + LINE + tall + 8, f"{note}   {rows}x{columns}", color="0.35", points=6.5)
 
 
 _BAR = as_bytes(colorize(np.full((1, 1), 0.25), SEQUENTIAL))

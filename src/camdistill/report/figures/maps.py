@@ -24,15 +24,15 @@ from camdistill.report.figures.pictures import (
 )
 
 OPACITY = 0.6  # of the map over the image
-PALEST = 0.35  # what black becomes below a map: on a dark image colours would not match their bar
-NOT_A_NUMBER = (255, 0, 255)  # a colour that no colour map here has
+PALEST = 0.35  # what black becomes below a map: on a dark image colors would not match their bar
+NOT_A_NUMBER = (255, 0, 255)  # a color that no color map here has
 
 
 class PanelRow(NamedTuple):
     """One row of a map panel.
 
     Attributes:
-        image: (C, H, W) in [0, 1]; one channel is grey.
+        image: (C, H, W) in [0, 1]; one channel is gray.
         teacher: The teacher's raw map, at any resolution.
         student: The student's, or None.
         caption: Lines beside the row, the first in bold: layer, classes, Pearson.
@@ -61,7 +61,7 @@ def map_panel(
 ) -> Picture:
     """Image | teacher's map | student's map | difference, one row after the other.
 
-    Maps are rectified. Within a row all colours mean the same; what they mean is written below.
+    Maps are rectified. Within a row all colors mean the same; what they mean is written below.
 
     Args:
         rows: What to draw; rows without a student's map show the teacher's alone.
@@ -100,9 +100,9 @@ def map_panel(
         for number, tile in enumerate(line):
             x = left + text + number * (width + GAP)
             if place < abreast:
-                sheet.write(x, top, headings[number], colour="0.35")
+                sheet.write(x, top, headings[number], color="0.35")
             sheet.paste(x, upper, tile.pixels)
-            sheet.write(x, upper + tile.pixels.shape[0] + 1, tile.note, colour="0.35", points=7.0)
+            sheet.write(x, upper + tile.pixels.shape[0] + 1, tile.note, color="0.35", points=7.0)
     share = "map / its own max" if scale == "own" else "map / row's max"
     bottom = top + LINE + lines * pitch + GAP
     left = MARGIN + text
@@ -116,10 +116,10 @@ def map_panel(
 def overlay(
     image: Float[np.ndarray, "channels height width"], share: Shares, tall: int, wide: int
 ) -> Picture:
-    """A map in [0, 1] in colour over the image in pale grey; NaN is magenta."""
-    grey = PALEST + (1 - PALEST) * resize_image(image, tall, wide).mean(axis=-1, keepdims=True)
+    """A map in [0, 1] in color over the image in pale gray; NaN is magenta."""
+    gray = PALEST + (1 - PALEST) * resize_image(image, tall, wide).mean(axis=-1, keepdims=True)
     level, missing = resize_shares(share, tall, wide)
-    mixed = (1 - OPACITY) * grey + OPACITY * colorize(level, SEQUENTIAL)
+    mixed = (1 - OPACITY) * gray + OPACITY * colorize(level, SEQUENTIAL)
     mixed[missing] = np.array(NOT_A_NUMBER) / 255
     return as_bytes(mixed)
 

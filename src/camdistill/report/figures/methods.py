@@ -20,7 +20,7 @@ from camdistill.report.figures.pictures import (
 )
 
 LETTER = 6  # pixels of a small letter
-NARROWEST = 180  # pixels that the colour bar's words need
+NARROWEST = 180  # pixels that the color bar's words need
 
 
 class MethodMap(NamedTuple):
@@ -82,7 +82,7 @@ def method_panel(
     sheet.write(MARGIN, MARGIN, title, bold=True, points=9.5)
     first = top + 3 * LINE - 4
     sheet.paste(MARGIN, first, as_bytes(resize_image(image, tall, wide)))
-    sheet.write(MARGIN, first + tall + 1, "image", colour="0.35", points=7.0)
+    sheet.write(MARGIN, first + tall + 1, "image", color="0.35", points=7.0)
     y = top
     for name, block in maps.items():
         sheet.write(left, y, name, bold=True)
@@ -93,7 +93,7 @@ def method_panel(
     length = max(min(across * step - GAP, 3 * wide), NARROWEST)
     sheet.bar(left, y, length, SEQUENTIAL, ("0", "map / its own maximum", "1"))
     unit = "max: in the method's own unit; Grad-CAM's is logits per cell"
-    sheet.write(MARGIN, y + 2 * LINE, unit, colour="0.35", points=6.5)
+    sheet.write(MARGIN, y + 2 * LINE, unit, color="0.35", points=6.5)
     return sheet.picture()
 
 
@@ -107,9 +107,9 @@ def _draw_tile(
 ) -> None:
     peak = peak_of(method_map.values)
     sheet.write(x, y, method_map.method, points=7.5)
-    sheet.write(x, y + LINE - 4, method_map.layer, colour="0.35", points=7.0)
+    sheet.write(x, y + LINE - 4, method_map.layer, color="0.35", points=7.0)
     sheet.paste(x, y + 2 * LINE - 4, overlay(image, share_of(method_map.values, peak), *tile))
     peak_text = f"max {peak:.2g}" if peak > 0 else "blank"
     peak_text = peak_text if np.isfinite(method_map.values).all() else "NaN"
     note = "   ".join(word for word in (peak_text, method_map.note) if word)
-    sheet.write(x, y + 2 * LINE - 4 + tile[0] + 1, note, colour="0.35", points=6.5)
+    sheet.write(x, y + 2 * LINE - 4 + tile[0] + 1, note, color="0.35", points=6.5)

@@ -1,4 +1,4 @@
-"""What every picture is made of: RGB uint8 arrays (height, width, 3), colours, a page of tiles.
+"""What every picture is made of: RGB uint8 arrays (height, width, 3), colors, a page of tiles.
 
 Pictures are ready for `save_png` and for TensorBoard. Nothing here knows a network or a logger;
 `save_png` alone touches a file.
@@ -20,7 +20,7 @@ from PIL.Image import Resampling
 from camdistill.store.atomic_files import write_atomically
 
 Picture = UInt8[np.ndarray, "_tall _wide 3"]  # pictures of one call differ in size
-Colours = Float[np.ndarray, "tall wide 3"]
+Colors = Float[np.ndarray, "tall wide 3"]
 # Maps of two networks have two resolutions, so their axes have no common name.
 Grid = Shaped[np.ndarray, "_ _"]
 Shares = Float[np.ndarray, "_ _"]
@@ -57,7 +57,7 @@ class Sheet:
         words: str,
         *,
         bold: bool = False,
-        colour: str = "black",
+        color: str = "black",
         points: float = 8.0,
         align: Literal["left", "center", "right"] = "left",
     ) -> None:
@@ -69,7 +69,7 @@ class Sheet:
             words,
             va="top",
             ha=align,
-            color=colour,
+            color=color,
             fontsize=points,
             weight="bold" if bold else "normal",
             parse_math=False,
@@ -79,17 +79,17 @@ class Sheet:
         """Put a picture on the page, pixel for pixel."""
         self._tiles.append((x, y, pixels))
 
-    def bar(self, x: int, y: int, width: int, colours: str, words: tuple[str, str, str]) -> None:
-        """A horizontal colour bar with words at its left end, middle and right end."""
+    def bar(self, x: int, y: int, width: int, colors: str, words: tuple[str, str, str]) -> None:
+        """A horizontal color bar with words at its left end, middle and right end."""
         ramp = np.broadcast_to(np.linspace(0, 1, width), (8, width))
-        self.paste(x, y, as_bytes(colorize(ramp, colours)))
+        self.paste(x, y, as_bytes(colorize(ramp, colors)))
         places: tuple[tuple[int, Literal["left", "center", "right"]], ...] = (
             (x, "left"),
             (x + width // 2, "center"),
             (x + width, "right"),
         )
         for (place, align), word in zip(places, words, strict=True):
-            self.write(place, y + 11, word, colour="0.35", points=7.5, align=align)
+            self.write(place, y + 11, word, color="0.35", points=7.5, align=align)
 
     def axes(self, x: int, y: int, width: int, height: int) -> Axes:
         """Axes whose frame is these pixels; labels go around it."""
@@ -106,17 +106,15 @@ class Sheet:
         return page
 
 
-def resize_image(
-    image: Float[np.ndarray, "channels height width"], tall: int, wide: int
-) -> Colours:
+def resize_image(image: Float[np.ndarray, "channels height width"], tall: int, wide: int) -> Colors:
     """The image as RGB at its tile's size: pixels stay square when it grows."""
-    colours = np.moveaxis(np.clip(np.nan_to_num(image), 0, 1), 0, -1)
-    if colours.shape[-1] not in (1, 3):
-        raise ValueError(f"an image has 1 or 3 channels, not {colours.shape[-1]}")
-    colours = np.broadcast_to(colours, (*colours.shape[:2], 3))
-    grows = tall >= colours.shape[0]
+    colors = np.moveaxis(np.clip(np.nan_to_num(image), 0, 1), 0, -1)
+    if colors.shape[-1] not in (1, 3):
+        raise ValueError(f"an image has 1 or 3 channels, not {colors.shape[-1]}")
+    colors = np.broadcast_to(colors, (*colors.shape[:2], 3))
+    grows = tall >= colors.shape[0]
     resampling = Resampling.NEAREST if grows else Resampling.LANCZOS
-    resized = Image.fromarray(as_bytes(colours)).resize((wide, tall), resampling)
+    resized = Image.fromarray(as_bytes(colors)).resize((wide, tall), resampling)
     return np.asarray(resized, np.float64) / 255
 
 
@@ -130,20 +128,20 @@ def resize_shares(
     return level, np.asarray(missing.resize((wide, tall), Resampling.NEAREST)) > 0
 
 
-def colorize(level: Shares, colours: str) -> Colours:
-    """Numbers in [0, 1] in a colour map's colours, by its name."""
-    rgb: Colours = mpl.colormaps[colours](level)[..., :3]
+def colorize(level: Shares, colors: str) -> Colors:
+    """Numbers in [0, 1] in a color map's colors, by its name."""
+    rgb: Colors = mpl.colormaps[colors](level)[..., :3]
     return rgb
 
 
-def as_bytes(colours: Colours) -> Picture:
-    """Colours in [0, 1] as pixels."""
-    pixels: Picture = np.rint(np.clip(colours, 0, 1) * 255).astype(np.uint8)
+def as_bytes(colors: Colors) -> Picture:
+    """Colors in [0, 1] as pixels."""
+    pixels: Picture = np.rint(np.clip(colors, 0, 1) * 255).astype(np.uint8)
     return pixels
 
 
 def add_frame(pixels: Picture) -> Picture:
-    """A thin grey border, so that white has an end."""
+    """A thin gray border, so that white has an end."""
     for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
         pixels[edge] = 200
     return pixels

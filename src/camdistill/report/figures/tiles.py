@@ -40,9 +40,9 @@ class Tile(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """What colours mean: a colour map's name and the words at its ends and in its middle."""
+    """What colors mean: a color map's name and the words at its ends and in its middle."""
 
-    colours: str
+    colors: str
     words: tuple[str, str, str]
 
 
@@ -61,7 +61,7 @@ def tile_grid(
         title: In bold on top.
         lines: Words under the title.
         columns: Tiles in a row; None makes the grid about twice as wide as high.
-        bar: The colours' meaning, at the bottom.
+        bar: The colors' meaning, at the bottom.
     """
     if not tiles:
         raise ValueError("a grid needs at least one tile")
@@ -82,13 +82,13 @@ def tile_grid(
     sheet.write(MARGIN, MARGIN, title, bold=True, points=9.5)
     for number, line in enumerate(lines):
         y = MARGIN + (LINE + 2 if title else 0) + number * LINE
-        sheet.write(MARGIN, y, line, colour="0.35")
+        sheet.write(MARGIN, y, line, color="0.35")
     for place, tile in enumerate(tiles):
         x, y = MARGIN + (place % columns_used) * step, top + (place // columns_used) * pitch
         sheet.paste(x, y, add_border(tile.pixels, MARK) if tile.marked else tile.pixels)
         note = y + tile.pixels.shape[0] + 1
         middle = x + tile.pixels.shape[1] // 2
-        sheet.write(middle, note, tile.note, colour="0.35", points=6.5, align="center")
+        sheet.write(middle, note, tile.note, color="0.35", points=6.5, align="center")
     if bar:
         length = min(max(columns_used * step - GAP, 200), 360)
         sheet.bar(MARGIN, top + rows * pitch + 2, length, *bar)
@@ -98,15 +98,15 @@ def tile_grid(
 def filter_tiles(
     filters: Filters, *, shared: bool = False, size: int = 40, marked: Collection[int] = ()
 ) -> list[Tile]:
-    """Filters as tiles: zero is mid-grey (one channel: white) and the sign is kept.
+    """Filters as tiles: zero is mid-gray (one channel: white) and the sign is kept.
 
-    Three channels are red, green and blue; one is in diverging colours; of others, the three
-    directions in which they vary most (principal components over all filters) are taken as colours.
+    Three channels are red, green and blue; one is in diverging colors; of others, the three
+    directions in which they vary most (principal components over all filters) are taken as colors.
 
     Args:
         filters: [K, C, h, w].
         shared: False shows shapes: each by its own largest weight. True shows sizes: all by the
-            99th percentile of all magnitudes, so that a weak filter stays grey.
+            99th percentile of all magnitudes, so that a weak filter stays gray.
         size: Side of a tile, about.
         marked: Units that are framed.
     """
@@ -185,26 +185,26 @@ def patch_tile(
     height, width = image.shape[1:]
     factor = size / max(height, width)
     tall, wide = (max(round(length * factor), 1) for length in (height, width))
-    colours = resize_image(image, tall, wide)
+    colors = resize_image(image, tall, wide)
     rows = np.arange(tall) * height // tall
     columns = np.arange(wide) * width // wide
     if region is not None:
         lit = region[rows][:, columns]
-        colours = np.where(lit[..., None], colours, 0.35 * colours + 0.1)
+        colors = np.where(lit[..., None], colors, 0.35 * colors + 0.1)
         edge = lit & ~_erode(lit)
-        colours[edge] = (1.0, 0.85, 0.1)
+        colors[edge] = (1.0, 0.85, 0.1)
     if inside is not None:
         beyond = ~inside[rows][:, columns]
         stripes = (np.add.outer(np.arange(tall), np.arange(wide)) // 3) % 2
-        colours[beyond] = np.where(stripes[beyond], 0.86, 0.93)[:, None]
-    return Tile(as_bytes(colours), note)
+        colors[beyond] = np.where(stripes[beyond], 0.86, 0.93)[:, None]
+    return Tile(as_bytes(colors), note)
 
 
-def add_border(pixels: Picture, colour: tuple[int, int, int], width: int = 2) -> Picture:
-    """The picture with its outermost pixels in one colour."""
+def add_border(pixels: Picture, color: tuple[int, int, int], width: int = 2) -> Picture:
+    """The picture with its outermost pixels in one color."""
     bordered_pixels = pixels.copy()
-    bordered_pixels[:width] = bordered_pixels[-width:] = colour
-    bordered_pixels[:, :width] = bordered_pixels[:, -width:] = colour
+    bordered_pixels[:width] = bordered_pixels[-width:] = color
+    bordered_pixels[:, :width] = bordered_pixels[:, -width:] = color
     return bordered_pixels
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
 
-from camdistill.report.figures.depth import COLOURS, LogHistogram
+from camdistill.report.figures.depth import COLORS, LogHistogram
 from camdistill.report.figures.pictures import GAP, LINE, MARGIN, Picture, Sheet
 from camdistill.report.figures.tiles import Tile
 
@@ -23,7 +23,7 @@ class UnitCard(NamedTuple):
         title: Network, layer, unit.
         lines: Words below it: numbers, what stands out.
         patches: Pieces of images that excite it most, the best first; at most 9.
-        beside: Other pictures with their names: the patches' mean, the maximising image, the
+        beside: Other pictures with their names: the patches' mean, the maximizing image, the
             filter.
         histogram: Of its activations.
         concepts: Name, intersection over union, and what chance has; the best first.
@@ -52,23 +52,23 @@ def unit_card(card: UnitCard) -> Picture:
     sheet = Sheet(max(width, words), top + tall + MARGIN)
     sheet.write(left, MARGIN, card.title, bold=True, points=9.5)
     for number, line in enumerate(card.lines):
-        sheet.write(left, MARGIN + LINE + 2 + number * LINE, line, colour="0.3")
+        sheet.write(left, MARGIN + LINE + 2 + number * LINE, line, color="0.3")
     _draw_patches(sheet, left, top, card.patches[:9])
     y = top
     for name, tile in card.beside:
-        sheet.write(middle, y, name, colour="0.35")
+        sheet.write(middle, y, name, color="0.35")
         sheet.paste(middle, y + LINE, tile.pixels)
         sheet.write(
-            middle, y + LINE + tile.pixels.shape[0] + 1, tile.note, colour="0.35", points=7.0
+            middle, y + LINE + tile.pixels.shape[0] + 1, tile.note, color="0.35", points=7.0
         )
         y += 2 * LINE + tile.pixels.shape[0]
     if card.histogram is not None:
-        sheet.write(right + 20, top, "activations above zero, all places", colour="0.35")
+        sheet.write(right + 20, top, "activations above zero, all places", color="0.35")
         axes = sheet.axes(right + 30, top + LINE + 4, CHART, 84)
         _draw_histogram(axes, card.histogram)
     if card.concepts:
         y = top + LINE + 4 + 84 + 2 * LINE + 8 if card.histogram is not None else top
-        sheet.write(right + 20, y, "responds to (IoU; tick: chance)", colour="0.35")
+        sheet.write(right + 20, y, "responds to (IoU; tick: chance)", color="0.35")
         axes = sheet.axes(right + 110, y + LINE + 2, CHART - 120, 20 * len(card.concepts))
         _draw_concepts(axes, card.concepts)
     return sheet.picture()
@@ -100,23 +100,21 @@ def _fill_page(picture: UInt8[np.ndarray, "_ _ 3"], tall: int, wide: int) -> Pic
 
 def _draw_patches(sheet: Sheet, left: int, top: int, patches: Sequence[Tile]) -> None:
     words = "most exciting, one an image" if patches else "nothing excites it"
-    sheet.write(left, top, words, colour="0.35")
+    sheet.write(left, top, words, color="0.35")
     for number, tile in enumerate(patches):
         x = left + (number % 3) * (PATCH + GAP)
         y = top + LINE + (number // 3) * (PATCH + LINE)
         tall, wide, _ = tile.pixels.shape
         sheet.paste(x + (PATCH - wide) // 2, y + (PATCH - tall) // 2, tile.pixels)
         sheet.write(
-            x + PATCH // 2, y + PATCH + 1, tile.note, colour="0.35", points=6.5, align="center"
+            x + PATCH // 2, y + PATCH + 1, tile.note, color="0.35", points=6.5, align="center"
         )
 
 
 def _draw_histogram(axes: Axes, histogram: LogHistogram) -> None:
     width = np.diff(histogram.edges)
     share = histogram.counts / max(histogram.counts.sum(), 1)
-    axes.bar(
-        histogram.edges[:-1], share / width, width, align="edge", color=COLOURS[0], linewidth=0
-    )
+    axes.bar(histogram.edges[:-1], share / width, width, align="edge", color=COLORS[0], linewidth=0)
     used = np.flatnonzero(histogram.counts)
     if len(used):
         low, high = histogram.edges[used[0]], histogram.edges[used[-1] + 1]
@@ -137,9 +135,9 @@ def _draw_histogram(axes: Axes, histogram: LogHistogram) -> None:
 def _draw_concepts(axes: Axes, concepts: Sequence[tuple[str, float, float]]) -> None:
     places = range(len(concepts))[::-1]
     values = [iou for _, iou, _ in concepts]
-    axes.barh(places, values, 0.62, color=COLOURS[0])
+    axes.barh(places, values, 0.62, color=COLORS[0])
     for place, (_, iou, chance) in zip(places, concepts, strict=True):
-        axes.plot([chance] * 2, [place - 0.4, place + 0.4], color=COLOURS[1], linewidth=1.6)
+        axes.plot([chance] * 2, [place - 0.4, place + 0.4], color=COLORS[1], linewidth=1.6)
         axes.text(max(iou, chance) + 0.015, place, f"{iou:.2f}", fontsize=7.5, va="center")
     axes.set_yticks(places, [name for name, _, _ in concepts], fontsize=7.5, parse_math=False)
     axes.set_xlim(0, max(0.3, 1.3 * max(values)))

@@ -16,9 +16,9 @@ CHANNELS = (5, 3)
 def data(seed: int, images: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(-1, 4, (images,), generator=generator)
-    centres = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    centers = torch.randn(5, 8, generator=generator, dtype=torch.float64)
     noise = torch.randn(images, 8, generator=generator, dtype=torch.float64)
-    whole = (centres[labels] + 0.7 * noise).float().double()
+    whole = (centers[labels] + 0.7 * noise).float().double()
     return [whole[:, :5], whole[:, 5:]], labels, torch.arange(images)
 
 
@@ -57,10 +57,10 @@ def test_accuracy_is_that_of_ridge_regression_on_stored_features() -> None:
     for layer, accuracy in zip(features, state.accuracies(), strict=True):
         x, hot = layer[fitted].numpy(), np.eye(4)[labels[fitted]]
         mean, n = x.mean(0), len(x)
-        centred = x - mean
-        ridge = n * linear_probes.RIDGE * centred.var(0).mean()
+        centered = x - mean
+        ridge = n * linear_probes.RIDGE * centered.var(0).mean()
         weights = np.linalg.lstsq(
-            np.vstack([centred, ridge**0.5 * np.eye(x.shape[1])]),
+            np.vstack([centered, ridge**0.5 * np.eye(x.shape[1])]),
             np.vstack([hot - hot.mean(0), np.zeros((x.shape[1], 4))]),
             rcond=None,
         )[0]

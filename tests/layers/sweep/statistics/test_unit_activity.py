@@ -83,7 +83,7 @@ def test_one_hot_is_1_and_even_is_0() -> None:
     assert sums(torch.ones(2, 5, 1, 1)).sparsity().hoyer == pytest.approx(0, abs=1e-6)
 
 
-def test_rank_equals_that_of_the_centred_matrix(generator: torch.Generator) -> None:
+def test_rank_equals_that_of_the_centered_matrix(generator: torch.Generator) -> None:
     mixing = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     means = torch.randn(50, 6, generator=generator, dtype=torch.float64) @ mixing
     values = means[:, :, None, None].expand(-1, -1, 2, 2).contiguous()
@@ -186,11 +186,11 @@ def test_merging_is_associative_and_counts_are_exact(order: list[int], left: boo
 def test_correlations_equal_numpys(generator: torch.Generator) -> None:
     first = torch.randn(20, 3, generator=generator, dtype=torch.float64)
     second = torch.randn(20, 2, generator=generator, dtype=torch.float64) + first[:, :2]
-    centred = [one - one.mean(0) for one in (first, second)]
+    centered = [one - one.mean(0) for one in (first, second)]
     found = correlation(
-        centred[0].T @ centred[1] / 20,
+        centered[0].T @ centered[1] / 20,
         *(one.square().mean(0) for one in (first, second)),
-        *(one.square().mean(0) for one in centred),
+        *(one.square().mean(0) for one in centered),
     )
     expected = np.corrcoef(first.numpy().T, second.numpy().T)[:3, 3:]
     np.testing.assert_allclose(found, expected)

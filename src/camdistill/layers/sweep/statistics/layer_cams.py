@@ -174,7 +174,7 @@ def _directions(maps: Sequence[Maps], size: tuple[int, int]) -> Float[Tensor, "l
         F.adaptive_avg_pool2d(upcast(layer).clamp_min(0)[:, None], size).flatten(1)
         for layer in maps
     ]
-    # Normalised by the peak first, so that small maps don't underflow.
+    # Normalized by the peak first, so that small maps don't underflow.
     stacked = torch.stack(resized)
     stacked = stacked / stacked.amax(2, keepdim=True).clamp_min(torch.finfo(stacked.dtype).tiny)
     return F.normalize(stacked, dim=2)

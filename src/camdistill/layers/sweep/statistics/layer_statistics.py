@@ -81,7 +81,7 @@ class Rank:
     """In how many directions a layer's spatial means vary over images.
 
     Attributes:
-        effective: exp of the entropy of the normalised singular values (Roy and Vetterli 2007);
+        effective: exp of the entropy of the normalized singular values (Roy and Vetterli 2007);
             of a matrix's singular values, not of its covariance's eigenvalues.
         participation: (sum of eigenvalues)^2 / sum of their squares.
         saturation: Smallest share of the directions that holds 99 % of the variance.

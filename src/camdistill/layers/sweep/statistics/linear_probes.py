@@ -201,7 +201,7 @@ def copy_untrained(network: nn.Module, images: Images, seed: int) -> nn.Module:
 
     Args:
         network: Bare or wrapped.
-        images: As it takes them, for the batch normalisations' statistics.
+        images: As it takes them, for the batch normalizations' statistics.
         seed: Of the weights.
     """
     untrained_network = copy.deepcopy(unwrap_outer(network)).eval()
