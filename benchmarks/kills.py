@@ -47,7 +47,7 @@ from camdistill.experiments.training.lightning_cli import Experiment
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.weights import save_safetensors
 from camdistill.report.tensorboard import read_scalars
-from camdistill.store.run_log import Ledger
+from camdistill.store.run_log import RunLog
 
 NETWORK = {"name": "shallow_cnn", "args": {"channels": [4, 6], "strides": [1, 2]}}
 SHAPES = {
@@ -190,9 +190,9 @@ def armed(point: str, chance: random.Random) -> None:
 
         AtomicCheckpointIO.save_checkpoint = saved  # type: ignore[method-assign]
     elif point == "ledger":
-        add, left = Ledger.add, [chance.randrange(4)]
+        add, left = RunLog.add, [chance.randrange(4)]
 
-        def added(self: Ledger, records: object) -> None:  # type: ignore[type-arg]
+        def added(self: RunLog, records: object) -> None:  # type: ignore[type-arg]
             if left[0] > 0:
                 left[0] -= 1
                 add(self, records)  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ def armed(point: str, chance: random.Random) -> None:
                 file.write('{"key": "')
             die()
 
-        Ledger.add = added  # type: ignore[method-assign, assignment]
+        RunLog.add = added  # type: ignore[method-assign, assignment]
     else:
         _at_rename(point, chance)
 

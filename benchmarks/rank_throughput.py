@@ -20,11 +20,11 @@ from counted import counted
 
 from camdistill.data.modules import ShapesData
 from camdistill.experiments.ranking.ranking_arms import Arm, Classroom, Run
-from camdistill.experiments.ranking.ranking_config import Study
-from camdistill.experiments.ranking.ranking_records import Record
-from camdistill.experiments.ranking.ranking_run import prepared
+from camdistill.experiments.ranking.ranking_config import RankingStudy
+from camdistill.experiments.ranking.ranking_records import StudentRecord
+from camdistill.experiments.ranking.ranking_run import prepare_classroom
 from camdistill.experiments.ranking.student_task import Recipe
-from camdistill.experiments.shared.worker_pool import Crew
+from camdistill.experiments.shared.worker_pool import WorkerPool
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.results import available_cores, machine
 
@@ -35,7 +35,7 @@ METHODS = ["mask:parts", "grad_cam@layer3"]
 
 def classroom(folder: Path, steps: int, device: str) -> Classroom:
     """What the students have in common, with the teacher's work done."""
-    study = Study(
+    study = RankingStudy(
         NetworkSpec("resnet20", str(ROOT / "checkpoints/shapes-resnet20.safetensors")),
         ShapesData(train=500, val=500, test=2000),
         METHODS,
@@ -46,7 +46,7 @@ def classroom(folder: Path, steps: int, device: str) -> Classroom:
         recipe=Recipe(steps=steps, precision="bfloat16"),
         folder=folder,
     )
-    return prepared(study, device)
+    return prepare_classroom(study, device)
 
 
 def runs(count: int) -> list[Run]:
@@ -67,7 +67,7 @@ def main() -> None:
     jobs = runs(asked.students)
     with tempfile.TemporaryDirectory() as folder:
         room = classroom(Path(folder), asked.steps, device)
-        crew: Crew[list[Run], list[Record]] = Crew(room, available_cores())
+        crew: WorkerPool[list[Run], list[StudentRecord]] = WorkerPool(room, available_cores())
         ways: dict[str, Callable[[], object]] = {
             "one after the other": lambda: [room([job]) for job in jobs],
             f"stacks of {asked.stack}": lambda: [

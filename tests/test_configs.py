@@ -12,8 +12,8 @@ from camdistill.commands.rank import rank
 from camdistill.commands.refine import refine
 from camdistill.commands.study import study
 from camdistill.experiments.adaptation.adaptation_rounds import Adaptation
-from camdistill.experiments.ranking.map_sources import source
-from camdistill.experiments.ranking.ranking_config import Study as Plan
+from camdistill.experiments.ranking.map_sources import parse_source
+from camdistill.experiments.ranking.ranking_config import RankingStudy as Plan
 from camdistill.experiments.refinement.refinement_config import RefinementPlan as Refinement
 from camdistill.experiments.training.arms_and_seeds import TrainingStudy
 from camdistill.experiments.training.lightning_cli import Experiment
@@ -74,12 +74,12 @@ def test_config_of_a_ranking_parses_and_names_what_there_is(
         asked.append(plan)
         raise InterruptedError
 
-    monkeypatch.setattr("camdistill.commands.rank.ranked", note)
+    monkeypatch.setattr("camdistill.commands.rank.run_ranking", note)
     with pytest.raises(InterruptedError):
         call(rank, ["rank", "-c", str(path)])
     (plan,) = asked
     for method in plan.methods:
-        source(method, plan.data)
+        parse_source(method, plan.data)
 
 
 @pytest.mark.parametrize("path", OF_REFINEMENTS, ids=lambda path: path.stem)
@@ -130,9 +130,9 @@ def test_config_of_a_learned_metric_parses_and_names_what_there_is(
         asked.append(plan)
         raise InterruptedError
 
-    monkeypatch.setattr("camdistill.commands.learn.ranked", note)
+    monkeypatch.setattr("camdistill.commands.learn.run_ranking", note)
     with pytest.raises(InterruptedError):
         call(learn, ["learn", "-c", str(path), "--out", str(tmp_path)])
     (plan,) = asked
     for name in plan.methods:
-        source(name, plan.data)
+        parse_source(name, plan.data)

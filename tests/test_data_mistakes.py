@@ -375,7 +375,7 @@ MISTAKES = {
         for option in (
             *("data.batch_size", "data.split_seed", "data.val_fraction", "data.test_fraction"),
             *("data.on_broken", "model.beta", "model.temperature", "model.cached"),
-            *("model.optimization.lr", "model.transfer.classes", "model.student.name"),
+            *("model.optimization.lr", "model.transfer.classes"),
         )
     },
     "null for a number in the config": Mistake(
@@ -408,9 +408,6 @@ MISTAKES = {
         )
         for name in ("..", ".", "/", "a/../..", "./.", "runs/", "../", "~/", "a\nb", "x/..")
     },
-    "shift beyond the image without a crop": Mistake(
-        f"{FIT} --model.augment.padding 16", r"augment\.padding is 16 for images of 16x16 pixels"
-    ),
     **{
         f"other kind: {option}": Mistake(
             f"{FIT} --{option}",

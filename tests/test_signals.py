@@ -53,7 +53,7 @@ PLACES = [
     ),
     (
         f"evaluate {STUDENT}",
-        "camdistill.experiments.evaluation.evaluation_run._measured_batch",
+        "camdistill.experiments.evaluation.evaluation_run._measure_batch",
         AGAIN,
     ),
     (f"analyze {STUDENT}", "camdistill.layers.sweep.layer_sweep.LayerSweep.update", AGAIN),

@@ -378,8 +378,8 @@ def test_all_that_is_logged_can_be_monitored(
         "camdistill.experiments.training.training_checks.check_monitors",
         lambda trainer: known.append(
             {
-                *training_checks._logged_in_training(trainer.lightning_module),
-                *training_checks._logged_in_validation(trainer.lightning_module),
+                *training_checks._list_training_metrics(trainer.lightning_module),
+                *training_checks._list_validation_metrics(trainer.lightning_module),
             }
         ),
     )

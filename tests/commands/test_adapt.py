@@ -61,7 +61,7 @@ def test_it_adapts_judges_on_fresh_students_and_goes_on(
         raise AssertionError("it was done before")
 
     monkeypatch.setattr("camdistill.experiments.adaptation.adaptation_rounds.adapt_once", never)
-    monkeypatch.setattr("camdistill.experiments.adaptation.adaptation_rounds.teach", never)
+    monkeypatch.setattr("camdistill.experiments.adaptation.adaptation_rounds.train_students", never)
     assert main(["adapt", "-c", "tiny.yaml", "--out", "out"]) == 0
     assert (folder / "out/runs.jsonl").read_text() == runs
     again = json.loads((folder / "out/results.json").read_text())

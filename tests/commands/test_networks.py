@@ -11,6 +11,7 @@ from PIL import Image
 from camdistill.cli import main
 from camdistill.distill.checkpoints import load
 from camdistill.networks.teachers import NetworkSpec, Teacher, build
+from camdistill.networks.training_facts import EXPERIMENT, dump_experiment
 from camdistill.networks.weights import read_weights, save_safetensors
 
 STUDENT = "runs/tiny/version_0/student.safetensors"
@@ -74,7 +75,7 @@ def own(folder: Path) -> Path:
         "mean": [0.1, 0.2, 0.3],
         "std": [0.5, 0.6, 0.7],
     }
-    save_safetensors("own.safetensors", network.state_dict(), {"camdistill": json.dumps(told)})
+    save_safetensors("own.safetensors", network.state_dict(), {EXPERIMENT: dump_experiment(told)})
     return Path("own.safetensors")
 
 

@@ -127,7 +127,7 @@ def test_an_interrupted_study_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("camdistill.commands.rank.ranked", interrupted)
+    monkeypatch.setattr("camdistill.commands.rank.run_ranking", interrupted)
     assert main(["rank", "-c", "tiny.yaml", "--out", "out"]) == 130
     assert "start the same command again" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from PIL import Image
 from camdistill.cli import main
 from camdistill.measure.learned import LearnedMetric
 from camdistill.networks.students import ShallowCNN
+from camdistill.networks.training_facts import EXPERIMENT, dump_experiment
 from camdistill.networks.weights import save_safetensors
 from camdistill.report.tensorboard import read_tags
 
@@ -96,7 +97,7 @@ def prepare(folder: Path) -> None:
     """Checkpoints of other classes, and a flat folder of images without labels or masks."""
     save_safetensors(folder / "three.safetensors", ShallowCNN(3, (4, 6), (2, 2)).state_dict(), {})
     network = {"name": "shallow_cnn", "args": {"channels": [4, 6], "strides": [2, 2]}}
-    told = {"camdistill": json.dumps({"network": network, "classes": 7})}
+    told = {EXPERIMENT: dump_experiment({"network": network, "classes": 7})}
     state = ShallowCNN(7, (4, 6), (2, 2)).state_dict()
     save_safetensors(folder / "seven.safetensors", state, told)
     LearnedMetric(members=1, units=2).save(folder / "metric.safetensors")

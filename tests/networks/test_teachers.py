@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from torch import Tensor, nn
 
+from camdistill import load
 from camdistill.errors import UserError
 from camdistill.networks import torchvision_models
 from camdistill.networks.heads import find_head, swap_head
@@ -29,6 +30,7 @@ from camdistill.networks.teachers import (
     network_names,
     normalization,
 )
+from camdistill.networks.training_facts import LAYOUT, dump_experiment
 from camdistill.networks.weights import read_weights, save_safetensors
 
 SMALL = {"channels": [4, 6], "strides": [1, 2]}
@@ -367,7 +369,8 @@ def test_pretrained_teachers_have_their_published_error(
 
 def test_a_file_with_an_experiment_that_can_t_be_read_is_told(tmp_path: Path) -> None:
     network = build(NetworkSpec("shallow_cnn", args=SMALL), classes=3)
-    for text in ("{", '{"network": {"name": "shallow_cnn"}, "size": ["x", 2]}', "[1]", "3"):
+    of_text = dump_experiment({"network": {"name": "shallow_cnn"}, "size": ["x", 2]})
+    for text in ("{", of_text, "[1]", "3"):
         weights = saved(tmp_path / "w", network, {"camdistill": text})
         with pytest.raises(UserError, match="can't be read"):
             Teacher(NetworkSpec("shallow_cnn", weights, SMALL))
@@ -378,3 +381,18 @@ def test_named_weights_say_their_size_and_classes() -> None:
     facts = torchvision_models.weight_facts("efficientnet_b3", "IMAGENET1K_V1")
     assert facts.size == (300, 300)
     assert facts.class_names[281] == "tabby"
+
+
+@pytest.mark.parametrize("layout", [None, "0.1", "9.9"])
+def test_a_file_of_another_layout_is_refused_by_its_version(
+    layout: str | None, tmp_path: Path
+) -> None:
+    network = build_preprocessed(NetworkSpec("shallow_cnn", args=SMALL), classes=3)
+    experiment = {"network": {"name": "shallow_cnn", "args": SMALL}, "classes": 3}
+    text = json.dumps(experiment if layout is None else {"layout": layout, **experiment})
+    weights = saved(tmp_path / "w", network, {"camdistill": text})
+    says = rf"w.* was written by camdistill {layout or '0.1'}, this one reads {LAYOUT}; train again"
+    with pytest.raises(UserError, match=says):
+        build_preprocessed(NetworkSpec("shallow_cnn", str(weights), args=SMALL), classes=3)
+    with pytest.raises(UserError, match=says):
+        load(weights)

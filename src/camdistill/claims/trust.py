@@ -135,7 +135,7 @@ def judge_pairs(pairs: Sequence[Statistics]) -> dict[str, PerImage]:
     return {judge: torch.stack(values).nanmean(0) for judge, values in choices_by_judge.items()}
 
 
-def probe(differences: Statistics) -> Float[Tensor, "map_statistics"]:
+def probe(differences: Statistics) -> Float[Tensor, "statistics"]:
     """Fisher's direction of paired differences: their mean, by the inverse of their spread.
 
     Map statistics alone: the metric in the first column asks the network, and is left out.

@@ -21,7 +21,7 @@ from camdistill.experiments.adaptation.adaptation_report import (
 )
 from camdistill.experiments.adaptation.adaptation_rounds import Adaptation
 from camdistill.experiments.adaptation.adaptation_run import ADAPTED, adapt_study
-from camdistill.experiments.ranking.ranking_config import Study, Tuning
+from camdistill.experiments.ranking.ranking_config import RankingStudy, Tuning
 from camdistill.experiments.ranking.ranking_run import LEDGER
 from camdistill.experiments.ranking.student_controls import Control
 from camdistill.experiments.ranking.student_task import Recipe
@@ -80,7 +80,7 @@ def adapt(
         trust: Packages from which functions may be called.
     """
     start_time = time.monotonic()
-    study = Study(
+    study = RankingStudy(
         teacher=teacher, data=data, methods=["grad_cam"], students=students, n=n, seeds=seeds,
         controls=controls, shares=(), tuning=tuning, recipe=recipe, seed=seed, trust=trust,
         folder=out,

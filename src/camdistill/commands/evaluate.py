@@ -16,11 +16,15 @@ from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images, match_channels
 from camdistill.errors import UserError
 from camdistill.experiments.evaluation.evaluation_report import write_pictures
-from camdistill.experiments.evaluation.evaluation_run import Evaluation, Explainer, Subject
-from camdistill.experiments.evaluation.evaluation_run import evaluate as run
-from camdistill.experiments.evaluation.evaluation_tables import told
+from camdistill.experiments.evaluation.evaluation_run import (
+    EvaluatedExplainer,
+    Evaluation,
+    EvaluationSubject,
+)
+from camdistill.experiments.evaluation.evaluation_run import evaluate_explainers as run
+from camdistill.experiments.evaluation.evaluation_tables import summarize_pool
 from camdistill.experiments.evaluation.meta_evaluation import REFERENCES
-from camdistill.experiments.evaluation.pooling import Pool, makers
+from camdistill.experiments.evaluation.pooling import EvaluationPool, map_makers
 from camdistill.measure.metrics import (
     DEFAULT,
     DEFAULT_WITH_MASKS,
@@ -105,7 +109,7 @@ def evaluate(
     image_set = source.images.subset(np.sort(source.order))
     first = as_images(image_set.batch([0]).pixels)
     check_forward(selection.by_name, match_channels(first, networks.channels), settled=True)
-    subject = Subject(networks.explained, image_set, source.shapes, networks.channels)
+    subject = EvaluationSubject(networks.explained, image_set, source.shapes, networks.channels)
     compared_explainers = parse_explainers(explainers, networks, subject, trust)
     chosen_metrics = _select_metrics(
         metrics, subject, meta, has_live=any(explainer.explain for explainer in compared_explainers)
@@ -140,8 +144,8 @@ def evaluate(
             progress.update(task, completed=done, total=total)
 
         values = run(evaluation, out, on_batch)
-    pool = Pool((values,), (makers(values, settings),))
-    results, table, text = told(pool, seed, meta=meta)
+    pool = EvaluationPool((values,), (map_makers(values, settings),))
+    results, table, text = summarize_pool(pool, seed, meta=meta)
     write_pictures(evaluation, pool, table, text, out)
     write_results(
         out / "results.json",
@@ -158,7 +162,9 @@ def evaluate(
     return results
 
 
-def _metrics_to_omit(explainers: Sequence[Explainer], *, other_classes: bool) -> dict[str, str]:
+def _metrics_to_omit(
+    explainers: Sequence[EvaluatedExplainer], *, other_classes: bool
+) -> dict[str, str]:
     """Metrics of the default that say nothing here, and why."""
     reasons = {}
     if not other_classes:
@@ -171,7 +177,7 @@ def _metrics_to_omit(explainers: Sequence[Explainer], *, other_classes: bool) ->
     return reasons
 
 
-def _check_weight_metrics(metrics: Sequence[str], explainers: Sequence[Explainer]) -> None:
+def _check_weight_metrics(metrics: Sequence[str], explainers: Sequence[EvaluatedExplainer]) -> None:
     """Refuse a named metric that would be the same whatever was learned."""
     weight_metrics = [name for name in metrics if name in OF_WEIGHTS]
     if weight_metrics and all(
@@ -204,7 +210,7 @@ def _fingerprint(images: ImageSet) -> str:
 
 
 def _select_metrics(
-    names: Sequence[str], subject: Subject, meta: bool, *, has_live: bool
+    names: Sequence[str], subject: EvaluationSubject, meta: bool, *, has_live: bool
 ) -> tuple[str, ...]:
     """The metrics; what can't be measured of these images and explainers is refused."""
     check_metrics(names)
@@ -220,10 +226,10 @@ def _select_metrics(
             "alone can: leave it out, or give --data shapes"
         )
     selected = [name for name in (names or DEFAULT) if has_live or name not in gates]
-    if not names and subject.located:
+    if not names and subject.has_locations:
         selected += DEFAULT_WITH_MASKS
     masked = [name for name in selected if metric_of(name).use == "mask"]
-    if masked and not subject.located:
+    if masked and not subject.has_locations:
         raise UserError(
             f"metric '{masked[0]}' needs masks, and these images have none: leave it out, or put a "
             "masks/ folder or a boxes.csv beside the images"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from camdistill.commands.networks import NetworkSelection
 from camdistill.distill.checkpoints import load
 from camdistill.errors import UserError, check_each_once, nearest, shorten
-from camdistill.experiments.evaluation.evaluation_run import Explainer, Subject
+from camdistill.experiments.evaluation.evaluation_run import EvaluatedExplainer, EvaluationSubject
 from camdistill.experiments.evaluation.evaluation_values import CONTROLS, LADDER, UNREADABLE
-from camdistill.experiments.evaluation.pooling import demand_pairs
+from camdistill.experiments.evaluation.pooling import check_pairs
 from camdistill.experiments.ranking.map_sources import call_function, code_sha256
 from camdistill.explain.learnable import holds_explainer, load_explainer
 from camdistill.explain.maps import upsample
@@ -87,8 +87,11 @@ def select_networks(
 
 
 def parse_explainers(
-    specs: Sequence[str], networks: EvaluationNetworks, subject: Subject, trust: Sequence[str]
-) -> list[Explainer]:
+    specs: Sequence[str],
+    networks: EvaluationNetworks,
+    subject: EvaluationSubject,
+    trust: Sequence[str],
+) -> list[EvaluatedExplainer]:
     """The explainers that words name; several of one name are numbered."""
     check_each_once("--explainers", specs)
     other_name = _OTHER_ROLE[networks.role]
@@ -116,7 +119,7 @@ def parse_explainers(
         used[label] += 1
         suffix = f"#{used[label]}" if counts[label] > 1 else ""
         explainers.append(replace(explainer, name=f"{label}{suffix}"))
-    demand_pairs([explainer.name for explainer in explainers])
+    check_pairs([explainer.name for explainer in explainers])
     return explainers
 
 
@@ -141,14 +144,20 @@ def _is_file(word: str) -> bool:
 
 
 def _parse_explainer(
-    spec: str, other_name: str, networks: EvaluationNetworks, subject: Subject, trust: Sequence[str]
-) -> Explainer:
+    spec: str,
+    other_name: str,
+    networks: EvaluationNetworks,
+    subject: EvaluationSubject,
+    trust: Sequence[str],
+) -> EvaluatedExplainer:
     if spec == other_name and networks.other is not None:
         return _other_network_explainer(spec, networks)
     if spec.partition("@")[0] in METHODS:
         method, _, layer = spec.partition("@")
         layer = layer or networks.layer or ""
-        return Explainer(spec, image_explainer(method, layer or None), kind=f"{method}@{layer}")
+        return EvaluatedExplainer(
+            spec, image_explainer(method, layer or None), kind=f"{method}@{layer}"
+        )
     if spec.endswith(".npz"):
         return _load_stored_maps(expand_home(spec), subject)
     if spec.endswith((".safetensors", ".ckpt")):
@@ -164,10 +173,10 @@ def _parse_explainer(
     )
 
 
-def _other_network_explainer(name: str, networks: EvaluationNetworks) -> Explainer:
+def _other_network_explainer(name: str, networks: EvaluationNetworks) -> EvaluatedExplainer:
     """The map that the other network has for the class: whatever the explained one is."""
     assert networks.other is not None, "asked before"
-    return Explainer(
+    return EvaluatedExplainer(
         name,
         _grad_cam_of(networks.other, networks.other_layer),
         kind=f"{name}@{networks.other_layer or ''}",
@@ -178,10 +187,12 @@ def _other_network_explainer(name: str, networks: EvaluationNetworks) -> Explain
 
 def _checkpoint_explainer(
     path: Path, networks: EvaluationNetworks, trust: Sequence[str]
-) -> Explainer:
+) -> EvaluatedExplainer:
     """What a file explains with: an adapted explainer, or another student's map for the class."""
     if path.suffix == ".safetensors" and holds_explainer(weights := read_weights(path)):
-        return Explainer(path.stem, _load_adapted(path), kind="adapted", digest=weights.sha256)
+        return EvaluatedExplainer(
+            path.stem, _load_adapted(path), kind="adapted", digest=weights.sha256
+        )
     student = load(path, trust=trust)
     class_count, explained_count = (
         head_size(network.network) for network in (student.network, networks.explained)
@@ -196,7 +207,7 @@ def _checkpoint_explainer(
     digest = weights_digest(student.network)
     kind = f"{_OTHER_ROLE[networks.role]}@{layer or ''}"
     explain = _grad_cam_of(student.network, layer)
-    return Explainer(path.stem, explain, kind=kind, digest=digest, apart=True)
+    return EvaluatedExplainer(path.stem, explain, kind=kind, digest=digest, apart=True)
 
 
 def _grad_cam_of(other: nn.Module, layer: str | None) -> Explain:
@@ -220,7 +231,7 @@ def _load_adapted(path: Path) -> Explain:
     return explain
 
 
-def _function_explainer(path: str) -> Explainer:
+def _function_explainer(path: str) -> EvaluatedExplainer:
     function = resolve(path, what="a function of (network, images, classes)")
     digest = code_sha256(function) or ""
 
@@ -233,10 +244,10 @@ def _function_explainer(path: str) -> Explainer:
             )
         return maps
 
-    return Explainer(path, explain, kind=path, digest=digest)
+    return EvaluatedExplainer(path, explain, kind=path, digest=digest)
 
 
-def _load_stored_maps(path: Path, subject: Subject) -> Explainer:
+def _load_stored_maps(path: Path, subject: EvaluationSubject) -> EvaluatedExplainer:
     count, size = len(subject.images), subject.images.size
 
     def check(name: str, shape: tuple[int, ...]) -> None:
@@ -271,6 +282,6 @@ def _load_stored_maps(path: Path, subject: Subject) -> Explainer:
             "real numbers"
         )
     digest = hashlib.sha256(np.ascontiguousarray(maps).tobytes()).hexdigest()
-    return Explainer(
+    return EvaluatedExplainer(
         printable(path.stem), stored=maps.astype(np.float32), kind="stored", digest=digest
     )

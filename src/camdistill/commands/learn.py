@@ -34,8 +34,8 @@ from camdistill.experiments.learned_metric.metric_training import (
     score_unseen_networks,
     split_images,
 )
-from camdistill.experiments.ranking.ranking_config import Study
-from camdistill.experiments.ranking.ranking_run import LEDGER, ranked
+from camdistill.experiments.ranking.ranking_config import RankingStudy
+from camdistill.experiments.ranking.ranking_run import LEDGER, run_ranking
 from camdistill.networks.teachers import Teacher
 from camdistill.report.results import write_results
 from camdistill.store.atomic_files import write_atomically
@@ -45,7 +45,7 @@ ProgressCallback = Callable[[str, int, int], None]
 
 
 def learn(
-    studies: dict[str, Study],
+    studies: dict[str, RankingStudy],
     fit: MetricRecipe = MetricRecipe(),  # noqa: B008  (never changed; jsonargparse shows it)
     images: int = 64,
     out: Path = Path("runs/learn"),
@@ -83,7 +83,7 @@ def learn(
     with progress_bar() as bar:
         on_progress = progress_callback(bar)
         rankings = {
-            name: ranked(
+            name: run_ranking(
                 replace(study, folder=out / name),
                 workers=worker_count(workers, torch_device),
                 stack=stack_size(stack, torch_device),

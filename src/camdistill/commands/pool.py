@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from camdistill.errors import UserError
-from camdistill.experiments.evaluation.evaluation_report import charts, write_cards
-from camdistill.experiments.evaluation.evaluation_tables import told
+from camdistill.experiments.evaluation.evaluation_report import draw_charts, write_cards
+from camdistill.experiments.evaluation.evaluation_tables import summarize_pool
 from camdistill.experiments.evaluation.evaluation_values import FILE
 from camdistill.experiments.evaluation.pooling import read_pool
 from camdistill.networks.weights import sha256_of
@@ -40,8 +40,8 @@ def pool(
         )
     pooled, settings = read_pool(runs)
     meta = all(entry.rungs for entry in pooled.runs)
-    results, table, text = told(pooled, seed, meta=meta)
-    write_cards(charts(pooled, table), text, out)
+    results, table, text = summarize_pool(pooled, seed, meta=meta)
+    write_cards(draw_charts(pooled, table), text, out)
     run_settings = [{name: entry[name] for name in entry if name != "images"} for entry in settings]
     write_results(
         out / "results.json",

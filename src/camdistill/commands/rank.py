@@ -15,16 +15,16 @@ from camdistill.commands.progress import (
 )
 from camdistill.data.modules import ImageData
 from camdistill.experiments.ranking.ranking_analysis import blanks, leaks
-from camdistill.experiments.ranking.ranking_config import Study, Tuning
+from camdistill.experiments.ranking.ranking_config import RankingStudy, Tuning
 from camdistill.experiments.ranking.ranking_report import (
-    chart,
     gate_text,
     log_scalars,
     one_class_text,
+    ranking_chart,
+    ranking_results,
     ranking_text,
-    results,
 )
-from camdistill.experiments.ranking.ranking_run import LEDGER, Found, ranked
+from camdistill.experiments.ranking.ranking_run import LEDGER, RankingRuns, run_ranking
 from camdistill.experiments.ranking.student_controls import CONTROLS, Control
 from camdistill.experiments.ranking.student_task import Recipe
 from camdistill.networks.teachers import NetworkSpec
@@ -89,13 +89,13 @@ def rank(
         trust: Packages from which functions may be called.
     """
     start_time = time.monotonic()
-    study = Study(
+    study = RankingStudy(
         teacher, data, methods, students, n, seeds, controls, controls_of, controls_n, shares,
         tuning, recipe, seed, trust, out,
     )  # fmt: skip
     torch_device = resolve_device(device)
     with progress_bar() as bar:
-        ranking = ranked(
+        ranking = run_ranking(
             study,
             workers=worker_count(workers, torch_device),
             stack=stack_size(stack, torch_device),
@@ -109,16 +109,16 @@ def rank(
     return _write_results(ranking, time.monotonic() - start_time)
 
 
-def _write_results(ranking: Found, seconds: float) -> dict[str, object]:
+def _write_results(ranking: RankingRuns, seconds: float) -> dict[str, object]:
     """Writes and prints what was found."""
     out, leakage = ranking.study.folder, leaks(ranking)
-    summary = results(ranking, leakage, blanks(ranking))
+    summary = ranking_results(ranking, leakage, blanks(ranking))
     parts = [gate_text(ranking), ranking_text(ranking, leakage), one_class_text(ranking)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_atomically(out / "table.txt", text.encode())
     sha256 = {"teacher": weights_sha256(ranking.study.teacher)}
     path = write_results(out / "results.json", summary, seconds=seconds, sha256=sha256)
-    picture = save_png(out / "gains.png", chart(ranking))
+    picture = save_png(out / "gains.png", ranking_chart(ranking))
     board = log_scalars(ranking, out)
     print(f"\n{text}\nResults: {path}   Runs: {out / LEDGER}   Chart: {picture}")
     print(tensorboard_command(board))

@@ -86,6 +86,8 @@ def training_facts(weights: WeightFile) -> TrainingFacts:
         return TrainingFacts(mean=mean, std=std)
     try:
         facts = _parse_experiment(parse_experiment(text, f"'{weights.path}'"))
+    except UserError:
+        raise
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(
             f"the experiment in '{weights.path}' can't be read ({type(error).__name__}: {error}); "

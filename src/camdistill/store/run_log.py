@@ -22,7 +22,7 @@ class Keyed(Protocol):
 RunT = TypeVar("RunT", bound=Keyed)
 
 
-class Ledger(Generic[RunT]):
+class RunLog(Generic[RunT]):
     """Finished runs by key, and the file that they are added to as they finish.
 
     A line that a killed process left unfinished is dropped.
@@ -54,7 +54,7 @@ class Ledger(Generic[RunT]):
             with path.open("r+b") as file:
                 file.truncate(len(whole) + 1 if whole else 0)
 
-    def unused(self, keys: Collection[str]) -> int:
+    def count_unused(self, keys: Collection[str]) -> int:
         """How many finished runs are none of these: they were made with other settings."""
         return len(self.records.keys() - set(keys))
 

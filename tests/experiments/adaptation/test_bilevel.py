@@ -20,8 +20,8 @@ from camdistill.experiments.adaptation.bilevel import (
     pool_contributions,
 )
 from camdistill.experiments.ranking.ranking_arms import Family
-from camdistill.experiments.ranking.student_task import Lesson, Pool, Recipe, batch_at
-from camdistill.experiments.ranking.student_training import Students, teach
+from camdistill.experiments.ranking.student_task import ImagePool, Recipe, StudentTask, batch_at
+from camdistill.experiments.ranking.student_training import Students, train_students
 from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.learnable import LearnableCAM
 from camdistill.networks.students import ShallowCNN
@@ -49,7 +49,7 @@ def task(generator: torch.Generator) -> AdaptationTask:
         return torch.randn(*shape, generator=generator)
 
     pixels = torch.randint(0, 256, (14, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    pool = Pool(pixels, torch.arange(14), 3 * draw(14, 2, CLASSES))
+    pool = ImagePool(pixels, torch.arange(14), 3 * draw(14, 2, CLASSES))
     parts = {"early": draw(14, 2, 3, 8, 8), "late": draw(14, 2, 4, 4, 4)}
     asked = torch.randint(0, 256, (9, 3, 16, 16), generator=generator, dtype=torch.uint8)
     return AdaptationTask(pool, parts, asked, 3 * draw(9, CLASSES))
@@ -111,7 +111,9 @@ def test_unrolled_gradient_is_the_finite_difference_of_plain_training(
     how = recipe(augment=Augment(crop="none", flip=True))
     network = build_with_seed(7, lambda: build_preprocessed(SPEC, classes=CLASSES)).double()
     plain = copy.deepcopy(network)
-    exact = task._replace(parts={name: part.double() for name, part in task.contributions.items()})
+    exact = task._replace(
+        contributions={name: part.double() for name, part in task.contributions.items()}
+    )
     asked = torch.tensor([0, 2, 3, 5, 8])
     learner = DifferentiableStudent(network, "stage2")
     found = look_ahead(
@@ -171,8 +173,8 @@ def test_the_student_beside_a_still_explainer_is_the_rankings_student(
     single = explainer.float()
     how = recipe(augment=Augment(crop="none", flip=True))
     adapt_once(single, task, FAMILY, how, seed=5, beta=2.0, lr=0.0)
-    students = Students.untrained(SPEC, CLASSES, [5], layer="stage2")
-    teach(students, task.pool, [Lesson(5, 2.0, task.targets(single, (4, 4)))], how)
+    students = Students.from_seeds(SPEC, CLASSES, [5], layer="stage2")
+    train_students(students, task.pool, [StudentTask(5, 2.0, task.targets(single, (4, 4)))], how)
     wanted = students.state(0)
     for name, value in {**made[0].weights, **made[0].buffers}.items():
         if name in wanted:
@@ -226,7 +228,7 @@ def planted(
             whole[:, 1, unit] = shown.flip(-1)
         parts[name] = whole
     first, rest = slice(0, 160), slice(160, count)
-    pool = Pool(pixels[first], torch.arange(160), logits[first, None].repeat(1, 2, 1))
+    pool = ImagePool(pixels[first], torch.arange(160), logits[first, None].repeat(1, 2, 1))
     task = AdaptationTask(pool, {n: p[first] for n, p in parts.items()}, pixels[rest], logits[rest])
 
     def told(explainer: LearnableCAM) -> tuple[float, float]:
@@ -257,7 +259,7 @@ def test_parts_are_of_the_class_that_the_pool_says(generator: torch.Generator) -
         torch.manual_seed(1)
         teacher = Teacher.from_network(ShallowCNN(CLASSES, (4, 5), (2, 2)))
     pixels = torch.randint(0, 256, (5, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    pool = Pool(pixels, torch.arange(5), torch.randn(5, 2, CLASSES, generator=generator))
+    pool = ImagePool(pixels, torch.arange(5), torch.randn(5, 2, CLASSES, generator=generator))
     seen: list[tuple[int, int]] = []
     parts = pool_contributions(teacher, pool, ["stage2"], lambda *done: seen.append(done))
     for view in range(2):

@@ -3,8 +3,13 @@ import pytest
 import scipy.stats
 
 from camdistill.experiments.evaluation.evaluation_values import Values
-from camdistill.experiments.evaluation.meta_evaluation import beaten, kendall, rows, verdicts
-from camdistill.experiments.evaluation.pooling import Pool
+from camdistill.experiments.evaluation.meta_evaluation import (
+    kendall,
+    list_defeats,
+    verdict_rows,
+    verdicts,
+)
+from camdistill.experiments.evaluation.pooling import EvaluationPool
 
 REAL = ("first", "second", "third")
 CONTROLS = ("random", "inverted", "oracle")
@@ -60,7 +65,7 @@ def test_a_good_metric_and_its_opposite() -> None:
     }
     # the reference knows better about all of them
     assert bad.wrongly == bad.beats
-    table = rows(found)
+    table = verdict_rows(found)
     assert table["insertion_blur"]["controls above"] == 4
 
 
@@ -93,7 +98,7 @@ def test_ladder_is_the_mean_of_the_images_rank_correlations() -> None:
 
 def test_a_control_counts_only_beyond_its_noise_and_the_oracle_never() -> None:
     means = [0.500, 0.4, 0.3, 0.502, 0.0, 1.0, *GOOD[6:]]
-    assert beaten(Pool((values({"road": means}),)), "road", 0) == [
+    assert list_defeats(EvaluationPool((values({"road": means}),)), "road", 0) == [
         "random > second",
         "random > third",
     ]

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from camdistill.errors import UserError
-from camdistill.experiments.evaluation.evaluation_tables import told
+from camdistill.experiments.evaluation.evaluation_tables import summarize_pool
 from camdistill.experiments.evaluation.evaluation_values import Values, read_values, save_values
-from camdistill.experiments.evaluation.meta_evaluation import beaten
+from camdistill.experiments.evaluation.meta_evaluation import list_defeats
 from camdistill.experiments.evaluation.pooling import (
-    Pool,
-    demand_pairs,
-    differences,
-    means,
-    over_seeds,
+    EvaluationPool,
+    check_pairs,
+    difference_table,
+    mean_table,
     read_pool,
+    seed_and_image_interval,
 )
 from camdistill.measure.intervals import bootstrap_interval
 
@@ -62,11 +62,11 @@ def test_a_file_gives_back_what_was_found(tmp_path: Path) -> None:
 
 
 def test_explainers_of_one_name_are_seeds_of_one_row() -> None:
-    pool = Pool((values(0), values(1)))
+    pool = EvaluationPool((values(0), values(1)))
     assert (pool.real, pool.controls) == (("grad_cam", "student"), ("random",))
     assert pool.scores("student", "road").shape == (4, 60)
-    assert pool.counted("failed", "student") == 4
-    assert pool.counted("blank", "grad_cam") == 0
+    assert pool.count_flags("failed", "student") == 4
+    assert pool.count_flags("blank", "grad_cam") == 0
     assert pool.seconds("grad_cam") == pytest.approx(0.0015)
     curve = pool.curve("grad_cam", "insertion_blur")
     assert curve is not None
@@ -75,30 +75,30 @@ def test_explainers_of_one_name_are_seeds_of_one_row() -> None:
 
 
 def test_differences_are_taken_image_by_image_within_each_evaluation() -> None:
-    pool = Pool((values(0), values(1, shift=0.2)))
+    pool = EvaluationPool((values(0), values(1, shift=0.2)))
     gains = pool.gains("student", "grad_cam", "road")
     first, second = pool.runs
     np.testing.assert_allclose(gains[1], first.table[2, 0] - first.table[0, 0], atol=1e-6)
     np.testing.assert_allclose(gains[2], second.table[1, 0] - second.table[0, 0], atol=1e-6)
-    found = differences(Pool((values(0),)), 0)["student"]
+    found = difference_table(EvaluationPool((values(0),)), 0)["student"]
     assert found["road"].mean == pytest.approx(-0.15, abs=0.02)
     assert found["deletion_gray"].mean == pytest.approx(0.15, abs=0.02)
     # Two seeds whose means differ by 0.1: their spread decides, not the images'.
     assert found["road"].high - found["road"].low > 0.5
-    alone = means(Pool((values(0),)), 0)
+    alone = mean_table(EvaluationPool((values(0),)), 0)
     assert alone["grad_cam"]["road"] == bootstrap_interval(values(0).table[0, 0])
 
 
 def test_controls_stand_above_only_beyond_the_interval_over_seeds_and_images() -> None:
-    weak = Pool(tuple(values(seed, shift=-1.0) for seed in range(2)))
+    weak = EvaluationPool(tuple(values(seed, shift=-1.0) for seed in range(2)))
     for metric in weak.metrics:
-        assert beaten(weak, metric, 0) == ["random > student"]
-        assert beaten(Pool((values(0),)), metric, 0) == []
+        assert list_defeats(weak, metric, 0) == ["random > student"]
+        assert list_defeats(EvaluationPool((values(0),)), metric, 0) == []
 
 
 def test_text_and_results_tell_of_seeds_differences_and_the_metrics_own_test() -> None:
-    pool = Pool((values(0), values(1), values(2)))
-    results, table, text = told(pool, 0, meta=True)
+    pool = EvaluationPool((values(0), values(1), values(2)))
+    results, table, text = summarize_pool(pool, 0, meta=True)
     assert results["n"] == 60
     assert results["seeds"] == {"grad_cam": 3, "student": 6}
     assert "student (6 seeds)" in text
@@ -110,7 +110,7 @@ def test_text_and_results_tell_of_seeds_differences_and_the_metrics_own_test() -
     ladders = [one["road"]["ladder"].mean for one in by_run]
     shown = f"{np.mean(ladders):.2f} [{min(ladders):.2f}, {max(ladders):.2f}]"
     assert shown in text
-    one, _, words = told(Pool((values(0),)), 0, meta=True)
+    one, _, words = summarize_pool(EvaluationPool((values(0),)), 0, meta=True)
     assert isinstance(one["meta"], dict)
     assert "student (2 seeds)" in words
 
@@ -180,16 +180,16 @@ def test_a_seed_without_a_value_takes_no_other_with_it() -> None:
     found = values(0)
     found.table[1, 0] = np.nan  # the first student by the first metric
     found.table[2, 0, :5] = np.nan
-    pool = Pool((found,))
-    told_of = means(pool, 0)["student"]["road"]
+    pool = EvaluationPool((found,))
+    told_of = mean_table(pool, 0)["student"]["road"]
     assert told_of == bootstrap_interval(found.table[2, 0, 5:].astype(np.float64))
-    _, _, text = told(pool, 0, meta=False)
+    _, _, text = summarize_pool(pool, 0, meta=False)
     assert "student: 1 of 2 seeds have no value of road" in text
     assert "student: road is over 55 of 60 images" in text
-    apart = over_seeds(np.array([[1.0, np.nan], [np.nan, 2.0]]), 0)
+    apart = seed_and_image_interval(np.array([[1.0, np.nan], [np.nan, 2.0]]), 0)
     assert apart is not None
     assert apart.mean == 1.5
-    assert over_seeds(np.full((2, 3), np.nan), 0) is None
+    assert seed_and_image_interval(np.full((2, 3), np.nan), 0) is None
 
 
 def test_a_control_of_the_first_map_stands_beside_that_map_alone() -> None:
@@ -197,12 +197,12 @@ def test_a_control_of_the_first_map_stands_beside_that_map_alone() -> None:
     table = np.array([[0.0, 9.0, 1.0, 2.0]]).T[..., None] + np.zeros(4)
     flags = np.zeros((4, 4), bool)
     one = Values(entries, 2, ("road",), table.astype(np.float32), flags, flags, {}, {})
-    pool = Pool((one,))
+    pool = EvaluationPool((one,))
     assert pool.gains("blurred_copy", "student", "road").tolist() == [[1.0] * 4]
     assert pool.gains("random", "student", "road").tolist() == [[2.0] * 4, [-7.0] * 4]
 
 
 def test_seeds_of_two_explainers_must_be_as_many() -> None:
-    demand_pairs(["a", "b#1", "b#2", "c#1", "c#2"])
+    check_pairs(["a", "b#1", "b#2", "c#1", "c#2"])
     with pytest.raises(UserError, match="b 2, c 3"):
-        demand_pairs(["b#1", "b#2", "c#1", "c#2", "c#3"])
+        check_pairs(["b#1", "b#2", "c#1", "c#2", "c#3"])

@@ -18,19 +18,19 @@ from camdistill.experiments.ranking.ranking_analysis import (
     table,
 )
 from camdistill.experiments.ranking.ranking_arms import NONE, Arm, Classroom, Family, arms_of
-from camdistill.experiments.ranking.ranking_config import Study, Tuning
-from camdistill.experiments.ranking.ranking_records import Record, packed
+from camdistill.experiments.ranking.ranking_config import RankingStudy, Tuning
+from camdistill.experiments.ranking.ranking_records import StudentRecord, pack_bits
 from camdistill.experiments.ranking.ranking_report import (
-    chart,
     gate_text,
     log_scalars,
+    ranking_chart,
+    ranking_results,
     ranking_text,
-    results,
 )
-from camdistill.experiments.ranking.ranking_run import Found
+from camdistill.experiments.ranking.ranking_run import RankingRuns
 from camdistill.experiments.ranking.student_controls import CONTROLS
 from camdistill.experiments.ranking.student_task import Recipe
-from camdistill.experiments.ranking.teacher_outputs import Piece
+from camdistill.experiments.ranking.teacher_outputs import CachedPart
 from camdistill.experiments.shared.seed_statistics import Bootstrap
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.report.results import read_results, write_results
@@ -49,9 +49,11 @@ RATES = {
 SPEC = NetworkSpec("shallow_cnn")
 
 
-def found_with(rates: dict[tuple[object, ...], float], seeds: int = 4, images: int = 3000) -> Found:
+def found_with(
+    rates: dict[tuple[object, ...], float], seeds: int = 4, images: int = 3000
+) -> RankingRuns:
     """Every other arm agrees on 70 of 100 images, like students without maps."""
-    study = Study(
+    study = RankingStudy(
         SPEC, ShapesData(), METHODS, {"tiny": SPEC, "wide": SPEC}, [100, 400],
         range(seeds), controls_n=[100], tuning=Tuning([1.0, 3.0, 9.0]),
     )  # fmt: skip
@@ -64,26 +66,26 @@ def found_with(rates: dict[tuple[object, ...], float], seeds: int = 4, images: i
                     parts = (arm.method, arm.control or arm.share)
                     rate = rates.get(tuple(part for part in parts if part is not None), 0.7)
                     agrees = rng.random(images) < rate + rng.normal(0, 0.004)
-                    records[family, n, arm.name, seed] = Record(
+                    records[family, n, arm.name, seed] = StudentRecord(
                         key="", family=family, n=n, arm=arm.name, beta=float(arm != NONE),
                         seed=seed, val=0.5, test=float(agrees.mean()), kl=1.0,
-                        agrees=packed(agrees),
+                        agrees=pack_bits(agrees),
                         images=images, seconds=1.0,
                     )  # fmt: skip
     room = Classroom(
-        Piece(Path(), ""), {}, {name: Family(SPEC, "", (8, 8)) for name in study.students},
+        CachedPart(Path(), ""), {}, {name: Family(SPEC, "", (8, 8)) for name in study.students},
         Recipe(), 6,
     )  # fmt: skip
     betas = {(family, arm.name): 1.0 for family in study.students for arm in arms}
-    return Found(study, room, arms, records, betas)
+    return RankingRuns(study, room, arms, records, betas)
 
 
 @pytest.fixture(scope="module")
-def found() -> Found:
+def found() -> RankingRuns:
     return found_with(RATES)
 
 
-def test_table_ranks_methods_by_their_gain_over_students_without_maps(found: Found) -> None:
+def test_table_ranks_methods_by_their_gain_over_students_without_maps(found: RankingRuns) -> None:
     rows = table(found, ("tiny", 100))
     assert list(rows)[:3] == METHODS
     assert len(rows) == 4 + 3 + 8 + 3
@@ -105,7 +107,7 @@ def test_table_ranks_methods_by_their_gain_over_students_without_maps(found: Fou
     assert set(table(found, ("tiny", 400))) == {"none", *METHODS}
 
 
-def test_specific_gain_is_over_own_controls_and_those_of_no_method(found: Found) -> None:
+def test_specific_gain_is_over_own_controls_and_those_of_no_method(found: RankingRuns) -> None:
     rows = table(found, ("tiny", 100))
     good, fair = rows["good"], rows["fair"]
     assert good.specific is not None
@@ -119,7 +121,7 @@ def test_specific_gain_is_over_own_controls_and_those_of_no_method(found: Found)
     assert fair.specific.mean == pytest.approx(0.08, abs=0.02)
 
 
-def test_methods_are_told_apart_where_they_differ(found: Found) -> None:
+def test_methods_are_told_apart_where_they_differ(found: RankingRuns) -> None:
     known = pairs(found, ("tiny", 400))
     assert [(one.better, one.worse) for one in known] == [
         ("good", "fair"), ("good", "useless"), ("fair", "useless"),
@@ -130,7 +132,7 @@ def test_methods_are_told_apart_where_they_differ(found: Found) -> None:
     assert all(one.p_holm > 0.05 for one in alike)
 
 
-def test_gates_hold_where_they_should(found: Found) -> None:
+def test_gates_hold_where_they_should(found: RankingRuns) -> None:
     known = gates(found, ("tiny", 100))
     assert [gate.holds for gate in known] == [True, True, True, True]
     assert "Spearman 1.00" in known[2].says
@@ -151,12 +153,12 @@ def test_gates_fail_where_they_should(rates: dict[tuple[object, ...], float], pl
     assert [number for number, gate in enumerate(known) if gate.holds is False] == [place]
 
 
-def test_gates_without_their_runs_are_not_run(found: Found) -> None:
+def test_gates_without_their_runs_are_not_run(found: RankingRuns) -> None:
     known = gates(found, ("tiny", 400))
     assert [gate.holds for gate in known] == [None, None, None, True]
 
 
-def test_ladder_is_the_rank_correlation_of_share_and_agreement(found: Found) -> None:
+def test_ladder_is_the_rank_correlation_of_share_and_agreement(found: RankingRuns) -> None:
     steps = mixtures(found, ("tiny", 100), Arm("good"))
     assert list(steps) == [0.0, 0.25, 0.5, 0.75, 1.0]
     means = agreements(found, ("tiny", 100), steps)
@@ -168,7 +170,7 @@ def test_ladder_is_the_rank_correlation_of_share_and_agreement(found: Found) -> 
     assert np.isnan(ladder_correlation([0.0, 0.5, 1.0], [1.0, 1.0, 1.0]))
 
 
-def test_area_is_the_mean_gain_over_n(found: Found) -> None:
+def test_area_is_the_mean_gain_over_n(found: RankingRuns) -> None:
     whole = area(found, "tiny", Arm("good"))
     assert whole is not None
     each = [table(found, ("tiny", n))["good"].gain for n in (100, 400)]
@@ -176,13 +178,13 @@ def test_area_is_the_mean_gain_over_n(found: Found) -> None:
     assert area(found, "tiny", Arm(control="random")) is None, "it ran at one n alone"
 
 
-def test_orders_of_all_conditions_are_compared(found: Found) -> None:
+def test_orders_of_all_conditions_are_compared(found: RankingRuns) -> None:
     tau = orders_agree(found)
     assert len(tau) == 6
     assert tau["tiny n=100 | wide n=400"] == pytest.approx(1.0)
 
 
-def test_report_says_everything_and_can_be_read_back(found: Found, tmp_path: Path) -> None:
+def test_report_says_everything_and_can_be_read_back(found: RankingRuns, tmp_path: Path) -> None:
     leaks = {"good": Leak(table(found, ("tiny", 100))["good"].agreement, 0.2)}
     text = f"{gate_text(found)}\n{ranking_text(found, leaks)}"
     assert text.count("holds") == 8
@@ -192,7 +194,7 @@ def test_report_says_everything_and_can_be_read_back(found: Found, tmp_path: Pat
         assert part in text
     assert "Beta at the edge of what was tried: none of tiny (1), random of tiny (1)" in text
     assert "One seed" not in text
-    path = write_results(tmp_path / "results.json", results(found, leaks, {"good": 0.5}))
+    path = write_results(tmp_path / "results.json", ranking_results(found, leaks, {"good": 0.5}))
     read = read_results(path)
     row = read["students"]["tiny"]["n=100"]["good"]  # type: ignore[index]
     scores = {
@@ -204,7 +206,7 @@ def test_report_says_everything_and_can_be_read_back(found: Found, tmp_path: Pat
     assert read["gates"]["tiny n=100"][0]["holds"] is True  # type: ignore[index]
     assert read["leakage"]["good"]["chance"] == 0.2  # type: ignore[index]
     assert read["blank"] == {"good": 0.5}
-    assert chart(found).shape[2] == 3
+    assert ranking_chart(found).shape[2] == 3
 
 
 def test_what_cannot_be_told_is_not_printed() -> None:
@@ -216,7 +218,7 @@ def test_what_cannot_be_told_is_not_printed() -> None:
     assert text.endswith("over test images alone and say nothing of other students.")
 
 
-def test_scalars_of_arms_that_are_gone_are_gone(found: Found, tmp_path: Path) -> None:
+def test_scalars_of_arms_that_are_gone_are_gone(found: RankingRuns, tmp_path: Path) -> None:
     (tmp_path / "tensorboard" / "tiny.old").mkdir(parents=True)
     (tmp_path / "tensorboard" / "tiny.old" / "events.out.tfevents.1.x").touch()
     folder = log_scalars(found, tmp_path)
@@ -224,7 +226,9 @@ def test_scalars_of_arms_that_are_gone_are_gone(found: Found, tmp_path: Path) ->
     assert (folder / "tiny.good").is_dir()
 
 
-def test_scalars_have_n_as_their_step_and_are_drawn_anew(found: Found, tmp_path: Path) -> None:
+def test_scalars_have_n_as_their_step_and_are_drawn_anew(
+    found: RankingRuns, tmp_path: Path
+) -> None:
     log_scalars(found, tmp_path)
     folder = log_scalars(found, tmp_path)
     known = read_scalars(folder / "tiny.good")

@@ -11,23 +11,28 @@ import torch
 from camdistill.data.modules import ShapesData
 from camdistill.errors import UserError
 from camdistill.experiments.ranking.ranking_arms import NONE, Arm, Classroom, Run, arms_of
-from camdistill.experiments.ranking.ranking_config import Study, Tuning
-from camdistill.experiments.ranking.ranking_records import Record
-from camdistill.experiments.ranking.ranking_run import LEDGER, Found, prepared, ranked
+from camdistill.experiments.ranking.ranking_config import RankingStudy, Tuning
+from camdistill.experiments.ranking.ranking_records import StudentRecord
+from camdistill.experiments.ranking.ranking_run import (
+    LEDGER,
+    RankingRuns,
+    prepare_classroom,
+    run_ranking,
+)
 from camdistill.experiments.ranking.student_controls import CONTROLS
 from camdistill.experiments.ranking.student_task import Recipe
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec
 from camdistill.networks.weights import save_safetensors
 from camdistill.store.array_files import lock_cache
-from camdistill.store.run_log import Ledger
+from camdistill.store.run_log import RunLog
 
 SPEC = {"channels": [4, 6], "strides": [2, 2]}
 SPEC_OF = NetworkSpec("shallow_cnn", args=SPEC)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(tmp_path_factory: pytest.TempPathFactory) -> RankingStudy:
     folder = tmp_path_factory.mktemp("study")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -35,7 +40,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         with torch.no_grad():
             network.linear.weight *= 30
     save_safetensors(folder / "teacher.safetensors", network.state_dict(), {})
-    return Study(
+    return RankingStudy(
         teacher=NetworkSpec("shallow_cnn", str(folder / "teacher.safetensors"), SPEC),  # type: ignore[arg-type]
         data=ShapesData(train=60, val=20, test=30, classes=6),
         methods=["grad_cam@stage2", "mask:parts"],
@@ -51,8 +56,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture(scope="module")
-def whole(study: Study) -> Found:
-    return ranked(study)
+def whole(study: RankingStudy) -> RankingRuns:
+    return run_ranking(study)
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     made: list[Run] = []
     call = Classroom.__call__
 
-    def counted(self: Classroom, runs: list[Run]) -> list[Record]:
+    def counted(self: Classroom, runs: list[Run]) -> list[StudentRecord]:
         made.extend(runs)
         return call(self, runs)
 
@@ -69,7 +74,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     return made
 
 
-def test_every_arm_runs_at_its_n_with_every_seed(whole: Found) -> None:
+def test_every_arm_runs_at_its_n_with_every_seed(whole: RankingRuns) -> None:
     controls = [arm for arm in whole.arms if arm.control or arm.share]
     # 3 need no method, 8 and a mixture are of the first method
     assert len(controls) == 12
@@ -92,8 +97,10 @@ def test_controls_are_those_that_can_be_made() -> None:
     assert len(set(names)) == len(names) == 4 + 8 + 7 + 2 + 2
 
 
-def test_beta_is_the_best_on_validation_images_of_other_seeds(study: Study, whole: Found) -> None:
-    records = Ledger(study.folder / LEDGER, Record).records.values()
+def test_beta_is_the_best_on_validation_images_of_other_seeds(
+    study: RankingStudy, whole: RankingRuns
+) -> None:
+    records = RunLog(study.folder / LEDGER, StudentRecord).records.values()
     for (family, name), beta in whole.betas.items():
         tried = [one for one in records if (one.arm, one.seed, one.family) == (name, 7, family)]
         if name == "none":
@@ -107,37 +114,43 @@ def test_beta_is_the_best_on_validation_images_of_other_seeds(study: Study, whol
         assert {one.beta for one in own} == {beta}
 
 
-def test_finished_runs_of_other_settings_are_counted(study: Study, whole: Found) -> None:
+def test_finished_runs_of_other_settings_are_counted(
+    study: RankingStudy, whole: RankingRuns
+) -> None:
     counts: list[int] = []
-    ranked(study, on_unused=counts.append)
+    run_ranking(study, on_unused=counts.append)
     assert counts == []
-    found = ranked(replace(study, seeds=[0]), on_unused=counts.append)
+    found = run_ranking(replace(study, seeds=[0]), on_unused=counts.append)
     assert counts == [len(whole.records) - len(found.records)]
 
 
 def test_a_killed_study_goes_on_and_equals_the_one_that_was_not(
-    study: Study, whole: Found, ran: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: RankingStudy,
+    whole: RankingRuns,
+    ran: list[Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     again = replace(study, folder=tmp_path / "again")
-    add, count = Ledger.add, [0]
+    add, count = RunLog.add, [0]
 
-    def killed(self: Ledger, records: list[Record]) -> None:
+    def killed(self: RunLog, records: list[StudentRecord]) -> None:
         count[0] += 1
         if count[0] == 20:
             raise KeyboardInterrupt
         add(self, records)
 
-    monkeypatch.setattr(Ledger, "add", killed)
+    monkeypatch.setattr(RunLog, "add", killed)
     with pytest.raises(KeyboardInterrupt):
-        ranked(again)
-    monkeypatch.setattr(Ledger, "add", add)
+        run_ranking(again)
+    monkeypatch.setattr(RunLog, "add", add)
     first = len(ran)
     assert first == 20
     path = again.folder / LEDGER
     with path.open("ab") as file:
         file.write(b'{"key": "torn')
-    found = ranked(again)
-    total = len(Ledger(path, Record).records)
+    found = run_ranking(again)
+    total = len(RunLog(path, StudentRecord).records)
     assert len(ran) - first == total - 19
     assert found.betas == whole.betas
     plain = {key: replace(one, seconds=0.0) for key, one in found.records.items()}
@@ -145,41 +158,43 @@ def test_a_killed_study_goes_on_and_equals_the_one_that_was_not(
 
 
 def test_nothing_runs_twice_and_widening_runs_what_is_new(
-    study: Study, whole: Found, ran: list[Run]
+    study: RankingStudy, whole: RankingRuns, ran: list[Run]
 ) -> None:
     progress: list[tuple[str, int, int]] = []
-    assert ranked(study, on_progress=lambda *what: progress.append(what)).records == whole.records
+    assert (
+        run_ranking(study, on_progress=lambda *what: progress.append(what)).records == whole.records
+    )
     assert ran == []
     total = progress[-1][2]
     assert progress[-1] == ("students", total, total)
-    ranked(replace(study, seeds=[0, 1, 2]))
+    run_ranking(replace(study, seeds=[0, 1, 2]))
     assert {run.seed for run in ran} == {2}
     assert len(ran) == len(whole.records) // 2
     ran.clear()
-    ranked(replace(study, recipe=replace(study.recipe, steps=3), methods=study.methods[:1]))
+    run_ranking(replace(study, recipe=replace(study.recipe, steps=3), methods=study.methods[:1]))
     assert len(ran) == len({(run.n, run.arm, run.beta, run.seed) for run in ran}) > 20
 
 
 def test_another_n_runs_what_is_new_and_fewer_run_nothing(
-    study: Study, ran: list[Run], tmp_path: Path
+    study: RankingStudy, ran: list[Run], tmp_path: Path
 ) -> None:
     narrow = replace(
         study, folder=tmp_path, n=[16], controls=["mean", "randomized"], controls_n=[], seeds=[0]
     )
-    first = ranked(narrow)
+    first = run_ranking(narrow)
     made = len(ran)
     ran.clear()
-    wide = ranked(replace(narrow, n=[16, 40]))
+    wide = run_ranking(replace(narrow, n=[16, 40]))
     assert {run.n for run in ran} == {40}
     assert len(ran) == len(first.records)
     assert {key: one for key, one in wide.records.items() if key[1] == 16} == first.records
     ran.clear()
-    assert ranked(replace(narrow, n=[40])).records.items() <= wide.records.items()
-    assert ranked(narrow).records == first.records
+    assert run_ranking(replace(narrow, n=[40])).records.items() <= wide.records.items()
+    assert run_ranking(narrow).records == first.records
     assert ran == []
     # one that was never narrower has another pool, and the same numbers but for rounding, and for
     # the random teacher's normalizations, which are set by up to 512 images of the pool
-    fresh = ranked(replace(narrow, n=[16, 40], folder=tmp_path / "fresh"))
+    fresh = run_ranking(replace(narrow, n=[16, 40], folder=tmp_path / "fresh"))
     assert len(ran) == made + len(first.records)
     for key, one in fresh.records.items():
         if "randomized" not in key[2]:
@@ -187,56 +202,60 @@ def test_another_n_runs_what_is_new_and_fewer_run_nothing(
 
 
 def test_families_and_methods_of_two_names_are_one_run(
-    study: Study, ran: list[Run], tmp_path: Path
+    study: RankingStudy, ran: list[Run], tmp_path: Path
 ) -> None:
     short = replace(
         study, folder=tmp_path, n=[16], controls=[], controls_n=[], shares=[], seeds=[0],
         methods=["grad_cam@stage2", "grad_cam"], tuning=Tuning([1.0], 16, [7]),
     )  # fmt: skip
-    first = ranked(short).records
+    first = run_ranking(short).records
     assert len(ran) == 2
-    other = ranked(replace(short, students={"a": SPEC_OF, "b": SPEC_OF})).records
+    other = run_ranking(replace(short, students={"a": SPEC_OF, "b": SPEC_OF})).records
     assert len(ran) == 2
     assert set(other) == {(family, *key[1:]) for family in "ab" for key in first}
     assert all(one.family == key[0] for key, one in other.items())
 
 
 def test_wrong_layers_and_students_are_told_before_the_teacher_is_asked(
-    study: Study, tmp_path: Path
+    study: RankingStudy, tmp_path: Path
 ) -> None:
     wrong = replace(study, folder=tmp_path, methods=["mask:parts", "grad_cam@stage9"])
     with pytest.raises(UserError, match="no layer 'stage9'"):
-        prepared(wrong, "cpu")
+        prepare_classroom(wrong, "cpu")
     with pytest.raises(UserError, match="don't end in global average pooling"):
-        prepared(replace(study, folder=tmp_path, students={"v": NetworkSpec("vgg11")}), "cpu")
+        prepare_classroom(
+            replace(study, folder=tmp_path, students={"v": NetworkSpec("vgg11")}), "cpu"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stacks_give_the_numbers_of_single_runs(study: Study, whole: Found, tmp_path: Path) -> None:
+def test_stacks_give_the_numbers_of_single_runs(
+    study: RankingStudy, whole: RankingRuns, tmp_path: Path
+) -> None:
     short = replace(study, folder=tmp_path, controls=["random", "shuffled"], seeds=[0])
-    found = ranked(short, stack=5)
+    found = run_ranking(short, stack=5)
     for key, one in found.records.items():
         assert whole.records[key].kl == pytest.approx(one.kl, rel=1e-3)
         assert np.mean(whole.records[key].scores() == one.scores()) > 0.9
 
 
 def test_gates_are_told_before_the_other_methods_run(
-    study: Study, ran: list[Run], tmp_path: Path
+    study: RankingStudy, ran: list[Run], tmp_path: Path
 ) -> None:
     seen: list[tuple[int, set[str]]] = []
 
-    def note(early: Found) -> None:
+    def note(early: RankingRuns) -> None:
         seen.append((len(ran), {run.arm.name for run in ran}))
         assert {arm.name for arm in early.arms} == seen[0][1]
 
-    ranked(replace(study, folder=tmp_path, n=[16], controls_n=[], seeds=[0]), on_gates=note)
+    run_ranking(replace(study, folder=tmp_path, n=[16], controls_n=[], seeds=[0]), on_gates=note)
     ((early, names),) = seen
     assert early < len(ran)
     assert {"none", "random", "grad_cam@stage2", "grad_cam@stage2 randomized"} <= names
     assert "mask:parts" not in names
 
 
-def test_maps_of_arms_are_what_their_names_say(study: Study, whole: Found) -> None:
+def test_maps_of_arms_are_what_their_names_say(study: RankingStudy, whole: RankingRuns) -> None:
     classroom = whole.classroom
     own = classroom.maps(Arm("grad_cam@stage2"), "tiny", 16)
     assert own is not None
@@ -255,7 +274,7 @@ def test_maps_of_arms_are_what_their_names_say(study: Study, whole: Found) -> No
     assert torch.equal(larger[:16], own), "a larger n contains the smaller one"
 
 
-def test_keys_tell_apart_what_gives_other_numbers(study: Study, whole: Found) -> None:
+def test_keys_tell_apart_what_gives_other_numbers(study: RankingStudy, whole: RankingRuns) -> None:
     room = whole.classroom
     run = Run("tiny", 16, Arm("mask:parts"), 1.0, 0)
     others = [
@@ -281,25 +300,27 @@ def test_keys_tell_apart_what_gives_other_numbers(study: Study, whole: Found) ->
     assert json.loads((study.folder / LEDGER).read_text().splitlines()[0])["family"] == "tiny"
 
 
-def test_one_process_at_a_time_works_in_a_folder(study: Study, tmp_path: Path) -> None:
+def test_one_process_at_a_time_works_in_a_folder(study: RankingStudy, tmp_path: Path) -> None:
     with (
         lock_cache(tmp_path / "study"),
         pytest.raises(UserError, match=r"another process works in .*; wait for it"),
     ):
-        ranked(replace(study, folder=tmp_path))
+        run_ranking(replace(study, folder=tmp_path))
 
 
 @pytest.mark.slow
-def test_processes_give_the_numbers_of_this_one(study: Study, whole: Found, tmp_path: Path) -> None:
+def test_processes_give_the_numbers_of_this_one(
+    study: RankingStudy, whole: RankingRuns, tmp_path: Path
+) -> None:
     short = replace(study, folder=tmp_path, n=[24], tuning=Tuning([1.0], 16, [7]), controls=[])
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        here = ranked(short)
+        here = run_ranking(short)
     finally:
         torch.set_num_threads(before)
     (tmp_path / LEDGER).unlink()
-    apart = ranked(short, workers=2)
+    apart = run_ranking(short, workers=2)
     assert {key: replace(one, seconds=0.0) for key, one in apart.records.items()} == {
         key: replace(one, seconds=0.0) for key, one in here.records.items()
     }
@@ -321,12 +342,14 @@ def test_processes_give_the_numbers_of_this_one(study: Study, whole: Found, tmp_
     ],
     ids=str,
 )
-def test_wrong_questions_are_told(study: Study, change: dict[str, object], says: str) -> None:
+def test_wrong_questions_are_told(
+    study: RankingStudy, change: dict[str, object], says: str
+) -> None:
     with pytest.raises(UserError, match=says):
         replace(study, **change)  # type: ignore[arg-type]
 
 
-def test_wrong_betas_and_too_few_images_are_told(study: Study) -> None:
+def test_wrong_betas_and_too_few_images_are_told(study: RankingStudy) -> None:
     for betas in ([], [0.0], [1.0, 1.0], [float("nan")], [float("inf")]):
         with pytest.raises(UserError, match=r"tuning\.betas"):
             Tuning(betas)
@@ -338,6 +361,6 @@ def test_wrong_betas_and_too_few_images_are_told(study: Study) -> None:
         with pytest.raises(UserError, match=rf"tuning\.n is {n}; students need 8"):
             Tuning([1.0, 2.0], n)
     with pytest.raises(UserError, match=r"tuning\.n is 600, but there are 60 training images"):
-        prepared(replace(study, tuning=Tuning([1.0, 2.0], 600)), "cpu")
+        prepare_classroom(replace(study, tuning=Tuning([1.0, 2.0], 600)), "cpu")
     with pytest.raises(UserError, match="n is 600, but there are 60 training images"):
-        prepared(replace(study, n=[600], controls_n=[]), "cpu")
+        prepare_classroom(replace(study, n=[600], controls_n=[]), "cpu")

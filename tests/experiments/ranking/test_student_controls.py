@@ -13,12 +13,12 @@ from torch import nn
 from camdistill.experiments.ranking.student_controls import (
     CONTROLS,
     Control,
-    blurred,
+    blur_and_restore,
     class_mean,
     control_maps,
-    mixed,
-    randomized,
-    shuffled,
+    mix_maps,
+    randomize_weights,
+    shuffle_in_class,
     spectrum_noise,
 )
 from camdistill.networks.cifar_resnet import CifarResNet
@@ -84,7 +84,7 @@ def test_spectrum_noise_forgets_where_the_map_was(maps: torch.Tensor) -> None:
 
 
 def test_shuffled_gives_every_image_anothers_map(maps: torch.Tensor) -> None:
-    found = shuffled(maps, torch.zeros(N, dtype=torch.int64), 1)
+    found = shuffle_in_class(maps, torch.zeros(N, dtype=torch.int64), 1)
     owner = [int((maps == row).all((1, 2)).nonzero()) for row in found]
     assert sorted(owner) == list(range(N))
     assert all(place != giver for place, giver in enumerate(owner))
@@ -152,19 +152,21 @@ def test_inverted_turns_the_order_of_cells_and_stays_positive(
 
 def test_blurred_keeps_the_mean_of_blocks_and_loses_what_is_finer() -> None:
     checker = (torch.arange(8)[:, None] + torch.arange(8)[None]) % 2
-    found = blurred(checker.double()[None])
+    found = blur_and_restore(checker.double()[None])
     torch.testing.assert_close(found, torch.full_like(found, 0.5))
     constant = torch.full((1, 7, 5), 3.0)
-    torch.testing.assert_close(blurred(constant), constant)
+    torch.testing.assert_close(blur_and_restore(constant), constant)
 
 
 def test_mixing_is_of_maps_of_length_one(maps: torch.Tensor) -> None:
-    other = shuffled(maps, torch.zeros(N, dtype=torch.int64), 0)
+    other = shuffle_in_class(maps, torch.zeros(N, dtype=torch.int64), 0)
     units = [part / part.flatten(1).norm(dim=1)[:, None, None] for part in (maps, 7 * other)]
-    torch.testing.assert_close(mixed(3 * maps, 7 * other, 0.25), 0.25 * units[0] + 0.75 * units[1])
-    torch.testing.assert_close(mixed(maps, other, 1.0), units[0])
+    torch.testing.assert_close(
+        mix_maps(3 * maps, 7 * other, 0.25), 0.25 * units[0] + 0.75 * units[1]
+    )
+    torch.testing.assert_close(mix_maps(maps, other, 1.0), units[0])
     with pytest.raises(ValueError, match="share is"):
-        mixed(maps, other, 1.5)
+        mix_maps(maps, other, 1.5)
 
 
 def test_randomized_teacher_is_another_function_and_the_first_stays() -> None:
@@ -172,7 +174,7 @@ def test_randomized_teacher_is_another_function_and_the_first_stays() -> None:
     teacher = Teacher.from_network(CifarResNet(20, 10))
     images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     state = {name: value.clone() for name, value in teacher.network.state_dict().items()}
-    other = randomized(teacher, images, 3)
+    other = randomize_weights(teacher, images, 3)
     for name, value in teacher.network.state_dict().items():
         assert torch.equal(value, state[name])
     changed = dict(other.network.named_parameters())
@@ -190,9 +192,9 @@ def test_randomized_teacher_is_another_function_and_the_first_stays() -> None:
         other.network.eval()
     torch.testing.assert_close(still, moving, rtol=0.05, atol=0.05)
     assert still.std() > 1e-3
-    again = randomized(teacher, images, 3)
+    again = randomize_weights(teacher, images, 3)
     torch.testing.assert_close(again(images), still)
-    assert not torch.allclose(randomized(teacher, images, 4)(images), still)
+    assert not torch.allclose(randomize_weights(teacher, images, 4)(images), still)
 
 
 def test_wrong_use_is_refused(maps: torch.Tensor, classes: torch.Tensor) -> None:
@@ -205,7 +207,7 @@ def test_wrong_use_is_refused(maps: torch.Tensor, classes: torch.Tensor) -> None
 
 def test_randomized_network_without_normalization_keeps_biases_at_zero() -> None:
     teacher = Teacher.from_network(ShallowCNN(4, (4,), (2,)))
-    other = randomized(teacher, torch.rand(8, 3, 8, 8), 0)
+    other = randomize_weights(teacher, torch.rand(8, 3, 8, 8), 0)
     assert not other.network.linear.bias.any()
 
 
@@ -217,7 +219,7 @@ def test_random_teacher_without_batch_normalization_is_alive() -> None:
             nn.Flatten(), nn.Linear(8, 4),
         )  # fmt: skip
     images = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    other = randomized(Teacher.from_network(network), images, 0)
+    other = randomize_weights(Teacher.from_network(network), images, 0)
     norm = other.network[1]
     assert (norm.weight == 1).all()
     assert not norm.bias.any()

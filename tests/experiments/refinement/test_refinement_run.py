@@ -60,7 +60,7 @@ from camdistill.measure.panel import measure, prepare_batch
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Preprocessed
 from camdistill.networks.weights import sha256_of
-from camdistill.store.run_log import Ledger
+from camdistill.store.run_log import RunLog
 
 TINY = NetworkSpec("shallow_cnn", args={"channels": [4, 6], "strides": [2, 2]})
 JUDGING = JudgingOptions(images=6, held_out=("gradient",), road=(0.5,))
@@ -167,7 +167,7 @@ def test_a_network_that_is_gone_is_made_again(found: RefinementRuns, tmp_path: P
     again = run_refinement(plan)
     assert gone.exists()
     assert again.records["seed0", "ce"].columns == first.records["seed0", "ce"].columns
-    assert len(Ledger(plan.folder / RUN_LOG, RefinementRecord).records) == 3
+    assert len(RunLog(plan.folder / RUN_LOG, RefinementRecord).records) == 3
 
 
 def test_start_networks_may_be_checkpoints_and_stay_as_they_are(

@@ -10,7 +10,7 @@ from camdistill.experiments.shared.seed_statistics import (
     Gain,
     holm,
     rank_agreement,
-    resampled,
+    resample_means,
     sign_flip_p,
 )
 
@@ -86,23 +86,23 @@ def test_a_single_seed_is_bootstrapped_over_images() -> None:
 def test_resamples_keep_arms_paired_and_take_seeds_and_images() -> None:
     values = np.arange(12, dtype=np.float32).reshape(1, 3, 4)
     both = np.concatenate([values, values + 100])
-    drawn = resampled(both, 0, resamples=3000)
+    drawn = resample_means(both, 0, resamples=3000)
     assert drawn.shape == (3000, 2, 3)
     np.testing.assert_allclose(drawn[:, 1] - drawn[:, 0], 100, atol=1e-3)
     # of 3 rows 0..2 with step 4 and 4 columns: crossed variances add up
     expected = (16 * 2 / 3) / 3 + 1.25 / 4
     assert drawn[:, 0].mean(1).var() == pytest.approx(expected, rel=0.1)
-    assert np.array_equal(drawn, resampled(both, 0, resamples=3000))
+    assert np.array_equal(drawn, resample_means(both, 0, resamples=3000))
 
 
 @pytest.mark.parametrize("seeds", [1, 4])
 def test_draws_that_are_kept_are_the_draws(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice, because the second time they come from memory."""
     scores = np.random.default_rng(3).normal(0, 1, (2, seeds, 30))
-    kept = [resampled(scores, 7, resamples=200) for _ in range(2)]
+    kept = [resample_means(scores, 7, resamples=200) for _ in range(2)]
     monkeypatch.setattr(seed_statistics, "KEPT", 0)
     for one in kept:
-        np.testing.assert_array_equal(one, resampled(scores, 7, resamples=200))
+        np.testing.assert_array_equal(one, resample_means(scores, 7, resamples=200))
 
 
 def test_specific_gain_is_over_the_best_control_of_each_seed() -> None:

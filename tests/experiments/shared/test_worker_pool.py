@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from camdistill.errors import UserError
-from camdistill.experiments.shared.worker_pool import Crew
+from camdistill.experiments.shared.worker_pool import WorkerPool
 
 
 def test_without_processes_jobs_are_done_here_in_order() -> None:
-    with Crew(eval, 0) as crew:
+    with WorkerPool(eval, 0) as crew:
         assert list(crew.results(["1 + 1", "2 + 2"])) == [("1 + 1", 2), ("2 + 2", 4)]
 
 
@@ -22,7 +22,7 @@ def test_a_killed_process_is_replaced_and_its_job_done_again(tmp_path: Path) -> 
         f"(__import__('pathlib').Path({str(note)!r}).touch(), __import__('os').kill("
         "__import__('os').getpid(), 9))"
     )
-    with Crew(eval, 2) as crew:
+    with WorkerPool(eval, 2) as crew:
         found = dict(crew.results([deadly, *(f"{number} * 10" for number in range(6))]))
         assert found == {deadly: 1} | {f"{number} * 10": number * 10 for number in range(6)}
         # the same processes do more
@@ -38,7 +38,7 @@ def test_what_others_had_begun_is_done_when_a_job_fails(tmp_path: Path) -> None:
     error = "__import__('camdistill.errors').errors.UserError('wrong')"
     wrong = f"({wait.format(begun)}, {failing}.touch(), (_ for _ in ()).throw({error}))"
     found = []
-    with Crew(eval, 2) as crew:
+    with WorkerPool(eval, 2) as crew:
         with pytest.raises(UserError, match="wrong"):
             found.extend(crew.results([slow, wrong, "3"]))
         assert found == [(slow, "done")], "what nobody had begun isn't"
@@ -49,7 +49,7 @@ def test_what_others_had_begun_is_done_when_a_job_fails(tmp_path: Path) -> None:
 def test_processes_that_start_do_not_hear_ctrl_c() -> None:
     before = signal.getsignal(signal.SIGINT)
     asks = "__import__('signal').getsignal(2) == __import__('signal').SIG_IGN"
-    with Crew(eval, 1) as crew:
+    with WorkerPool(eval, 1) as crew:
         assert list(crew.results([asks])) == [(asks, True)]
     assert signal.getsignal(signal.SIGINT) == before
 
@@ -59,15 +59,15 @@ def test_a_job_that_kills_twice_and_one_that_fails_are_told(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     with (
-        Crew(eval, 1) as crew,
+        WorkerPool(eval, 1) as crew,
         pytest.raises(UserError, match=r"killed 2 times \(exit code -9\).*--workers"),
     ):
         list(crew.results(["__import__('os').kill(__import__('os').getpid(), 9)"]))
-    with Crew(eval, 1) as crew:
+    with WorkerPool(eval, 1) as crew:
         with pytest.raises(RuntimeError, match="its traceback stands above"):
             list(crew.results(["1 / 0"]))
         assert "ZeroDivisionError" in capfd.readouterr().err
-    with Crew(eval, 1) as crew, pytest.raises(UserError, match="no network 'resnte20'"):
+    with WorkerPool(eval, 1) as crew, pytest.raises(UserError, match="no network 'resnte20'"):
         list(
             crew.results(
                 [

@@ -14,11 +14,15 @@ from camdistill.errors import UserError, check_each_once, check_number
 from camdistill.experiments.adaptation.bilevel import AdaptationTask, adapt_once, pool_contributions
 from camdistill.experiments.ranking import student_controls
 from camdistill.experiments.ranking.ranking_arms import Classroom
-from camdistill.experiments.ranking.ranking_config import Study
+from camdistill.experiments.ranking.ranking_config import RankingStudy
 from camdistill.experiments.ranking.ranking_run import Progress
-from camdistill.experiments.ranking.student_task import Lesson
-from camdistill.experiments.ranking.student_training import Students, judged, teach
-from camdistill.experiments.ranking.teacher_outputs import digest_of, held_out, pool_of
+from camdistill.experiments.ranking.student_task import StudentTask
+from camdistill.experiments.ranking.student_training import (
+    Students,
+    measure_students,
+    train_students,
+)
+from camdistill.experiments.ranking.teacher_outputs import digest_of, load_held_out, pool_of
 from camdistill.explain.learnable import SETTINGS, LearnableCAM, load_explainer
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import read_weights
@@ -85,7 +89,7 @@ class Adaptation:
         """Seeds of the rounds' students."""
         return range(self.seed, self.seed + self.rounds)
 
-    def check_fresh_seeds(self, study: Study) -> None:
+    def check_fresh_seeds(self, study: RankingStudy) -> None:
         """Refuse seeds that the parameters have seen: students must be new to them."""
         used_seeds = {*self.judges, *self._seeds}
         for name, seeds in (("seeds", study.seeds), ("tuning.seeds", study.tuning.seeds)):
@@ -221,7 +225,7 @@ def _build_task(
     pool = pool_of(classroom.known, adaptation.n)
     pool = type(pool)(*(tensor.to(classroom.device) for tensor in pool))
     contributions = pool_contributions(teacher, pool, adaptation.layers, on_progress)
-    pixels, logits = held_out(classroom.known, "val")
+    pixels, logits = load_held_out(classroom.known, "val")
     if len(pixels) < 4:
         raise UserError(
             f"there are {len(pixels)} validation images: half of them teach the explainer and half "
@@ -248,11 +252,13 @@ def _evaluate_round(
     maps = task.targets(explainer, family.grid)
     kl, agreement = [], []
     for seed in adaptation.judges:
-        students = Students.untrained(
+        students = Students.from_seeds(
             family.spec, classroom.classes, [seed], layer=family.layer, device=classroom.device
         )
-        teach(students, task.pool, [Lesson(seed, adaptation.beta, maps)], classroom.recipe)
-        judgment = judged(students, stop_images.pixels, stop_images.logits)
+        train_students(
+            students, task.pool, [StudentTask(seed, adaptation.beta, maps)], classroom.recipe
+        )
+        judgment = measure_students(students, stop_images.pixels, stop_images.logits)
         kl.append(float(judgment.kl.double().mean()))
         agreement.append(float(judgment.agrees.double().mean()))
     return AdaptationRound(number, float(np.mean(kl)), float(np.mean(agreement)))

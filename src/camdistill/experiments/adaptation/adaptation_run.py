@@ -20,17 +20,17 @@ from camdistill.experiments.adaptation.adaptation_rounds import (
     AdaptedExplainer,
     run_rounds,
 )
-from camdistill.experiments.evaluation.evaluation_values import save
+from camdistill.experiments.evaluation.evaluation_values import save_arrays
 from camdistill.experiments.ranking.ranking_arms import Classroom
-from camdistill.experiments.ranking.ranking_config import Study
+from camdistill.experiments.ranking.ranking_config import RankingStudy
 from camdistill.experiments.ranking.ranking_run import (
     CALIBRATION,
-    Found,
     Progress,
-    prepared,
-    ranked,
+    RankingRuns,
+    prepare_classroom,
+    run_ranking,
 )
-from camdistill.experiments.ranking.student_controls import randomized
+from camdistill.experiments.ranking.student_controls import randomize_weights
 from camdistill.experiments.ranking.teacher_outputs import pool_of
 from camdistill.explain.gradcam import last_layer
 from camdistill.explain.learnable import LearnableCAM
@@ -53,7 +53,7 @@ class AdaptationOutcome:
 
     adapted: AdaptedExplainer
     control: AdaptedExplainer
-    ranking: Found
+    ranking: RankingRuns
     names: Mapping[str, str]
 
     def short_name(self, arm: str) -> str:
@@ -70,7 +70,7 @@ def shorten_arm(arm: str, names: Mapping[str, str]) -> str:
 
 
 def adapt_study(
-    study: Study,
+    study: RankingStudy,
     adaptation: Adaptation,
     *,
     other_methods: Sequence[str] = (),
@@ -106,13 +106,13 @@ def adapt_study(
             controls=(),
             controls_of=(),
         )
-        classroom = prepared(base_study, device, on_progress)
+        classroom = prepare_classroom(base_study, device, on_progress)
         adaptation = _fill_defaults(adaptation, study, teacher, classroom)
         sized_classroom = classroom.room(adaptation.n or max(study.n))
         adapted = run_rounds("teacher", teacher, sized_classroom, adaptation, folder, on_progress)
         adapted.explainer.save(folder / ADAPTED, {"best_round": adapted.best})
         calibration = as_images(pool_of(sized_classroom.known, CALIBRATION).pixels).to(device)
-        random_teacher = randomized(teacher, calibration, study.seed).to(device)
+        random_teacher = randomize_weights(teacher, calibration, study.seed).to(device)
         control = run_rounds(
             "randomized", random_teacher, sized_classroom, adaptation, folder, on_progress
         )
@@ -124,7 +124,7 @@ def adapt_study(
     }
     methods = list(dict.fromkeys([*names.values(), *other_methods]))
     ranking_study = replace(study, methods=methods)
-    ranking = ranked(
+    ranking = run_ranking(
         ranking_study,
         workers=workers,
         stack=stack,
@@ -136,7 +136,7 @@ def adapt_study(
 
 
 def _fill_defaults(
-    adaptation: Adaptation, study: Study, teacher: Teacher, classroom: Classroom
+    adaptation: Adaptation, study: RankingStudy, teacher: Teacher, classroom: Classroom
 ) -> Adaptation:
     """With what the study and the teacher say where nothing was chosen."""
     pool = pool_of(classroom.known)
@@ -172,4 +172,4 @@ def _save_control_maps(
             )
         ]
         views.append(torch.cat(chunks).detach().numpy())
-    save(path, {"maps": views[0], "mirrored": views[1], "ids": pool.ids.numpy()})
+    save_arrays(path, {"maps": views[0], "mirrored": views[1], "ids": pool.ids.numpy()})

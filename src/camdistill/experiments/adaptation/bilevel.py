@@ -23,7 +23,7 @@ from camdistill.distill.losses import map_distance, soft_targets_kl
 from camdistill.distill.training import as_images, build_with_seed
 from camdistill.errors import UserError
 from camdistill.experiments.ranking.ranking_arms import Family
-from camdistill.experiments.ranking.student_task import Pool, Recipe, Taught, batch_at
+from camdistill.experiments.ranking.student_task import ImagePool, Recipe, StudentBatch, batch_at
 from camdistill.explain.learnable import LearnableCAM, unit_contributions
 from camdistill.explain.maps import relu, resize
 from camdistill.networks.capture import capture
@@ -46,7 +46,7 @@ class AdaptationTask(NamedTuple):
         simulation_logits: The teacher's for them.
     """
 
-    pool: Pool
+    pool: ImagePool
     contributions: Mapping[str, Float[Tensor, "..."]]
     simulation_pixels: Pixels
     simulation_logits: Float[Tensor, "asked classes"]
@@ -65,7 +65,7 @@ class AdaptationTask(NamedTuple):
             ]
         return torch.stack(views, 1)
 
-    def batch_contributions(self, student_batch: Taught) -> dict[str, Tensor]:
+    def batch_contributions(self, student_batch: StudentBatch) -> dict[str, Tensor]:
         """The contributions that belong to a batch."""
         return self._select_rows(student_batch.positions, student_batch.view.flip.long())
 
@@ -76,7 +76,10 @@ class AdaptationTask(NamedTuple):
 
 
 def pool_contributions(
-    teacher: Teacher, pool: Pool, layers: Sequence[str], on_progress: Callable[[int, int], None]
+    teacher: Teacher,
+    pool: ImagePool,
+    layers: Sequence[str],
+    on_progress: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
     """A teacher's contributions of the pool, for the top classes that the pool's logits say."""
     parts_by_layer: dict[str, list[list[Tensor]]] = {name: [[], []] for name in layers}
@@ -121,7 +124,7 @@ class DifferentiableStudent:
 
     def training_loss(
         self,
-        student_batch: Taught,
+        student_batch: StudentBatch,
         teacher_logits: Logits,
         maps: Tensor,
         beta: float,
@@ -174,7 +177,7 @@ def look_ahead(
     student: DifferentiableStudent,
     explainer: LearnableCAM,
     task: AdaptationTask,
-    student_batch: Taught,
+    student_batch: StudentBatch,
     simulation_rows: Tensor,
     *,
     grid: tuple[int, int],

@@ -7,9 +7,13 @@ import numpy as np
 from jaxtyping import Float
 
 from camdistill import tags
-from camdistill.experiments.evaluation.evaluation_run import Evaluation, maps_of, pictures
-from camdistill.experiments.evaluation.evaluation_values import CURVES, Values, signed
-from camdistill.experiments.evaluation.pooling import Pool
+from camdistill.experiments.evaluation.evaluation_run import (
+    Evaluation,
+    example_maps,
+    explainer_maps,
+)
+from camdistill.experiments.evaluation.evaluation_values import CURVES, Values, sign_of
+from camdistill.experiments.evaluation.pooling import EvaluationPool
 from camdistill.measure.intervals import Interval
 from camdistill.measure.metrics import metric_of
 from camdistill.measure.removal import LEVELS
@@ -25,18 +29,18 @@ ABREAST = 5  # charts in one line
 
 def write_pictures(
     evaluation: Evaluation,
-    pool: Pool,
+    pool: EvaluationPool,
     table: Mapping[str, Mapping[str, Interval]],
     text: str,
     folder: Path,
 ) -> None:
     """Writes charts, curves, best and worst images of one evaluation as PNG files and as cards."""
-    found = charts(pool, table)
-    found[tags.BEST_AND_WORST] = _best_and_worst(evaluation, pool.runs[0])
-    write_cards(found, text, folder)
+    charts_by_name = draw_charts(pool, table)
+    charts_by_name[tags.BEST_AND_WORST] = _best_and_worst(evaluation, pool.runs[0])
+    write_cards(charts_by_name, text, folder)
 
 
-def write_cards(found: Mapping[str, Picture | None], text: str, folder: Path) -> None:
+def write_cards(charts_by_name: Mapping[str, Picture | None], text: str, folder: Path) -> None:
     """Writes pictures, by their tag, as PNG files and as TensorBoard cards, beside the text.
 
     What an earlier run left of these, in files and in cards, goes: None is no picture.
@@ -44,7 +48,7 @@ def write_cards(found: Mapping[str, Picture | None], text: str, folder: Path) ->
     for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
         old.unlink()
     logger = TensorBoardLogger(folder, version="tensorboard")
-    for tag, picture in found.items():
+    for tag, picture in charts_by_name.items():
         path = folder / f"{tags.short(tag)}.png"
         if picture is None:
             path.unlink(missing_ok=True)
@@ -56,7 +60,9 @@ def write_cards(found: Mapping[str, Picture | None], text: str, folder: Path) ->
     logger.finalize("success")
 
 
-def charts(pool: Pool, table: Mapping[str, Mapping[str, Interval]]) -> dict[str, Picture | None]:
+def draw_charts(
+    pool: EvaluationPool, table: Mapping[str, Mapping[str, Interval]]
+) -> dict[str, Picture | None]:
     """By tag: intervals of what was measured, and the curves; None where there is nothing."""
     return {
         tags.FAITHFULNESS: _chart(pool, table, mask=False),
@@ -66,7 +72,7 @@ def charts(pool: Pool, table: Mapping[str, Mapping[str, Interval]]) -> dict[str,
 
 
 def _chart(
-    pool: Pool, table: Mapping[str, Mapping[str, Interval]], *, mask: bool
+    pool: EvaluationPool, table: Mapping[str, Mapping[str, Interval]], *, mask: bool
 ) -> Picture | None:
     chosen = [metric for metric in pool.metrics if (metric_of(metric).use == "mask") == mask]
     titles = {metric: f"{metric} ({'+' if metric_of(metric).higher else '-'})" for metric in chosen}
@@ -74,20 +80,22 @@ def _chart(
         entry: {titles[metric]: row[metric] for metric in chosen if metric in row}
         for entry, row in table.items()
     }
-    shown = [title for title in titles.values() if any(title in row for row in rows.values())]
+    drawn_titles = [
+        title for title in titles.values() if any(title in row for row in rows.values())
+    ]
     several = " and seeds" if any(pool.seeds(name) > 1 for name in pool.real) else ""
     title = f"+ higher, - lower is better; 95 % intervals over {pool.images} images{several}"
     lines = []
-    for start in range(0, len(shown), ABREAST):
-        part = shown[start : start + ABREAST]
+    for start in range(0, len(drawn_titles), ABREAST):
+        part = drawn_titles[start : start + ABREAST]
         chosen_rows = {
             entry: {name: row[name] for name in part if name in row} for entry, row in rows.items()
         }
         lines.append(interval_chart(chosen_rows, title=title if start == 0 else ""))
-    return _stacked(lines) if lines else None
+    return _stack_lines(lines) if lines else None
 
 
-def _stacked(lines: Sequence[Picture]) -> Picture:
+def _stack_lines(lines: Sequence[Picture]) -> Picture:
     """One below the other, on white."""
     width = max(line.shape[1] for line in lines)
     wide = [
@@ -97,7 +105,7 @@ def _stacked(lines: Sequence[Picture]) -> Picture:
     return np.concatenate(wide)
 
 
-def _curves(pool: Pool) -> Picture | None:
+def _curves(pool: EvaluationPool) -> Picture | None:
     drawn: dict[str, dict[str, Float[np.ndarray, "rows levels"]]] = {}
     for metric in CURVES:
         for name in (*pool.real, "random", "oracle"):
@@ -113,15 +121,15 @@ def _best_and_worst(evaluation: Evaluation, values: Values) -> Picture | None:
         return None
     metric, explainer = chosen[0], evaluation.explainers[0]
     scores = values.of(explainer.name, metric)
-    order = np.argsort(-signed(metric) * scores)
+    order = np.argsort(-sign_of(metric) * scores)
     order = order[~np.isnan(scores[order])]
-    shown = min(SHOWN, len(order) // 2)
+    picture_count = min(SHOWN, len(order) // 2)
     rows = []
-    for place in (*order[:shown], *order[len(order) - shown :]):
+    for place in (*order[:picture_count], *order[len(order) - picture_count :]):
         start = int(place) // evaluation.batch * evaluation.batch
-        images = pictures(evaluation, start)
+        images = example_maps(evaluation, start)
         classes = evaluation.subject.network(images).argmax(1)
-        maps = maps_of(explainer, evaluation.subject.network, images, classes, start)
+        maps = explainer_maps(explainer, evaluation.subject.network, images, classes, start)
         within = int(place) - start
         name = str(evaluation.subject.images.names[int(place)])
         caption = [name[-20:], f"{scores[place]:.3f}"]

@@ -21,10 +21,16 @@ from camdistill.experiments.evaluation.evaluation_values import (
     LADDER,
     ORACLE,
     Values,
-    joined,
+    join_values,
     save_values,
 )
-from camdistill.experiments.evaluation.partial_results import Arrays, clear, finished, kept, room
+from camdistill.experiments.evaluation.partial_results import (
+    Arrays,
+    clear,
+    load_or_compute,
+    partial_folder,
+    read_finished,
+)
 from camdistill.explain.maps import resize
 from camdistill.measure import controls
 from camdistill.measure.boxes import inside_boxes
@@ -35,7 +41,7 @@ from camdistill.types import Explain, Images, Maps, Masks, Pixels
 
 
 @dataclass(frozen=True)
-class Explainer:
+class EvaluatedExplainer:
     """What is compared.
 
     Attributes:
@@ -58,7 +64,7 @@ class Explainer:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationSubject:
     """The network and the images that explainers are compared on.
 
     Attributes:
@@ -75,7 +81,7 @@ class Subject:
     channels: int = 3
 
     @property
-    def located(self) -> bool:
+    def has_locations(self) -> bool:
         """Whether the images say where their objects are."""
         return self.images.masks is not None or self.images.boxes is not None
 
@@ -94,8 +100,8 @@ class Evaluation:
         settings: What tells this evaluation from another: files, options.
     """
 
-    subject: Subject
-    explainers: Sequence[Explainer]
+    subject: EvaluationSubject
+    explainers: Sequence[EvaluatedExplainer]
     metrics: Sequence[str]
     seed: int
     batch: int
@@ -103,7 +109,7 @@ class Evaluation:
     settings: Mapping[str, object]
 
 
-def evaluate(
+def evaluate_explainers(
     evaluation: Evaluation, folder: Path, on_batch: Callable[[int, int], None] | None = None
 ) -> Values:
     """Measures every explainer and control on every image.
@@ -119,38 +125,40 @@ def evaluate(
             map.
     """
     starts = range(0, len(evaluation.subject.images), evaluation.batch)
-    told = on_batch or (lambda done, total: None)
-    values = finished(folder, evaluation.settings)
+    on_batch_done = on_batch or (lambda done, total: None)
+    values = read_finished(folder, evaluation.settings)
     if values is None:
-        values = _measured(evaluation, folder, starts, told)
+        values = _measure_batches(evaluation, folder, starts, on_batch_done)
     clear(folder, evaluation.settings)
-    told(2 * len(starts), 2 * len(starts))
+    on_batch_done(2 * len(starts), 2 * len(starts))
     return values
 
 
-def _measured(
-    evaluation: Evaluation, folder: Path, starts: range, told: Callable[[int, int], None]
+def _measure_batches(
+    evaluation: Evaluation, folder: Path, starts: range, on_batch_done: Callable[[int, int], None]
 ) -> Values:
     """All batches' values, also in their file."""
-    partial = room(folder, evaluation.settings)
+    partial = partial_folder(folder, evaluation.settings)
     sums = []
     for number, start in enumerate(starts):
-        told(number, 2 * len(starts))
+        on_batch_done(number, 2 * len(starts))
         sums.append(
-            kept(partial / f"mean_{start:08d}.npz", functools.partial(_summed, evaluation, start))
+            load_or_compute(
+                partial / f"mean_{start:08d}.npz", functools.partial(_sum_maps, evaluation, start)
+            )
         )
     mean = _mean(sums)
     paths = [partial / f"{start:08d}.npz" for start in starts]
     for number, (start, path) in enumerate(zip(starts, paths, strict=True)):
-        told(len(starts) + number, 2 * len(starts))
-        kept(path, functools.partial(_measured_batch, evaluation, start, mean))
-    values = joined(paths, evaluation.metrics, len(evaluation.explainers))
+        on_batch_done(len(starts) + number, 2 * len(starts))
+        load_or_compute(path, functools.partial(_measure_batch, evaluation, start, mean))
+    values = join_values(paths, evaluation.metrics, len(evaluation.explainers))
     save_values(folder, values, evaluation.subject.images.ids, evaluation.settings)
     return values
 
 
-def maps_of(
-    explainer: Explainer, network: nn.Module, images: Images, classes: Tensor, first: int
+def explainer_maps(
+    explainer: EvaluatedExplainer, network: nn.Module, images: Images, classes: Tensor, first: int
 ) -> Maps:
     """An explainer's maps at the images' resolution; `first` is the first image's position."""
     if explainer.stored is not None:
@@ -168,16 +176,16 @@ def maps_of(
     return level_constant_maps(resize(maps.float(), size))
 
 
-def pictures(evaluation: Evaluation, start: int) -> Images:
+def example_maps(evaluation: Evaluation, start: int) -> Images:
     """A batch's images in [0, 1], on the network's device."""
     rows = _positions(evaluation, start)
     parameter = next(evaluation.subject.network.parameters(), None)
-    images = _as_taken(evaluation.subject, evaluation.subject.images.batch(rows).pixels)
+    images = _match_channels(evaluation.subject, evaluation.subject.images.batch(rows).pixels)
     return images if parameter is None else images.to(parameter.device)
 
 
-def _as_taken(
-    subject: Subject, pixels: Pixels
+def _match_channels(
+    subject: EvaluationSubject, pixels: Pixels
 ) -> Float[Tensor, "batch channels_taken height width"]:
     return match_channels(as_images(pixels), subject.channels)
 
@@ -187,13 +195,13 @@ def _positions(evaluation: Evaluation, start: int) -> NDArray[np.int64]:
     return np.arange(start, stop)
 
 
-def _summed(evaluation: Evaluation, start: int) -> Arrays:
+def _sum_maps(evaluation: Evaluation, start: int) -> Arrays:
     """The sum of a batch's maps, each first divided by its largest value, and how many."""
-    images = pictures(evaluation, start)
+    images = example_maps(evaluation, start)
     with torch.no_grad():
         classes = evaluation.subject.network(images).argmax(1)
     first = evaluation.explainers[0]
-    maps = maps_of(first, evaluation.subject.network, images, classes, start)
+    maps = explainer_maps(first, evaluation.subject.network, images, classes, start)
     maps = maps[torch.isfinite(maps).flatten(1).all(1)]
     peaks = maps.abs().amax((1, 2), keepdim=True)
     total = (maps / peaks.clamp(min=1e-30)).double().sum(0).cpu().numpy()
@@ -206,12 +214,12 @@ def _mean(sums: Sequence[Arrays]) -> Float[np.ndarray, "height width"]:
     return np.asarray(total / max(count, 1), np.float32)
 
 
-def _measured_batch(
+def _measure_batch(
     evaluation: Evaluation, start: int, mean: Float[np.ndarray, "height width"]
 ) -> Arrays:
     """A batch's arrays, by what they are."""
     subject = evaluation.subject
-    images = pictures(evaluation, start)
+    images = example_maps(evaluation, start)
     masks, distractors, rerendered = _ground_truth(evaluation, start, images)
     asked = prepare_batch(
         subject.network,
@@ -221,7 +229,7 @@ def _measured_batch(
         masks=masks,
         rerendered=rerendered,
     )
-    found: Arrays = {}
+    arrays: Arrays = {}
     apart = {one.name for one in evaluation.explainers if one.apart}
     for name, maps, explain, seconds in _entries(evaluation, asked, mean, distractors, start):
         asks = [
@@ -231,13 +239,13 @@ def _measured_batch(
         nothing = torch.full((len(images),), torch.nan)
         columns = [measured.values.get(metric, nothing).cpu() for metric in evaluation.metrics]
         sound = torch.isfinite(maps).flatten(1).all(1)
-        found[f"values/{name}"] = torch.stack(columns).float().numpy()
-        found[f"seconds/{name}"] = np.full(len(images), seconds / len(images))
-        found[f"failed/{name}"] = (~sound).cpu().numpy()
-        found[f"blank/{name}"] = (sound & is_constant(maps)).cpu().numpy()
+        arrays[f"values/{name}"] = torch.stack(columns).float().numpy()
+        arrays[f"seconds/{name}"] = np.full(len(images), seconds / len(images))
+        arrays[f"failed/{name}"] = (~sound).cpu().numpy()
+        arrays[f"blank/{name}"] = (sound & is_constant(maps)).cpu().numpy()
         for metric in set(CURVES) & set(measured.curves):
-            found[f"curves/{name}/{metric}"] = measured.curves[metric].float().cpu().numpy()
-    return found
+            arrays[f"curves/{name}/{metric}"] = measured.curves[metric].float().cpu().numpy()
+    return arrays
 
 
 def _ground_truth(
@@ -256,8 +264,8 @@ def _ground_truth(
     ids = subject.images.ids[rows]
     distractors = subject.shapes.render(ids).masks["distractor"]
     empty = subject.shapes.render(ids, remove=("object", "second", "distractor"))
-    shown = _as_taken(subject, torch.from_numpy(empty.pixels)).to(images.device)
-    return masks, torch.from_numpy(distractors).to(images.device), shown
+    inputs = _match_channels(subject, torch.from_numpy(empty.pixels)).to(images.device)
+    return masks, torch.from_numpy(distractors).to(images.device), inputs
 
 
 def _entries(
@@ -271,7 +279,7 @@ def _entries(
     first: Maps | None = None
     for explainer in evaluation.explainers:
         begun = time.perf_counter()
-        maps = maps_of(explainer, asked.network, asked.images, asked.classes, start)
+        maps = explainer_maps(explainer, asked.network, asked.images, asked.classes, start)
         if maps.is_cuda:
             torch.cuda.synchronize(maps.device)
         seconds = time.perf_counter() - begun
@@ -301,7 +309,7 @@ def _controls(
     distractors: Masks | None,
 ) -> dict[str, Maps]:
     images = asked.images
-    found = {
+    control_maps = {
         "random": controls.random_maps(images, asked.generator("random")),
         "smooth_random": controls.smooth_random_maps(images, asked.generator("smooth random")),
         "edges": controls.sobel_edges(images),
@@ -311,14 +319,14 @@ def _controls(
         "blurred_copy": controls.blur_maps(torch.nan_to_num(first)),
     }
     if distractors is not None:
-        found["distractor"] = controls.mask_maps(distractors)
+        control_maps["distractor"] = controls.mask_maps(distractors)
     if asked.masks is not None:
-        found[ORACLE] = controls.mask_maps(asked.masks)
-    return {name: level_constant_maps(maps) for name, maps in found.items()}
+        control_maps[ORACLE] = controls.mask_maps(asked.masks)
+    return {name: level_constant_maps(maps) for name, maps in control_maps.items()}
 
 
-def _at_image_size(explainer: Explainer) -> Explain:
+def _at_image_size(explainer: EvaluatedExplainer) -> Explain:
     def explain(network: nn.Module, images: Images, classes: Tensor) -> Maps:
-        return maps_of(explainer, network, images, classes, 0)
+        return explainer_maps(explainer, network, images, classes, 0)
 
     return explain

@@ -5,8 +5,18 @@ from dataclasses import asdict
 
 import numpy as np
 
-from camdistill.experiments.evaluation.meta_evaluation import Verdict, beaten, rows, verdicts
-from camdistill.experiments.evaluation.pooling import Pool, Table, differences, means
+from camdistill.experiments.evaluation.meta_evaluation import (
+    Verdict,
+    list_defeats,
+    verdict_rows,
+    verdicts,
+)
+from camdistill.experiments.evaluation.pooling import (
+    EvaluationPool,
+    Table,
+    difference_table,
+    mean_table,
+)
 from camdistill.measure.intervals import Interval
 from camdistill.measure.metrics import OF_WEIGHTS, Use, metric_of
 from camdistill.report.results import Cell, text_table
@@ -19,10 +29,12 @@ _BLOCKS: dict[str, tuple[Use, ...]] = {
     "size of the map, and gates": ("axis", "gate"),
 }
 _COMPARED: tuple[Use, ...] = ("rank", "reference", "mask", "learned")
-Told = Mapping[str, Mapping[str, Cell]]
+TableCells = Mapping[str, Mapping[str, Cell]]
 
 
-def told(pool: Pool, seed: int, *, meta: bool) -> tuple[dict[str, object], Table, str]:
+def summarize_pool(
+    pool: EvaluationPool, seed: int, *, meta: bool
+) -> tuple[dict[str, object], Table, str]:
     """What was found: for results.json, for charts, and as text.
 
     Args:
@@ -30,22 +42,23 @@ def told(pool: Pool, seed: int, *, meta: bool) -> tuple[dict[str, object], Table
         seed: Of the resampling.
         meta: Put the metrics to the test: needs a ladder.
     """
-    table, gains = means(pool, seed), differences(pool, seed)
-    beats = {metric: beaten(pool, metric, seed) for metric in pool.metrics}
-    judged = [verdicts(run, seed) for run in pool.runs] if meta else []
-    blocks = _blocks(pool, {_titled(pool, name): row for name, row in table.items()})
+    table, gains = mean_table(pool, seed), difference_table(pool, seed)
+    beats = {metric: list_defeats(pool, metric, seed) for metric in pool.metrics}
+    verdicts_by_run = [verdicts(run, seed) for run in pool.runs] if meta else []
+    blocks = _blocks(pool, {_row_title(pool, name): row for name, row in table.items()})
     of_use = [metric for metric in pool.metrics if metric_of(metric).use in _COMPARED]
-    minus = {f"{_titled(pool, name)} minus {pool.real[0]}": row for name, row in gains.items()}
+    minus = {f"{_row_title(pool, name)} minus {pool.real[0]}": row for name, row in gains.items()}
     if of_use and any(minus.values()):
         blocks.append(_block("differences, image by image", of_use, minus, f"n = {pool.images}"))
     blocks.append(_warnings(pool, beats))
     blocks.append(_costs(pool))
-    if judged:
-        runs = len(judged)
+    if verdicts_by_run:
+        runs = len(verdicts_by_run)
         over = f"; means of {runs} evaluations [lowest, highest]" if runs > 1 else ""
         blocks.append(
             "The metrics, put to the test (tau: Kendall's with the reference, over all maps or the "
-            f"explainers alone{over})\n" + text_table(_meta_rows(judged), corner="metric", digits=2)
+            f"explainers alone{over})\n"
+            + text_table(_meta_rows(verdicts_by_run), corner="metric", digits=2)
         )
     everyone = (*pool.real, *pool.controls)
     results: dict[str, object] = {
@@ -54,45 +67,48 @@ def told(pool: Pool, seed: int, *, meta: bool) -> tuple[dict[str, object], Table
         "explainers": {name: table[name] for name in pool.real},
         "controls": {name: table[name] for name in pool.controls},
         "minus_first": gains,
-        "failed": {name: pool.counted("failed", name) for name in everyone},
-        "blank": {name: pool.counted("blank", name) for name in everyone},
+        "failed": {name: pool.count_flags("failed", name) for name in everyone},
+        "blank": {name: pool.count_flags("blank", name) for name in everyone},
         "seconds_a_map": {name: pool.seconds(name) for name in pool.real},
         "controls_above": {metric: pairs for metric, pairs in beats.items() if pairs},
     }
-    if judged:
-        by_run = [{name: asdict(one) for name, one in found.items()} for found in judged]
+    if verdicts_by_run:
+        by_run = [
+            {name: asdict(one) for name, one in metric_verdicts.items()}
+            for metric_verdicts in verdicts_by_run
+        ]
         results["meta"] = by_run[0] if len(by_run) == 1 else by_run
     return results, table, "\n\n".join(blocks) + "\n"
 
 
-def _titled(pool: Pool, name: str) -> str:
+def _row_title(pool: EvaluationPool, name: str) -> str:
     """A row's name, with the number of its seeds."""
     count = pool.seeds(name)
     return f"{name} ({count} seeds)" if count > 1 else name
 
 
-def _blocks(pool: Pool, table: Table) -> list[str]:
-    found = []
+def _blocks(pool: EvaluationPool, table: Table) -> list[str]:
+    blocks = []
     for title, uses in _BLOCKS.items():
         columns = [metric for metric in pool.metrics if metric_of(metric).use in uses]
         if columns:
-            found.append(_block(title, columns, table, f"n = {pool.images}"))
-    return found
+            blocks.append(_block(title, columns, table, f"n = {pool.images}"))
+    return blocks
 
 
 def _block(
     title: str, columns: Sequence[str], table: Mapping[str, Mapping[str, Interval]], corner: str
 ) -> str:
     arrows = {metric: f"{metric} {'+' if metric_of(metric).higher else '-'}" for metric in columns}
-    shown: dict[str, dict[str, Cell]] = {
+    cells_by_row: dict[str, dict[str, Cell]] = {
         entry: {arrows[metric]: row.get(metric) for metric in columns}
         for entry, row in table.items()
         if any(metric in row for metric in columns)
     }
-    return f"{title}\n{text_table(shown, corner=corner)}"
+    return f"{title}\n{text_table(cells_by_row, corner=corner)}"
 
 
-def _warnings(pool: Pool, beats: Mapping[str, Sequence[str]]) -> str:
+def _warnings(pool: EvaluationPool, beats: Mapping[str, Sequence[str]]) -> str:
     lines = ["+ higher is better, - lower is better; 95 % intervals over images, and seeds if any."]
     for metric, pairs in beats.items():
         if pairs and metric_of(metric).use in ("rank", "paper", "mask", "learned"):
@@ -102,13 +118,13 @@ def _warnings(pool: Pool, beats: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _gaps(pool: Pool, name: str) -> list[str]:
+def _gaps(pool: EvaluationPool, name: str) -> list[str]:
     """What of an explainer could not be measured."""
     lines = _by_construction(pool, name)
     whole = pool.images * pool.maps(name)
-    if count := pool.counted("failed", name):
+    if count := pool.count_flags("failed", name):
         lines.append(f"{name}: {count} of {whole} maps failed (NaN or infinity)")
-    if count := pool.counted("blank", name):
+    if count := pool.count_flags("blank", name):
         lines.append(f"{name}: {count} of {whole} maps blank")
     for metric in pool.metrics:
         known = ~np.isnan(pool.scores(name, metric))
@@ -120,9 +136,9 @@ def _gaps(pool: Pool, name: str) -> list[str]:
     return lines
 
 
-def _by_construction(pool: Pool, name: str) -> list[str]:
+def _by_construction(pool: EvaluationPool, name: str) -> list[str]:
     """What isn't measured of an explainer whose maps another network makes."""
-    if np.isnan(pool.seconds(name)) or pool.counted("failed", name) == pool.images:
+    if np.isnan(pool.seconds(name)) or pool.count_flags("failed", name) == pool.images:
         return []
     return [
         f"{name}: no {metric}, which would be {OF_WEIGHTS[metric]} by construction: its maps are "
@@ -132,7 +148,7 @@ def _by_construction(pool: Pool, name: str) -> list[str]:
     ]
 
 
-def _costs(pool: Pool) -> str:
+def _costs(pool: EvaluationPool) -> str:
     costs = ", ".join(
         f"{name} {1e3 * pool.seconds(name):.2f}"
         for name in pool.real
@@ -141,9 +157,9 @@ def _costs(pool: Pool) -> str:
     return f"Milliseconds to make a map, batched: {costs or 'stored'}"
 
 
-def _meta_rows(judged: Sequence[Mapping[str, Verdict]]) -> dict[str, dict[str, Cell]]:
+def _meta_rows(verdicts_by_run: Sequence[Mapping[str, Verdict]]) -> dict[str, dict[str, Cell]]:
     """One evaluation's verdicts; of several the mean with the lowest and the highest."""
-    tables = [rows(found) for found in judged]
+    tables = [verdict_rows(run_verdicts) for run_verdicts in verdicts_by_run]
     if len(tables) == 1:
         return tables[0]
     shared = [metric for metric in tables[0] if all(metric in table for table in tables)]

@@ -78,7 +78,7 @@ def group_of(entry: str) -> str:
     return entry.partition("#")[0]
 
 
-def known_mean(rows: Float[np.ndarray, "rows images"]) -> Float[np.ndarray, "images"]:
+def finite_mean(rows: Float[np.ndarray, "rows images"]) -> Float[np.ndarray, "images"]:
     """Of each image the mean of the values that are known, NaN where none is."""
     count = (~np.isnan(rows)).sum(0)
     total = np.nansum(rows, 0, dtype=np.float64)
@@ -86,7 +86,7 @@ def known_mean(rows: Float[np.ndarray, "rows images"]) -> Float[np.ndarray, "ima
     return mean
 
 
-def save(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     """Writes arrays to a file, whole or not at all."""
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **arrays)
@@ -112,7 +112,7 @@ def save_values(
         "seconds": np.array([values.seconds[entry] for entry in values.entries]),
         "settings": np.array(json.dumps(settings, sort_keys=True)),
     }
-    save(folder / FILE, {"ids": ids, **arrays, **curves, **about})
+    save_arrays(folder / FILE, {"ids": ids, **arrays, **curves, **about})
 
 
 def read_values(folder: Path) -> tuple[Values, dict[str, object]]:
@@ -158,12 +158,12 @@ def read_values(folder: Path) -> tuple[Values, dict[str, object]]:
     return values, settings
 
 
-def joined(paths: Sequence[Path], metrics: Sequence[str], explainers: int) -> Values:
+def join_values(paths: Sequence[Path], metrics: Sequence[str], explainers: int) -> Values:
     """The values of all batches, each in its file; metrics that nothing was measured by go."""
     parts: list[dict[str, NDArray[np.generic]]] = []
     for path in paths:
-        with np.load(path, allow_pickle=False) as found:
-            parts.append(dict(found))
+        with np.load(path, allow_pickle=False) as file_arrays:
+            parts.append(dict(file_arrays))
     whole = {
         name: np.concatenate([part[name] for part in parts], -1)
         for name in parts[0]
@@ -189,6 +189,6 @@ def joined(paths: Sequence[Path], metrics: Sequence[str], explainers: int) -> Va
     )
 
 
-def signed(metric: str) -> int:
+def sign_of(metric: str) -> int:
     """1 where higher is better, else -1."""
     return 1 if metric_of(metric).higher else -1

@@ -13,11 +13,15 @@ from scipy.stats import rankdata
 from camdistill.experiments.evaluation.evaluation_values import (
     ORACLE,
     Values,
+    finite_mean,
     group_of,
-    known_mean,
-    signed,
+    sign_of,
 )
-from camdistill.experiments.evaluation.pooling import OF_FIRST, Pool, over_seeds
+from camdistill.experiments.evaluation.pooling import (
+    OF_FIRST,
+    EvaluationPool,
+    seed_and_image_interval,
+)
 from camdistill.measure.intervals import (
     Interval,
     bootstrap_means,
@@ -59,9 +63,9 @@ class Verdict:
     oracle: int | None
 
 
-def beaten(pool: Pool, metric: str, seed: int) -> list[str]:
+def list_defeats(pool: EvaluationPool, metric: str, seed: int) -> list[str]:
     """Explainers that the metric puts below a control, one line for each pair."""
-    found: dict[str, float] = {}
+    low_by_pair: dict[str, float] = {}
     single: dict[str, Means] = {}
     if pool.images < 2:  # one image has no interval
         return []
@@ -72,45 +76,47 @@ def beaten(pool: Pool, metric: str, seed: int) -> list[str]:
             # A blurred copy of the first explainer tells nothing about the others.
             if control in OF_FIRST and explainer != pool.real[0]:
                 continue
-            gain = signed(metric) * pool.gains(control, explainer, metric)
+            gain = sign_of(metric) * pool.gains(control, explainer, metric)
             pair = f"{control} > {explainer}"
-            if len(gain) > 1 and (known := over_seeds(gain, seed)) is not None:
-                found[pair] = known.low
+            if len(gain) > 1 and (known := seed_and_image_interval(gain, seed)) is not None:
+                low_by_pair[pair] = known.low
             elif len(gain) == 1 and not np.isnan(gain).all():
                 single[pair] = gain[0]
     if single:  # one seed: all pairs with the same resamples of the images
         gains = np.stack(list(single.values()), 1)
         lows = np.nanpercentile(bootstrap_means(gains, seed, _RESAMPLES), 2.5, axis=0)
-        found |= dict(zip(single, lows.tolist(), strict=True))
-    return [pair for pair, low in found.items() if low > 0]
+        low_by_pair |= dict(zip(single, lows.tolist(), strict=True))
+    return [pair for pair, low in low_by_pair.items() if low > 0]
 
 
 def verdicts(values: Values, seed: int) -> dict[str, Verdict]:
     """Of every metric that is not a gate; needs a ladder among the values."""
     chosen = [metric for metric in values.metrics if metric_of(metric).use != "gate"]
-    beats = {metric: beaten(Pool((values,)), metric, seed) for metric in chosen}
+    beats = {metric: list_defeats(EvaluationPool((values,)), metric, seed) for metric in chosen}
     return {metric: _verdict(values, metric, beats, seed) for metric in chosen}
 
 
 def _verdict(values: Values, metric: str, beats: Mapping[str, list[str]], seed: int) -> Verdict:
     # What needs a live explainer has no value for the controls.
-    told = [
+    informative_entries = [
         name
         for name in dict.fromkeys(map(group_of, values.entries))
         if not np.isnan(_column(values, metric, name)).all()
     ]
-    real = [name for name in dict.fromkeys(map(group_of, values.real)) if name in told]
-    everyone = [*real, *(e for e in values.controls if e in told)]
-    own = _columns(values, metric, everyone)
+    real = [
+        name for name in dict.fromkeys(map(group_of, values.real)) if name in informative_entries
+    ]
+    everyone = [*real, *(e for e in values.controls if e in informative_entries)]
+    columns = _columns(values, metric, everyone)
     tau, tau_real = {}, {}
     for reference in REFERENCES:
         if reference in values.metrics and reference != metric:
             truth = _columns(values, reference, everyone)
-            tau[reference] = _agreement(own, truth, seed)
+            tau[reference] = _agreement(columns, truth, seed)
             if len(real) >= 3:
                 first = slice(0, len(real))
-                tau_real[reference] = _agreement(own[:, first], truth[:, first], seed)
-    means = np.nanmean(own, 0)
+                tau_real[reference] = _agreement(columns[:, first], truth[:, first], seed)
+    means = np.nanmean(columns, 0)
     place = None
     if ORACLE in everyone:
         place = 1 + int((means > means[everyone.index(ORACLE)]).sum())
@@ -118,7 +124,7 @@ def _verdict(values: Values, metric: str, beats: Mapping[str, list[str]], seed: 
     known = {pair for pairs in true for pair in pairs}
     return Verdict(
         ladder=_ladder(values, metric, seed),
-        reliability=_reliability(own, seed),
+        reliability=_reliability(columns, seed),
         tau=tau,
         tau_real=tau_real,
         beats=beats[metric],
@@ -132,12 +138,12 @@ def _columns(
 ) -> Float[np.ndarray, "images entries"]:
     """Higher is better in all of them."""
     columns = np.stack([_column(values, metric, entry) for entry in entries], 1)
-    return columns * signed(metric)
+    return columns * sign_of(metric)
 
 
 def _column(values: Values, metric: str, name: str) -> Float[np.ndarray, "images"]:
     """Of several seeds the mean: one explainer is one map in an order."""
-    return known_mean(
+    return finite_mean(
         np.stack([values.of(e, metric) for e in values.entries if group_of(e) == name])
     )
 
@@ -145,12 +151,12 @@ def _column(values: Values, metric: str, name: str) -> Float[np.ndarray, "images
 def _ladder(values: Values, metric: str, seed: int) -> Interval | None:
     if not values.rungs:
         return None
-    own = _columns(values, metric, values.rungs)
-    own = own[~np.isnan(own).any(1)]
-    if not len(own):
+    columns = _columns(values, metric, values.rungs)
+    columns = columns[~np.isnan(columns).any(1)]
+    if not len(columns):
         return None
-    truth = np.arange(own.shape[1])[::-1].astype(np.float64)
-    ranks = rankdata(own, axis=1)
+    truth = np.arange(columns.shape[1])[::-1].astype(np.float64)
+    ranks = rankdata(columns, axis=1)
     ranks -= ranks.mean(1, keepdims=True)
     truth = truth - truth.mean()
     size = np.sqrt((ranks**2).sum(1) * (truth**2).sum())
@@ -161,24 +167,26 @@ def _ladder(values: Values, metric: str, seed: int) -> Interval | None:
 
 
 def _agreement(
-    own: Float[np.ndarray, "images entries"], truth: Float[np.ndarray, "images entries"], seed: int
+    columns: Float[np.ndarray, "images entries"],
+    truth: Float[np.ndarray, "images entries"],
+    seed: int,
 ) -> Interval:
     """Kendall's tau-b of two orders of maps by their means; all resamples take the same images."""
-    entries = own.shape[1]
-    drawn = bootstrap_means(np.concatenate([own, truth], 1), seed, _RESAMPLES)
+    entries = columns.shape[1]
+    drawn = bootstrap_means(np.concatenate([columns, truth], 1), seed, _RESAMPLES)
     taus = kendall(drawn[:, :entries], drawn[:, entries:])
-    whole = kendall(np.nanmean(own, 0)[None], np.nanmean(truth, 0)[None])
+    whole = kendall(np.nanmean(columns, 0)[None], np.nanmean(truth, 0)[None])
     return percentile_interval(float(whole[0]), taus, 0.95)
 
 
-def _reliability(own: Float[np.ndarray, "images entries"], seed: int) -> float:
+def _reliability(columns: Float[np.ndarray, "images entries"], seed: int) -> float:
     generator = np.random.default_rng(seed)
     halves: list[list[Means]] = [[], []]
     for _ in range(_SPLITS):
-        parts = np.array_split(generator.permutation(len(own)), 2)
-        if all((~np.isnan(own[part])).any(0).all() for part in parts):
+        parts = np.array_split(generator.permutation(len(columns)), 2)
+        if all((~np.isnan(columns[part])).any(0).all() for part in parts):
             for half, part in zip(halves, parts, strict=True):
-                half.append(np.nanmean(own[part], 0))
+                half.append(np.nanmean(columns[part], 0))
     if not halves[0]:
         return float("nan")
     return float(kendall(np.stack(halves[0]), np.stack(halves[1])).mean())
@@ -197,12 +205,15 @@ def kendall(
     return both
 
 
-def rows(found: Mapping[str, Verdict]) -> dict[str, dict[str, Cell]]:
+def verdict_rows(verdict_by_metric: Mapping[str, Verdict]) -> dict[str, dict[str, Cell]]:
     """The verdicts as a table, metrics by their agreement with the references, best first."""
     table: dict[str, dict[str, Cell]] = {}
-    by_tau = sorted(found, key=lambda name: -sum(one.mean for one in found[name].tau.values()))
+    by_tau = sorted(
+        verdict_by_metric,
+        key=lambda name: -sum(one.mean for one in verdict_by_metric[name].tau.values()),
+    )
     for metric in by_tau:
-        verdict = found[metric]
+        verdict = verdict_by_metric[metric]
         row: dict[str, Cell] = {
             "use": metric_of(metric).use,
             "ladder": verdict.ladder,

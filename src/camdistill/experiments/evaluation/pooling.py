@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from camdistill.errors import UserError
 from camdistill.experiments.evaluation.evaluation_values import (
     Values,
+    finite_mean,
     group_of,
-    known_mean,
     read_values,
 )
 from camdistill.measure.intervals import FloatArray, Interval, seed_interval, two_way_interval
@@ -23,7 +23,7 @@ OF_FIRST = ("inverted", "blurred_copy")  # controls that are made of the first e
 
 
 @dataclass(frozen=True)
-class Pool:
+class EvaluationPool:
     """One evaluation, or several that differ in their seeds or in the network that is explained.
 
     Explainers of one name are its seeds, within an evaluation and across them. The same map
@@ -69,26 +69,26 @@ class Pool:
 
     def scores(self, name: str, metric: str) -> Scores:
         """One explainer's or control's values, by seed."""
-        found = [
+        scores_by_maker = [
             (self._maker(place, entry), run.of(entry, metric))
             for place, run in enumerate(self.runs)
             for entry in _entries(run, name)
         ]
-        return _averaged(found)
+        return _average_by_maker(scores_by_maker)
 
     def gains(self, name: str, base: str, metric: str) -> Scores:
         """How far one stands above another: seed by seed, or above the only one in its run.
 
         A control that is made of the first explainer's map stands beside that map alone.
         """
-        found = []
+        gains_by_maker = []
         for place, run in enumerate(self.runs):
             pairs = _pairs(_entries(run, name), _entries(run, base))
             for one, other in pairs[:1] if name in OF_FIRST else pairs:
                 made = f"{self._maker(place, one)} {self._maker(place, other)}"
                 gain = run.of(one, metric).astype(np.float64) - run.of(other, metric)
-                found.append((made, gain))
-        return _averaged(found)
+                gains_by_maker.append((made, gain))
+        return _average_by_maker(gains_by_maker)
 
     def _maker(self, place: int, entry: str) -> str:
         known = self.makers[place] if self.makers else {}
@@ -98,7 +98,7 @@ class Pool:
         """Of making one map: the median over seeds."""
         return float(np.median([run.seconds[e] for run in self.runs for e in _entries(run, name)]))
 
-    def counted(self, flags: Literal["failed", "blank"], name: str) -> int:
+    def count_flags(self, flags: Literal["failed", "blank"], name: str) -> int:
         """How many maps `failed`, or were `blank`, over all seeds."""
         return sum(
             int(_flags(run, flags)[run.entries.index(entry)].sum())
@@ -108,16 +108,16 @@ class Pool:
 
     def curve(self, name: str, metric: str) -> Float[np.ndarray, "rows levels"] | None:
         """Curves of all images and seeds, where they were kept."""
-        found = [
+        curves = [
             run.curves[entry, metric]
             for run in self.runs
             for entry in _entries(run, name)
             if (entry, metric) in run.curves
         ]
-        return np.concatenate(found) if found else None
+        return np.concatenate(curves) if curves else None
 
 
-def read_pool(folders: Sequence[Path]) -> tuple[Pool, list[dict[str, object]]]:
+def read_pool(folders: Sequence[Path]) -> tuple[EvaluationPool, list[dict[str, object]]]:
     """Finished evaluations, and their settings.
 
     Raises:
@@ -131,20 +131,20 @@ def read_pool(folders: Sequence[Path]) -> tuple[Pool, list[dict[str, object]]]:
         raise UserError(f"{count} to pool; give two or more: --runs runs/one runs/other")
     read = [read_values(folder) for folder in folders]
     for place, (values, settings) in enumerate(read):
-        _demand_kin(folders[0], read[0], folders[place], values, settings)
+        _check_comparable(folders[0], read[0], folders[place], values, settings)
         if settings in [earlier for _, earlier in read[:place]]:
             raise UserError(
                 f"'{folders[place]}' is an evaluation that was named before: give each once, with "
                 "another --seed or another network"
             )
-    made_by = tuple(makers(values, settings) for values, settings in read)
-    pool = Pool(tuple(values for values, _ in read), made_by)
+    made_by = tuple(map_makers(values, settings) for values, settings in read)
+    pool = EvaluationPool(tuple(values for values, _ in read), made_by)
     if not pool.metrics:
         raise UserError("these evaluations have no metric in common; evaluate them alike")
     return pool, [settings for _, settings in read]
 
 
-def _demand_kin(
+def _check_comparable(
     first: Path,
     kin: tuple[Values, dict[str, object]],
     folder: Path,
@@ -166,21 +166,21 @@ def _demand_kin(
                 f"'{folder}' has {what} than '{first}': pool evaluations that differ in their "
                 "seed or their networks alone"
             )
-    told = [_told_of(one) for one in (kin[1], settings)]
-    if values.entries != kin[0].entries or told[0] != told[1]:
+    explainer_kinds = [_explainer_kinds(one) for one in (kin[1], settings)]
+    if values.entries != kin[0].entries or explainer_kinds[0] != explainer_kinds[1]:
         raise UserError(
             f"'{folder}' compares other explainers than '{first}' ({', '.join(values.real)}; "
             f"{', '.join(kin[0].real)}): evaluate the same, in the same order; NAME=FILE names one"
         )
 
 
-def _told_of(settings: Mapping[str, object]) -> list[tuple[str, str]]:
+def _explainer_kinds(settings: Mapping[str, object]) -> list[tuple[str, str]]:
     explainers = settings["explainers"]
     assert isinstance(explainers, list), "as `evaluate` writes them"
     return [(one["name"], one["kind"]) for one in explainers]
 
 
-def makers(values: Values, settings: Mapping[str, object]) -> dict[str, str]:
+def map_makers(values: Values, settings: Mapping[str, object]) -> dict[str, str]:
     """What made each entry's map: two evaluations that agree in it measured the same map twice."""
     explainers, network = settings["explainers"], settings["network"]
     assert isinstance(explainers, list), "as `evaluate` writes them"
@@ -192,7 +192,7 @@ def makers(values: Values, settings: Mapping[str, object]) -> dict[str, str]:
     return by_entry | {e: f"{e} {first}" for e in values.entries if e not in by_entry}
 
 
-def means(pool: Pool, seed: int) -> Table:
+def mean_table(pool: EvaluationPool, seed: int) -> Table:
     """Of explainers and controls, where a metric has something to say of them."""
     return {
         name: _intervals({m: pool.scores(name, m) for m in pool.metrics}, seed)
@@ -200,7 +200,7 @@ def means(pool: Pool, seed: int) -> Table:
     }
 
 
-def differences(pool: Pool, seed: int) -> Table:
+def difference_table(pool: EvaluationPool, seed: int) -> Table:
     """Every explainer minus the first one, image by image."""
     first, *others = pool.real
     return {
@@ -209,7 +209,7 @@ def differences(pool: Pool, seed: int) -> Table:
     }
 
 
-def over_seeds(scores: Scores, seed: int) -> Interval | None:
+def seed_and_image_interval(scores: Scores, seed: int) -> Interval | None:
     """The interval of seeds that have values, over the images that these have in common."""
     known = scores[~np.isnan(scores).all(1)]
     if not len(known):
@@ -220,20 +220,23 @@ def over_seeds(scores: Scores, seed: int) -> Interval | None:
 
 
 def _intervals(scores: Mapping[str, Scores], seed: int) -> dict[str, Interval]:
-    found = {metric: over_seeds(one, seed) for metric, one in scores.items()}
-    return {metric: one for metric, one in found.items() if one is not None}
+    interval_by_metric = {
+        metric: seed_and_image_interval(one, seed) for metric, one in scores.items()
+    }
+    return {metric: one for metric, one in interval_by_metric.items() if one is not None}
 
 
-def demand_pairs(names: Sequence[str]) -> None:
+def check_pairs(names: Sequence[str]) -> None:
     """Checks that explainers with several seeds have as many as each other, before any is asked."""
     counts = {
         name: sum(group_of(other) == name for other in names) for name in map(group_of, names)
     }
     several = {name: count for name, count in counts.items() if count > 1}
     if len(set(several.values())) > 1:
-        told = ", ".join(f"{name} {count}" for name, count in several.items())
+        seed_counts = ", ".join(f"{name} {count}" for name, count in several.items())
         raise UserError(
-            f"explainers of several seeds must have as many as each other, these have {told}: name "
+            "explainers of several seeds must have as many as each other, these have "
+            f"{seed_counts}: name "
             "them apart"
         )
 
@@ -249,12 +252,12 @@ def _pairs(names: Sequence[str], bases: Sequence[str]) -> list[tuple[str, str]]:
     return [(one, other) for one in names for other in bases]
 
 
-def _averaged(found: Sequence[tuple[str, Float[np.ndarray, "images"]]]) -> Scores:
+def _average_by_maker(values_by_maker: Sequence[tuple[str, Float[np.ndarray, "images"]]]) -> Scores:
     """Values of the same maker are one row: their mean, where any is known."""
     rows: dict[str, list[FloatArray]] = {}
-    for maker, values in found:
+    for maker, values in values_by_maker:
         rows.setdefault(maker, []).append(values)
-    return np.stack([known_mean(np.stack(repeated)) for repeated in rows.values()])
+    return np.stack([finite_mean(np.stack(repeated)) for repeated in rows.values()])
 
 
 def _flags(run: Values, kind: Literal["failed", "blank"]) -> Bool[np.ndarray, "entries images"]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from camdistill.data.datasets import ImageSet
 from camdistill.distill.training import as_images
-from camdistill.experiments.evaluation.evaluation_values import signed
+from camdistill.experiments.evaluation.evaluation_values import sign_of
 from camdistill.experiments.evaluation.meta_evaluation import kendall
 from camdistill.experiments.learned_metric.metric_training import Bag, BagSet, Float64Array
-from camdistill.experiments.ranking.ranking_run import Found
+from camdistill.experiments.ranking.ranking_run import RankingRuns
 from camdistill.experiments.ranking.teacher_outputs import pool_of
 from camdistill.explain.maps import upsample
 from camdistill.measure.intervals import Interval, percentile_interval
@@ -35,7 +35,7 @@ USES = ("rank", "paper", "axis", "mask")
 
 
 def measure_baselines(
-    ranking: Found,
+    ranking: RankingRuns,
     teacher: Teacher,
     bag_set: BagSet,
     count: int,
@@ -82,7 +82,7 @@ def measure_baselines(
             }
             write_atomically(path, json.dumps(stored_means).encode())
         for name, value in stored_means[key].items():
-            values.setdefault(name, {})[bag.name] = signed(name) * value
+            values.setdefault(name, {})[bag.name] = sign_of(name) * value
         on_progress(number + 1, len(bag_set.bags))
     bag_names = {bag.name for bag in bag_set.bags}
     return {
@@ -106,7 +106,7 @@ def _measurement_key(maps: Tensor, parts: Sequence[object]) -> str:
     return content.hexdigest()
 
 
-def _load_masks(ranking: Found, ids: NDArray[np.int64]) -> Masks | None:
+def _load_masks(ranking: RankingRuns, ids: NDArray[np.int64]) -> Masks | None:
     images: ImageSet | None = ranking.study.data.train_set
     assert images is not None, "the ranking set it up"
     if images.masks is None:

@@ -21,9 +21,9 @@ from camdistill.distill.training import as_images, build_with_seed
 from camdistill.errors import UserError, check_number
 from camdistill.experiments.ranking.ranking_analysis import scores_of
 from camdistill.experiments.ranking.ranking_arms import NONE, Arm, arms_of
-from camdistill.experiments.ranking.ranking_config import Study
-from camdistill.experiments.ranking.ranking_run import Found
-from camdistill.experiments.ranking.student_task import Pool
+from camdistill.experiments.ranking.ranking_config import RankingStudy
+from camdistill.experiments.ranking.ranking_run import RankingRuns
+from camdistill.experiments.ranking.student_task import ImagePool
 from camdistill.experiments.ranking.teacher_outputs import pool_of
 from camdistill.measure.learned import Context, LearnedMetric, image_context
 from camdistill.networks.teachers import Teacher
@@ -111,7 +111,7 @@ def arm_group(arm: Arm) -> str:
     return arm.method.partition("@")[0] if arm.method else arm.name
 
 
-def check_arm_kinds(name: str, study: Study) -> None:
+def check_arm_kinds(name: str, study: RankingStudy) -> None:
     """Refuse a ranking of too few kinds of arms, before its students are trained."""
     arm_options = study.methods, study.controls, study.with_controls, study.shares, study.methods
     arms = [arm for arm in arms_of(*arm_options) if arm != NONE and study.n[0] in study.n_of(arm)]
@@ -123,7 +123,7 @@ def check_arm_kinds(name: str, study: Study) -> None:
         )
 
 
-def ranking_image_ids(ranking: Found) -> Labels:
+def ranking_image_ids(ranking: RankingRuns) -> Labels:
     """The ids of a ranking's images, of its first n."""
     return _image_pool(ranking).ids
 
@@ -152,11 +152,11 @@ def split_images(
     return halves
 
 
-def _image_pool(ranking: Found) -> Pool:
+def _image_pool(ranking: RankingRuns) -> ImagePool:
     return pool_of(ranking.classroom.known, ranking.study.n[0])
 
 
-def build_bag_set(ranking: Found, teacher: Teacher, halves: tuple[Tensor, Tensor]) -> BagSet:
+def build_bag_set(ranking: RankingRuns, teacher: Teacher, halves: tuple[Tensor, Tensor]) -> BagSet:
     """Bags of a ranking's first family and first n, and what its network says of the images."""
     family, n = next(iter(ranking.study.students)), ranking.study.n[0]
     pool = _image_pool(ranking)

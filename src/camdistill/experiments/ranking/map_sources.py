@@ -32,7 +32,7 @@ Maps = Float[Tensor, "batch rows columns"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class MapRequest:
     """Images whose maps are wanted, and of which class.
 
     Attributes:
@@ -49,7 +49,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Source:
+class MapSource:
     """Where maps come from.
 
     Attributes:
@@ -62,12 +62,12 @@ class Source:
 
     name: str
     key: dict[str, str | None]
-    maps: Callable[[Teacher, Asked], Maps]
+    maps: Callable[[Teacher, MapRequest], Maps]
     of_teacher: bool
     layer: str | None = None
 
 
-def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
+def parse_source(name: str, data: ImageData, trust: Collection[str] = ()) -> MapSource:
     """What a name stands for.
 
     Args:
@@ -102,16 +102,16 @@ def source(name: str, data: ImageData, trust: Collection[str] = ()) -> Source:
         raise UserError(
             f"'{method}' is asked for no layer, as it chooses its own: '{method}' alone"
         )
-    return _of_function(name, _imported(method, trust))
+    return _of_function(name, _import_function(method, trust))
 
 
-def _of_method(name: str, method: ExplanationMethod, layer: str | None) -> Source:
-    def maps(teacher: Teacher, asked: Asked) -> Maps:
-        layers = [layer or last_layer(teacher, asked.images)]
-        (found,) = method(teacher, asked.images, layers, asked.classes).values()
-        return _checked(name, found, len(asked.images))
+def _of_method(name: str, method: ExplanationMethod, layer: str | None) -> MapSource:
+    def maps(teacher: Teacher, request: MapRequest) -> Maps:
+        layers = [layer or last_layer(teacher, request.images)]
+        (layer_maps,) = method(teacher, request.images, layers, request.classes).values()
+        return _check_maps(name, layer_maps, len(request.images))
 
-    return Source(name, _key(name, method, layer), maps, True, layer)
+    return MapSource(name, _key(name, method, layer), maps, True, layer)
 
 
 def call_function(
@@ -131,31 +131,33 @@ def call_function(
     except UserError:
         raise
     except FAILURES as error:
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"function '{path}' fails ({type(error).__name__}: {said}): it is called with "
+            f"function '{path}' fails ({type(error).__name__}: {reason}): it is called with "
             "(network, images, classes) and must return one map an image"
         ) from error
 
 
-def _of_function(name: str, function: Explain) -> Source:
-    def maps(teacher: Teacher, asked: Asked) -> Maps:
-        found = call_function(name, function, teacher, asked.images, asked.classes)
-        return _checked(name, found, len(asked.images))
+def _of_function(name: str, function: Explain) -> MapSource:
+    def maps(teacher: Teacher, request: MapRequest) -> Maps:
+        function_maps = call_function(name, function, teacher, request.images, request.classes)
+        return _check_maps(name, function_maps, len(request.images))
 
-    return Source(name, _key(name, function, None), maps, True)
+    return MapSource(name, _key(name, function, None), maps, True)
 
 
-def _of_explainer(name: str) -> Source:
+def _of_explainer(name: str) -> MapSource:
     explainer = load_explainer(name)
 
-    def maps(teacher: Teacher, asked: Asked) -> Maps:
+    def maps(teacher: Teacher, request: MapRequest) -> Maps:
         with torch.no_grad():
-            found = explainer.to(asked.images.device)(teacher, asked.images, asked.classes)
-        return _checked(name, found, len(asked.images))
+            explainer_maps = explainer.to(request.images.device)(
+                teacher, request.images, request.classes
+            )
+        return _check_maps(name, explainer_maps, len(request.images))
 
     key = _key("explainer", type(explainer), None)
-    return Source(name, key | {"sha256": sha256_of(Path(name))}, maps, True)
+    return MapSource(name, key | {"sha256": sha256_of(Path(name))}, maps, True)
 
 
 def _key(name: str, code: Callable[..., object], layer: str | None) -> dict[str, str | None]:
@@ -176,16 +178,16 @@ def code_sha256(code: Callable[..., object]) -> str | None:
     return sha256_of(Path(file)) if file else None
 
 
-def _checked(name: str, maps: object, count: int) -> Maps:
+def _check_maps(name: str, maps: object, count: int) -> Maps:
     if not isinstance(maps, Tensor) or maps.dim() != 3 or len(maps) != count:
-        gave = list(maps.shape) if isinstance(maps, Tensor) else f"a {type(maps).__name__}"
-        raise UserError(f"'{name}' gives {gave} for {count} images; give maps [B, h, w]")
+        description = list(maps.shape) if isinstance(maps, Tensor) else f"a {type(maps).__name__}"
+        raise UserError(f"'{name}' gives {description} for {count} images; give maps [B, h, w]")
     if not bool(torch.isfinite(maps).all()):
         raise UserError(f"'{name}' gives maps that are not numbers; mend the method")
     return maps.detach().float()
 
 
-def _imported(path: str, trust: Collection[str]) -> Explain:
+def _import_function(path: str, trust: Collection[str]) -> Explain:
     package, module, name = path.partition(".")[0], *path.rpartition(".")[::2]
     if package not in (SAFE_PACKAGES[0], *trust):
         raise UserError(
@@ -193,17 +195,17 @@ def _imported(path: str, trust: Collection[str]) -> Explain:
             f"add `--trust {package}` if you trust it"
         )
     try:
-        found: Explain = getattr(importlib.import_module(module), name)
+        function: Explain = getattr(importlib.import_module(module), name)
     except (*FAILURES, SyntaxError, NameError) as error:
         raise UserError(
             f"can't import '{path}': {error}; check the name, or put its folder on PYTHONPATH"
         ) from error
-    if not callable(found):
-        raise UserError(f"'{path}' is a {type(found).__name__}; name a function")
-    return found
+    if not callable(function):
+        raise UserError(f"'{path}' is a {type(function).__name__}; name a function")
+    return function
 
 
-def _of_mask(name: str, data: ImageData) -> Source:
+def _of_mask(name: str, data: ImageData) -> MapSource:
     if not isinstance(data, ShapesData):
         return _of_annotations(name, data)
     drawn, wanted = data.shapes("train"), name.removeprefix(MASK)
@@ -211,44 +213,46 @@ def _of_mask(name: str, data: ImageData) -> Source:
     if wanted not in known:
         raise UserError(f"Shapes have no mask '{wanted}'; {nearest(wanted, known)}")
 
-    def maps(teacher: Teacher, asked: Asked) -> Maps:
+    def maps(teacher: Teacher, asked: MapRequest) -> Maps:
         rendered = drawn.render(asked.ids.cpu().numpy()).masks[wanted]
         masks = torch.from_numpy(rendered).float()
         return (masks.flip(-1) if asked.mirrored else masks).to(asked.images.device)
 
-    return Source(name, {"name": name, "shapes": drawn.fingerprint}, maps, False)
+    return MapSource(name, {"name": name, "shapes": drawn.fingerprint}, maps, False)
 
 
-def _of_annotations(name: str, data: ImageData) -> Source:
+def _of_annotations(name: str, data: ImageData) -> MapSource:
     """Masks or boxes of an image folder: where the object is, whatever the teacher looks at."""
     data.prepare_data()
     data.setup("fit")
     images = data.train_set
     assert images is not None, "setup made it"
-    found = _annotated(name, images)
+    annotation_masks = _masks_of(name, images)
     place = {int(number): row for row, number in enumerate(images.ids)}
 
-    def maps(teacher: Teacher, asked: Asked) -> Maps:
+    def maps(teacher: Teacher, asked: MapRequest) -> Maps:
         rows = np.array([place[number] for number in asked.ids.tolist()])
-        masks = torch.from_numpy(np.asarray(found[rows], np.float32))
+        masks = torch.from_numpy(np.asarray(annotation_masks[rows], np.float32))
         return (masks.flip(-1) if asked.mirrored else masks).to(asked.images.device)
 
-    content = hashlib.sha256(np.ascontiguousarray(found[np.arange(len(images))]).tobytes())
-    return Source(name, {"name": name, "sha256": content.hexdigest()}, maps, False)
+    content = hashlib.sha256(
+        np.ascontiguousarray(annotation_masks[np.arange(len(images))]).tobytes()
+    )
+    return MapSource(name, {"name": name, "sha256": content.hexdigest()}, maps, False)
 
 
-def _annotated(name: str, images: ImageSet) -> PixelArray:
+def _masks_of(name: str, images: ImageSet) -> PixelArray:
     if name == f"{MASK}object" and images.masks is not None:
         return images.masks
     if name == f"{MASK}box" and images.boxes is not None:
-        return _filled(images.boxes, images.size)
+        return _fill_boxes(images.boxes, images.size)
     raise UserError(
         f"'{name}' is not there: mask:object needs masks and mask:box boxes.csv beside the images "
         "(and mask:parts ShapesData); name a method"
     )
 
 
-def _filled(boxes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint8]:
+def _fill_boxes(boxes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint8]:
     """1 inside each box, whose pixels are inclusive; nothing where an image has none."""
     rows, columns = np.arange(size[0])[None, :, None], np.arange(size[1])[None, None, :]
     left, top, right, bottom = (boxes[:, side, None, None] for side in range(4))
@@ -256,31 +260,31 @@ def _filled(boxes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uin
     return inside.astype(np.uint8)
 
 
-def _of_file(name: str) -> Source:
-    stored, ids = _stored(expand_home(name))
+def _of_file(name: str) -> MapSource:
+    stored, ids = _read_maps(expand_home(name))
     place = {int(number): row for row, number in enumerate(ids)}
     mirrored = "mirrored" if "mirrored" in stored else "maps"
 
-    def maps(teacher: Teacher, asked: Asked) -> Maps:
-        unknown = [number for number in asked.ids.tolist() if number not in place]
+    def maps(teacher: Teacher, request: MapRequest) -> Maps:
+        unknown = [number for number in request.ids.tolist() if number not in place]
         if unknown:
             raise UserError(
                 f"{name} has no map of training image {unknown[0]}; store one a training image "
                 "in their order, or say which in 'ids'"
             )
-        rows = [place[number] for number in asked.ids.tolist()]
-        found = torch.from_numpy(stored[mirrored if asked.mirrored else "maps"][rows])
-        flip = asked.mirrored and mirrored == "maps"
-        return (found.flip(-1) if flip else found).to(asked.images.device)
+        rows = [place[number] for number in request.ids.tolist()]
+        stored_maps = torch.from_numpy(stored[mirrored if request.mirrored else "maps"][rows])
+        flip = request.mirrored and mirrored == "maps"
+        return (stored_maps.flip(-1) if flip else stored_maps).to(request.images.device)
 
     # of the content: a file that is written again has another date inside
     content = hashlib.sha256(ids.tobytes())
     for key, array in stored.items():
         content.update(f"{key} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return Source(name, {"sha256": content.hexdigest()}, maps, False)
+    return MapSource(name, {"sha256": content.hexdigest()}, maps, False)
 
 
-def _stored(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _read_maps(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The arrays of a file of maps, checked: `maps` [N, h, w], `mirrored`, `ids`."""
     if not path.is_file():
         beside = sorted(file.name for file in path.parent.glob("*.npz"))
@@ -294,16 +298,16 @@ def _stored(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
         raise UserError(f"can't read {path}: {error}; write it with numpy.savez") from None
     if "maps" not in arrays:
         raise UserError(f"{path} holds {sorted(arrays)}, not 'maps'; savez(file, maps=array)")
-    found: dict[str, np.ndarray] = {
+    stored_arrays: dict[str, np.ndarray] = {
         key: np.asarray(arrays[key], np.float32) for key in ("maps", "mirrored") if key in arrays
     }
-    for key, array in found.items():
+    for key, array in stored_arrays.items():
         if array.ndim != 3 or not np.isfinite(array).all():
             raise UserError(
                 f"'{key}' of {path} has shape {array.shape}; give finite numbers [N, h, w]"
             )
-    count = len(found["maps"])
+    count = len(stored_arrays["maps"])
     ids = np.asarray(arrays.get("ids", np.arange(count)))
-    if len(ids) != count or any(len(array) != count for array in found.values()):
+    if len(ids) != count or any(len(array) != count for array in stored_arrays.values()):
         raise UserError(f"the arrays of {path} have different lengths; give one map an image")
-    return found, ids
+    return stored_arrays, ids

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from camdistill.experiments.ranking.leakage import Leak, leak
 from camdistill.experiments.ranking.ranking_arms import NONE, Arm
-from camdistill.experiments.ranking.ranking_run import Found
+from camdistill.experiments.ranking.ranking_run import RankingRuns
 from camdistill.experiments.ranking.teacher_outputs import pool_of
 from camdistill.experiments.shared.seed_statistics import (
     Bootstrap,
@@ -27,7 +27,7 @@ LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Row:
+class RankingRow:
     """One arm of one family at one n.
 
     Attributes:
@@ -71,38 +71,38 @@ Condition = tuple[str, int]
 Scores = NDArray[np.float64]
 
 
-def scores_of(found: Found, condition: Condition, arm: Arm) -> Scores | None:
+def scores_of(runs: RankingRuns, condition: Condition, arm: Arm) -> Scores | None:
     """Agreement by seed and test image; None where the arm did not run."""
     family, n = condition
-    keys = [(family, n, arm.name, seed) for seed in found.study.seeds]
-    if any(key not in found.records for key in keys):
+    keys = [(family, n, arm.name, seed) for seed in runs.study.seeds]
+    if any(key not in runs.records for key in keys):
         return None
-    return np.array([found.records[key].scores() for key in keys], np.float64)
+    return np.array([runs.records[key].scores() for key in keys], np.float64)
 
 
-def conditions(found: Found) -> list[Condition]:
+def conditions(runs: RankingRuns) -> list[Condition]:
     """Every family at every n."""
-    return [(family, n) for family in found.study.students for n in found.study.n]
+    return [(family, n) for family in runs.study.students for n in runs.study.n]
 
 
-def rivals(found: Found, method: Arm) -> list[Arm]:
+def rivals(runs: RankingRuns, method: Arm) -> list[Arm]:
     """The controls that a method has to beat: its own, and those that need no method."""
     return [
-        arm for arm in found.arms if arm.control is not None and arm.method in (None, method.method)
+        arm for arm in runs.arms if arm.control is not None and arm.method in (None, method.method)
     ]
 
 
 @lru_cache(maxsize=64)
-def bootstrap(found: Found, condition: Condition) -> Bootstrap:
+def bootstrap(runs: RankingRuns, condition: Condition) -> Bootstrap:
     """Every arm that ran in a condition, resampled together."""
-    scores = {arm.name: scores_of(found, condition, arm) for arm in found.arms}
+    scores = {arm.name: scores_of(runs, condition, arm) for arm in runs.arms}
     return Bootstrap({name: one for name, one in scores.items() if one is not None})
 
 
 @lru_cache(maxsize=64)
-def table(found: Found, condition: Condition) -> dict[str, Row]:
+def table(runs: RankingRuns, condition: Condition) -> dict[str, RankingRow]:
     """The rows of one family at one n, methods first, by their gain."""
-    rows = {arm: _row(found, condition, arm) for arm in found.arms if _ran(found, condition, arm)}
+    rows = {arm: _row(runs, condition, arm) for arm in runs.arms if _was_run(runs, condition, arm)}
     methods = [arm for arm in rows if arm.of_method]
     gains = {arm.name: row.gain for arm, row in rows.items() if row.gain is not None}
     corrected = holm({arm.name: gains[arm.name].p for arm in methods})
@@ -110,7 +110,7 @@ def table(found: Found, condition: Condition) -> dict[str, Row]:
     return {arm.name: replace(rows[arm], p_holm=corrected.get(arm.name)) for arm in order}
 
 
-class Pair(NamedTuple):
+class MethodPair(NamedTuple):
     """Two methods of one condition, the better one first.
 
     Attributes:
@@ -126,37 +126,37 @@ class Pair(NamedTuple):
     p_holm: float
 
 
-def pairs(found: Found, condition: Condition) -> list[Pair]:
+def pairs(runs: RankingRuns, condition: Condition) -> list[MethodPair]:
     """Every two methods against each other: whether the data tell them apart."""
-    boot = bootstrap(found, condition)
-    names = [name for name, row in table(found, condition).items() if row.p_holm is not None]
+    boot = bootstrap(runs, condition)
+    names = [name for name, row in table(runs, condition).items() if row.p_holm is not None]
     gains = {two: boot.gain(*two) for two in combinations(names, 2)}
     corrected = holm({" ".join(two): one.p for two, one in gains.items()})
-    return [Pair(*two, one, corrected[" ".join(two)]) for two, one in gains.items()]
+    return [MethodPair(*two, one, corrected[" ".join(two)]) for two, one in gains.items()]
 
 
-def gates(found: Found, condition: Condition) -> list[Gate]:
+def gates(runs: RankingRuns, condition: Condition) -> list[Gate]:
     """The sanity gates, those of a method's maps for each method that has controls."""
-    boot = bootstrap(found, condition)
+    boot = bootstrap(runs, condition)
     known = [_random_gate(boot)]
-    for method in found.study.with_controls:
-        steps = mixtures(found, condition, Arm(method))
-        known.append(_randomized_gate(method, boot))
-        known.append(_mixing_gate(found, condition, method, steps))
+    for method in runs.study.with_controls:
+        steps = mixtures(runs, condition, Arm(method))
+        known.append(_random_teacher_gate(method, boot))
+        known.append(_mixing_gate(runs, condition, method, steps))
         known.append(_self_gate(method, boot))
     return known
 
 
-def mixtures(found: Found, condition: Condition, method: Arm) -> dict[float, Arm]:
+def mixtures(runs: RankingRuns, condition: Condition, method: Arm) -> dict[float, Arm]:
     """Arms that ran, by the share of the method's maps: 0 is shuffled, 1 the method itself."""
     steps = {0.0: Arm(method.method, "shuffled"), 1.0: method}
-    steps |= {share: Arm(method.method, share=share) for share in found.study.shares}
-    return {share: arm for share, arm in sorted(steps.items()) if _ran(found, condition, arm)}
+    steps |= {share: Arm(method.method, share=share) for share in runs.study.shares}
+    return {share: arm for share, arm in sorted(steps.items()) if _was_run(runs, condition, arm)}
 
 
-def agreements(found: Found, condition: Condition, steps: Mapping[float, Arm]) -> list[float]:
+def agreements(runs: RankingRuns, condition: Condition, steps: Mapping[float, Arm]) -> list[float]:
     """Mean agreement of each step of a ladder."""
-    rows = table(found, condition)
+    rows = table(runs, condition)
     return [rows[arm.name].agreement.mean for arm in steps.values()]
 
 
@@ -167,11 +167,11 @@ def ladder_correlation(shares: Sequence[float], agreements: Sequence[float]) -> 
     return float(spearmanr(shares, agreements).statistic)
 
 
-def area(found: Found, family: str, arm: Arm) -> Gain | None:
+def area(runs: RankingRuns, family: str, arm: Arm) -> Gain | None:
     """ASG: the gain averaged over all n of the study; None if one is missing."""
     both = []
     for which in (arm, NONE):
-        scores = [scores_of(found, (family, n), which) for n in found.study.n]
+        scores = [scores_of(runs, (family, n), which) for n in runs.study.n]
         known = [one for one in scores if one is not None]
         if len(known) < len(scores):
             return None
@@ -179,64 +179,64 @@ def area(found: Found, family: str, arm: Arm) -> Gain | None:
     return Bootstrap({"arm": both[0], "none": both[1]}).gain("arm", "none")
 
 
-def leaks(found: Found) -> dict[str, Leak]:
+def leaks(runs: RankingRuns) -> dict[str, Leak]:
     """How well a small CNN tells the teacher's class from each method's maps alone."""
-    family, n = next(iter(found.study.students)), max(found.study.n)
-    classes = pool_of(found.classroom.known, n).logits[:, 0].argmax(1)
-    told = {}
-    for arm in found.arms:
+    family, n = next(iter(runs.study.students)), max(runs.study.n)
+    classes = pool_of(runs.classroom.known, n).logits[:, 0].argmax(1)
+    leak_by_name = {}
+    for arm in runs.arms:
         kinds = ("class_mean", "shuffled_in_class")
         if arm.of_method or arm.control in kinds:
-            maps = found.classroom.maps(arm, family, n)
+            maps = runs.classroom.maps(arm, family, n)
             assert maps is not None, "only 'none' has no maps"
-            told[arm.name] = leak(maps[:, 0], classes)
-    return told
+            leak_by_name[arm.name] = leak(maps[:, 0], classes)
+    return leak_by_name
 
 
-def blanks(found: Found) -> dict[str, float]:
+def blanks(runs: RankingRuns) -> dict[str, float]:
     """Share of images of which a method's map says nothing: it is nowhere above zero."""
-    family, n = next(iter(found.study.students)), max(found.study.n)
+    family, n = next(iter(runs.study.students)), max(runs.study.n)
     shares = {}
-    for arm in found.arms:
+    for arm in runs.arms:
         if arm.of_method:
-            maps = found.classroom.maps(arm, family, n)
+            maps = runs.classroom.maps(arm, family, n)
             assert maps is not None, "only 'none' has no maps"
             shares[arm.name] = float((maps.amax((2, 3)) == 0).double().mean())
     return shares
 
 
-def orders_agree(found: Found) -> dict[str, float]:
+def orders_agree(runs: RankingRuns) -> dict[str, float]:
     """Kendall's tau between the methods' orders in every two conditions."""
     gains: dict[str, dict[str, float]] = {}
-    for family, n in conditions(found):
-        base = scores_of(found, (family, n), NONE)
+    for family, n in conditions(runs):
+        base = scores_of(runs, (family, n), NONE)
         assert base is not None, "the arm without maps always runs"
-        methods = [arm for arm in found.arms if arm.of_method]
-        scored = {arm.name: scores_of(found, (family, n), arm) for arm in methods}
+        methods = [arm for arm in runs.arms if arm.of_method]
+        scored = {arm.name: scores_of(runs, (family, n), arm) for arm in methods}
         gains[f"{family} n={n}"] = {
             name: float((one - base).mean()) for name, one in scored.items() if one is not None
         }
     return rank_agreement(gains)
 
 
-def _ran(found: Found, condition: Condition, arm: Arm) -> bool:
-    return arm.name in bootstrap(found, condition)
+def _was_run(runs: RankingRuns, condition: Condition, arm: Arm) -> bool:
+    return arm.name in bootstrap(runs, condition)
 
 
-def _row(found: Found, condition: Condition, arm: Arm) -> Row:
-    scores, base = (scores_of(found, condition, one) for one in (arm, NONE))
+def _row(runs: RankingRuns, condition: Condition, arm: Arm) -> RankingRow:
+    scores, base = (scores_of(runs, condition, one) for one in (arm, NONE))
     assert scores is not None, "the arm ran"
     assert base is not None, "the arm without maps always runs"
     family, n = condition
-    records = [found.records[family, n, arm.name, seed] for seed in found.study.seeds]
-    row = Row(
+    records = [runs.records[family, n, arm.name, seed] for seed in runs.study.seeds]
+    row = RankingRow(
         agreement=_over_seeds(scores),
         kl=float(np.mean([one.kl for one in records])),
         beta=records[0].beta,
     )
     if arm == NONE:
         return row
-    boot = bootstrap(found, condition)
+    boot = bootstrap(runs, condition)
     over_none = boot.gain(arm.name, NONE.name)
     row = replace(
         row,
@@ -244,7 +244,7 @@ def _row(found: Found, condition: Condition, arm: Arm) -> Row:
         p_sign_flip=sign_flip_p((scores - base).mean(1)),
         error_reduction=over_none.mean / (1 - base.mean()) if base.mean() < 1 else None,
     )
-    others = [one.name for one in rivals(found, arm) if one.name in boot]
+    others = [one.name for one in rivals(runs, arm) if one.name in boot]
     if not arm.of_method or not others:
         return row
     return replace(
@@ -262,30 +262,32 @@ def _random_gate(boot: Bootstrap) -> Gate:
     name, control = "random maps teach nothing", Arm(control="random").name
     if control not in boot:
         return Gate(name, None, "needs the control 'random'")
-    found = boot.gain(control, NONE.name)
-    return Gate(name, found.low <= 0, f"gain {_told(found)}; its lower bound must be 0 or less")
+    gain = boot.gain(control, NONE.name)
+    return Gate(
+        name, gain.low <= 0, f"gain {_describe_gain(gain)}; its lower bound must be 0 or less"
+    )
 
 
-def _randomized_gate(method: str, boot: Bootstrap) -> Gate:
+def _random_teacher_gate(method: str, boot: Bootstrap) -> Gate:
     name = f"{method}: a teacher of random weights teaches no more than the mean map"
-    drawn, mean = Arm(method, "randomized").name, Arm(method, "mean").name
-    if drawn not in boot or mean not in boot:
+    randomized, mean = Arm(method, "randomized").name, Arm(method, "mean").name
+    if randomized not in boot or mean not in boot:
         return Gate(name, None, "needs the controls 'mean' and 'randomized' (of a teacher's maps)")
-    found = boot.gain(drawn, mean)
-    says = f"difference {_told(found)}; its lower bound must be 0 or less"
-    return Gate(name, found.low <= 0, says)
+    gain = boot.gain(randomized, mean)
+    says = f"difference {_describe_gain(gain)}; its lower bound must be 0 or less"
+    return Gate(name, gain.low <= 0, says)
 
 
 def _mixing_gate(
-    found: Found, condition: Condition, method: str, steps: Mapping[float, Arm]
+    runs: RankingRuns, condition: Condition, method: str, steps: Mapping[float, Arm]
 ) -> Gate:
     name = f"{method}: the more of its maps among shuffled ones, the better"
     if len(steps) < 3:
         return Gate(name, None, "needs the control 'shuffled' and mixtures (shares)")
-    boot, arms = bootstrap(found, condition), [arm.name for arm in steps.values()]
+    boot, arms = bootstrap(runs, condition), [arm.name for arm in steps.values()]
     rises = [boot.gain(after, before) for before, after in [*pairwise(arms), (arms[0], arms[-1])]]
     holds = all(rise.high >= 0 for rise in rises)
-    means = agreements(found, condition, steps)
+    means = agreements(runs, condition, steps)
     levels = ", ".join(f"{share:g}: {mean:.3f}" for share, mean in zip(steps, means, strict=True))
     rho = ladder_correlation(list(steps), means)
     order = "" if np.isnan(rho) else f"; Spearman {rho:.2f}"
@@ -296,9 +298,9 @@ def _self_gate(method: str, boot: Bootstrap) -> Gate:
     name = f"{method}: no gain over itself"
     if method not in boot:
         return Gate(name, None, "needs the method's own runs")
-    found = boot.specific_gain(method, [method])
-    return Gate(name, found.mean == 0, f"specific gain {found.mean:g}")
+    gain = boot.specific_gain(method, [method])
+    return Gate(name, gain.mean == 0, f"specific gain {gain.mean:g}")
 
 
-def _told(found: Gain) -> str:
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+def _describe_gain(gain: Gain) -> str:
+    return f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"

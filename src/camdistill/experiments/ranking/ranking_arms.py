@@ -11,19 +11,23 @@ from torch import Tensor
 
 from camdistill.distill.training import as_images
 from camdistill.experiments.ranking import student_controls
-from camdistill.experiments.ranking.ranking_records import Record, packed
+from camdistill.experiments.ranking.ranking_records import StudentRecord, pack_bits
 from camdistill.experiments.ranking.student_controls import (
     OF_NO_METHOD,
     Control,
     control_maps,
-    mixed,
+    mix_maps,
 )
-from camdistill.experiments.ranking.student_task import Lesson, Pool, Recipe
-from camdistill.experiments.ranking.student_training import Students, judged, teach
+from camdistill.experiments.ranking.student_task import ImagePool, Recipe, StudentTask
+from camdistill.experiments.ranking.student_training import (
+    Students,
+    measure_students,
+    train_students,
+)
 from camdistill.experiments.ranking.teacher_outputs import (
-    Piece,
+    CachedPart,
     digest_of,
-    held_out,
+    load_held_out,
     pool_of,
     targets,
 )
@@ -80,8 +84,10 @@ def arms_of(
     """
     arms = [NONE, *(Arm(control=kind) for kind in OF_NO_METHOD if kind in chosen)]
     for method in controls_of:
-        own = [kind for kind in chosen if kind not in OF_NO_METHOD]
-        arms += [Arm(method, kind) for kind in own if kind != "randomized" or method in asked]
+        method_controls = [kind for kind in chosen if kind not in OF_NO_METHOD]
+        arms += [
+            Arm(method, kind) for kind in method_controls if kind != "randomized" or method in asked
+        ]
         arms += [Arm(method, share=share) for share in shares]
     return [*arms, *(Arm(method) for method in methods)]
 
@@ -128,8 +134,8 @@ class Classroom:
             the pool that they began with.
     """
 
-    known: Piece
-    stored: Mapping[tuple[str, str], Piece]
+    known: CachedPart
+    stored: Mapping[tuple[str, str], CachedPart]
     families: Mapping[str, Family]
     recipe: Recipe
     classes: int
@@ -166,7 +172,7 @@ class Classroom:
             }
         )
 
-    def __call__(self, runs: Sequence[Run]) -> list[Record]:
+    def __call__(self, runs: Sequence[Run]) -> list[StudentRecord]:
         """Trains and judges students of one family and one n together."""
         start = time.monotonic()
         first = runs[0]
@@ -175,27 +181,29 @@ class Classroom:
         if (room := self.room(first.n)) is not self:
             return room(runs)
         family = self.families[first.family]
-        pool = Pool(*(part.to(self.device) for part in pool_of(self.known, first.n)))
+        pool = ImagePool(*(part.to(self.device) for part in pool_of(self.known, first.n)))
         lessons = []
         for run in runs:
             maps = self.maps(run.arm, run.family, run.n)
             on_device = None if maps is None else maps.to(self.device)
-            lessons.append(Lesson(run.seed, run.beta, on_device))
-        students = Students.untrained(
+            lessons.append(StudentTask(run.seed, run.beta, on_device))
+        students = Students.from_seeds(
             family.spec,
             self.classes,
             [run.seed for run in runs],
             layer=family.layer,
             device=self.device,
         )
-        teach(students, pool, lessons, self.recipe)
+        train_students(students, pool, lessons, self.recipe)
         val, test = (
-            judged(students, *(part.to(self.device) for part in held_out(self.known, name)))
+            measure_students(
+                students, *(part.to(self.device) for part in load_held_out(self.known, name))
+            )
             for name in ("val", "test")
         )
         seconds = round((time.monotonic() - start) / len(runs), 2)
         return [
-            Record(
+            StudentRecord(
                 key=self.key(run),
                 family=run.family,
                 n=run.n,
@@ -205,7 +213,7 @@ class Classroom:
                 val=float(val.agrees[k].double().mean()),
                 test=float(test.agrees[k].double().mean()),
                 kl=float(test.kl[k].double().mean()),
-                agrees=packed(test.agrees[k].cpu().numpy()),
+                agrees=pack_bits(test.agrees[k].cpu().numpy()),
                 images=test.agrees.shape[1],
                 seconds=seconds,
             )
@@ -228,23 +236,23 @@ class Classroom:
         pool = pool_of(self.known, n)
         views = []
         for view in range(2):
-            own, classes = maps[:, view], pool.logits[:, view].argmax(1)
+            view_maps, classes = maps[:, view], pool.logits[:, view].argmax(1)
             pixels = pool.pixels.flip(-1) if view else pool.pixels
             seed = 2 * self.control_seed + view
             images = as_images(pixels)
             if arm.share is not None:
-                other = control_maps("shuffled", own, classes, images, seed)
-                views.append(mixed(own, other, arm.share))
+                other = control_maps("shuffled", view_maps, classes, images, seed)
+                views.append(mix_maps(view_maps, other, arm.share))
             else:
                 assert arm.control is not None
-                views.append(control_maps(arm.control, own, classes, images, seed))
+                views.append(control_maps(arm.control, view_maps, classes, images, seed))
         return torch.stack(views, 1)
 
-    def _piece(self, arm: Arm) -> Piece:
+    def _piece(self, arm: Arm) -> CachedPart:
         assert arm.method is not None
         return self.stored[arm.method, "randomized" if arm.control == "randomized" else ""]
 
 
 @lru_cache(maxsize=4)
-def _targets(stored: Piece, n: int, grid: tuple[int, int]) -> Tensor:
+def _targets(stored: CachedPart, n: int, grid: tuple[int, int]) -> Tensor:
     return targets(stored, n, grid)

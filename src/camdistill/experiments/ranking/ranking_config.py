@@ -42,7 +42,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Study:
+class RankingStudy:
     """A ranking of explanation methods.
 
     Args:

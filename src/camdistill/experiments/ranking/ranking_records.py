@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Record:
+class StudentRecord:
     """What came out of one student.
 
     Attributes:
@@ -45,6 +45,6 @@ class Record:
         return np.unpackbits(packed, count=self.images).astype(np.bool_)
 
 
-def packed(agrees: NDArray[np.bool_]) -> str:
+def pack_bits(agrees: NDArray[np.bool_]) -> str:
     """Agreement by test image as text."""
     return base64.b64encode(np.packbits(agrees).tobytes()).decode()

@@ -12,7 +12,7 @@ from camdistill.experiments.ranking.ranking_analysis import (
     LEVEL,
     Condition,
     Gate,
-    Row,
+    RankingRow,
     agreements,
     area,
     conditions,
@@ -24,8 +24,8 @@ from camdistill.experiments.ranking.ranking_analysis import (
     table,
 )
 from camdistill.experiments.ranking.ranking_arms import Arm
-from camdistill.experiments.ranking.ranking_run import Found
-from camdistill.experiments.ranking.teacher_outputs import held_out
+from camdistill.experiments.ranking.ranking_run import RankingRuns
+from camdistill.experiments.ranking.teacher_outputs import load_held_out
 from camdistill.experiments.shared.seed_statistics import Gain
 from camdistill.measure.intervals import Interval
 from camdistill.report.figures.intervals import interval_chart
@@ -37,94 +37,94 @@ from camdistill.store.atomic_files import folder_name
 RUNS = "tensorboard"
 
 
-def gate_text(found: Found) -> str:
+def gate_text(runs: RankingRuns) -> str:
     """The sanity gates, a line each, in every condition where controls ran."""
     lines = []
-    for condition in _controlled(found):
-        lines += [f"Sanity gates, {_named(condition)}, {seeds_of(found)}:"]
-        lines += [_gate_line(gate) for gate in gates(found, condition)]
+    for condition in _conditions_with_controls(runs):
+        lines += [f"Sanity gates, {_condition_name(condition)}, {seeds_of(runs)}:"]
+        lines += [_gate_line(gate) for gate in gates(runs, condition)]
     return "\n".join(lines)
 
 
-def ranking_text(found: Found, leaks: Mapping[str, Leak]) -> str:
+def ranking_text(runs: RankingRuns, leaks: Mapping[str, Leak]) -> str:
     """Tables of all conditions, then what holds across them."""
     parts = []
-    for condition in conditions(found):
-        rows = table(found, condition)
+    for condition in conditions(runs):
+        rows = table(runs, condition)
         cells = {name: _cells(row, leaks.get(name)) for name, row in rows.items()}
-        parts.append(text_table(cells, corner=_named(condition)))
-        parts.append(_told_apart(found, condition))
-    parts += [_across(found), one_seed_text(found)]
+        parts.append(text_table(cells, corner=_condition_name(condition)))
+        parts.append(_describe_pairs(runs, condition))
+    parts += [_across(runs), one_seed_text(runs)]
     return "\n\n".join(part for part in parts if part)
 
 
-def results(
-    found: Found, leaks: Mapping[str, Leak], blank: Mapping[str, float]
+def ranking_results(
+    runs: RankingRuns, leaks: Mapping[str, Leak], blank: Mapping[str, float]
 ) -> dict[str, object]:
     """Everything that was found, by name."""
-    study = found.study
-    records = found.records.values()
+    study = runs.study
+    records = runs.records.values()
     return {
         "n": next(iter(records)).images,
         "seeds": list(study.seeds),
         "students": {
             family: {
-                f"n={n}": {name: _values(row) for name, row in table(found, (family, n)).items()}
+                f"n={n}": {name: _values(row) for name, row in table(runs, (family, n)).items()}
                 for n in study.n
             }
             for family in study.students
         },
         "pairs": {
-            _named(condition): [
-                {**one._asdict(), "gain": one.gain._asdict()} for one in pairs(found, condition)
+            _condition_name(condition): [
+                {**one._asdict(), "gain": one.gain._asdict()} for one in pairs(runs, condition)
             ]
-            for condition in conditions(found)
+            for condition in conditions(runs)
         },
         "gates": {
-            _named(condition): [gate._asdict() for gate in gates(found, condition)]
-            for condition in _controlled(found)
+            _condition_name(condition): [gate._asdict() for gate in gates(runs, condition)]
+            for condition in _conditions_with_controls(runs)
         },
         "area": {
             family: {
                 arm.name: whole._asdict()
-                for arm in _methods(found)
-                if (whole := area(found, family, arm)) is not None
+                for arm in _methods(runs)
+                if (whole := area(runs, family, arm)) is not None
             }
             for family in study.students
         },
-        "ladders": _ladders(found),
-        "orders": orders_agree(found),
+        "ladders": _ladders(runs),
+        "orders": orders_agree(runs),
         "leakage": {name: one._asdict() for name, one in leaks.items()},
         "blank": dict(blank),
-        "betas": {f"{family}: {name}": beta for (family, name), beta in found.betas.items()},
-        "runs": len(found.records),
+        "betas": {f"{family}: {name}": beta for (family, name), beta in runs.betas.items()},
+        "runs": len(runs.records),
         "seconds_of_runs": round(sum(one.seconds for one in records), 1),
     }
 
 
-def chart(found: Found) -> Picture:
+def ranking_chart(runs: RankingRuns) -> Picture:
     """Gains over students without maps, a chart for each family and n."""
     rows: dict[str, dict[str, Interval]] = {}
-    for condition in conditions(found):
-        for name, row in table(found, condition).items():
+    for condition in conditions(runs):
+        for name, row in table(runs, condition).items():
             if row.gain is not None:
                 interval = Interval(row.gain.mean, row.gain.low, row.gain.high)
-                rows.setdefault(name, {})[_named(condition)] = interval
-    over = " over images" if len(found.study.seeds) == 1 else ""  # short: it stands on one chart
-    title = f"Simulatability gain, 95 % intervals{over}, {seeds_of(found)}"
-    zero = {_named(condition): 0.0 for condition in conditions(found)}
+                rows.setdefault(name, {})[_condition_name(condition)] = interval
+    over = " over images" if len(runs.study.seeds) == 1 else ""  # short: it stands on one chart
+    title = f"Simulatability gain, 95 % intervals{over}, {seeds_of(runs)}"
+    zero = {_condition_name(condition): 0.0 for condition in conditions(runs)}
     return interval_chart(rows, title=title, references=zero)
 
 
-def log_scalars(found: Found, folder: Path) -> Path:
+def log_scalars(runs: RankingRuns, folder: Path) -> Path:
     """Agreement and gain as TensorBoard scalars: a run for each arm, n as the step."""
     for old in (folder / RUNS).glob("*/events.out.tfevents*"):
         old.unlink()  # a study of other arms is drawn anew
         if not any(old.parent.iterdir()):
             old.parent.rmdir()
     by_arm: dict[str, dict[int, dict[str, float]]] = {}
-    for family, n in conditions(found):
-        for name, row in table(found, (family, n)).items():
+    for family, n in conditions(runs):
+        for name, row in table(runs, (family, n)).items():
             values = {tags.on_test(tags.AGREEMENT): row.agreement.mean}
             if row.gain is not None:
                 values[tags.GAIN] = row.gain.mean
@@ -138,15 +138,15 @@ def log_scalars(found: Found, folder: Path) -> Path:
     return folder / RUNS
 
 
-def seeds_of(found: Found) -> str:
+def seeds_of(runs: RankingRuns) -> str:
     """How many students each number is of: "1 seed"."""
-    count = len(found.study.seeds)
+    count = len(runs.study.seeds)
     return f"{count} seed{'s' if count > 1 else ''}"
 
 
-def one_class_text(found: Found) -> str:
+def one_class_text(runs: RankingRuns) -> str:
     """What must be said of a teacher that names one class for all; empty for others."""
-    _, logits = held_out(found.classroom.known, "test")
+    _, logits = load_held_out(runs.classroom.known, "test")
     named = torch.unique(logits.argmax(1))
     if len(named) > 1:
         return ""
@@ -156,35 +156,35 @@ def one_class_text(found: Found) -> str:
     )
 
 
-def one_seed_text(found: Found) -> str:
+def one_seed_text(runs: RankingRuns) -> str:
     """What a study of one seed must say; empty for several."""
-    said = "One seed: intervals and p are over test images alone and say nothing of other students."
-    return said if len(found.study.seeds) == 1 else ""
+    note = "One seed: intervals and p are over test images alone and say nothing of other students."
+    return note if len(runs.study.seeds) == 1 else ""
 
 
-def _told_apart(found: Found, condition: Condition) -> str:
-    known = pairs(found, condition)
+def _describe_pairs(runs: RankingRuns, condition: Condition) -> str:
+    known = pairs(runs, condition)
     if not known:
         return ""
     apart = [f"{one.better} > {one.worse}" for one in known if one.p_holm < LEVEL]
-    said = "; ".join(apart) or "none"
-    return f"Told apart, of {len(known)} pairs of methods (p < {LEVEL}, Holm): {said}"
+    differences = "; ".join(apart) or "none"
+    return f"Told apart, of {len(known)} pairs of methods (p < {LEVEL}, Holm): {differences}"
 
 
-def _across(found: Found) -> str:
+def _across(runs: RankingRuns) -> str:
     lines = []
-    for name, tau in orders_agree(found).items():
+    for name, tau in orders_agree(runs).items():
         if not np.isnan(tau):
             lines.append(f"Kendall's tau of the methods' orders, {name}: {tau:.2f}")
-    for name, rho in _ladders(found).items():
+    for name, rho in _ladders(runs).items():
         if not np.isnan(rho):
             lines.append(f"Spearman of share and agreement, {name}: {rho:.2f}")
-    edges = {min(found.study.tuning.betas), max(found.study.tuning.betas)}
-    if len(found.study.tuning.betas) > 2:
-        several = len(found.study.students) > 1
+    edges = {min(runs.study.tuning.betas), max(runs.study.tuning.betas)}
+    if len(runs.study.tuning.betas) > 2:
+        several = len(runs.study.students) > 1
         names = [
             f"{name}{f' of {family}' if several else ''} ({beta:g})"
-            for (family, name), beta in found.betas.items()
+            for (family, name), beta in runs.betas.items()
             if beta in edges
         ]
         if names:
@@ -192,26 +192,26 @@ def _across(found: Found) -> str:
     return "\n".join(lines)
 
 
-def _ladders(found: Found) -> dict[str, float]:
+def _ladders(runs: RankingRuns) -> dict[str, float]:
     ladders = {}
-    for condition in _controlled(found):
-        for method in found.study.with_controls:
-            steps = mixtures(found, condition, Arm(method))
+    for condition in _conditions_with_controls(runs):
+        for method in runs.study.with_controls:
+            steps = mixtures(runs, condition, Arm(method))
             if len(steps) > 2:
-                rho = ladder_correlation(list(steps), agreements(found, condition, steps))
-                ladders[f"{method}, {_named(condition)}"] = rho
+                rho = ladder_correlation(list(steps), agreements(runs, condition, steps))
+                ladders[f"{method}, {_condition_name(condition)}"] = rho
     return ladders
 
 
-def _controlled(found: Found) -> list[Condition]:
-    return [one for one in conditions(found) if one[1] in found.study.n_of_controls]
+def _conditions_with_controls(runs: RankingRuns) -> list[Condition]:
+    return [one for one in conditions(runs) if one[1] in runs.study.n_of_controls]
 
 
-def _methods(found: Found) -> list[Arm]:
-    return [arm for arm in found.arms if arm.of_method]
+def _methods(runs: RankingRuns) -> list[Arm]:
+    return [arm for arm in runs.arms if arm.of_method]
 
 
-def _named(condition: Condition) -> str:
+def _condition_name(condition: Condition) -> str:
     return f"{condition[0]} n={condition[1]}"
 
 
@@ -220,7 +220,7 @@ def _gate_line(gate: Gate) -> str:
     return f"  {verdict:<8}{gate.name}: {gate.says}"
 
 
-def _cells(row: Row, leaked: Leak | None) -> dict[str, Cell]:
+def _cells(row: RankingRow, leaked: Leak | None) -> dict[str, Cell]:
     return {
         "agreement": row.agreement,
         "beta": f"{row.beta:g}",
@@ -232,11 +232,11 @@ def _cells(row: Row, leaked: Leak | None) -> dict[str, Cell]:
     }
 
 
-def _interval(found: Gain | None) -> Interval | None:
-    return None if found is None else Interval(found.mean, found.low, found.high)
+def _interval(gain: Gain | None) -> Interval | None:
+    return None if gain is None else Interval(gain.mean, gain.low, gain.high)
 
 
-def _values(row: Row) -> dict[str, object]:
+def _values(row: RankingRow) -> dict[str, object]:
     return {
         "agreement": row.agreement,
         "kl": row.kl,

@@ -16,18 +16,18 @@ from camdistill.distill.checks import check_data_matches
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.experiments.ranking import teacher_outputs
-from camdistill.experiments.ranking.map_sources import Source, source
+from camdistill.experiments.ranking.map_sources import MapSource, parse_source
 from camdistill.experiments.ranking.ranking_arms import NONE, Arm, Classroom, Family, Run, arms_of
-from camdistill.experiments.ranking.ranking_config import Study
-from camdistill.experiments.ranking.ranking_records import Record
-from camdistill.experiments.ranking.student_controls import Control, randomized
-from camdistill.experiments.ranking.student_training import pooled_layer
-from camdistill.experiments.ranking.teacher_outputs import Piece, Sets
-from camdistill.experiments.shared.worker_pool import Crew
+from camdistill.experiments.ranking.ranking_config import RankingStudy
+from camdistill.experiments.ranking.ranking_records import StudentRecord
+from camdistill.experiments.ranking.student_controls import Control, randomize_weights
+from camdistill.experiments.ranking.student_training import find_pooled_layer
+from camdistill.experiments.ranking.teacher_outputs import CachedPart, Sets
+from camdistill.experiments.shared.worker_pool import WorkerPool
 from camdistill.networks.capture import capture, check_forward
 from camdistill.networks.teachers import Teacher
 from camdistill.store.array_files import lock_cache
-from camdistill.store.run_log import Ledger
+from camdistill.store.run_log import RunLog
 
 LEDGER = "runs.jsonl"
 CALIBRATION = 512  # images that set a randomized teacher's normalizations
@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class RankingRuns:
     """What a study's runs gave so far.
 
     Attributes:
@@ -47,16 +47,18 @@ class Found:
         betas: The chosen ones, by (family, arm's name).
     """
 
-    study: Study
+    study: RankingStudy
     classroom: Classroom
     arms: Sequence[Arm]
-    records: Mapping[tuple[str, int, str, int], Record]
+    records: Mapping[tuple[str, int, str, int], StudentRecord]
     betas: Mapping[tuple[str, str], float]
 
 
-def prepared(study: Study, device: str, on_progress: Progress | None = None) -> Classroom:
+def prepare_classroom(
+    study: RankingStudy, device: str, on_progress: Progress | None = None
+) -> Classroom:
     """The teacher's work, cached in the study's folder, and the students' layers."""
-    sources = {name: source(name, study.data, study.trust) for name in study.methods}
+    sources = {name: parse_source(name, study.data, study.trust) for name in study.methods}
     sets = _sets(study)
     teacher = Teacher(study.teacher).to(device)
     check_data_matches(teacher.facts, sets.pool.size, sets.pool.classes, "teacher")
@@ -66,15 +68,19 @@ def prepared(study: Study, device: str, on_progress: Progress | None = None) -> 
     with torch.no_grad(), capture(teacher, [one.layer for one in sources.values() if one.layer]):
         teacher(images.to(device))
     families = {
-        name: Family(spec, *pooled_layer(spec, teacher.classes, images))
+        name: Family(spec, *find_pooled_layer(spec, teacher.classes, images))
         for name, spec in study.students.items()
     }
     root = study.folder / "teacher"
     rooms = {}
-    for size in _pool_sizes(study, teacher_outputs.answered(root, teacher, sets)):
-        known = teacher_outputs.answers(root, teacher, sets.first(size), on_progress=on_progress)
+    for size in _pool_sizes(study, teacher_outputs.list_answered_sizes(root, teacher, sets)):
+        known = teacher_outputs.cache_answers(
+            root, teacher, sets.first(size), on_progress=on_progress
+        )
         stored = {
-            (name, ""): teacher_outputs.maps(root, teacher, known, one, on_progress=on_progress)
+            (name, ""): teacher_outputs.cache_maps(
+                root, teacher, known, one, on_progress=on_progress
+            )
             for name, one in sources.items()
         }
         if "randomized" in study.controls:
@@ -85,39 +91,41 @@ def prepared(study: Study, device: str, on_progress: Progress | None = None) -> 
     return replace(rooms.pop(max(rooms)), narrower=rooms)
 
 
-def _pool_sizes(study: Study, answered: Sequence[int]) -> list[int]:
+def _pool_sizes(study: RankingStudy, answered: Sequence[int]) -> list[int]:
     """How large pools are: that of the study's largest n, if its folder has none for an n yet.
 
     A run's key says its whole pool, so a study that is widened goes on in the pools that it has.
     """
     needed = {*study.n, study.n_of_tuning}
-    found = {min((size for size in answered if n <= size), default=max(needed)) for n in needed}
-    return sorted(found)
+    pool_sizes = {
+        min((size for size in answered if n <= size), default=max(needed)) for n in needed
+    }
+    return sorted(pool_sizes)
 
 
 def _of_random_weights(
-    study: Study,
+    study: RankingStudy,
     teacher: Teacher,
-    known: Piece,
-    sources: Mapping[str, Source],
+    known: CachedPart,
+    sources: Mapping[str, MapSource],
     on_progress: Progress | None,
-) -> dict[tuple[str, str], Piece]:
+) -> dict[tuple[str, str], CachedPart]:
     names = [name for name in study.with_controls if sources[name].of_teacher]
     if not names:
         return {}
     pixels = teacher_outputs.pool_of(known, CALIBRATION).pixels
-    other = randomized(teacher, as_images(pixels.to(teacher.mean.device)), study.seed)
+    other = randomize_weights(teacher, as_images(pixels.to(teacher.mean.device)), study.seed)
     other = other.to(teacher.mean.device)
     root = study.folder / "teacher"
     return {
-        (name, "randomized"): teacher_outputs.maps(
+        (name, "randomized"): teacher_outputs.cache_maps(
             root, other, known, sources[name], on_progress=on_progress
         )
         for name in names
     }
 
 
-def _sets(study: Study) -> Sets:
+def _sets(study: RankingStudy) -> Sets:
     """All training images in an order by seed alone: a larger n contains the smaller ones."""
     data = study.data
     data.prepare_data()
@@ -137,16 +145,16 @@ def _sets(study: Study) -> Sets:
     return Sets(train.subset(order.astype(np.int64)), val, test)
 
 
-def ranked(
-    study: Study,
+def run_ranking(
+    study: RankingStudy,
     *,
     workers: int = 0,
     stack: int = 1,
     device: str = "cpu",
     on_progress: Progress | None = None,
-    on_gates: Callable[[Found], None] | None = None,
+    on_gates: Callable[[RankingRuns], None] | None = None,
     on_unused: Callable[[int], None] | None = None,
-) -> Found:
+) -> RankingRuns:
     """Does every run that is missing, those of the sanity gates first.
 
     Args:
@@ -160,44 +168,51 @@ def ranked(
     """
     study.folder.mkdir(parents=True, exist_ok=True)
     with lock_cache(study.folder / "study", wait=False):
-        classroom = prepared(study, device, on_progress)
+        classroom = prepare_classroom(study, device, on_progress)
         asked = {method for method, kind in classroom.stored if kind}
         arms = arms_of(study.methods, study.controls, study.with_controls, study.shares, asked)
-        first = [arm for arm in arms if _gated(arm, study.with_controls)]
+        first = [arm for arm in arms if _is_in_gate(arm, study.with_controls)]
         rest = [arm for arm in arms if arm not in first]
-        with _Work(study, classroom, Ledger(study.folder / LEDGER, Record), workers, stack) as work:
+        with _RankingRunner(
+            study, classroom, RunLog(study.folder / LEDGER, StudentRecord), workers, stack
+        ) as work:
             work.announce(arms, on_progress)
-            if on_unused is not None and (unused := work.unused(arms)):
+            if on_unused is not None and (unused := work.count_unused(arms)):
                 on_unused(unused)
-            betas = work.tuned(first)
-            records = work.done(first, betas)
+            betas = work.tune_betas(first)
+            records = work.run_arms(first, betas)
             if on_gates is not None:
-                on_gates(Found(study, classroom, first, records, betas))
-            betas |= work.tuned(rest)
-            records |= work.done(rest, betas)
-    return Found(study, classroom, arms, records, betas)
+                on_gates(RankingRuns(study, classroom, first, records, betas))
+            betas |= work.tune_betas(rest)
+            records |= work.run_arms(rest, betas)
+    return RankingRuns(study, classroom, arms, records, betas)
 
 
-def _gated(arm: Arm, methods: Sequence[str]) -> bool:
+def _is_in_gate(arm: Arm, methods: Sequence[str]) -> bool:
     """Whether a sanity gate looks at an arm."""
     if arm.method not in (None, *methods):
         return False
     return arm.control is None or arm.control in GATED
 
 
-class _Work:
+class _RankingRunner:
     """Runs on processes, and what is done of them."""
 
     def __init__(
-        self, study: Study, classroom: Classroom, ledger: Ledger[Record], workers: int, stack: int
+        self,
+        study: RankingStudy,
+        classroom: Classroom,
+        ledger: RunLog[StudentRecord],
+        workers: int,
+        stack: int,
     ) -> None:
         self._study, self._classroom, self._ledger = study, classroom, ledger
         self._stack = stack
-        self._crew: Crew[list[Run], list[Record]] = Crew(classroom, workers)
+        self._crew: WorkerPool[list[Run], list[StudentRecord]] = WorkerPool(classroom, workers)
         self._on_progress: Progress | None = None
         self._done = self._total = 0
 
-    def __enter__(self) -> "_Work":
+    def __enter__(self) -> "_RankingRunner":
         self._crew.__enter__()
         return self
 
@@ -209,39 +224,41 @@ class _Work:
         self._on_progress = on_progress
         self._total = len(self._tries(arms)) + len(self._runs(arms, {}))
 
-    def unused(self, arms: Sequence[Arm]) -> int:
+    def count_unused(self, arms: Sequence[Arm]) -> int:
         """How many finished runs are none of the study's, whatever beta is chosen."""
         runs = self._tries(arms)
         for beta in self._study.tuning.betas:
             every = {(family, arm.name): beta for family in self._study.students for arm in arms}
             runs += self._runs(arms, every | self._without)
-        return self._ledger.unused({self._classroom.key(run) for run in runs})
+        return self._ledger.count_unused({self._classroom.key(run) for run in runs})
 
     @property
     def _without(self) -> dict[tuple[str, str], float]:
         """The betas of students without maps."""
         return {(family, NONE.name): 0.0 for family in self._study.students}
 
-    def tuned(self, arms: Sequence[Arm]) -> dict[tuple[str, str], float]:
+    def tune_betas(self, arms: Sequence[Arm]) -> dict[tuple[str, str], float]:
         """The beta of each arm in each family: best agreement on validation images."""
         betas = self._study.tuning.betas
-        found = {(family, arm.name): betas[0] for family in self._study.students for arm in arms}
-        found |= self._without
+        beta_by_arm = {
+            (family, arm.name): betas[0] for family in self._study.students for arm in arms
+        }
+        beta_by_arm |= self._without
         runs = self._tries(arms)
         records = self._do(runs)
-        for family, name in found:
-            own = [one for one in records if (one.family, one.arm) == (family, name)]
+        for family, name in beta_by_arm:
+            arm_records = [one for one in records if (one.family, one.arm) == (family, name)]
             mean = {
-                beta: np.mean([one.val for one in own if one.beta == beta])
-                for beta in sorted({one.beta for one in own})
+                beta: np.mean([one.val for one in arm_records if one.beta == beta])
+                for beta in sorted({one.beta for one in arm_records})
             }
             if mean:  # the smallest of equals
-                found[family, name] = max(mean, key=lambda beta: mean[beta])
-        return found
+                beta_by_arm[family, name] = max(mean, key=lambda beta: mean[beta])
+        return beta_by_arm
 
-    def done(
+    def run_arms(
         self, arms: Sequence[Arm], betas: Mapping[tuple[str, str], float]
-    ) -> dict[tuple[str, int, str, int], Record]:
+    ) -> dict[tuple[str, int, str, int], StudentRecord]:
         """The study's own runs of some arms."""
         records = self._do(self._runs(arms, betas))
         return {(one.family, one.n, one.arm, one.seed): one for one in records}
@@ -269,25 +286,25 @@ class _Work:
             if n in self._study.n_of(arm)
         ]
 
-    def _do(self, runs: Sequence[Run]) -> list[Record]:
+    def _do(self, runs: Sequence[Run]) -> list[StudentRecord]:
         """What is missing of some runs, and the records of all."""
         keys = {run: self._classroom.key(run) for run in runs}
         missing: dict[str, Run] = {}  # by key: arms of two names may be the same run
         for run, key in keys.items():
             if key not in self._ledger.records:
                 missing.setdefault(key, run)
-        self._told(len(runs) - len(missing))
+        self._report_progress(len(runs) - len(missing))
         for group, records in self._crew.results(_stacks(list(missing.values()), self._stack)):
             self._ledger.add(records)
-            self._told(len(group))
-        found = [self._ledger.records[keys[run]] for run in runs]
+            self._report_progress(len(group))
+        done_records = [self._ledger.records[keys[run]] for run in runs]
         # an arm or a family may have had another name when the same run was made
         return [
             replace(one, arm=run.arm.name, family=run.family)
-            for run, one in zip(runs, found, strict=True)
+            for run, one in zip(runs, done_records, strict=True)
         ]
 
-    def _told(self, count: int) -> None:
+    def _report_progress(self, count: int) -> None:
         self._done += count
         if self._on_progress is not None:
             self._on_progress("students", self._done, self._total)

@@ -62,9 +62,9 @@ def control_maps(
     if kind == "spectrum":
         return spectrum_noise(maps, seed)
     if kind == "shuffled":
-        return shuffled(maps, torch.zeros_like(classes), seed)
+        return shuffle_in_class(maps, torch.zeros_like(classes), seed)
     if kind == "shuffled_in_class":
-        return shuffled(maps, classes, seed)
+        return shuffle_in_class(maps, classes, seed)
     if kind == "mean":
         return maps.mean(0, keepdim=True).expand_as(maps).contiguous()
     if kind == "class_mean":
@@ -76,7 +76,7 @@ def control_maps(
     if kind == "inverted":
         return maps.amax((1, 2), keepdim=True) - maps
     if kind == "blurred":
-        return blurred(maps)
+        return blur_and_restore(maps)
     raise ValueError(f"{kind!r} is not made from maps; it is one of {CONTROLS} but 'randomized'")
 
 
@@ -102,7 +102,7 @@ def spectrum_noise(maps: Maps, seed: int) -> Maps:
     return drawn.to(maps)
 
 
-def shuffled(maps: Maps, classes: Labels, seed: int) -> Maps:
+def shuffle_in_class(maps: Maps, classes: Labels, seed: int) -> Maps:
     """Every image gets the map of another image of its class; one alone in its class keeps its own.
 
     Of one class, this is a shuffle of all.
@@ -112,9 +112,9 @@ def shuffled(maps: Maps, classes: Labels, seed: int) -> Maps:
     ends = classes.bincount().cumsum(0).tolist()
     by_class = [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     donors = torch.cat([members.roll(1) for members in by_class])
-    found = torch.empty_like(maps)
-    found[order] = maps[donors]
-    return found
+    shuffled_maps = torch.empty_like(maps)
+    shuffled_maps[order] = maps[donors]
+    return shuffled_maps
 
 
 def class_mean(maps: Maps, classes: Labels) -> Maps:
@@ -126,14 +126,14 @@ def class_mean(maps: Maps, classes: Labels) -> Maps:
     return torch.cat(means).view_as(maps)
 
 
-def blurred(maps: Maps) -> Maps:
+def blur_and_restore(maps: Maps) -> Maps:
     """Each map averaged to half its grid and interpolated back."""
     height, width = maps.shape[1:]
     coarse = resize(maps, (max(1, height // 2), max(1, width // 2)))
     return upsample(coarse, (height, width))
 
 
-def mixed(maps: Maps, others: Maps, share: float) -> Maps:
+def mix_maps(maps: Maps, others: Maps, share: float) -> Maps:
     """Maps times `share` and others times 1 - share, each map divided by its L2 norm before.
 
     Args:
@@ -147,7 +147,7 @@ def mixed(maps: Maps, others: Maps, share: float) -> Maps:
     return share * first + (1 - share) * second
 
 
-def randomized(teacher: Teacher, images: Images, seed: int) -> Teacher:
+def randomize_weights(teacher: Teacher, images: Images, seed: int) -> Teacher:
     """A copy of a teacher with every weight drawn anew (He et al. 2015): the architecture alone.
 
     Normalizations get weight 1 and bias 0, and those of batches the statistics of the given images:
@@ -165,9 +165,9 @@ def randomized(teacher: Teacher, images: Images, seed: int) -> Teacher:
             module.reset_parameters()
             module.momentum = None  # a plain average over the images
             continue
-        own = dict(module.named_parameters(recurse=False))
-        scales = all(value.ndim < 2 for value in own.values())  # a normalization
-        for name, weight in own.items():
+        parameters = dict(module.named_parameters(recurse=False))
+        scales = all(value.ndim < 2 for value in parameters.values())  # a normalization
+        for name, weight in parameters.items():
             drawn = torch.randn(weight.shape, generator=generator)
             # He's deviation for weights; biases, which have one axis, are 0
             deviation = (2 / weight[0].numel()) ** 0.5 if weight.ndim > 1 else 0.0

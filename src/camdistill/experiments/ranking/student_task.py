@@ -54,7 +54,7 @@ class Recipe:
         )
 
 
-class Pool(NamedTuple):
+class ImagePool(NamedTuple):
     """What students learn from: images without labels, and the teacher's logits of them.
 
     Attributes:
@@ -68,7 +68,7 @@ class Pool(NamedTuple):
     logits: Float[Tensor, "batch 2 classes"]
 
 
-class Lesson(NamedTuple):
+class StudentTask(NamedTuple):
     """What one student is taught.
 
     Attributes:
@@ -82,7 +82,7 @@ class Lesson(NamedTuple):
     maps: Float[Tensor, "batch 2 rows columns"] | None = None
 
 
-class Taught(NamedTuple):
+class StudentBatch(NamedTuple):
     """One step's batch: the same for all arms of a seed."""
 
     images: Images
@@ -90,7 +90,7 @@ class Taught(NamedTuple):
     view: View
 
 
-def batch_at(pool: Pool, recipe: Recipe, seed: int, step: int) -> Taught:
+def batch_at(pool: ImagePool, recipe: Recipe, seed: int, step: int) -> StudentBatch:
     """The batch of a step: the pool in a new order each time it was seen, in views of this step."""
     count = len(pool.pixels)
     size = min(recipe.batch_size, count)
@@ -102,4 +102,4 @@ def batch_at(pool: Pool, recipe: Recipe, seed: int, step: int) -> Taught:
     pixels, ids = pool.pixels[positions], pool.ids[positions]
     height, width = pixels.shape[-2:]
     view = draw_view(recipe.augment, ids, (height, width), seed=seed, epoch=step)
-    return Taught(as_images(view_images(pixels, view)), positions, view)
+    return StudentBatch(as_images(view_images(pixels, view)), positions, view)

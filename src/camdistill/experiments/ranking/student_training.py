@@ -19,7 +19,7 @@ from camdistill.data.views import View, view_maps
 from camdistill.distill.losses import map_distance, soft_targets_kl
 from camdistill.distill.training import as_images, build_with_seed
 from camdistill.errors import UserError
-from camdistill.experiments.ranking.student_task import Lesson, Pool, Recipe, batch_at
+from camdistill.experiments.ranking.student_task import ImagePool, Recipe, StudentTask, batch_at
 from camdistill.explain.gradcam import explain_images, last_layer
 from camdistill.explain.maps import relu
 from camdistill.networks.capture import capture, check_forward
@@ -32,7 +32,7 @@ LOOKS = 500  # images in one forward where nothing is trained
 Targets = Float[Tensor, "students batch rows columns"]
 
 
-class Judged(NamedTuple):
+class StudentScores(NamedTuple):
     """How students answer images that they were not taught with.
 
     Attributes:
@@ -76,7 +76,7 @@ class Students:
         self.others = [self._parameters[name] for name in sorted(flat)]
 
     @classmethod
-    def untrained(
+    def from_seeds(
         cls,
         family: NetworkSpec,
         classes: int,
@@ -97,11 +97,11 @@ class Students:
 
     def state(self, number: int) -> dict[str, Tensor]:
         """One student's weights and buffers."""
-        own = self._network.state_dict()
+        network_state = self._network.state_dict()
         if self.count == 1:
-            return dict(own)
+            return dict(network_state)
         whole = self._parameters | self._buffers
-        return {name: whole[name][number].detach() for name in own}
+        return {name: whole[name][number].detach() for name in network_state}
 
     def train(self, mode: bool) -> None:
         """Whether batch normalization takes the batch's statistics and notes them."""
@@ -118,9 +118,9 @@ class Students:
         """
         if self.count == 1:
             only = images if shared else images[0]
-            with capture(self._network, [self.layer]) as found:
+            with capture(self._network, [self.layer]) as captured:
                 logits = self._network(only)
-            return logits[None], found[self.layer][None]
+            return logits[None], captured[self.layer][None]
         run = vmap(self._stacked, in_dims=(0, 0, None if shared else 0))
         logits, activations = run(self._parameters, self._buffers, images)
         return logits, activations
@@ -128,9 +128,9 @@ class Students:
     def _stacked(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Images
     ) -> tuple[Tensor, Tensor]:
-        with capture(self._network, [self.layer]) as found:
+        with capture(self._network, [self.layer]) as captured:
             logits = functional_call(self._network, {**parameters, **buffers}, (images,))
-        return logits, found[self.layer]
+        return logits, captured[self.layer]
 
     def maps(self, activations: Tensor, classes: Tensor) -> Targets:
         """Class activation maps of each student's images for the given classes [K, B]."""
@@ -141,7 +141,9 @@ class Students:
         return torch.einsum("kbu,kbuhw->kbhw", chosen, wide) / wide[0, 0, 0].numel()
 
 
-def pooled_layer(family: NetworkSpec, classes: int, images: Images) -> tuple[str, tuple[int, int]]:
+def find_pooled_layer(
+    family: NetworkSpec, classes: int, images: Images
+) -> tuple[str, tuple[int, int]]:
     """The last layer of a family of students, and the grid of its maps.
 
     Raises:
@@ -153,23 +155,29 @@ def pooled_layer(family: NetworkSpec, classes: int, images: Images) -> tuple[str
     check_forward({f"student '{family.name}'": network}, images, cure=cure)
     layer = last_layer(network, images)
     wanted = explain_images(network, images, [layer])
-    own = None
+    student_maps = None
     if find_head(network.network)[1].weight.shape[1] == wanted.activations[layer].shape[1]:
         students = Students([network], layer)
         with torch.no_grad():
             _, activations = students.answers(images, shared=True)
-            own = students.maps(activations, wanted.classes[None])[0]
-    error = torch.inf if own is None else float((own - wanted.maps[layer]).abs().amax())
-    if own is None or not error <= 1e-3 * float(wanted.maps[layer].abs().amax().clamp_min(1e-12)):
+            student_maps = students.maps(activations, wanted.classes[None])[0]
+    error = (
+        torch.inf
+        if student_maps is None
+        else float((student_maps - wanted.maps[layer]).abs().amax())
+    )
+    if student_maps is None or not error <= 1e-3 * float(
+        wanted.maps[layer].abs().amax().clamp_min(1e-12)
+    ):
         raise UserError(
             f"the students '{family.name}' don't end in global average pooling and one linear "
             f"layer after '{layer}'; take shallow_cnn, a CIFAR ResNet or a wide ResNet"
         )
-    _demand_no_dropout(family.name, network)
-    return layer, (own.shape[1], own.shape[2])
+    _check_no_dropout(family.name, network)
+    return layer, (student_maps.shape[1], student_maps.shape[2])
 
 
-def _demand_no_dropout(name: str, network: nn.Module) -> None:
+def _check_no_dropout(name: str, network: nn.Module) -> None:
     """Refuse students that draw at random in training: those of one seed would not be alike."""
     for place, part in network.named_modules():
         dropped = isinstance(part, nn.modules.dropout._DropoutNd | StochasticDepth)
@@ -180,7 +188,9 @@ def _demand_no_dropout(name: str, network: nn.Module) -> None:
             )
 
 
-def teach(students: Students, pool: Pool, lessons: Sequence[Lesson], recipe: Recipe) -> None:
+def train_students(
+    students: Students, pool: ImagePool, lessons: Sequence[StudentTask], recipe: Recipe
+) -> None:
     """Trains every student on its lesson, in place.
 
     Args:
@@ -237,7 +247,7 @@ class _Batches(NamedTuple):
     boxes: Float[Tensor, "seeds batch 4"]
 
     @classmethod
-    def of(cls, pool: Pool, recipe: Recipe, seeds: Sequence[int], step: int) -> "_Batches":
+    def of(cls, pool: ImagePool, recipe: Recipe, seeds: Sequence[int], step: int) -> "_Batches":
         taught = [batch_at(pool, recipe, seed, step) for seed in seeds]
         return cls(
             torch.stack([batch.images for batch in taught]),
@@ -256,13 +266,13 @@ class _Guide(NamedTuple):
     maps: Float[Tensor, "guided images 2 rows columns"]
 
     @classmethod
-    def of(cls, lessons: Sequence[Lesson], row: Tensor, dtype: torch.dtype) -> "_Guide | None":
-        told = [k for k, one in enumerate(lessons) if one.maps is not None and one.beta > 0]
-        maps = [lessons[k].maps for k in told]
+    def of(cls, lessons: Sequence[StudentTask], row: Tensor, dtype: torch.dtype) -> "_Guide | None":
+        taught = [k for k, one in enumerate(lessons) if one.maps is not None and one.beta > 0]
+        maps = [lessons[k].maps for k in taught]
         if not maps:
             return None
-        places = torch.tensor(told, device=row.device)
-        beta = torch.tensor([lessons[k].beta for k in told], device=row.device, dtype=dtype)
+        places = torch.tensor(taught, device=row.device)
+        beta = torch.tensor([lessons[k].beta for k in taught], device=row.device, dtype=dtype)
         return cls(
             places, row[places], beta, torch.stack([m.to(dtype) for m in maps if m is not None])
         )
@@ -273,23 +283,25 @@ class _Guide(NamedTuple):
         every = torch.arange(len(self.places), device=maps.device)[:, None]
         view = View(flips.flatten().bool(), batches.boxes[self.rows].flatten(0, 1))
         wanted = view_maps(self.maps[every, positions, flips].flatten(0, 1), view, flipped=True)
-        own = relu(maps[self.places]).flatten(0, 1)
-        distance = map_distance(own, wanted, recipe.distance, rectify=False)
+        student_maps = relu(maps[self.places]).flatten(0, 1)
+        distance = map_distance(student_maps, wanted, recipe.distance, rectify=False)
         return self.beta * distance.view(positions.shape).mean(1)
 
 
 @torch.no_grad()
-def judged(students: Students, pixels: Pixels, logits: Float[Tensor, "batch classes"]) -> Judged:
+def measure_students(
+    students: Students, pixels: Pixels, logits: Float[Tensor, "batch classes"]
+) -> StudentScores:
     """Students and teacher on images that are not mirrored; no map is looked at."""
     students.train(False)
     agrees, divergences = [], []
     dtype = students.decayed[0].dtype
     for start in range(0, len(pixels), LOOKS):
         part, wanted = pixels[start : start + LOOKS], logits[start : start + LOOKS]
-        own, _ = students.answers(as_images(part).to(dtype), shared=True)
-        labels = torch.stack([predict_labels(one) for one in own])
+        student_logits, _ = students.answers(as_images(part).to(dtype), shared=True)
+        labels = torch.stack([predict_labels(one) for one in student_logits])
         agrees.append(labels == predict_labels(wanted))
-        rows = wanted.to(own).expand_as(own)
-        kl = soft_targets_kl(own.flatten(0, 1), rows.flatten(0, 1), 1.0)
-        divergences.append(kl.view(own.shape[:2]))
-    return Judged(torch.cat(agrees, 1), torch.cat(divergences, 1))
+        rows = wanted.to(student_logits).expand_as(student_logits)
+        kl = soft_targets_kl(student_logits.flatten(0, 1), rows.flatten(0, 1), 1.0)
+        divergences.append(kl.view(student_logits.shape[:2]))
+    return StudentScores(torch.cat(agrees, 1), torch.cat(divergences, 1))

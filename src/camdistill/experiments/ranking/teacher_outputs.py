@@ -23,8 +23,8 @@ from camdistill.data.datasets import ImageSet
 from camdistill.distill.teacher_maps_plan import teacher_sha256
 from camdistill.distill.training import as_images
 from camdistill.errors import UserError
-from camdistill.experiments.ranking.map_sources import Asked, Source
-from camdistill.experiments.ranking.student_task import Pool
+from camdistill.experiments.ranking.map_sources import MapRequest, MapSource
+from camdistill.experiments.ranking.student_task import ImagePool
 from camdistill.explain.maps import relu, resize
 from camdistill.networks.teachers import Teacher
 from camdistill.store.array_files import (
@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Piece:
+class CachedPart:
     """A folder of finished arrays.
 
     Attributes:
@@ -60,11 +60,11 @@ class Piece:
 
     def arrays(self) -> dict[str, Tensor]:
         """The memory-mapped arrays; every file is checked the first time."""
-        return opened(self)
+        return open_part(self)
 
 
 @lru_cache(maxsize=128)  # of memory maps; a study's runs go through all of its pieces
-def opened(piece: Piece) -> dict[str, Tensor]:
+def open_part(piece: CachedPart) -> dict[str, Tensor]:
     """A piece's arrays, kept for the next run."""
     key = json.loads((piece.folder / "meta.json").read_text())["key"]
     return open_arrays(piece.folder, key)
@@ -89,7 +89,7 @@ class Sets:
         return Sets(self.pool.subset(np.arange(count)), self.val, self.test)
 
 
-def answered(root: Path, teacher: Teacher, sets: Sets) -> list[int]:
+def list_answered_sizes(root: Path, teacher: Teacher, sets: Sets) -> list[int]:
     """Of how many first images of a pool there are answers already, in studies of other n."""
     sizes = []
     for path in root.glob("answers-*/pool-ids.npy"):
@@ -101,9 +101,9 @@ def answered(root: Path, teacher: Teacher, sets: Sets) -> list[int]:
     return sorted(sizes)
 
 
-def answers(
+def cache_answers(
     root: Path, teacher: Teacher, sets: Sets, *, on_progress: Progress | None = None
-) -> Piece:
+) -> CachedPart:
     """Pixels and the teacher's logits of all sets, those of mirrored images too for the pool."""
     parts = _parts(sets)
 
@@ -111,7 +111,7 @@ def answers(
         done, total = 0, sum(map(len, parts.values()))
         for name, images in parts.items():
             for rows in _chunks(draft, len(images), before=done):
-                _answer(draft, name, images, rows, teacher)
+                _compute_answers(draft, name, images, rows, teacher)
                 if on_progress is not None:
                     on_progress("teacher's answers", done + rows.stop, total)
             done += len(images)
@@ -132,7 +132,9 @@ def _key_of_answers(teacher: Teacher, sets: Sets) -> CacheKey:
     }
 
 
-def _answer(draft: ArrayWriter, name: str, images: ImageSet, rows: slice, teacher: Teacher) -> None:
+def _compute_answers(
+    draft: ArrayWriter, name: str, images: ImageSet, rows: slice, teacher: Teacher
+) -> None:
     """Writes down what the teacher says of some images of a set, and with the first their ids."""
     views = 2 if name == "pool" else 1
     if rows.start == 0:
@@ -144,8 +146,8 @@ def _answer(draft: ArrayWriter, name: str, images: ImageSet, rows: slice, teache
     batch = images.batch(np.arange(rows.start, rows.stop))
     draft.arrays[f"{name}/pixels"][rows] = batch.pixels.numpy()
     for view in range(views):
-        own = batch.pixels.flip(-1) if view else batch.pixels
-        draft.arrays[f"{name}/logits"][rows, view] = _logits(teacher, own).numpy()
+        view_pixels = batch.pixels.flip(-1) if view else batch.pixels
+        draft.arrays[f"{name}/logits"][rows, view] = _logits(teacher, view_pixels).numpy()
 
 
 def _chunks(draft: ArrayWriter, count: int, *, before: int = 0) -> Iterator[slice]:
@@ -166,14 +168,14 @@ def _chunks(draft: ArrayWriter, count: int, *, before: int = 0) -> Iterator[slic
             noted = time.monotonic()
 
 
-def maps(
+def cache_maps(
     root: Path,
     teacher: Teacher,
-    known: Piece,
-    source: Source,
+    known: CachedPart,
+    source: MapSource,
     *,
     on_progress: Progress | None = None,
-) -> Piece:
+) -> CachedPart:
     """A method's raw maps of the pool and its mirror images, for the teacher's own top class.
 
     Args:
@@ -196,7 +198,7 @@ def maps(
         for rows in _chunks(draft, count):
             for view in range(2):
                 pixels = pool.pixels[rows].flip(-1) if view else pool.pixels[rows]
-                asked = Asked(
+                asked = MapRequest(
                     as_images(pixels.to(device)),
                     pool.logits[rows, view].argmax(1).to(device),
                     pool.ids[rows],
@@ -214,20 +216,20 @@ def maps(
     return _piece(root, "maps", key, write)
 
 
-def pool_of(known: Piece, count: int | None = None) -> Pool:
+def pool_of(known: CachedPart, count: int | None = None) -> ImagePool:
     """The first images of the pool with the teacher's answers; None for all."""
     arrays = known.arrays()
-    return Pool(*(arrays[f"pool/{name}"][:count] for name in ("pixels", "ids", "logits")))
+    return ImagePool(*(arrays[f"pool/{name}"][:count] for name in ("pixels", "ids", "logits")))
 
 
-def held_out(known: Piece, name: str) -> tuple[Pixels, Logits]:
+def load_held_out(known: CachedPart, name: str) -> tuple[Pixels, Logits]:
     """Pixels and logits of "val" or "test"."""
     arrays = known.arrays()
     return arrays[f"{name}/pixels"], arrays[f"{name}/logits"][:, 0]
 
 
 def targets(
-    stored: Piece, count: int, grid: tuple[int, int]
+    stored: CachedPart, count: int, grid: tuple[int, int]
 ) -> Float[Tensor, "batch 2 rows columns"]:
     """Rectified maps of the first images of the pool on the students' grid."""
     arrays = stored.arrays()
@@ -239,11 +241,13 @@ def targets(
 
 def _logits(teacher: Teacher, pixels: Pixels) -> Logits:
     with torch.no_grad():
-        found: Tensor = teacher(as_images(pixels.to(teacher.mean.device)))
-    return found.float().cpu()
+        logits: Tensor = teacher(as_images(pixels.to(teacher.mean.device)))
+    return logits.float().cpu()
 
 
-def _piece(root: Path, kind: str, key: CacheKey, write: Callable[[ArrayWriter], None]) -> Piece:
+def _piece(
+    root: Path, kind: str, key: CacheKey, write: Callable[[ArrayWriter], None]
+) -> CachedPart:
     folder = _folder(root, kind, key)
     with report_write_errors(folder, "name another --out"):
         root.mkdir(parents=True, exist_ok=True)
@@ -260,7 +264,7 @@ def _piece(root: Path, kind: str, key: CacheKey, write: Callable[[ArrayWriter], 
                     raise
                 draft.finish({})
     meta: Mapping[str, Mapping[str, str]] = json.loads((folder / "meta.json").read_text())
-    return Piece(folder, digest_of(meta["sha256"]))
+    return CachedPart(folder, digest_of(meta["sha256"]))
 
 
 def _folder(root: Path, kind: str, key: CacheKey) -> Path:

@@ -19,10 +19,10 @@ from camdistill.experiments.refinement.refinement_config import CE, START, STUDE
 from camdistill.experiments.refinement.refinement_measurement import MAP, OWN_MAP, START_MAP, Column
 from camdistill.experiments.refinement.refinement_records import Job, RefinementRecord
 from camdistill.experiments.refinement.refinement_worker import RefinementWorker
-from camdistill.experiments.shared.worker_pool import Crew
+from camdistill.experiments.shared.worker_pool import WorkerPool
 from camdistill.measure.metrics import METRICS
 from camdistill.store.array_files import lock_cache
-from camdistill.store.run_log import Ledger
+from camdistill.store.run_log import RunLog
 
 RUN_LOG = "runs.jsonl"
 ROUNDING = 1e-6  # of a share of images, which no number of them is as small as
@@ -135,10 +135,10 @@ def run_refinement(
     with lock_cache(plan.folder / "study", wait=False):
         worker = RefinementWorker(plan, device)
         check_refinement(worker)
-        run_log = Ledger(plan.folder / RUN_LOG, RefinementRecord)
-        if on_unused is not None and (unused := run_log.unused(_plan_keys(worker, run_log))):
+        run_log = RunLog(plan.folder / RUN_LOG, RefinementRecord)
+        if on_unused is not None and (unused := run_log.count_unused(_plan_keys(worker, run_log))):
             on_unused(unused)
-        with Crew(worker, workers) as pool:
+        with WorkerPool(worker, workers) as pool:
             runner = _JobRunner(worker, run_log, pool, on_progress)
             records = runner.run("start networks", [Job(name, START) for name in plan.starts])
             records |= runner.run(CE, [Job(name, CE) for name in plan.starts])
@@ -162,7 +162,7 @@ def list_arm_jobs(plan: RefinementPlan, baseline: RefinementRecord) -> list[Job]
     return [Job(baseline.start, arm, floor) for arm in plan.objectives_by_arm if arm != CE]
 
 
-def _plan_keys(worker: RefinementWorker, run_log: Ledger[RefinementRecord]) -> set[str]:
+def _plan_keys(worker: RefinementWorker, run_log: RunLog[RefinementRecord]) -> set[str]:
     """Of every job that the plan has, as far as what it is matched to was done."""
     plan, jobs = worker.plan, list[Job]()
     for name in plan.starts:
@@ -183,8 +183,8 @@ class _JobRunner:
     def __init__(
         self,
         worker: RefinementWorker,
-        run_log: Ledger[RefinementRecord],
-        pool: Crew[Job, RefinementRecord],
+        run_log: RunLog[RefinementRecord],
+        pool: WorkerPool[Job, RefinementRecord],
         on_progress: Progress | None,
     ) -> None:
         self._worker, self._run_log, self._pool = worker, run_log, pool

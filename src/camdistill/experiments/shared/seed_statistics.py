@@ -45,7 +45,7 @@ class Gain(NamedTuple):
     mde: float
 
 
-def resampled(
+def resample_means(
     scores: Float[np.ndarray, "arms seeds images"], seed: int = 0, *, resamples: int = RESAMPLES
 ) -> Float[np.ndarray, "resamples arms seeds"]:
     """Two-level bootstrap: means over resampled images, for resampled seeds.
@@ -60,12 +60,12 @@ def resampled(
     arms, seeds, images = scores.shape
     flat = np.asarray(scores, np.float32).reshape(arms * seeds, images)
     small = resamples * images <= KEPT
-    found = []
-    for weights, chosen in (_kept_draws if small else _draws)(seeds, images, seed, resamples):
+    resampled_means = []
+    for weights, chosen in (_cached_draws if small else _draws)(seeds, images, seed, resamples):
         by_arm = (weights @ flat.T).astype(np.float64) / images
         means = by_arm.reshape(len(weights), arms, seeds)
-        found.append(np.take_along_axis(means, chosen[:, None, :], 2))
-    return np.concatenate(found)
+        resampled_means.append(np.take_along_axis(means, chosen[:, None, :], 2))
+    return np.concatenate(resampled_means)
 
 
 def _draws(seeds: int, images: int, seed: int, resamples: int) -> Iterator[Draw]:
@@ -81,7 +81,7 @@ def _draws(seeds: int, images: int, seed: int, resamples: int) -> Iterator[Draw]
 
 
 @lru_cache(maxsize=4)
-def _kept_draws(seeds: int, images: int, seed: int, resamples: int) -> list[Draw]:
+def _cached_draws(seeds: int, images: int, seed: int, resamples: int) -> list[Draw]:
     """The same, once: a report asks for a thousand intervals of scores of the same shape."""
     return list(_draws(seeds, images, seed, resamples))
 
@@ -110,7 +110,7 @@ class Bootstrap:
         (self._shape,) = shapes
         whole = np.stack([np.asarray(one, np.float64) for one in scores.values()])
         self._means = dict(zip(scores, whole.mean(2), strict=True))
-        drawn = resampled(whole, seed, resamples=resamples)
+        drawn = resample_means(whole, seed, resamples=resamples)
         self._drawn = {name: drawn[:, place] for place, name in enumerate(scores)}
 
     def __contains__(self, name: str) -> bool:
@@ -119,7 +119,7 @@ class Bootstrap:
     def gain(self, first: str, base: str) -> Gain:
         """How much one arm scores above another, seed by seed and image by image."""
         mean = float((self._means[first] - self._means[base]).mean())
-        return _told(mean, (self._drawn[first] - self._drawn[base]).mean(1), self._shape)
+        return _gain_of_draws(mean, (self._drawn[first] - self._drawn[base]).mean(1), self._shape)
 
     def specific_gain(self, first: str, controls: Sequence[str]) -> Gain:
         """SSG: how much an arm scores above the best control of each seed, averaged over seeds.
@@ -130,10 +130,10 @@ class Bootstrap:
         best = np.max([self._means[name] for name in controls], axis=0)
         drawn = np.max([self._drawn[name] for name in controls], axis=0)
         mean = float((self._means[first] - best).mean())
-        return _told(mean, (self._drawn[first] - drawn).mean(1), self._shape)
+        return _gain_of_draws(mean, (self._drawn[first] - drawn).mean(1), self._shape)
 
 
-def _told(mean: float, drawn: Floats, shape: tuple[int, ...]) -> Gain:
+def _gain_of_draws(mean: float, drawn: Floats, shape: tuple[int, ...]) -> Gain:
     seeds, images = shape
     freedom = seeds - 1 if seeds > 1 else images - 1
     inflation = seeds / (seeds - 1) if seeds > 1 else 1.0
@@ -190,10 +190,10 @@ def rank_agreement(gains: Mapping[str, Mapping[str, float]]) -> dict[str, float]
     Returns:
         By "one | other".
     """
-    found = {}
+    tau_by_pair = {}
     for one, other in itertools.combinations(gains, 2):
         shared = [name for name in gains[one] if name in gains[other]]
         values = [[gains[which][name] for name in shared] for which in (one, other)]
         tau = kendalltau(*values).statistic if len(shared) > 1 else np.nan
-        found[f"{one} | {other}"] = float(tau)
-    return found
+        tau_by_pair[f"{one} | {other}"] = float(tau)
+    return tau_by_pair

@@ -27,10 +27,10 @@ class _Worker(NamedTuple):
 class _Mistake(NamedTuple):
     """A user's mistake that a worker found."""
 
-    said: str
+    message: str
 
 
-class Crew(Generic[JobT, ResultT]):
+class WorkerPool(Generic[JobT, ResultT]):
     """Processes that do jobs; they start with the first job and end with the `with` block.
 
     Args:
@@ -46,7 +46,7 @@ class Crew(Generic[JobT, ResultT]):
         self._at: dict[_Worker, tuple[JobT, int]] = {}
         self._idle: list[_Worker] = []
 
-    def __enter__(self) -> "Crew[JobT, ResultT]":
+    def __enter__(self) -> "WorkerPool[JobT, ResultT]":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,7 +84,7 @@ class Crew(Generic[JobT, ResultT]):
                     continue
                 self._idle.append(worker)
                 if isinstance(answer, _Mistake):
-                    failed = failed or UserError(answer.said)
+                    failed = failed or UserError(answer.message)
                 else:
                     yield job, answer
         if failed is not None:  # what the other processes had begun is done
@@ -93,7 +93,7 @@ class Crew(Generic[JobT, ResultT]):
 
     def _hand_out(self) -> None:
         while self._waiting and (self._idle or len(self._at) < self._count):
-            self._give(self._idle.pop() if self._idle else self._hired())
+            self._give(self._idle.pop() if self._idle else self._start_worker())
 
     def _give(self, worker: _Worker) -> None:
         job, tries = self._waiting.popleft()
@@ -117,7 +117,7 @@ class Crew(Generic[JobT, ResultT]):
         self._waiting.appendleft((job, tries + 1))
         return None
 
-    def _hired(self) -> _Worker:
+    def _start_worker(self) -> _Worker:
         context = multiprocessing.get_context("spawn")  # a fork of threads hangs
         here, there = context.Pipe()
         process = context.Process(target=_serve, args=(self._work, there), daemon=True)

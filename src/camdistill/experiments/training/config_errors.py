@@ -338,12 +338,12 @@ def _wrong_class_error(match: re.Match[str], options: list[str]) -> UserError:
     )
 
 
-def _key_of_number(found: re.Match[str], options: list[str]) -> UserError:
+def _key_of_number(match: re.Match[str], options: list[str]) -> UserError:
     """A word among named values whose names are whole numbers."""
     return OptionError(
-        f"{{}} has the name {_shorten(found['key'], 60)!r}, but its names are whole numbers; write "
+        f"{{}} has the name {_shorten(match['key'], 60)!r}, but its names are whole numbers; write "
         "them as in {{0: 1, 4: 2}}",
-        found["name"],
+        match["name"],
     )
 
 

@@ -136,11 +136,11 @@ def _interval_message(match: re.Match[str]) -> str:
     )
 
 
-def _no_batch(found: re.Match[str]) -> str:
+def _no_batch(match: re.Match[str]) -> str:
     """A share of the batches that is less than one of them."""
-    whole = int(found["count"])
+    whole = int(match["count"])
     return (
-        f"--trainer.{found['name']} is {found['share']}, less than one of {whole} batches; give 1 "
+        f"--trainer.{match['name']} is {match['share']}, less than one of {whole} batches; give 1 "
         f"(a batch), or a share of {math.ceil(1000 / whole) / 1000:g} or more"
     )
 

@@ -77,11 +77,11 @@ def check_monitors(trainer: Trainer) -> None:
         "pytorch_lightning",
     }:
         return  # someone's code may log anything
-    trained, validated = set(_logged_in_training(module)), set(_logged_in_validation(module))
+    trained, validated = set(_list_training_metrics(module)), set(_list_validation_metrics(module))
     is_validated = trainer.limit_val_batches != 0
     known = trained | validated if is_validated else trained
     for callback in callbacks:
-        name = _monitored(callback)
+        name = _monitor_of(callback)
         rates = any(isinstance(one, LearningRateMonitor) for one in callbacks)
         if name is None or name in known or (rates and name.startswith("lr-")):
             continue
@@ -96,7 +96,7 @@ def check_monitors(trainer: Trainer) -> None:
         raise UserError(f"{what}; {nearest(name, sorted(known))}")
 
 
-def _monitored(callback: Callback) -> str | None:
+def _monitor_of(callback: Callback) -> str | None:
     """What a callback can't do without."""
     if isinstance(callback, ModelCheckpoint) or (
         isinstance(callback, EarlyStopping) and callback.strict
@@ -105,7 +105,7 @@ def _monitored(callback: Callback) -> str | None:
     return None
 
 
-def _logged_in_training(module: LightningModule) -> Iterator[str]:
+def _list_training_metrics(module: LightningModule) -> Iterator[str]:
     yield from (tags.LEARNING_RATE, tags.LOSS_TRAIN, tags.IMAGES_PER_SECOND)
     if isinstance(module, Classifier):
         yield tags.ACCURACY_TRAIN
@@ -115,7 +115,7 @@ def _logged_in_training(module: LightningModule) -> Iterator[str]:
         yield from [tags.LOSS_MAPS, tags.BETA] if module.beta else []
 
 
-def _logged_in_validation(module: LightningModule) -> Iterator[str]:
+def _list_validation_metrics(module: LightningModule) -> Iterator[str]:
     if isinstance(module, Classifier):
         yield from (tags.LOSS_VAL, tags.ACCURACY_VAL)
     elif isinstance(module, DistilledExplainer):
