@@ -55,7 +55,7 @@ class ClaimResult:
     """A claim of the paper beside what was found here.
 
     Attributes:
-        number: Of the claim, as in `everything.ROWS`.
+        number: Of the claim, as in `claims_index.ROWS`.
         claim: In a sentence.
         paper: Its number, or that it has none.
         ours: What was measured.

@@ -1,1 +1,1 @@
-"""Experiments of many runs, a package each."""
+"""Experiments that need many runs, one package for each kind."""

@@ -1,1 +1,1 @@
-"""What a layer does: statistics of one sweep, receptive fields, filters, patches, units."""
+"""What layers do: a sweep's statistics, filters, findings, and single units."""

@@ -1,4 +1,4 @@
-"""All that is known of the layers of one or two networks: what the report is made of."""
+"""The result of an analysis: everything that is known of the layers of one or two networks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What units add to a class's logit, at any layers of a few images."""
+"""Contributions of units to a class's logit, at any layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The weights themselves: first filters as they act on pixels, sizes and histograms by layer."""
+"""The weights themselves: first filters as they act on pixels, norms and histograms by layer."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What stands out in a sweep, in words and as data.
+"""Finds what stands out in a sweep, in sentences and as data.
 
 How the thresholds were set: on ten networks (4-stage students and ResNet-8, trained for a few steps
 on Shapes; seeds 100 to 109), each beside a copy that was trained on and beside a network trained by

@@ -1,4 +1,4 @@
-"""A sweep's numbers in rows: statistics against depth, and everything by layer."""
+"""Tables of a sweep's numbers against depth and by layer."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""One image at all layers of all networks: maps and feature maps of the first network's class."""
+"""Maps and feature maps of one image at all layers, for the first network's class."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

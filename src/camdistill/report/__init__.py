@@ -1,1 +1,1 @@
-"""What people look at."""
+"""Reports: figures, TensorBoard, callbacks and result files."""

@@ -1,4 +1,4 @@
-"""The images that layers are opened with."""
+"""The images of an analysis."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Opens the layers of one or two networks, stage by stage, and writes each stage's report.
+"""Analyzes the layers of one or two networks in stages, and writes each stage's report.
 
 Every stage leaves the report with more in it, so that one that was stopped shows what was done.
 """

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: pictures of maps, how to read them, speed, progress.
+"""Callbacks that report while a run trains: map pictures, their legend, speed and progress.
 
 They work with any logger or none, in any number of processes, and are silent in the sanity check.
 """

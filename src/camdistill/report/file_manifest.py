@@ -1,4 +1,4 @@
-"""What an analysis wrote into its folder, so that the next one there removes that and no more.
+"""The list of files that an analysis wrote, so that the next one removes these alone.
 
 `written.txt` has a line a file, relative to the folder, and gets it before the file is written: a
 run that was killed leaves nothing that nobody owns. A file of events, whose name begins with the

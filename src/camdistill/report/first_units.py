@@ -1,4 +1,4 @@
-"""Which layers' units are the first convolution's, one by one: their cards show its filters."""
+"""Finds the layers whose units are the first convolution's, so that cards show its filters."""
 
 from collections.abc import Collection, Sequence
 

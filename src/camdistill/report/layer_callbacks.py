@@ -1,4 +1,4 @@
-"""Layers while they form: the same images through the network at epoch ends."""
+"""A callback that follows the layers while a network trains, on the same images."""
 
 import math
 from typing import Protocol, TypedDict, cast, runtime_checkable

@@ -1,4 +1,4 @@
-"""An analysis as pictures, each under its tag."""
+"""The pictures of an analysis, each under its tag."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

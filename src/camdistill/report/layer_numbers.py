@@ -1,4 +1,4 @@
-"""An analysis as numbers: what a paper's table or figure is made of."""
+"""The numbers of an analysis, for tables and figures of a paper."""
 
 import io
 from collections.abc import Iterator, Mapping

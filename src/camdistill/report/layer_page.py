@@ -1,4 +1,4 @@
-"""An analysis in words: what stands out, what was measured of what, what each card means."""
+"""The page of an analysis: findings, what was measured, and what each card means."""
 
 from collections.abc import Collection, Mapping, Sequence
 

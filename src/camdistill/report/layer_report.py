@@ -1,4 +1,4 @@
-"""An analysis as a folder: TensorBoard's events, the same pictures as PNG, a page, results.json.
+"""The folder of an analysis: TensorBoard events, PNG pictures, a page and `results.json`.
 
 The parts are written as they are found, so that a report that was stopped holds what was done.
 """

@@ -1,4 +1,4 @@
-"""Results as files and as text: what was measured, on which machine, with which versions."""
+"""Writes and reads results: values, machine and versions, as JSON and as text tables."""
 
 import contextlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""A sweep and its file: one that was stopped or killed goes on, one that is whole isn't repeated.
+"""The file of a sweep: it resumes after a stop, and a finished sweep isn't repeated.
 
 Hours of forwards come before the first picture of an analysis. What they gave is small and merges
 exactly, so it is written beside the report every minute and when the sweep ends, however it ends.

@@ -1,4 +1,4 @@
-"""The only writer of TensorBoard events: scalars and their meaning, pictures, text, front page.
+"""Writes TensorBoard events: scalars with descriptions, pictures, text and the front page.
 
 Summaries are new-style (a tensor and the plugin's metadata): TensorBoard's default loader shows a
 card's description only for these.

@@ -1,4 +1,4 @@
-"""What a newcomer reads of a training: what it is, a line an epoch, and a last validation."""
+"""The log of a training: its setup, a line for each epoch, and a last validation."""
 
 import sys
 import time

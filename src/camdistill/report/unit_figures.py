@@ -1,4 +1,4 @@
-"""Units as pictures: cards of single ones, and of pairs."""
+"""The pictures of units: cards of single units and of pairs."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,1 +1,1 @@
-"""An explainer's parameters adapted to what its maps teach."""
+"""Adapts an explainer's parameters to what its maps teach a student."""

@@ -1,4 +1,4 @@
-"""What adapting an explainer was worth, as text, as `results.json` and as a chart's table."""
+"""Reports an adaptation as text, as `results.json` and as a chart."""
 
 import numpy as np
 import torch

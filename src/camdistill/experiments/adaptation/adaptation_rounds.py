@@ -1,4 +1,4 @@
-"""The rounds in which an explainer's parameters are learned: a new student each."""
+"""Learns an explainer's parameters in rounds, with a new student in each."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -1,10 +1,10 @@
-"""An explainer adapted to what it teaches, and whether fresh students learn more from it.
+"""Adapts an explainer, then tests whether new students learn more from it.
 
 Its parameters are learned beside students of one family (`bilevel`), a new one each round. After
 each round other students are taught with the explainer as it is, and judged on images that its
 parameters were not learned on: the best round stays, or Grad-CAM, which is where it starts. The
 same is done for a teacher of random weights. What was found is then ranked with new seeds and other
-families, beside Grad-CAM, on the test images (`simulatability`).
+families, beside Grad-CAM, on the test images (`ranking.ranking_run`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""An explainer's parameters learned from what it teaches: one step of a student, differentiated.
+"""Learns an explainer's parameters through one differentiated step of a student.
 
     theta' = theta - eta grad_theta L_train(theta, phi)      one step of a student on its maps
     min over phi of L_sim(theta'(phi))                       how it simulates the teacher then

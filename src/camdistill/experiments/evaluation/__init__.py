@@ -1,1 +1,1 @@
-"""Explainers measured side by side on one network, with their controls."""
+"""Compares explainers on one network, with controls."""

@@ -1,4 +1,4 @@
-"""An evaluation as pictures, as files and in TensorBoard."""
+"""Writes an evaluation as pictures, as files and into TensorBoard."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Explainers side by side on one network: batch by batch, resumable, with their controls."""
+"""Evaluates explainers on one network, batch by batch, and resumes where it was stopped."""
 
 import functools
 import time

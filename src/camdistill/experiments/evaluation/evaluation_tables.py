@@ -1,4 +1,4 @@
-"""An evaluation, or several, in words: intervals, differences, and what to beware of."""
+"""Builds the tables of one or several evaluations: intervals, differences and warnings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

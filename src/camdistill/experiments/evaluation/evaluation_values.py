@@ -1,4 +1,4 @@
-"""What an evaluation found: one value for each map, metric and image."""
+"""The values of an evaluation: one for each map, metric and image."""
 
 import io
 import json

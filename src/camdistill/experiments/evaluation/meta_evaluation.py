@@ -1,6 +1,4 @@
-"""Metrics put to the test: do they find a known order, do controls fool them, do they agree with
-what is known by drawing an image again, and with themselves.
-"""
+"""Tests the metrics: known orders, controls, agreement with re-rendered images, and reliability."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

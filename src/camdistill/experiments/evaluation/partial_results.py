@@ -1,4 +1,4 @@
-"""What an evaluation that was killed has computed: kept by its settings, taken up again."""
+"""Stores the batches of an unfinished evaluation, so that it can be resumed."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Evaluations of the same explainers on the same images, side by side: seeds, or networks."""
+"""Pools evaluations of the same explainers and images over seeds or networks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

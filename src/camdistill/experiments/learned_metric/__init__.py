@@ -1,1 +1,1 @@
-"""A metric of maps, learned from rankings."""
+"""Learns a metric of maps from rankings."""

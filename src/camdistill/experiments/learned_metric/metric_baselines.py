@@ -1,4 +1,4 @@
-"""How well metrics foretell what maps teach: one that was learned, beside those made by hand."""
+"""Compares a learned metric with hand-made metrics at predicting what maps teach."""
 
 import hashlib
 import json

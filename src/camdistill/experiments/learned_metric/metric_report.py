@@ -1,4 +1,4 @@
-"""How well a learned metric foretells gains, beside metrics made by hand: text and results."""
+"""Reports how well a learned metric and hand-made metrics predict gains."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

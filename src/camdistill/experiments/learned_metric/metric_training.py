@@ -1,4 +1,4 @@
-"""A metric learned from rankings: maps are worth what students gained from them.
+"""Trains a metric on rankings: a map is worth what students gained from it.
 
 Every arm of a ranking is a bag: the maps that its students were taught with, and their gain. The
 mean score of a bag shall be its gain, in deviations of the gains of its network. A metric is then

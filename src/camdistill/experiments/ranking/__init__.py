@@ -1,1 +1,1 @@
-"""Ranking explanation methods by how much they teach a student."""
+"""Ranks explanation methods by how much they teach a student."""

@@ -1,4 +1,4 @@
-"""What a map says of the class without the image: can it be told from the map alone?"""
+"""Measures how much a map alone reveals of its class, without the image."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Where the maps that students are taught come from: a method, a file, a function, or a mask."""
+"""Sources of the maps that students learn from: a method, a file, a function or a mask."""
 
 import functools
 import hashlib

@@ -1,4 +1,4 @@
-"""What a study of simulatability says: gains with intervals, sanity gates, ladders, agreement."""
+"""Analyzes a ranking: gains with intervals, sanity gates, mixtures and agreement."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

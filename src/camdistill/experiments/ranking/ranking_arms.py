@@ -1,4 +1,4 @@
-"""One run of a ranking: which student, taught with whose maps; and how it is done."""
+"""The arms of a ranking, and how one student of an arm is trained and tested."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a ranking of explanation methods is asked to do, and what is wrong with the question."""
+"""The configuration of a ranking, and the checks of it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What came out of one student of a ranking: a line of its run log."""
+"""The record of one student in the run log of a ranking."""
 
 import base64
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A ranking as text, as `results.json`, as a chart's table and as TensorBoard scalars."""
+"""Reports a ranking as text, as `results.json`, as a chart and as TensorBoard scalars."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Simulatability gain: an explanation method is worth what it teaches a student.
+"""Runs a ranking by simulatability gain: a method is worth what it teaches a student.
 
 Students learn from images without labels to answer like a teacher, and to have its maps; each arm
 has another method's maps, or a control's. An arm's score is the agreement of its students with

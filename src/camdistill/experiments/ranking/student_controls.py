@@ -1,4 +1,4 @@
-"""What students are taught in place of a method's maps, on its grid: it must beat them to count.
+"""Control maps that students learn from in place of a method's maps, on the same grid.
 
 All are pure functions of rectified maps [n, h, w] and keep their shape. What is random depends on
 the seed alone. Adebayo et al. 2018 (https://arxiv.org/abs/1810.03292) for edges and randomized

@@ -1,4 +1,4 @@
-"""What the students of a study are taught: one recipe, one pool of images, a lesson each.
+"""What a student learns from: a recipe, a pool of images, and the maps of its arm.
 
 Everything that is random depends on a student's seed and the step alone, so arms of one seed see
 the same batches in the same views, bit for bit.

@@ -1,4 +1,4 @@
-"""Many small students trained side by side: on a GPU stacked into one, on a CPU one at a time.
+"""Trains many small students side by side: stacked on a GPU, one at a time on a CPU.
 
 This is the one training loop of ours beside Lightning's: a study needs hundreds of students of
 seconds each, and a Trainer's start alone takes that long. A student is the same in a stack as

@@ -1,4 +1,4 @@
-"""What the teacher says of a study's images, asked once: answers, and maps of every method.
+"""Caches the teacher's logits, and the maps of every method, for the images of a study.
 
 Each piece lies in a folder of its own that is named after everything that decides its content and
 is checked when it is opened, so a study that is widened asks for what is new alone.

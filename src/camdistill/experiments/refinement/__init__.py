@@ -1,1 +1,1 @@
-"""A network's weights adapted to a metric of its own maps."""
+"""Adapts a network's weights to a metric of its own maps."""

@@ -1,4 +1,4 @@
-"""What a refinement may claim: the map's own part, against every control."""
+"""Analyzes a refinement: which part of a gain is the map's, against every control."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

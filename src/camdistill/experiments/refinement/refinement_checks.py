@@ -1,4 +1,4 @@
-"""What a refinement must have before anything is spent on it."""
+"""Checks the inputs of a refinement before anything is computed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a refinement is asked to do, and what is wrong with the question."""
+"""The configuration of a refinement, and the checks of it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What was asked of refinements before any was run, H1 to H6, as far as one answers it."""
+"""The hypotheses H1 to H6, stated before any refinement ran, and their verdicts."""
 
 from typing import Literal, NamedTuple
 

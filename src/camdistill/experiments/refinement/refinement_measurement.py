@@ -1,4 +1,4 @@
-"""What a refined network's maps are worth, its start's maps on it beside them, image by image."""
+"""Measures a refined network's maps, and its start's maps on it, image by image."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What is done in a refinement, and what came out of it: lines of the results file."""
+"""The jobs of a refinement and the records of their results."""
 
 import base64
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A refinement as text, as `results.json`, as charts and pictures, and in TensorBoard."""
+"""Reports a refinement as text, as `results.json`, as charts and in TensorBoard."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A network's weights adapted to a metric of its own maps, from several starts, with controls.
+"""Refines networks towards a metric of their own maps, from several starts, with controls.
 
 A map can be trained without anything else changing (Heo et al. 2019,
 https://arxiv.org/abs/1902.02041), and a network's answers to changed images can be trained without

@@ -1,4 +1,4 @@
-"""Training for a refinement: a start network, or an arm from one, chosen at matched accuracy."""
+"""Trains a start network, or an arm from one, and selects the epoch at matched accuracy."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""One run of a refinement: a start network trained and measured, or an arm from it."""
+"""Does one job of a refinement: trains and measures a start network or an arm."""
 
 import copy
 import time

@@ -1,4 +1,4 @@
-"""What may be said of arms that were trained with the same seeds and tested on the same images.
+"""Statistics of arms that share seeds and test images: bootstrap, sign-flip test, Holm.
 
 Scores are [seeds, images]: image i was judged with every seed, so seeds and images are crossed
 factors and both are resampled (Owen 2007, https://arxiv.org/abs/0712.1111).

@@ -1,4 +1,4 @@
-"""Jobs on several processes of one thread each; a process that dies costs its own job alone."""
+"""Runs jobs on several processes of one thread each; a process that dies costs its own job."""
 
 import contextlib
 import multiprocessing

@@ -1,1 +1,1 @@
-"""Training from a config: Lightning's command line, run folders, arms and seeds."""
+"""Trains from a config: Lightning's command line, run folders, arms and seeds."""

@@ -1,4 +1,4 @@
-"""Arms times seeds from one config: trained one after the other, resumed from one results file."""
+"""Trains every arm with every seed from one config, and resumes where it was stopped."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: whole or not at all on the disk, and read without running code."""
+"""Writes Lightning's checkpoints atomically, and reads them without running code."""
 
 import io
 import warnings

@@ -1,4 +1,4 @@
-"""Mistakes in options and config files, each told in one line with the nearest names."""
+"""Turns mistakes in options and config files into one line with the nearest names."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""A config's YAML, read after a look at how large it would become."""
+"""Reads a config's YAML after checking how large it would become."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a test, a validation or a prediction left in a run's folder: it is of one student alone."""
+"""Removes results of an earlier student from a run's folder."""
 
 import contextlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One training run from a config: Lightning's command line, our run folders, resuming, errors."""
+"""Lightning's command line with this project's run folders, resuming and errors."""
 
 import io
 import time

@@ -1,4 +1,4 @@
-"""What words on a command line and values in a config can't mean, found before they are parsed."""
+"""Checks options and config values before they are parsed."""
 
 import ast
 import dataclasses

@@ -1,4 +1,4 @@
-"""Where an option lies that was given without its group, or by the name that other programs use."""
+"""Hints for options that were given without their group, or by another program's name."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""Folders of runs: claimed when they are chosen, and found again by what a run is.
+"""Run folders: claimed when they are chosen, and found again by the identity of a run.
 
 A run is its model, its data, its seed and how its trainer computes (precision, clipping, batches).
 `--ckpt_path last` stands for the newest run of that name with these; epochs, steps, devices,

@@ -1,4 +1,4 @@
-"""What a run is: its model, its data, its seed and how it trains; how two configs differ in it."""
+"""The identity of a run, from its config: model, data, seed and trainer."""
 
 import importlib
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Errors that Lightning raises about its own options, told in one line with a cure."""
+"""Turns Lightning's errors about its own options into one line with a cure."""
 
 import math
 import re

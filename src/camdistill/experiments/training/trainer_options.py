@@ -1,4 +1,4 @@
-"""Options of Lightning's trainer that are checked before anything is built or written."""
+"""Checks the options of Lightning's trainer before anything is built or written."""
 
 import re
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Checks of a training that need its batches or its checkpoint, made before it writes anything."""
+"""Checks that need the batches or the checkpoint of a training, before it writes anything."""
 
 import os
 from collections.abc import Iterator, Sequence

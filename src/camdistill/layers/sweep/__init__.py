@@ -1,1 +1,1 @@
-"""One pass over a data set, and what it accumulates for every layer."""
+"""One pass over a data set that accumulates statistics of every layer."""

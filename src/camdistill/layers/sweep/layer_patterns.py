@@ -1,4 +1,4 @@
-"""Layers of one or two networks, by names or patterns that were given for all of them."""
+"""Selects layers of one or two networks by names or patterns."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain

@@ -1,4 +1,4 @@
-"""Which layers a sweep looks at, found by running the network on an image.
+"""Selects the layers of a sweep by running the network on an image.
 
 By default these are the network's blocks and the non-linearities outside them: a residual
 network's stem and residual blocks, the stages of a student, each ReLU of a VGG. A block is a

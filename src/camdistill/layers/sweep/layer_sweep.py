@@ -1,4 +1,4 @@
-"""One pass over a data set, bounded memory, every statistic of every layer of two networks.
+"""Sweeps a data set once, in bounded memory, for every statistic of every layer.
 
 Both networks run on the same batch; each layer's tensor is reduced inside the forward, where later
 in-place operations haven't touched it, and is never kept. What a batch gave is merged into the

@@ -1,4 +1,4 @@
-"""What one forward of one network leaves behind."""
+"""Records what one forward of one network leaves for the statistics."""
 
 from collections.abc import Mapping
 

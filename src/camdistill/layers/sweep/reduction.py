@@ -1,4 +1,4 @@
-"""A batch's activations as numbers by image and channel: all that statistics of units need."""
+"""Reduces a batch's activations to numbers by image and channel."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Choosing images by their numbers, so that the choice doesn't depend on order or process."""
+"""Samples images by their numbers, whatever their order or process."""
 
 from jaxtyping import Int
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What a sweep will look at: layers, statistics, and the empty states they need."""
+"""The plan of a sweep: layers, statistics and their empty states."""
 
 import json
 from collections.abc import Mapping

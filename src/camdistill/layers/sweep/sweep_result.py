@@ -1,4 +1,4 @@
-"""From a sweep's states to what they tell."""
+"""Turns the accumulated states of a sweep into its result."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby

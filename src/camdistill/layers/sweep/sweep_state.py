@@ -1,6 +1,6 @@
-"""States of a sweep: what was seen so far, in tensors, mergeable in any order.
+"""The states of a sweep: tensors that can be merged in any order.
 
-A state is a frozen dataclass of tensors (and tuples of tensors) with `merged`. A batch is reduced
+A state is a frozen dataclass of tensors (and tuples of tensors) with `merge`. A batch is reduced
 to a state of its own and merged in; so are the sweeps of several processes, and a sweep that was
 interrupted with its continuation. Files are safetensors: reading one runs no code.
 """

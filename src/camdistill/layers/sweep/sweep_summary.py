@@ -1,4 +1,4 @@
-"""What a sweep tells: plain frozen data, on the CPU, that needs no network to be read.
+"""The result of a sweep: frozen data on the CPU that needs no network to be read.
 
 A **layer** of a summary is one call of one module, under the name that people use for it: a
 residual block "layer1.0", a stage "stage2", a ReLU "relu", and "relu#1" where a module is called

@@ -1,1 +1,1 @@
-"""Units closely: what excites them, what they see, how they pair."""
+"""Single units: what excites them, what they see, and how they pair."""

@@ -1,4 +1,4 @@
-"""Images made to excite a unit: activation maximization, many units at a time.
+"""Activation maximization: images optimized to excite units, many at a time.
 
 The image is parameterized by its spectrum and is moved a little before every step, so that what it
 shows is robust (Olah et al. 2017, https://distill.pub/2017/feature-visualization, "The Enemy of
@@ -8,7 +8,7 @@ nothing but the mean color.
 
 A nearly gray image may leave all units off that the layer is made of, and then it has no gradient:
 such a start gets more contrast. A unit that is not excited clearly more than by random images
-(`layers.random_images`) gets a second try: from the best of many random starts, with an image that
+(`random_images`) gets a second try: from the best of many random starts, with an image that
 stays where it is, and wherever in the layer it is most excited. What is excited no more than by
 random images even then is called failed.
 """

@@ -1,4 +1,4 @@
-"""What a unit responds to, where masks of concepts are known: network dissection.
+"""Network dissection: which concepts a unit responds to, where their masks are known.
 
 Bau et al. 2017, https://arxiv.org/abs/1704.05796, section 2: a unit's map, stretched to the image,
 is thresholded at a quantile of its own activations, and compared with each concept's mask by

@@ -1,4 +1,4 @@
-"""Images by their spectrum: all frequencies grow alike, in decorrelated colors.
+"""Images parameterized by their spectrum, in decorrelated colors.
 
 Olah et al. 2017, https://distill.pub/2017/feature-visualization, "The Enemy of Feature
 Visualization".

@@ -1,4 +1,4 @@
-"""Small movements of images: what is made under them is robust."""
+"""Small random movements of images, which make optimized images robust."""
 
 import math
 

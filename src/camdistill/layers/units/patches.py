@@ -1,4 +1,4 @@
-"""What excites a unit most: pieces of images, cut to what the unit sees.
+"""The patches that excite a unit most, cut to its receptive field.
 
 Zeiler and Fergus 2014, section 4.1 (https://arxiv.org/abs/1311.2901): the top nine, one an image.
 A unit whose receptive field is larger than the image is shown with the whole image and the region

@@ -1,4 +1,4 @@
-"""What random images do to units: the control of images that were made to excite them.
+"""Activations on random images: the control of activation maximization.
 
 A unit may be excited by noise. So an image that was made for it has to excite it more than nearly
 all random images do: 1,000 of white noise (pixels uniform in [0, 1]) and 1,000 with the spectrum of

@@ -1,6 +1,6 @@
-"""Which pixels a unit sees: the theoretical receptive field of every layer.
+"""Theoretical receptive fields of all layers.
 
-Its numbers are read off a forward (`field_walk`), or, where that can't follow, off gradients. What
+Its numbers are read off a forward (`receptive_field_trace`), or, where that can't follow, off gradients. What
 a unit *uses* is less: about a Gaussian in the middle of it (Luo et al. 2016,
 https://arxiv.org/abs/1701.04128).
 """

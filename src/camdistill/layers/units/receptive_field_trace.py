@@ -1,4 +1,4 @@
-"""Receptive fields read off a real forward, operation by operation.
+"""Traces receptive fields through a real forward, operation by operation.
 
 So shortcuts, branches and control flow are what they are in the network that runs.
 """

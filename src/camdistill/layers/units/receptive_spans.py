@@ -1,4 +1,4 @@
-"""What units see: a span of pixels along each axis.
+"""Receptive fields as spans of pixels along each axis.
 
 Unit u of a layer sees the pixels [start + u stride, start + u stride + size - 1] along an axis
 (Araujo et al. 2019, https://distill.pub/2019/computing-receptive-fields, sections 2 and 3).

@@ -1,4 +1,4 @@
-"""A unit from all sides: what excites it, what was made to excite it, what it responds to."""
+"""Records of single units: patches, excitation, optimized image and concepts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

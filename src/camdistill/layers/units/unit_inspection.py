@@ -1,4 +1,4 @@
-"""Some units of some layers, closely: the second look after a sweep."""
+"""Inspects selected units closely, after a sweep."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Which units of a teacher a student's units follow: the clearest pairs, to look at together."""
+"""Pairs a student's units with the teacher's units that they follow most clearly."""
 
 import math
 from collections.abc import Collection, Sequence

@@ -1,1 +1,1 @@
-"""Arrays in, pictures out; the only modules that know matplotlib."""
+"""Figures: arrays in, pictures out. Only these modules import matplotlib."""

@@ -1,4 +1,4 @@
-"""Curves of several maps over one axis."""
+"""Curves of several explainers over one axis."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle

@@ -1,4 +1,4 @@
-"""What changes with depth: profiles, ridges of histograms, similarity of layers."""
+"""Charts over depth: profiles, ridges of histograms, similarity of layers."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""One image's maps at all layers, of several networks, on scales that can be compared."""
+"""One image's maps at all layers of several networks, on comparable scales."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

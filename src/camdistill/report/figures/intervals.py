@@ -1,4 +1,4 @@
-"""Results with their intervals."""
+"""Charts of results with their intervals."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Maps over images, side by side."""
+"""Maps drawn over images, side by side."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

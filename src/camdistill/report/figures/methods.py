@@ -1,4 +1,4 @@
-"""One image as many methods see it, side by side."""
+"""One image's maps by many methods, side by side."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What every picture is made of: RGB uint8 arrays (height, width, 3), colors, a page of tiles.
+"""The basis of every picture: RGB uint8 arrays (height, width, 3), colors, and tiled sheets.
 
 Pictures are ready for `save_png` and for TensorBoard. Nothing here knows a network or a logger;
 `save_png` alone touches a file.

@@ -1,4 +1,4 @@
-"""Many small pictures in order: filters, patches, feature maps."""
+"""Grids of small pictures: filters, patches, feature maps."""
 
 from collections.abc import Collection, Sequence
 from typing import NamedTuple

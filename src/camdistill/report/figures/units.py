@@ -1,4 +1,4 @@
-"""A card for a unit: what excites it, how often it is active, what it knows."""
+"""Draws the card of a unit: patches, activity and concepts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,1 +1,1 @@
-"""The statistics of a sweep, a module each."""
+"""The statistics of a sweep, one module for each."""

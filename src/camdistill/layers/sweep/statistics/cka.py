@@ -1,4 +1,4 @@
-"""How alike layers are: CKA between all of them.
+"""Linear CKA between all layers, from minibatches.
 
 Linear CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) from minibatches, with the
 unbiased estimator of HSIC (Song et al. 2012, eq. 5; Nguyen et al. 2021, appendix A.1,

@@ -1,4 +1,4 @@
-"""Grad-CAM at every layer of two networks: how large, how often blank, how alike.
+"""Statistics of Grad-CAM at every layer: scale, share of blank maps, agreement of networks.
 
 Maps are in logits per cell, everywhere: at the last layer of a network that ends in average pooling
 and a linear layer, a map's sum over cells is the class's logit minus its bias. Their scale differs

@@ -1,4 +1,4 @@
-"""What is told of one layer's units: plain frozen data, on the CPU."""
+"""Summaries of one layer's units, as frozen data on the CPU."""
 
 from dataclasses import dataclass
 

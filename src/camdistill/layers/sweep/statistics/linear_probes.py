@@ -1,4 +1,4 @@
-"""Linear probes: how well a linear readout of a layer's spatial means tells the label.
+"""Linear probes: how well a linear readout of a layer's spatial means predicts the label.
 
 Alain and Bengio 2016, https://arxiv.org/abs/1610.01644, with ridge regression on one-hot labels,
 whose sums need one pass. A fifth of the images, 1,000 at most, is held out: those with the

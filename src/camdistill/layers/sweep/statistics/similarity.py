@@ -1,4 +1,4 @@
-"""How alike two networks' layers and units are."""
+"""Similarity of two networks' layers and units."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What each channel of a layer does: activity, sparsity, rank, from sums over images.
+"""Activity, sparsity and rank of each channel, from sums over images.
 
 A batch is first reduced to numbers by image and channel, then summed in float64; sums don't depend
 on how images were split into batches, counts not even in their last bit. An image with a value

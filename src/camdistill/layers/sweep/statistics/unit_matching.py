@@ -1,4 +1,4 @@
-"""Which units of a teacher's layers the units of a student's layers follow.
+"""Matches the units of a student's layers to those of a teacher's layers.
 
 By the correlation of spatial means over images; Li et al. 2016, https://arxiv.org/abs/1511.07543,
 match one to one.
