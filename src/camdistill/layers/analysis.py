@@ -16,7 +16,7 @@ class Analysis:
     """One sweep and what was looked at more closely afterwards; parts may be missing.
 
     Attributes:
-        sweep: Of all images.
+        sweep: Result of the sweep over all images.
         classes: Names of the classes; empty when unknown.
         findings: What stands out, the gravest first.
         filters: First filters, by network.

@@ -58,7 +58,7 @@ def contributions(
 
     Args:
         network: In eval mode, bare or wrapped.
-        images: As the network takes them.
+        images: Images as the network takes them.
         layers: See `networks.capture`.
         classes: One class an image; None is each image's own top class.
 

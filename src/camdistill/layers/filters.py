@@ -58,7 +58,7 @@ def first_filters(network: nn.Module, images: Images) -> FilterBank:
 
     Args:
         network: Bare or wrapped; a `Preprocessed` one tells the images' standard deviation.
-        images: As the network takes them; the first is run.
+        images: Images as the network takes them; the first is run.
 
     Raises:
         UserError: The network has no two-dimensional convolution that runs on the images.
@@ -162,7 +162,7 @@ def bin_weights(
     """Edges and counts of 60 bins about zero, up to the largest magnitude.
 
     Args:
-        summary: Of the layer.
+        summary: Summary of the layer.
         relative: Whether edges are shares of the largest magnitude.
     """
     edges = torch.linspace(-1.0, 1.0, BINS + 1, dtype=torch.float64)

@@ -51,7 +51,7 @@ class Finding:
 
     Attributes:
         kind: What it is.
-        network: Whose layer.
+        network: Network of the layer.
         layer: Its name.
         text: In a sentence, with its numbers.
         units: Which units, where it is about units.

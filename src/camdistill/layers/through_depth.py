@@ -59,7 +59,7 @@ def spread_layers(
     """Names of layers with more than one cell, evenly spread over depth, the last among them.
 
     Args:
-        layers: Of one network, in the order of depth.
+        layers: Layers of one network, in the order of depth.
         max_layers: At most so many.
         required: Shown in any case, besides.
     """
@@ -95,11 +95,11 @@ def through_depth(
 
     Args:
         networks: By name; the first says of which class maps are.
-        images: As all networks take them.
+        images: Images as all networks take them.
         names: What the images are called.
         layers: By network.
         feature_count: Feature maps kept of a layer.
-        units: Of which units, by layer; of other layers those whose alpha is largest in magnitude.
+        units: Units to show, by layer; elsewhere those whose alpha is largest in magnitude.
 
     Returns:
         By image; nothing if no network has a layer to show.

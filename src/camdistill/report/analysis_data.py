@@ -28,7 +28,7 @@ class AnalysisData:
         name: What they are, for titles.
         masks_of: Where concepts are in some of them; None where that isn't known.
         classes: Names of the networks' classes; empty when unknown.
-        channels: Of the images that the networks take: 3, or 1 for their mean.
+        channels: Channels of the images that the networks take: 3, or 1 for their mean.
         device: Where images go; the networks are there.
     """
 

@@ -27,8 +27,8 @@ def points_of_first_filters(
 
     Args:
         network: Bare or wrapped.
-        images: As it takes them; the first is run.
-        bank: Of its first convolution.
+        images: Images as it takes them; the first is run.
+        bank: Weights of its first convolution.
         points: Outputs of layers.
     """
     inner = unwrap(network)

@@ -170,7 +170,7 @@ class LayerReport:
         """One image at all layers; of the first one its feature maps too.
 
         Args:
-            number: Of the image.
+            number: Number of the image.
             picture: Its maps.
             classes: Names; empty when unknown.
             layer_counts: How many layers with maps each network has.

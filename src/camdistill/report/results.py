@@ -36,7 +36,7 @@ def write_results(
         path: The file; its folder is made.
         results: Nested by name; NaN and infinity are written as null.
         seconds: How long it took, wall clock.
-        sha256: Of the files that were used, by what they are ("teacher").
+        sha256: SHA-256 of the files that were used, by what they are ("teacher").
 
     Returns:
         The path.

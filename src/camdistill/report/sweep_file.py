@@ -40,7 +40,7 @@ class SweepFile:
 
     Args:
         manifest: List of what stands in the report's folder.
-        fingerprint: Of networks and images: a state of others is not taken.
+        fingerprint: Fingerprint of networks and images: a state of others is not taken.
     """
 
     def __init__(self, manifest: FileManifest, fingerprint: str) -> None:

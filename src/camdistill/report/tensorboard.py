@@ -271,7 +271,7 @@ def picture_due(trainer: Trainer, validations: int, limit: int) -> int:
     """Number of the picture that belongs at this validation: 1 at first, `limit` at the run's end.
 
     Args:
-        trainer: Of the run.
+        trainer: Trainer of the run.
         validations: How many there were, this one among them.
         limit: Pictures of a tag in a run; TensorBoard shows 10.
     """

@@ -36,15 +36,15 @@ class Adaptation:
     """How an explainer's parameters are learned.
 
     Args:
-        layers: Of the teacher, in its order: their maps are mixed, on the grid of the last one.
-            Default: the last spatial layer alone.
+        layers: Layers of the teacher, in its order: their maps are mixed, on the grid of the last
+            one. Default: the last spatial layer alone.
         n: How many images its students learn from; the study's largest by default.
         rounds: At most so many students, one after the other.
         patience: Rounds without a better one after which it ends.
         beta: Weight of the maps.
-        lr: Of the parameters (AdamW).
+        lr: Learning rate of the parameters (AdamW).
         eta: Length of the student's step that is differentiated. Default: its learning rate then.
-        seed: Of the first round's student; later ones follow.
+        seed: Seed of the first round's student; later ones follow.
         judges: Seeds of the students that each round is judged by.
     """
 

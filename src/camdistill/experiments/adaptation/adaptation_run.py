@@ -87,8 +87,8 @@ def adapt_study(
             parameters are learned with.
         adaptation: How they are.
         other_methods: Further methods to rank.
-        workers: Of the ranking.
-        stack: Of the ranking.
+        workers: Number of worker processes of the ranking.
+        stack: Number of students that are trained as one on a GPU.
         device: Where.
         on_progress: Told what is being done, and how much of it is done.
         on_unused: Told how many finished runs in the folder are of other settings, if any.

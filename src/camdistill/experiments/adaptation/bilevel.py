@@ -42,7 +42,7 @@ class AdaptationTask(NamedTuple):
         pool: What students are taught with.
         contributions: What each unit of the teacher adds to Grad-CAM, for each image of the pool
             and its mirror image, by layer: [n, 2, K, h, w].
-        simulation_pixels: Of the images on which students are asked.
+        simulation_pixels: Pixels of the images on which students are tested.
         simulation_logits: The teacher's for them.
     """
 
@@ -104,7 +104,7 @@ class DifferentiableStudent:
 
     Attributes:
         weights: Its own: leaves of the graph.
-        buffers: Of its normalizations.
+        buffers: Buffers of its normalizations.
     """
 
     def __init__(self, network: Preprocessed, layer: str) -> None:
@@ -165,7 +165,7 @@ class UnrolledStep(NamedTuple):
     Attributes:
         training_loss: L_train before the step.
         simulation_loss: L_sim after it; it carries the graph to the explainer's parameters.
-        gradients: Of L_train by the student's weights.
+        gradients: Gradients of L_train with respect to the student's weights.
     """
 
     training_loss: Tensor
@@ -190,10 +190,10 @@ def look_ahead(
     Args:
         student: The student; its normalizations note the batch, its weights stay.
         explainer: Its maps are taught.
-        task: Whose images.
+        task: Task whose images are used.
         student_batch: The student's batch.
         simulation_rows: Which images of the task it is asked about.
-        grid: Of the student's maps.
+        grid: Grid of the student's maps.
         beta: Weight of the maps.
         eta: Length of the step.
         recipe: How students are trained.
@@ -237,11 +237,11 @@ def adapt_once(
     Args:
         explainer: Changed in place.
         task: What it is learned on.
-        family: Of the student.
-        recipe: Of its training; float32, whatever its precision.
-        seed: Of its start, its batches and the images that it is asked about.
+        family: Family of the student.
+        recipe: Recipe of its training; float32, whatever its precision.
+        seed: Seed of its start, its batches and the images that it is asked about.
         beta: Weight of the maps.
-        lr: Of the explainer's parameters.
+        lr: Learning rate of the explainer's parameters.
         eta: Length of the step that is differentiated; the student's own learning rate if None.
         on_step: Told how many steps are done of how many.
 

@@ -49,7 +49,7 @@ class EvaluatedExplainer:
         explain: Gives maps of any size; None where they are stored.
         stored: One map an image, in the images' order.
         kind: What it is: a method at a layer, another network, a callable, stored maps.
-        digest: Of the maps, network or source that it is made of: another one is another
+        digest: Digest of the maps, network or source that it is made of: another one is another
             evaluation.
         apart: Whether its maps are another network's: no change of the explained network's weights
             changes them, so what such a change does to them isn't measured.
@@ -72,7 +72,7 @@ class EvaluationSubject:
         images: Their masks are the ground truth; where they have none, the insides of their boxes.
         shapes: What drew the images, by their ids: it knows distractors, and draws an image again
             without its objects.
-        channels: Of the images that the network takes: 3, or 1 for their mean.
+        channels: Channels of the images that the network takes: 3, or 1 for their mean.
     """
 
     network: nn.Module
@@ -94,7 +94,7 @@ class Evaluation:
         subject: Network and images.
         explainers: The controls that are made from a map are made from the first one's.
         metrics: Names.
-        seed: Of every random choice.
+        seed: Seed of every random choice.
         batch: Images at once; part of what the random choices are.
         ladder: Measure a ladder of ever worse maps too.
         settings: What tells this evaluation from another: files, options.

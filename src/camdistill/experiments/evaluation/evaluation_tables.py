@@ -39,7 +39,7 @@ def summarize_pool(
 
     Args:
         pool: One evaluation or several.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
         meta: Put the metrics to the test: needs a ladder.
     """
     table, gains = mean_table(pool, seed), difference_table(pool, seed)

@@ -37,7 +37,7 @@ class Values:
         table: NaN where a metric has nothing to say of an image, or the map was a failure.
         failed: Maps with NaN or infinity.
         blank: Maps that are constant.
-        seconds: Of making one map, the median over images; NaN where maps are stored or no
+        seconds: Seconds of making one map, the median over images; NaN where maps are stored or no
             explainer's. Forwards of a batch are shared by its images.
         curves: By entry and metric, at `removal.LEVELS`.
     """

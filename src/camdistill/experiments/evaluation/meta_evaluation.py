@@ -44,7 +44,7 @@ class Verdict:
         reliability: Kendall's tau between the orders of all maps in two halves of the images, a
             mean over random halves.
         tau: Kendall's tau with each reference over explainers and controls, intervals over images.
-        tau_real: Likewise over the explainers alone; None for fewer than three.
+        tau_real: Kendall's tau over the explainers alone; None for fewer than three.
         beats: Controls that the metric puts above an explainer, as "control > explainer", where the
             paired 95 % interval over images is above 0.
         wrongly: Those of them that no reference confirms; None without a reference. An explainer

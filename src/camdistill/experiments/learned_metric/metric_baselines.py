@@ -145,7 +145,7 @@ def metric_agreements(
         bags: The arms; with one group for each, arms are resampled alone.
         learned: Mean score by arm.
         baseline_scores: By metric, then by arm.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
     """
     names = [bag.name for bag in bags]
     columns = {"learned": learned, **baseline_scores}

@@ -20,7 +20,7 @@ class MetricComparison:
         network: Its ranking's name.
         unseen_kind: What the learned metric had not seen: "method", or "network" (and the method).
         all_arms: Agreement with the gains of all arms.
-        method_arms: Of the methods alone, without controls and mixtures; empty for under four.
+        method_arms: Arms of the methods alone, without controls and mixtures; empty for under four.
         learned_scores: Its mean score by arm.
         arm_counts: How many, and in how many groups.
     """

@@ -38,12 +38,12 @@ class MetricRecipe:
 
     Args:
         steps: Updates of each member.
-        images: Of each bag in a step.
+        images: Number of images of each bag in a step.
         lr: AdamW's.
-        weight_decay: Likewise.
+        weight_decay: Weight decay of AdamW.
         members: Small networks whose mean the metric is.
-        units: Of their convolutions.
-        seed: Of everything that is random.
+        units: Units of their convolutions.
+        seed: Seed of everything that is random.
     """
 
     steps: int = 200
@@ -70,7 +70,7 @@ class Bag:
         name: The arm's.
         group: What is left out together with it.
         of_method: Whether these are a method's maps as they are.
-        maps: As students got them, of the network's images.
+        maps: Maps as students learned them, for the network's images.
         gains: Agreement over that of students without maps, by seed.
     """
 
@@ -92,7 +92,7 @@ class BagSet:
 
     Attributes:
         bags: Its arms.
-        context: Of the images.
+        context: Context of the images.
         halves: Positions of the images that a metric is trained on, and is asked about.
     """
 
@@ -137,7 +137,7 @@ def split_images(
 
     Args:
         ids_by_ranking: Their ids, by ranking.
-        seed: Of the drawing.
+        seed: Seed of the drawing.
     """
     is_training: dict[int, bool] = {}
     halves = {}

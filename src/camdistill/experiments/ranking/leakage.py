@@ -36,7 +36,7 @@ def leak(maps: Float[Tensor, "images rows columns"], classes: Labels, seed: int 
     Args:
         maps: Rectified; three quarters train, the rest is judged.
         classes: The teacher's top classes.
-        seed: Of the split and of the training.
+        seed: Seed of the split and of the training.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(maps), generator=generator)

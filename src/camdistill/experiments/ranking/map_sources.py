@@ -53,11 +53,11 @@ class MapSource:
     """Where maps come from.
 
     Attributes:
-        name: As the user wrote it.
+        name: Name as the user wrote it.
         key: What decides the maps, apart from the teacher and the images.
         maps: Gives raw maps.
         of_teacher: Whether the teacher is asked: then a randomized one gives a control.
-        layer: Of the teacher, if one is named.
+        layer: Layer of the teacher, if one is named.
     """
 
     name: str

@@ -35,8 +35,8 @@ class RankingRow:
         kl: From the teacher's probabilities, in nats.
         beta: The chosen weight of its maps.
         gain: SG, over the students without maps; None of those.
-        p_holm: Of the gain, corrected for the number of methods; None of controls.
-        p_sign_flip: Of the gain, exact, from the signs by seed alone.
+        p_holm: p value of the gain, corrected for the number of methods; None of controls.
+        p_sign_flip: p value of the gain, exact, from the signs by seed alone.
         error_reduction: The gain's share of what students without maps get wrong.
         specific: SSG, over the best control of each seed; None where no control ran.
         over: The gain over each control.
@@ -116,7 +116,7 @@ class MethodPair(NamedTuple):
     Attributes:
         better: Its name.
         worse: The other's.
-        gain: Of the better over the worse.
+        gain: Gain of the better over the worse.
         p_holm: Corrected for the number of pairs.
     """
 

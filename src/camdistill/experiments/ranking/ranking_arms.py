@@ -41,9 +41,9 @@ class Arm:
     """Whose maps a student is taught with.
 
     Attributes:
-        method: As the user named it; None for no maps, or for a control that needs no method.
+        method: Method as the user named it; None for no maps, or a control that needs no method.
         control: What is made of the method's maps; None for the maps themselves.
-        share: Of the method's maps where they are mixed with shuffled ones.
+        share: Share of the method's maps where they are mixed with shuffled ones.
     """
 
     method: str | None = None
@@ -79,7 +79,7 @@ def arms_of(
         methods: Names.
         chosen: Which controls there are.
         controls_of: The methods that have controls of their own, and mixtures.
-        shares: Of the mixtures.
+        shares: Shares of the mixtures.
         asked: The methods that ask the teacher: only these have a "randomized" control.
     """
     arms = [NONE, *(Arm(control=kind) for kind in OF_NO_METHOD if kind in chosen)]
@@ -110,7 +110,7 @@ class Family:
     Attributes:
         spec: Their architecture.
         layer: The layer of their maps.
-        grid: Of their maps.
+        grid: Grid of their maps.
     """
 
     spec: NetworkSpec
@@ -126,9 +126,9 @@ class Classroom:
         known: The teacher's answers.
         stored: Raw maps by method, and by `(method, "randomized")` of a randomized teacher.
         families: Students by name.
-        recipe: Of the training.
+        recipe: Recipe of the training.
         classes: Number of logits.
-        control_seed: Of what is random in controls.
+        control_seed: Seed of what is random in controls.
         device: Where students are trained.
         narrower: The same with smaller pools, by their sizes: a folder's runs of these n go on with
             the pool that they began with.

@@ -19,7 +19,7 @@ class Tuning:
     Args:
         betas: Weights of the maps that are tried.
         n: Images that the tried students learn from; the middle one of the study's by default.
-        seeds: Of the tried students; not those of the study, or their luck would count twice.
+        seeds: Seeds of the tried students; not those of the study, or their luck would count twice.
     """
 
     betas: list[float] = field(default_factory=lambda: [1.0, 3.0, 10.0, 30.0])
@@ -51,16 +51,16 @@ class RankingStudy:
         methods: What is ranked (see `explanations.source`).
         students: Families of students by name.
         n: Images that students learn from.
-        seeds: Of the students.
+        seeds: Seeds of the students.
         controls: What methods have to beat.
         controls_of: Methods that get the controls made of their own maps.
         controls_n: At which n controls run.
-        shares: Of mixtures of a method's maps with shuffled ones.
+        shares: Shares of mixtures of a method's maps with shuffled ones.
         tuning: How beta is chosen.
         recipe: How students are trained.
-        seed: Of controls and of which images are taken.
+        seed: Seed of controls and of which images are taken.
         trust: Packages from which functions may be called.
-        folder: Of the runs and of the teacher's work.
+        folder: Folder of the runs and of the teacher's work.
     """
 
     teacher: NetworkSpec

@@ -12,10 +12,10 @@ class StudentRecord:
     """What came out of one student.
 
     Attributes:
-        key: Of everything that decides the run: equal keys, equal runs.
+        key: Key of everything that decides the run: equal keys, equal runs.
         family: Which students.
         n: Images that it learned from.
-        arm: Whose maps.
+        arm: Name of the arm: whose maps the student learned from.
         beta: Their weight.
         seed: The student's.
         val: Agreement with the teacher on the validation images.

@@ -52,7 +52,7 @@ def control_maps(
         maps: The method's, rectified.
         classes: The class that each map is of.
         images: In [0, 1]; of any size.
-        seed: Of what is random.
+        seed: Seed of what is random.
     """
     if len(maps) != len(classes) or len(maps) != len(images):
         raise ValueError(f"{len(maps)} maps, {len(classes)} classes, {len(images)} images")
@@ -156,7 +156,7 @@ def randomize_weights(teacher: Teacher, images: Images, seed: int) -> Teacher:
     Args:
         teacher: It is not changed.
         images: Some hundred training images in [0, 1].
-        seed: Of the weights.
+        seed: Seed of the weights.
     """
     bare = copy.deepcopy(teacher.network).train()
     generator = _generator(seed)

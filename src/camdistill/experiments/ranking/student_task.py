@@ -27,12 +27,12 @@ class Recipe:
     Args:
         steps: Updates of the weights.
         batch_size: Images a step; all of them where there are fewer.
-        temperature: Of distillation.
+        temperature: Temperature of distillation.
         distance: Between the student's rectified map and the target.
         optimization: The optimizer and its schedule.
         augment: How images (and their maps with them) are varied; mirrored images have the
             teacher's answers and maps of their own.
-        precision: Of the training; students are judged in float32. "bfloat16" is autocast.
+        precision: Precision of training; students are measured in float32. "bfloat16" is autocast.
     """
 
     steps: int = 600
@@ -58,9 +58,9 @@ class ImagePool(NamedTuple):
     """What students learn from: images without labels, and the teacher's logits of them.
 
     Attributes:
-        pixels: As stored.
+        pixels: Pixels as stored, uint8.
         ids: The images' numbers, which decide their views.
-        logits: Of each image and of its mirror image.
+        logits: Logits of each image and of its mirror image.
     """
 
     pixels: Pixels
@@ -72,7 +72,7 @@ class StudentTask(NamedTuple):
     """What one student is taught.
 
     Attributes:
-        seed: Of its start, its batches and its views.
+        seed: Seed of its start, its batches and its views.
         beta: Weight of the maps' distance; 0 for none.
         maps: Rectified, for each image of the pool and its mirror image; None without.
     """

@@ -194,7 +194,7 @@ def train_students(
     """Trains every student on its lesson, in place.
 
     Args:
-        students: As many as lessons, started from the lessons' seeds.
+        students: Students, one for each task, started from the tasks' seeds.
         pool: What all learn from, on the students' device.
         lessons: Their maps have one grid.
         recipe: How.

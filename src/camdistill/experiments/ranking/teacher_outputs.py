@@ -52,7 +52,7 @@ class CachedPart:
 
     Attributes:
         folder: Where it lies.
-        sha256: Of what is in its files.
+        sha256: SHA-256 of what is in its files.
     """
 
     folder: Path
@@ -155,8 +155,8 @@ def _chunks(draft: ArrayWriter, count: int, *, before: int = 0) -> Iterator[slic
 
     Args:
         draft: It goes on from where it was killed.
-        count: Of rows.
-        before: Of rows of the same draft that come first.
+        count: Number of rows.
+        before: Number of rows of the same draft that come first.
     """
     noted = time.monotonic()
     for start in range(max(0, draft.done - before), count, CHUNK):

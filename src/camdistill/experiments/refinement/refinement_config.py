@@ -156,9 +156,10 @@ class RefinementPlan:
         recipe: How every arm is.
         judging: How networks are measured.
         students: Taught by the refined networks and by cross-entropy's; None for none.
-        seed: Of the order of training, of what is random in arms, and of which images are taken.
+        seed: Seed of the order of training, of what is random in arms, and of which images are
+            taken.
         trust: Packages that class paths in checkpoints may come from.
-        folder: Of the runs.
+        folder: Folder of the runs.
     """
 
     data: ImageData

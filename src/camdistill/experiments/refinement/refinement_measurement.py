@@ -68,9 +68,9 @@ class Judge:
 
     Attributes:
         images: Test images.
-        objective: Whose maps are refined.
+        objective: Objective that the maps are refined towards.
         judging: How.
-        seed: Of every random choice.
+        seed: Seed of every random choice.
         device: Where.
     """
 

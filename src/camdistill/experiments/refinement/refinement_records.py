@@ -29,7 +29,7 @@ class RefinementRecord:
     """What came out of one job.
 
     Attributes:
-        key: Of everything that decides it: equal keys, equal runs.
+        key: Key of everything that decides the job: equal keys, equal runs.
         start: Name of the start network.
         arm: "start", "ce", the objective's kind, a control, or "student of" one.
         accuracies: On validation images after each epoch; without labels agreement with the start.

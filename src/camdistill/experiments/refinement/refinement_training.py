@@ -26,7 +26,7 @@ class EpochSelector(Callback):
         floor: What is high enough; None takes the last epoch.
 
     Attributes:
-        accuracies: Of each epoch; agreement with the start where there are no labels.
+        accuracies: Accuracy of each epoch; agreement with the start where there are no labels.
         epoch: The chosen one, from 1.
         state: The network's weights then.
     """
@@ -73,8 +73,8 @@ def fit_silently(
         module: What is trained.
         data: Its training and validation images.
         epochs: Times that each training image is seen.
-        seed: Of their order.
-        precision: Of the training.
+        seed: Seed of their order.
+        precision: Precision of the training.
         device: "cpu" or "cuda".
         callbacks: That look on.
     """

@@ -54,7 +54,7 @@ def resample_means(
 
     Args:
         scores: One value a test image, of each seed of each arm.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
         resamples: How many.
     """
     arms, seeds, images = scores.shape
@@ -97,7 +97,7 @@ class Bootstrap:
 
     Args:
         scores: By arm; seeds and images in the same order.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
         resamples: How many.
     """
 

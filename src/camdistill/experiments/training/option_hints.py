@@ -34,7 +34,7 @@ def suggest_options(
 
     Args:
         name: What was given.
-        options: Of the command, dotted.
+        options: Options of the command, dotted.
         classes: What a group of the command may name, by class path.
     """
     group, _, last_word = name.rpartition(".")

@@ -143,7 +143,7 @@ def choose_folder(
         runs: Folder of the versions.
         config: The whole one.
         requested: The checkpoint that was asked for: `last`, a file, or none.
-        subcommand: Of Lightning's command line; None trains.
+        subcommand: Subcommand of Lightning's command line; None trains.
 
     Raises:
         UserError: There is no such run, it is another one, or no checkpoint was given to test.

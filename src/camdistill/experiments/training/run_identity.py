@@ -65,7 +65,7 @@ def _compare(
     """Differing options by dotted name, without `init_args`.
 
     Args:
-        name: Of the option, or of the group.
+        name: Name of the option, or of the group.
         stored: Its value in one config.
         current: Its value in the other.
         annotation: Its type, where it is known.

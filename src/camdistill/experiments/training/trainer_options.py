@@ -106,7 +106,7 @@ def check_options(options: Mapping[str, object]) -> None:
     """Checks what Lightning accepts and stumbles over later, or takes for something else.
 
     Args:
-        options: Of the trainer, by name.
+        options: Options of the trainer, by name.
 
     Raises:
         UserError: One is out of its range, or none of its choices.
@@ -176,7 +176,7 @@ def check_loop(loop: str | None, options: Mapping[str, object], *, resumes: bool
 
     Args:
         loop: `fit`, `validate`, `test` or `predict`; None is a study's run, which trains and tests.
-        options: Of the trainer, by name.
+        options: Options of the trainer, by name.
         resumes: Whether a checkpoint was given.
 
     Raises:
@@ -202,7 +202,7 @@ def check_run_of_study(options: Mapping[str, object], owner: str = "a study's ru
     """Checks that a run of a study trains a student and tests it.
 
     Args:
-        options: Of the trainer, by name.
+        options: Options of the trainer, by name.
         owner: Who has these options.
 
     Raises:

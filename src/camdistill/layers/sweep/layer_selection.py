@@ -35,7 +35,7 @@ class Layer:
     Attributes:
         name: What people call it: the block's path, or the module's, with "#1" where it is called
             more than once.
-        path: Of the module whose output is read; a block that ends in a ReLU module is read there.
+        path: Path of the module whose output is read; a block that ends in a ReLU is read there.
         call: Which call of that module.
         activated: Whether that module is a non-linearity, so that its input is read too.
         shape: Channels, height and width of the output; (1, 1) for a vector.
@@ -98,7 +98,7 @@ def select_layers(
 
     Args:
         network: Bare or wrapped.
-        images: As the network takes them; the first is run.
+        images: Images as the network takes them; the first is run.
         patterns: Names or patterns as of a shell: "layer3.*", "stage?", "layer1.0.relu#1"; without
             a call's number every call is meant. None is what the module's docstring says.
 

@@ -107,7 +107,7 @@ class LayerSweep:
         """Looks at a batch.
 
         Args:
-            images: As the networks take them, on their device.
+            images: Images as the networks take them, on their device.
             ids: The images' numbers in the data set, whatever the order: 0 to 2^32 - 1.
             labels: For the probes; -1 for an image without.
 
@@ -260,7 +260,7 @@ def sweep_layers(
 
     Args:
         networks: One or two, by name, all on one device; pixels become floats in [0, 1] there.
-        batches: As our loaders give them; images that only fill up a shard are left out.
+        batches: Batches as our loaders give them; images that only fill up a shard are left out.
         layers: See `LayerSweep`.
         options: See `LayerSweep`.
         on_batch: Called after each batch, for a progress bar or a partial report.

@@ -53,7 +53,7 @@ def reduce_output(
     Args:
         output: What a layer gave.
         rectified: Whether it is known to hold no negative value, which spares passes.
-        bound: Of the non-linearity.
+        bound: Bound of the non-linearity.
     """
     numbers = _numbers(output, rectified, bound)
     finite = torch.isfinite(numbers[:2]).all(2).all(0)

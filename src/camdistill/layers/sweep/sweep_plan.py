@@ -34,7 +34,7 @@ class SweepOptions:
             copy of each network runs beside it.
         cam_share: Share of the images, in [0, 1], of which every layer's Grad-CAM is measured; 0
             asks for none. Costs a forward and a backward of these images.
-        seed: Of the choice of images and of untrained weights.
+        seed: Seed of the choice of images and of untrained weights.
     """
 
     top: int = 9

@@ -39,7 +39,7 @@ class ImageCounts:
     """How much went in.
 
     Attributes:
-        images: As many as were given, also those with values that are not finite.
+        images: Number of images given, also those with values that are not finite.
         batches: In as many calls.
     """
 

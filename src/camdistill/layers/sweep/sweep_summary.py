@@ -53,7 +53,7 @@ class Histogram:
     other bins (`rebinned`) and quantiles (`quantile`).
 
     Attributes:
-        point: Of which tensor.
+        point: Point that names the tensor.
         counts: Per bin, negative values from the largest magnitude up, zero, positive ones; a
             bin is an eighth of an octave.
         nan: Values that are not a number.
@@ -103,7 +103,7 @@ class LayerSummary:
     """A layer of one network.
 
     Attributes:
-        network: As in `Sweep.networks`.
+        network: Name of the network, as in `Sweep.networks`.
         name: What people call it; unique in its network.
         order: Place among the network's layers of this sweep, from 0.
         depth: `order` as a share, in [0, 1].

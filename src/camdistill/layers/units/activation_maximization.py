@@ -95,9 +95,9 @@ def maximize_activation(
         channels: 3 (decorrelated colors) or another number (independent).
         natural: The units' largest activations at this layer over natural images.
         levels: What random images do to all units of the layer; None asks the network.
-        steps: Of Adam, in each of at most two tries.
+        steps: Steps of Adam, in each of at most two tries.
         rate: Its learning rate.
-        seed: Of the start and of the movements; drawn on the CPU, so the same on any device.
+        seed: Seed of the start and of the movements; drawn on the CPU, so the same on any device.
         robust: Whether images are moved before every step, by amounts that fit their size.
         on_step: Called with the number of steps done in the first try.
 

@@ -77,7 +77,7 @@ def dissect(
 
     Args:
         network: Bare or wrapped.
-        images: As the network takes them; in an order that has nothing to do with concepts.
+        images: Images as the network takes them; in an order that has nothing to do with concepts.
         masks: Where each concept is in each image, by name, at the images' size.
         layers: Layers [B, K, h, w]; see `networks.capture`.
         chunk: Images in one forward.

@@ -100,7 +100,7 @@ def unit_maps(
 
     Args:
         network: Bare or wrapped.
-        images: As the network takes them.
+        images: Images as the network takes them.
         layer: See `networks.capture`.
         units: Channels.
         chunk: Images in one forward.

@@ -38,8 +38,8 @@ class RandomLevels:
     Of the two kinds of random images the larger level counts.
 
     Attributes:
-        excitation: Of what the layer is given; of its output where that is what is excited.
-        output: Of what the layer gives.
+        excitation: Values of the layer's input; of its output where that is what is excited.
+        output: Values that the layer's output reaches.
     """
 
     excitation: Float[Tensor, "units"]
@@ -60,7 +60,7 @@ def random_levels(
         network: Takes images in [0, 1]; asked in eval mode, left as it is.
         layers: Names (see `networks.capture`); whether what the layer is given is excited.
         size: Height and width of the images.
-        channels: Of the images.
+        channels: Channels of the images.
         count: How many images of each kind.
     """
     device = next((weight.device for weight in unwrap(network).parameters()), torch.device("cpu"))

@@ -1,7 +1,7 @@
 """Theoretical receptive fields of all layers.
 
-Its numbers are read off a forward (`receptive_field_trace`), or, where that can't follow, off gradients. What
-a unit *uses* is less: about a Gaussian in the middle of it (Luo et al. 2016,
+Its numbers are read off a forward (`receptive_field_trace`), or, where that can't follow, off
+gradients. What a unit *uses* is less: about a Gaussian in the middle of it (Luo et al. 2016,
 https://arxiv.org/abs/1701.04128).
 """
 
@@ -30,7 +30,7 @@ def receptive_fields(
 
     Args:
         network: Bare or wrapped; its modes and buffers stay as they are.
-        images: As the network takes them; the first is run.
+        images: Images as the network takes them; the first is run.
         layers: Names (see `networks.capture`); None is every layer that runs and gives a
             [B, K, h, w].
 
@@ -75,7 +75,7 @@ def measure_fields(
         network: Bare or wrapped; it is copied.
         images: Their size is taken, and the range of the noise.
         layers: Names.
-        seed: Of the noise.
+        seed: Seed of the noise.
 
     Returns:
         None where a unit in the middle sees the whole image; "unknown" where none lies inside it,

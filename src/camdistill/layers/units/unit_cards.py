@@ -30,11 +30,11 @@ class UnitRecord:
     """One unit.
 
     Attributes:
-        network: As in the layer's summary.
+        network: Name of the network, as in the layer's summary.
         layer: Its name.
         unit: Channel.
         patches: What excites it most, the best first; empty for a dead unit.
-        mean: Of the patches; None where they are whole images, or there are none.
+        mean: Mean of the patches; None where they are whole images, or there are none.
         receptive_size: Pixels along height and width that it sees; None where it is the whole
             image, or isn't known.
         field_known: Whether it is known what it sees.
@@ -74,7 +74,7 @@ def select_units(
     Args:
         layer: Its summary.
         count: At most so many.
-        dissection: Of that layer, where masks are known.
+        dissection: Dissection of that layer, where masks are known.
     """
     if dissection is not None:
         score = (dissection.iou - dissection.chance).max(1).values.float()
@@ -105,7 +105,7 @@ def build_unit_records(
         images_of: Images by their numbers, in [0, 1].
         field: Receptive field of the layer.
         sample: Images of whose activations the histogram is.
-        dissection: Of the layer, where masks are known.
+        dissection: Dissection of the layer, where masks are known.
     """
     top = layer.top
     wanted_numbers = {

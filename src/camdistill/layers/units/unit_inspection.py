@@ -26,8 +26,8 @@ class InspectionOptions:
 
     Attributes:
         units: Units of a layer that are chosen (see `portraits.interesting`).
-        steps: Of the images made to excite them; 0 makes none.
-        seed: Of these images.
+        steps: Steps of the images made to excite them; 0 makes none.
+        seed: Seed of these images.
     """
 
     units: int = 4
@@ -63,7 +63,7 @@ def inspect_units(
 
     Args:
         network: Takes the sample's images.
-        layers: Of a sweep with its top images; only those with a spatial output.
+        layers: Layers of a sweep with its top images; only those with a spatial output.
         sample: Images to look at.
         options: How closely.
         units_by_layer: Units by layer, in place of interesting ones.

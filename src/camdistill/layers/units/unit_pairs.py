@@ -14,7 +14,7 @@ class UnitPair:
     Attributes:
         teacher: (layer, unit).
         student: (layer, unit).
-        correlation: Of their spatial means over images.
+        correlation: Correlation of their spatial means over images.
         images: How many.
     """
 
@@ -37,7 +37,7 @@ def clearest_pairs(
     average, so that no unit of the teacher is shown twice.
 
     Args:
-        matches: Of a sweep.
+        matches: Matches of a sweep.
         student: Name of the student's layer.
         count: At most so many; fewer where fewer correlate at all.
         among: The teacher's layers that may be taken; None for all.

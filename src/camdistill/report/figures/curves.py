@@ -28,7 +28,7 @@ def removal_chart(
     Args:
         charts: Probabilities by chart, then by map. An image without (NaN) is left out of that
             map's mean, and the legend says of how many it is; a map without any has no line.
-        fractions: Of the pixels, at each level.
+        fractions: Fractions of the pixels, at each level.
         dashed: Maps drawn with dashes, in grays: the controls.
     """
     if not charts:

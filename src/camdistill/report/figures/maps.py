@@ -71,7 +71,7 @@ def map_panel(
             shares of the larger of the two maxima, as an L2 distance sees them.
         abreast: Rows set side by side in one line of the panel.
         first: What the network of the first map is called.
-        unit: Of the maps, written beside their maxima; "" where maps have units of their own.
+        unit: Unit of the maps, written beside their maxima; "" where maps have units of their own.
     """
     if not rows:
         raise ValueError("a panel needs at least one row")

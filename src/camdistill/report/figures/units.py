@@ -25,7 +25,7 @@ class UnitCard(NamedTuple):
         patches: Pieces of images that excite it most, the best first; at most 9.
         beside: Other pictures with their names: the patches' mean, the maximizing image, the
             filter.
-        histogram: Of its activations.
+        histogram: Histogram of its activations.
         concepts: Name, intersection over union, and what chance has; the best first.
     """
 

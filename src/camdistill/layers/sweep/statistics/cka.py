@@ -59,10 +59,10 @@ class CkaSums:
     """Sums over groups, each times its images: every pair of layers by the images sound at both.
 
     Attributes:
-        images: Of groups in which a pair took part.
+        images: Images of groups in which a pair took part.
         groups: In how many it did.
-        hsic: Of the pair.
-        self_hsic: Of the row's layer with itself, over the same images.
+        hsic: HSIC of the pair.
+        self_hsic: HSIC of the row's layer with itself, over the same images.
         power: Mean square of the row's Gram matrix without its diagonal, over the same images.
     """
 

@@ -61,7 +61,8 @@ class Sparsity:
     Attributes:
         population: Among the channels of an image, averaged over images.
         lifetime: Among the images of a channel, by channel; NaN for one that is 0 throughout.
-        hoyer: Of all values of the layer together (Hoyer 2004): (sqrt(n) - L1/L2) / (sqrt(n) - 1).
+        hoyer: Hoyer sparsity of all values of the layer together (Hoyer 2004): (sqrt(n) - L1/L2) /
+            (sqrt(n) - 1).
         blank: Images without any activity, which population sparsity leaves out.
     """
 
@@ -86,7 +87,7 @@ class Rank:
         participation: (sum of eigenvalues)^2 / sum of their squares.
         saturation: Smallest share of the directions that holds 99 % of the variance.
         possible: min(channels, images - 1): what `effective` could be at most.
-        eigenvalues: Of the covariance, the largest first.
+        eigenvalues: Eigenvalues of the covariance, the largest first.
     """
 
     effective: float
@@ -121,7 +122,7 @@ class ProbeAccuracy:
         accuracy: On held-out images, a fifth of all (1,000 at most), by ridge regression on the
             others.
         chance: What the commonest label among the others gets on the held-out ones.
-        untrained: Of the same layer in the same network with random weights; NaN if not asked.
+        untrained: Accuracy at the same layer with random weights; NaN if it wasn't measured.
         images: How many were held out.
     """
 

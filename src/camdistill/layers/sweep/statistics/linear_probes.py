@@ -72,7 +72,7 @@ class ProbeSums:
             labels: [B].
             ids: The images' numbers.
             classes: Number of labels.
-            seed: Of the draw.
+            seed: Seed of the draw.
         """
         labeled = labels >= 0
         all_features = torch.cat(list(features), 1)[labeled]
@@ -201,8 +201,8 @@ def copy_untrained(network: nn.Module, images: Images, seed: int) -> nn.Module:
 
     Args:
         network: Bare or wrapped.
-        images: As it takes them, for the batch normalizations' statistics.
-        seed: Of the weights.
+        images: Images as it takes them, for the batch normalizations' statistics.
+        seed: Seed of the weights.
     """
     untrained_network = copy.deepcopy(unwrap_outer(network)).eval()
     devices = [images.device] if images.is_cuda else []

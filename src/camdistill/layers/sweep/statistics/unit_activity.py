@@ -35,9 +35,9 @@ class UnitSums:
         total: Sum of r.
         magnitude: Sum of |r|.
         outer: Sum of r r'.
-        squares: Of all values.
-        magnitudes: Of all values.
-        largest: Of all values; minus infinity without any.
+        squares: Squares of all values.
+        magnitudes: Magnitudes of all values.
+        largest: Largest of all values; minus infinity without any.
         active: Values above 0.
         image_active: Images with a value above 0.
         saturated: Values at the bound.
