@@ -143,7 +143,7 @@ class ShapeMention(NamedTuple):
     Attributes:
         step: When it was said.
         word: Its number.
-        masks: Of the object of that shape; empty where there is none, or two words name it.
+        masks: Masks of the object of that shape; empty where there is none, or two words name it.
     """
 
     step: Labels

@@ -55,7 +55,7 @@ class ClaimResult:
     """A claim of the paper beside what was found here.
 
     Attributes:
-        number: Of the claim, as in `claims_index.ROWS`.
+        number: Number of the claim, as in `claims_index.ROWS`.
         claim: In a sentence.
         paper: Its number, or that it has none.
         ours: What was measured.
@@ -82,7 +82,7 @@ class ClaimSetup:
         student: A shallow one.
         shapes: Draws the held-out images, of one object, at 32 pixels.
         ids: The images that are looked at.
-        seed: Of every random choice.
+        seed: Seed of every random choice.
         device: Where networks are.
         folder: Keeps the little networks that experiments train; see `training.trained`.
         boxes: An image folder with a boxes.csv, where one was given.

@@ -45,7 +45,7 @@ def run_claims(
         rows: Number and experiment.
         path: `results.json`: read at the start, written after each row.
         settings: What tells these results from others; None is not known.
-        sha256: Of the files that were used.
+        sha256: SHA-256 of the files that were used.
         on_row: Told each row as it is there, from the file or new.
 
     Returns:

@@ -70,7 +70,7 @@ def judge_failures(
     """The row, of errors.
 
     Args:
-        setup: Of the row.
+        setup: Setup of the row.
         network: That erred.
         batch: The images in which it did.
         predictions: Its own.

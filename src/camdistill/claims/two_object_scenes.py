@@ -23,9 +23,9 @@ class Scenes(NamedTuple):
 
     Attributes:
         images: In [0, 1].
-        classes: Of both objects.
-        masks: Of both objects.
-        centers: Of their centers: y and x, in pixels.
+        classes: Classes of both objects.
+        masks: Masks of both objects.
+        centers: Centers of the objects: y and x, in pixels.
         bright: Whether an object is brighter than its background.
         batch: All else that is known.
     """

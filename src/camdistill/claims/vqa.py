@@ -135,8 +135,8 @@ class QuestionScores(NamedTuple):
 
     Attributes:
         right: Whether the answer is true.
-        correlation: Of maps with occlusion, by method.
-        energy: Of Grad-CAM, on both objects.
+        correlation: Correlation of maps with occlusion, by method.
+        energy: Energy of Grad-CAM, on both objects.
     """
 
     right: PerImage

@@ -67,12 +67,12 @@ def adapt(
         students: Families of students by name: the parameters are learned with the first.
         n: How many images students learn from.
         adaptation: How the parameters are learned.
-        seeds: Of the fresh students: start, order and views, the same for every arm.
+        seeds: Seeds of the fresh students: start, order and views, the same for every arm.
         methods: What else is compared, as in `rank`.
-        controls: Of Grad-CAM's maps, as in `rank`.
+        controls: Controls of Grad-CAM's maps, as in `rank`.
         tuning: How each arm's weight of the maps is chosen.
         recipe: How every student is trained.
-        seed: Of which images are taken, of random weights and of what is random in controls.
+        seed: Seed of which images are taken, of random weights and of what is random in controls.
         out: Folder of the explainer, the runs, results.json, table.txt and a chart.
         workers: Processes that train students, of one thread each. Default: the cores; 0 on a GPU.
         stack: Students that train as one. Default: 1, on a GPU 32.

@@ -59,8 +59,8 @@ def analyze(
     Args:
         checkpoint: A student (or classifier) of ours: .safetensors or .ckpt.
         teacher: A network alone, by name or class path: resnet50, resnet56, package.module.Network.
-        weights: Of that network: a file, or DEFAULT for torchvision's. With a checkpoint: where
-            the teacher's file is now.
+        weights: Weights of that network: a file, or DEFAULT for torchvision's. With a checkpoint:
+            where the teacher's file is now.
         data: Images: shapes, cifar10, cifar100, or an image folder; its test images.
         images: In place of data: image files or folders.
         layers: Layers by name or pattern: layer3, 'layer1.*', 'stage?'. Default: blocks, and

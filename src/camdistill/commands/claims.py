@@ -44,7 +44,7 @@ def claims(
         student: A shallow one beside it.
         boxes: An image folder with a boxes.csv, for localization in photographs too (row 5c).
         count: Images of each row.
-        seed: Of the images and of every random choice.
+        seed: Seed of the images and of every random choice.
         device: cpu or cuda. Default: a GPU where there is one.
         out: Folder for results.json, table.txt, charts and the little networks.
     """

@@ -70,8 +70,8 @@ def evaluate(
     Args:
         checkpoint: A student (or classifier) of ours: .safetensors or .ckpt.
         teacher: A network alone, by name or class path: resnet50, resnet56, package.module.Network.
-        weights: Of that network: a file, or DEFAULT for torchvision's. With a checkpoint: where
-            the teacher's file is now.
+        weights: Weights of that network: a file, or DEFAULT for torchvision's. With a checkpoint:
+            where the teacher's file is now.
         images: Image files or folders.
         data: In place of images: shapes, cifar10, cifar100, or an image folder; its test images.
         explainers: What is compared: methods by name, with a layer if wanted (grad_cam, occlusion,
@@ -80,8 +80,8 @@ def evaluate(
             of (network, images, classes), FILE.npz with an array `maps` of one map an image.
             NAME=... names one; several of one name are its seeds, one row of the table. All are
             compared with the first. Default: grad_cam, and the student beside its teacher.
-        of: Whose decisions are explained: teacher or student.
-        layer: Of the network that is explained. Default: the checkpoint's, or the last layer.
+        of: Network whose decisions are explained: teacher or student.
+        layer: Layer of the network that is explained. Default: the checkpoint's, or the last layer.
         metrics: Their names, or FILE.safetensors of a learned one; probabilities are the softmax,
             of a single logit the sigmoid. Default: what docs/metrics.md ranks by, deletion,
             sparsity and the gates; where there are masks, localization.
@@ -89,7 +89,8 @@ def evaluate(
         count: At most so many images, spread evenly.
         size: Side in pixels that images are scaled and cut to. Default: the training images'.
         batch: Images at once.
-        seed: Of the metrics' random choices; methods that draw (rise, smooth_grad) have their own.
+        seed: Seed of the metrics' random choices; methods that draw (rise, smooth_grad) have their
+            own.
         device: cpu or cuda. Default: a GPU where there is one.
         out: Folder for the results.
         trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class

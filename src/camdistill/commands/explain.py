@@ -71,8 +71,8 @@ def explain(
     Args:
         checkpoint: A student (or classifier) of ours: .safetensors or .ckpt.
         teacher: A network alone, by name or class path: resnet50, resnet56, package.module.Network.
-        weights: Of that network: a file, or DEFAULT for torchvision's. With a checkpoint: where
-            the teacher's file is now.
+        weights: Weights of that network: a file, or DEFAULT for torchvision's. With a checkpoint:
+            where the teacher's file is now.
         images: Image files or folders.
         data: In place of images: shapes, cifar10, cifar100, or an image folder; its test images.
         layers: Layers to show, the student's and the teacher's joined by a colon: stage3:layer2; of

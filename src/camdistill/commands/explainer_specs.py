@@ -40,13 +40,13 @@ class EvaluationNetworks:
 
     Attributes:
         explained: In eval mode.
-        layer: Of the explained network; None is its last spatial layer.
+        layer: Layer of the explained network; None is its last spatial layer.
         other: Its student or its teacher; None where it is alone.
         other_layer: Likewise.
         role: "teacher" or "student": what the explained network is.
         size: Height and width of the images that it was trained on, in pixels.
-        sha256: Of the files that were read.
-        channels: Of the images that the networks take: 3, or 1 for their mean.
+        sha256: SHA-256 of the files that were read.
+        channels: Channels of the images that the networks take: 3, or 1 for their mean.
     """
 
     explained: Preprocessed

@@ -48,7 +48,7 @@ def export(
         checkpoint: A student (or classifier) of ours: .safetensors or .ckpt.
         out: Folder for the files and results.json.
         format: onnx, torch (torch.export's .pt2), or both.
-        layer: Whose maps. Default: the last layer before the head.
+        layer: Layer of the maps. Default: the last layer before the head.
         size: Side of the images in pixels. Default: the training images'.
         trust: Packages besides camdistill, torch, torchvision and timm that a checkpoint's class
             paths may come from.

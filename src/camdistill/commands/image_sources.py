@@ -87,7 +87,7 @@ def load_image_source(
         count: At most so many.
         size: Side in pixels.
         carving: Which images test, where a folder doesn't say.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Raises:
         UserError: Neither or both are given, or there is no image.

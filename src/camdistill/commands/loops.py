@@ -140,7 +140,7 @@ def _describe_part(counts: Sequence[int | float], loaders: object) -> str:
     """Which part of its batches a loop took, as words; none where it took all.
 
     Args:
-        counts: Of batches that it took, by loader.
+        counts: Counts of batches that it took, by loader.
         loaders: Lightning's: one, or several.
     """
     all_loaders = loaders if isinstance(loaders, list | tuple) else [loaders]

@@ -25,10 +25,10 @@ class NetworkSelection:
         pairs: Layers of (teacher, student); the student's is empty where there is none.
         classes: Names of the classes; empty when unknown.
         size: Height and width of the images that the networks were trained on, in pixels.
-        sha256: Of the files that were read.
+        sha256: SHA-256 of the files that were read.
         first: What the first network is: a student whose teacher is missing stands in its place.
-        channels: Of the images that the networks take: 3, or 1 for their mean.
-        carving: Of the images that they were trained on.
+        channels: Channels of the images that the networks take: 3, or 1 for their mean.
+        carving: Carving of the images that they were trained on.
     """
 
     teacher: Preprocessed

@@ -28,7 +28,7 @@ def pool(
 
     Args:
         runs: Folders of `camdistill evaluate`, two or more.
-        seed: Of the resampling of images.
+        seed: Seed of the resampling of images.
         out: Folder for the results.
     """
     start_time = time.perf_counter()

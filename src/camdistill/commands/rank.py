@@ -74,14 +74,14 @@ def rank(
             mask:parts of Shapes, mask:object or mask:box of image folders that have them.
         students: Families of students by name; their last layer's maps are taught.
         n: How many images students learn from.
-        seeds: Of students: start, order and views, the same for every arm.
+        seeds: Seeds of students: start, order and views, the same for every arm.
         controls: What methods have to beat.
         controls_of: Methods whose own maps are made into controls. Default: the first.
         controls_n: At which n controls run. Default: at all.
-        shares: Of the method's maps in mixtures with shuffled ones, for the ladder.
+        shares: Shares of the method's maps in mixtures with shuffled ones, for the ladder.
         tuning: How each arm's weight of the maps is chosen.
         recipe: How every student is trained.
-        seed: Of which images are taken and of what is random in controls.
+        seed: Seed of which images are taken and of what is random in controls.
         out: Folder of the runs, results.json, table.txt and a chart.
         workers: Processes that train students, of one thread each. Default: the cores; 0 on a GPU.
         stack: Students that train as one. Default: 1, on a GPU 32.

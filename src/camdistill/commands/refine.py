@@ -69,15 +69,16 @@ def refine(
         objective: What the maps are trained to be.
         checkpoints: Start networks, trained independently.
         network: Where there are no checkpoints: what is trained to be start networks.
-        seeds: Of these, one each.
-        arms: Of the objective and its controls; ce always runs.
+        seeds: Seeds of these, one each.
+        arms: Arms of the objective and its controls; ce always runs.
         also: Further objectives by name: {energy: {kind: energy}}.
         start: How start networks are trained.
         recipe: How every arm is trained.
         judging: How networks are measured.
         students: Distilled from the refined networks and from cross-entropy's: do they inherit the
             gain?
-        seed: Of the order of training, of what is random in arms, and of which images are taken.
+        seed: Seed of the order of training, of what is random in arms, and of which images are
+            taken.
         out: Folder of the runs, the networks, results.json, table.txt and pictures.
         workers: Processes of one thread each. Default: the cores; 0 on a GPU.
         device: Where; auto takes a GPU if there is one.

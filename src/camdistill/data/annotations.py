@@ -74,7 +74,7 @@ def load_boxes(
         root: The folder with `boxes.csv`.
         names: Paths relative to the root.
         sizes: Width and height of the upright originals.
-        size: As for `decode.decode`.
+        size: Size as for `decode.decode`.
 
     Returns:
         [N, 4]; NaN for an image without a box, or whose box was cut away. None without the file.

@@ -17,7 +17,7 @@ def shape_concepts(shapes: Shapes, indices: Int64[np.ndarray, "n"]) -> ConceptMa
 
     Args:
         shapes: Any split.
-        indices: Of its images.
+        indices: Indices of its images.
     """
     rendered = shapes.render(indices)
     masks = rendered.masks

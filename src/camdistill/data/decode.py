@@ -46,8 +46,8 @@ class Frame:
     """How stored pixels lie in an upright image: scaled, then cut out at the center.
 
     Attributes:
-        width: Of the upright image before scaling.
-        height: Of the upright image before scaling.
+        width: Width of the upright image before scaling.
+        height: Height of the upright image before scaling.
         size: Length of the shorter side after scaling and of the stored square; None: as it is.
     """
 

@@ -339,7 +339,7 @@ def check_test_folder(train: Path, test: Path, classes: tuple[str, ...]) -> None
     Args:
         train: The folder of the training images.
         test: The folder of the test images.
-        classes: Of the training images; empty without labels.
+        classes: Classes of the training images; empty without labels.
 
     Raises:
         UserError: There are no test images, or they are of other classes.

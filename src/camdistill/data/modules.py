@@ -158,7 +158,7 @@ class ShapesData(ImageData):
         suppressor: Strength in [0, 1] of a noise field shared by background and object.
         task: What the label is: `shape`, or with two objects `conjunction` (a disc and a triangle)
             or `xor` (one of them without the other).
-        seed: Of the order of training.
+        seed: Seed of the order of training.
         split_seed: Which images there are.
         batch_size: Images in a batch, all processes together.
         limit: Train on so many images only.
@@ -221,7 +221,7 @@ class CIFARData(ImageData):
         root: Folder of the files.
         download: Fetch the files where they are missing.
         val_fraction: Share of the training images (or their number) that validates.
-        seed: Of the order of training.
+        seed: Seed of the order of training.
         split_seed: Which images validate.
         batch_size: Images in a batch, all processes together.
         limit: Train on so many images only, the same number of each class.
@@ -277,7 +277,7 @@ class FolderData(ImageData):
             for it.
         on_broken: `raise` names a broken file; `skip` goes on without it and says how many.
         cache_dir: Folder of decoded images; null: CAMDISTILL_CACHE or ~/.cache/camdistill.
-        seed: Of the order of training.
+        seed: Seed of the order of training.
         split_seed: Which images validate (and test).
         batch_size: Images in a batch, all processes together.
         limit: Train on so many images only, the same number of each class.

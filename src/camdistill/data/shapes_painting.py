@@ -30,7 +30,7 @@ def paint_images(
     Args:
         keys: One an image.
         masks: Where everything is.
-        shortcut_labels: Whose color the patch has.
+        shortcut_labels: Labels whose color the patch has.
         suppressor: Strength of a noise field that everything shares.
         swap: Which other background, from 1; 0 is the image's own.
     """

@@ -35,7 +35,7 @@ class ShapesScene:
         second_kinds: The second object's shape, another one.
         distractors: Which distractor.
         shortcut_labels: The class whose color the patch takes.
-        poses: Of each item, as `shapes_drawing.shape_masks` takes them.
+        poses: Poses of each item, as `shapes_drawing.shape_masks` takes them.
         patch: Left and top pixel of the patch.
     """
 

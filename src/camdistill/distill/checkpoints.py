@@ -55,7 +55,7 @@ class TrainedExplainer(nn.Module):
         classes: Names of the classes; empty when unknown.
         mean_map_by_layer: The teacher's mean map over the training split.
         settings: The experiment's.
-        sha256: Of the file.
+        sha256: SHA-256 of the file.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ def check_data_matches(
     The log says where the size differs, and what is assumed where the file doesn't say it.
 
     Args:
-        facts: Of the network.
+        facts: Facts of the network.
         size: Height and width of the data's images in pixels.
         classes: Names of the data's classes.
         who: What the network is, for messages.

@@ -37,7 +37,7 @@ class Classifier(TrainingModule):
         augment: Views of the training images.
         optimization: Optimizer and schedule.
         ema: Decay of a running average of the weights; null keeps the last weights.
-        seed: Of the start and of the views.
+        seed: Seed of the start and of the views.
     """
 
     cards = tags.CLASSIFIER_CARDS

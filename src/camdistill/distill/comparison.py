@@ -107,7 +107,7 @@ def build_comparison(
 
     Args:
         teacher_logits: The teacher's.
-        classes: Of which the maps are, the teacher's likeliest first.
+        classes: Classes of the maps, the teacher's likeliest first.
         teacher_maps_by_layer: [B, h, w], or [B, C, h, w] for classes [B, C].
         student: Maps of the same classes.
     """

@@ -63,7 +63,7 @@ class DistilledExplainer(TrainingModule):
         transfer: Which explanation is transferred, and at which layers.
         ce: Weight of cross-entropy with the labels.
         kd: Weight of distillation with the teacher's logits (Hinton et al. 2015).
-        temperature: Of distillation.
+        temperature: Temperature of distillation.
         beta: Weight of the distance between the maps.
         augment: Views of the training images; maps move with them.
         optimization: Optimizer and schedule.
@@ -73,7 +73,7 @@ class DistilledExplainer(TrainingModule):
         cache_dir: Where the teacher's answers are kept; the default is CAMDISTILL_CACHE or the
             user's cache folder.
         ema: Decay of a running average of the student's weights; null keeps the last weights.
-        seed: Of the student's start and of the views.
+        seed: Seed of the student's start and of the views.
     """
 
     cards = tags.STUDENT_CARDS

@@ -97,12 +97,12 @@ def insertion_deletion(
     Args:
         forward: Answers the changed images, each by itself; it is given some of them at a time.
         images: In [0, 1].
-        classes: Whose probability is meant.
+        classes: Classes whose probability is meant.
         maps: At the images' resolution.
         replacement: What stands where an image is hidden: a blurred copy, never black.
-        shares: Of the image that each level shows or hides.
-        temperature: Of the masks.
-        form: Of the loss.
+        shares: Shares of the image that each level shows or hides.
+        temperature: Temperature of the masks.
+        form: Form of the loss.
         deletion: Weight of deletion; 0 is insertion alone.
     """
     masks = soft_masks(maps, shares, temperature).to(images.dtype)[:, :, None]
@@ -147,9 +147,9 @@ def contrastive_consistency(maps: Maps, moved_maps: Maps, temperature: float = 0
     the maps of the batch's other images as negatives. Their map is HiResCAM.
 
     Args:
-        maps: Of the views, raw; rectified here.
+        maps: Maps of the views, raw; rectified here.
         moved_maps: The images' own maps under the same views.
-        temperature: Of the cosines; theirs is 0.5.
+        temperature: Temperature of the cosines; theirs is 0.5.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")

@@ -21,7 +21,7 @@ class Optimization:
     Args:
         optimizer: "sgd" with Nesterov momentum, or "adamw".
         lr: The highest learning rate.
-        momentum: Of SGD; the first beta of AdamW.
+        momentum: Momentum of SGD; the first beta of AdamW.
         weight_decay: On weights of two or more axes; norms and biases are never decayed.
         schedule: "one_cycle" rises from lr / 25 and falls to nearly 0 along cosines; "cosine" rises
             linearly; "constant" stays after the rise.

@@ -56,10 +56,10 @@ class Objective:
         kind: insertion_deletion (ID-ExpO), faithfulness (correlation with a perturbation bank),
             consistency (contrastive, CGC), energy (in masks or boxes), fidelity (to a teacher),
             learned (the score of a metric that `camdistill learn` made).
-        weight: Of the objective, beside 1 of cross-entropy.
-        schedule: Of the weight.
+        weight: Weight of the objective, beside 1 of cross-entropy.
+        schedule: Schedule of the weight.
         cam: Which map: grad_cam, or hires_cam (CGC's).
-        layer: Of the maps. Default: the last before the head.
+        layer: Layer of the maps. Default: the last before the head.
         answers: insertion_deletion: "trained" lets the answers to changed images be trained too
             (the paper's), "constant" leaves the map as the only way.
         form: insertion_deletion: of probabilities, or of their logarithms (the paper's), whose
@@ -67,7 +67,8 @@ class Objective:
             start, 4 epochs).
         deletion: insertion_deletion: weight of deletion beside insertion.
         shares: insertion_deletion: of the image, shown and hidden at each level.
-        temperature: Of the soft masks, in deviations of the map; of consistency's cosines.
+        temperature: Temperature of the soft masks, in deviations of the map; of consistency's
+            cosines.
         replacement: What stands where an image is changed.
         subsets: faithfulness: random changes asked about, an image and step.
         cells: faithfulness: an image is cut into so many along each side.
@@ -148,11 +149,11 @@ class ViewBatch(NamedTuple):
 
     Attributes:
         images: In [0, 1], under their view.
-        ids: Of the images.
+        ids: Ids of the images.
         view: What was done to the images.
-        classes: Whose maps: the network's own top class.
-        maps: Of these, raw, with a graph, at the layer's resolution.
-        masks: Of the objects, under the view; None without.
+        classes: Classes of the maps: the network's own top class.
+        maps: Maps of these, raw, with a graph, at the layer's resolution.
+        masks: Masks of the objects, under the view; None without.
     """
 
     images: Images
@@ -171,7 +172,7 @@ class Refinement:
         arm: "objective", or what it is held against. "detached": the map is a constant, so only
             the answers change. "random": the target (of insertion and deletion the map itself) is
             a smooth random map, the same for an image each time. "shuffled": another image's.
-        seed: Of random targets, views and changes.
+        seed: Seed of random targets, views and changes.
     """
 
     def __init__(self, objective: Objective, arm: RefinementArm, seed: int) -> None:

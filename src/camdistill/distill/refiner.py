@@ -57,7 +57,7 @@ class Refiner(TrainingModule):
         augment: Views of the training images.
         optimization: Optimizer and schedule.
         ema: Decay of a running average of the weights; null keeps the last weights.
-        seed: Of views, random targets and changes.
+        seed: Seed of views, random targets and changes.
     """
 
     cards = (tags.ACCURACY_VAL, tags.AGREEMENT_START, tags.LOSS_OBJECTIVE)

@@ -26,7 +26,7 @@ class Targets(NamedTuple):
 
     Attributes:
         logits: The teacher's.
-        classes: Of which Grad-CAMs are: its top class, [B], or its likeliest ones, [B, C].
+        classes: Classes of the Grad-CAM maps: its top class, [B], or its likeliest ones, [B, C].
         maps_by_layer: By the teacher's layer, the quantity that is transferred: [B, h, w], or
             [B, C, h, w] for several classes.
     """
@@ -95,7 +95,7 @@ def open_shared_cache(
         teacher: On its device.
         images: All of a split.
         layers: The teacher's.
-        what: Of what the images are, for the progress bar.
+        what: What the images are, for the progress bar.
         root: Folder of caches.
         quantities: Besides Grad-CAMs.
         classes: How many of the teacher's likeliest classes Grad-CAMs are of.

@@ -106,7 +106,7 @@ class TeacherCache:
             layers: Names of the teacher's layers.
             root: Folder of caches; made if missing.
             quantities: What to store besides the Grad-CAMs.
-            classes: Of how many of the likeliest classes these are.
+            classes: Number of the likeliest classes in these.
             flips: Store the mirrored images too.
             precision: "bfloat16" is faster where the hardware has it. It moves a ResNet's maps by
                 1 % at the last layer and by 5 to 10 % at inner ones (median relative L2 error).
@@ -180,7 +180,7 @@ class TeacherCache:
             ids: The images' numbers.
             flip: True asks for the mirrored image; its maps are those of the mirrored image.
             quantity: Which maps.
-            layers: Of which layers; None is all that are stored.
+            layers: Names of the layers; None is all that are stored.
 
         Returns:
             Logits, and by layer float32 maps [B, h, w] ([B, C, h, w] for "class_maps", and for the

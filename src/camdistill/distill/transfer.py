@@ -33,7 +33,7 @@ class LayerPair:
     Args:
         student: Name of the student's layer; None is its last spatial one.
         teacher: Name of the teacher's layer; None is its last spatial one.
-        weight: Of this pair's distance in the sum over pairs.
+        weight: Weight of this pair's distance in the sum over pairs.
     """
 
     student: str | None = None
@@ -52,15 +52,15 @@ class Transfer:
         quantity: "grad_cam" transfers the teacher's Grad-CAM for its likeliest classes; "attention"
             the activation attention maps of Zagoruyko and Komodakis (2017); "class_maps" the maps
             of all classes (CAT-KD, Guo et al. 2023).
-        classes: Of Grad-CAM: how many of the teacher's likeliest classes. With 1, its top class,
-            the student's maps of other classes are left to chance, and come out much like the
-            first's; asking for more costs little at a last layer that GAP and a linear head follow,
-            and a backward a class at any other.
+        classes: Number of the teacher's likeliest classes whose Grad-CAM is taught. With 1, its
+            top class, the student's maps of other classes are left to chance, and come out much like
+            the first's; asking for more costs little at a last layer that GAP and a linear head
+            follow, and a backward a class at any other.
         distance: Between Grad-CAMs.
         pairs: Layers that are matched, and at which fidelity is measured; the last pair is the main
             one.
         schedule: How beta changes over the training.
-        form: Of attention transfer: the paper's or the released code's.
+        form: Form of attention transfer: the paper's or the released code's.
         p: Power of attention maps.
         pool: Side of the grid on which class maps are compared.
         grad: Through which part of the student's Grad-CAM the gradient flows: "full", or
@@ -99,7 +99,7 @@ def name_pairs(
     """The matched layers by name, with their weights; None stands for the last spatial layer.
 
     Args:
-        pairs: As in the config.
+        pairs: Pairs as in the config.
         student: Its layers are named inside `student.network`.
         teacher: Likewise.
         images: One or more images, to find out which layers are spatial.
@@ -143,7 +143,7 @@ def quantity_maps(
         network: Teacher or student.
         images: In [0, 1].
         layers: Names.
-        classes: Of the Grad-CAMs, as `explain` takes them.
+        classes: Classes of the Grad-CAMs, as `explain` takes them.
         quantity: What is transferred.
         p: Power of attention maps.
         grad: "none" for targets; a student's maps carry a graph.

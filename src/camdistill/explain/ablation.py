@@ -43,13 +43,13 @@ def ablation_cam(
     `memory`, where what follows allows that.
 
     Args:
-        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
-        images: Likewise.
-        layers: Likewise.
-        classes: Likewise.
-        score: Likewise.
-        layout: Likewise; but no callable, as units must be found in the output.
-        logits: Likewise.
+        network: Network as for `explain.gradcam.explain_images`, like all that isn't named here.
+        images: Images as for `explain_images`.
+        layers: Layers as for `explain_images`.
+        classes: Classes as for `explain_images`.
+        score: Score as for `explain_images`.
+        layout: Layout as for `explain_images`, but no callable: units must be found.
+        logits: Logits as for `explain_images`.
         memory: Bytes that one forward may take, about; None is 32 MiB on
             a CPU, 512 MiB elsewhere.
     """

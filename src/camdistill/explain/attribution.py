@@ -96,16 +96,16 @@ def smooth_grad(
     """The mean gradient of noisy copies: Smilkov et al. 2017, https://arxiv.org/abs/1706.03825.
 
     Args:
-        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
-        images: Likewise.
-        classes: Likewise; None is the top class of the image without noise.
+        network: Network as for `explain.gradcam.explain_images`, like all that isn't named here.
+        images: Images as for `explain_images`.
+        classes: Classes as for `explain_images`; None is the top class of the image without noise.
         samples: Noisy copies; the paper sees little gain above 50.
         noise: Standard deviation as a share of the image's range, max x - min x; the paper finds
             0.1 to 0.2 good.
-        seed: Of the noise, which is the same for every image of a batch.
+        seed: Seed of the noise, which is the same for every image of a batch.
         channels: How the mean gradient becomes a map.
-        score: Likewise.
-        logits: Likewise.
+        score: Score as for `explain_images`.
+        logits: Logits as for `explain_images`.
         memory: Bytes that one forward and backward may take, about; None is 32 MiB on
             a CPU, 512 MiB elsewhere.
     """
@@ -141,14 +141,14 @@ def integrated_gradients(
     S(x) - S(x').
 
     Args:
-        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
-        images: Likewise.
-        classes: Likewise.
+        network: Network as for `explain.gradcam.explain_images`, like all that isn't named here.
+        images: Images as for `explain_images`.
+        classes: Classes as for `explain_images`.
         baseline: The image that shows nothing: one value, such as black, or images.
         steps: Gradients taken on the way.
         channels: How the attributions become a map; only "sum" is complete.
-        score: Likewise.
-        logits: Likewise.
+        score: Score as for `explain_images`.
+        logits: Logits as for `explain_images`.
         memory: Bytes that one forward and backward may take, about; None is 32 MiB on
             a CPU, 512 MiB elsewhere.
     """
@@ -196,7 +196,7 @@ def _mean_gradient(
     Args:
         request: With fixed classes.
         change_images: Images by numbers of an image and of a step, both [n].
-        weights: Of each step.
+        weights: Weights of each step.
         memory: Bytes for one chunk.
     """
     images, steps = request.images, len(weights)

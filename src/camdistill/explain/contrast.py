@@ -51,14 +51,14 @@ def contrast(
     2025, https://arxiv.org/abs/2501.11309).
 
     Args:
-        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
-        images: Likewise.
-        layers: Likewise.
+        network: Network as for `explain.gradcam.explain_images`, like all that isn't named here.
+        images: Images as for `explain_images`.
+        layers: Layers as for `explain_images`.
         classes: c: None is the top class; else one number, or [B].
         against: d: None is the likeliest class but c; else one number, or [B].
         gamma: Weight of the other class.
-        layout: Likewise.
-        logits: Likewise.
+        layout: Layout as for `explain_images`.
+        logits: Logits as for `explain_images`.
 
     Raises:
         UserError: Both classes of an image are the same, or don't exist.

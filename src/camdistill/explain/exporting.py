@@ -23,7 +23,7 @@ class ClosedExplainer(nn.Module):
         layer: None is the last spatial layer before the head.
 
     Attributes:
-        layer: Whose maps they are.
+        layer: Layer of the maps.
         head: The module that turns the layer's spatial mean into logits.
 
     Raises:

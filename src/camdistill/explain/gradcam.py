@@ -100,7 +100,7 @@ def explain_images(
 
     Args:
         network: Bare, or wrapped by `Preprocessed`, torch.compile, DDP.
-        images: As the network takes them; in [0, 1] for a `Preprocessed` one.
+        images: Images as the network takes them; in [0, 1] for a `Preprocessed` one.
         layers: Names inside the bare network ("layer4", "layer1.0.relu#1"; see
             `networks.capture`). None is the last spatial layer before the head; an empty list
             asks for logits alone.

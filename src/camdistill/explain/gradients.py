@@ -73,7 +73,7 @@ class GradientPass:
 
         Args:
             column: Which.
-            names: Of all edges, or of these.
+            names: Names of all edges, or of these.
             last: Whether nothing more will be asked: then what the graph keeps is let go on the
                 way.
         """

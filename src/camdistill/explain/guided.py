@@ -55,12 +55,12 @@ def guided_gradient(
     """The gradient at the pixels with every ReLU's rule replaced, signed.
 
     Args:
-        network: As for `explain.gradcam.explain_images`.
-        images: Likewise.
-        classes: Likewise; [B, C] gives [B, C, channels, H, W].
+        network: Network as for `explain.gradcam.explain_images`.
+        images: Images as for `explain_images`.
+        classes: Classes as for `explain_images`; [B, C] gives [B, C, channels, H, W].
         rule: See the module.
-        score: Likewise.
-        logits: Likewise.
+        score: Score as for `explain_images`.
+        logits: Logits as for `explain_images`.
 
     Raises:
         UserError: If the network has no ReLU on the way from the pixels to the score.
@@ -114,14 +114,14 @@ def guided_grad_cam(
     bilinearly, as there. One forward serves both, and all layers.
 
     Args:
-        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
-        images: Likewise.
-        layers: Likewise.
-        classes: Likewise.
+        network: Network as for `explain.gradcam.explain_images`, like all that isn't named here.
+        images: Images as for `explain_images`.
+        layers: Layers as for `explain_images`.
+        classes: Classes as for `explain_images`.
         channels: How the colored product becomes a map.
-        score: Likewise.
-        layout: Likewise.
-        logits: Likewise.
+        score: Score as for `explain_images`.
+        layout: Layout as for `explain_images`.
+        logits: Logits as for `explain_images`.
     """
     request = build_request(
         network, images, layers, classes, score=score, layout=layout, logits=logits

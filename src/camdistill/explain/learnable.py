@@ -47,10 +47,10 @@ class LearnableCAM(nn.Module):
 
     Attributes:
         units: Likewise.
-        mix: Of the layers; `settle` keeps it on the simplex.
-        power: Of each layer's map.
+        mix: Mix of the layers; `settle` keeps it on the simplex.
+        power: Power of each layer's map.
         slope: What negative evidence of each layer counts, in [0, 1].
-        gates: Of each layer's units, 0 or more.
+        gates: Gates of each layer's units, 0 or more.
     """
 
     def __init__(self, units: Mapping[str, int]) -> None:
@@ -91,7 +91,8 @@ class LearnableCAM(nn.Module):
         """Maps from what `contributions` gave; differentiable by the parameters.
 
         Args:
-            contributions_by_layer: Of the last layer, and of every other that has a weight.
+            contributions_by_layer: Contributions of the last layer, and of every other
+                that has a weight.
         """
         grid = self._grid(contributions_by_layer)
         mix = sparsemax(self.mix)

@@ -43,7 +43,7 @@ class BatchedScorer:
     Attributes:
         request: With the images; no layer.
         classes: [B] or [B, C].
-        scores: Of the unchanged images.
+        scores: Scores of the unchanged images.
         memory: Bytes that one forward may take, about.
     """
 
@@ -129,7 +129,7 @@ def _check_same_alone(
 
     Args:
         request: With the images.
-        classes: Of all images.
+        classes: Classes of all images.
         expected_scores: Their scores.
         in_one_batch: Whether several images were asked about together. Then the first and the
             last are asked about alone, else the first one between two others.

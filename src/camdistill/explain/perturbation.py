@@ -43,14 +43,14 @@ def occlusion(
     defaults there are 225 forwards an image.
 
     Args:
-        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
-        images: Likewise.
-        classes: Likewise.
+        network: Network as for `explain.gradcam.explain_images`, like all that isn't named here.
+        images: Images as for `explain_images`.
+        classes: Classes as for `explain_images`.
         patch: Side of the square in pixels; None is an eighth of the shorter side.
         stride: Pixels between squares; None is half a patch.
         fill: What covers. The paper's is gray, 0 after normalization.
-        score: Likewise.
-        logits: Likewise.
+        score: Score as for `explain_images`.
+        logits: Logits as for `explain_images`.
         memory: Bytes that one forward may take, about; None is 32 MiB on
             a CPU, 512 MiB elsewhere.
     """
@@ -109,16 +109,16 @@ def rise(
     the paper, S is a probability and masked pixels are 0 after normalization. N forwards an image.
 
     Args:
-        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
-        images: Likewise.
-        classes: Likewise.
+        network: Network as for `explain.gradcam.explain_images`, like all that isn't named here.
+        images: Images as for `explain_images`.
+        classes: Classes as for `explain_images`.
         masks: N, the same for all images; the paper takes 4000 and 8000, less is noisier.
-        cells: Of a grid, along each side.
+        cells: Cells of a grid, along each side.
         keep: Share of cells that are kept.
-        seed: Of the masks.
+        seed: Seed of the masks.
         fill: What shows where a mask is 0.
-        score: Likewise.
-        logits: Likewise.
+        score: Score as for `explain_images`.
+        logits: Logits as for `explain_images`.
         memory: Bytes that one forward may take, about; None is 32 MiB on
             a CPU, 512 MiB elsewhere.
     """
@@ -164,14 +164,14 @@ def score_cam(
     forwards an image as it has units.
 
     Args:
-        network: As for `explain.gradcam.explain_images`, like all that isn't named here.
-        images: Likewise.
-        layers: Likewise.
-        classes: Likewise.
+        network: Network as for `explain.gradcam.explain_images`, like all that isn't named here.
+        images: Images as for `explain_images`.
+        layers: Layers as for `explain_images`.
+        classes: Classes as for `explain_images`.
         fill: What shows where a unit is 0; "zero" is the paper's product.
-        score: Likewise.
-        layout: Likewise.
-        logits: Likewise.
+        score: Score as for `explain_images`.
+        layout: Layout as for `explain_images`.
+        logits: Logits as for `explain_images`.
         memory: Bytes that one forward may take, about; None is 32 MiB on
             a CPU, 512 MiB elsewhere.
     """

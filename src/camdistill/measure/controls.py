@@ -76,8 +76,8 @@ def ladder(
     knowledge and not of size. A metric is put to the test by whether it finds the order.
 
     Args:
-        maps: As good as can be had: the oracle's, or an explainer's.
-        generator: Of the noise; all rungs of an image share it.
+        maps: Maps as good as can be had: the oracle's, or an explainer's.
+        generator: Generator of the noise; all rungs of an image share it.
         rungs: Share of the noise, from 0, the map itself, to 1, noise alone.
     """
     noise = smooth_random_maps(maps[:, None], generator, cells=8)

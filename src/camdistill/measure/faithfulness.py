@@ -73,7 +73,7 @@ def occlusion_correlation(
         maps: At the images' resolution.
         bank: With occluders of that side.
         side: In cells.
-        score: Of which the drop is.
+        score: Score whose drop is measured.
     """
     _check_maps_fit(maps, bank)
     perturbations = bank.occluders[side]

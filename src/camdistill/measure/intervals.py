@@ -75,7 +75,7 @@ def two_way_interval(values: FloatArray, seed: int = 0, *, level: float = 0.95) 
 
     Args:
         values: NaN where there is none.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
         level: How often the interval holds the mean, at least.
     """
     known = np.asarray(values, np.float64)

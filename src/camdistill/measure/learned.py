@@ -46,7 +46,7 @@ def image_context(
     Args:
         network: In eval mode; takes images in [0, 1].
         images: In [0, 1].
-        classes: Whose evidence.
+        classes: Classes whose evidence the maps show.
         layer: Its last spatial one by default.
     """
     name = layer or last_layer(network, images)
@@ -78,7 +78,7 @@ class LearnedMetric(nn.Module):
 
     Args:
         members: How many networks.
-        units: Of each convolution.
+        units: Units of each convolution.
     """
 
     def __init__(self, members: int = 3, units: int = 8) -> None:
@@ -93,7 +93,7 @@ class LearnedMetric(nn.Module):
 
         Args:
             maps: Raw, of any size.
-            context: Of their images and classes.
+            context: Context of their images and classes.
         """
         return self.scores(maps, context).mean(0)
 

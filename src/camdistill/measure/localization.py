@@ -72,8 +72,8 @@ def iou(maps: Maps, masks: Masks, threshold: float | None = 0.5) -> PerImage:
     Args:
         maps: Any scale.
         masks: Ground truth.
-        threshold: Of the min-max normalized map; None takes each image's best of 0.05, 0.1, ...,
-            0.95, which flatters every map alike.
+        threshold: Threshold of the min-max normalized map; None takes each image's best of 0.05,
+            0.1, ..., 0.95, which flatters every map alike.
     """
     check_finite(maps)
     share = normalize(_upcast_maps(maps))

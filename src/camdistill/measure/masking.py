@@ -49,7 +49,7 @@ def masking_scores(
     Args:
         network: In eval mode.
         images: In [0, 1], where 0 is what a map of 0 lets through.
-        classes: Whose probability is watched.
+        classes: Classes whose probability is watched.
         maps: At the images' resolution.
     """
     share = _share(maps, images)

@@ -39,9 +39,9 @@ class EvaluationBatch:
     Attributes:
         network: In eval mode; takes images in [0, 1].
         images: In [0, 1].
-        classes: Whose evidence the maps show: the network's own top class.
-        logits: Of the images.
-        seed: Of every random choice; all explainers get the same ones.
+        classes: Classes whose evidence the maps show: the network's own top class.
+        logits: Logits of the images.
+        seed: Seed of every random choice; all explainers get the same ones.
         bank: Answers to changes that no explainer chose; None where no metric needs it.
         replacements: What stands where something is removed, by kind; "rerendered" is the image
             drawn again without its objects.
@@ -106,7 +106,7 @@ def prepare_batch(
         network: In eval mode.
         images: In [0, 1].
         metrics: Those that will be measured.
-        seed: Of every random choice on these images.
+        seed: Seed of every random choice on these images.
         masks: The objects', where known.
         rerendered: The images without their objects, where the data can draw them.
         fill: What stands where the bank removes something.
@@ -147,7 +147,7 @@ def measure(
     """One explainer's values.
 
     Args:
-        batch: Of the same images.
+        batch: Batch of the same images.
         maps: Raw, at the images' resolution, of the scene's classes. A map with NaN in it is a
             failure: NaN by every metric.
         metrics: Names; one whose ground truth or explainer is missing is left out.

@@ -38,8 +38,8 @@ def smooth_randomization(
         explain: Gives the maps.
         network: In eval mode; not changed.
         images: In [0, 1].
-        classes: Whose maps they are, whatever a randomized network says.
-        generator: Of the weights and of the noise, the same noise for all networks.
+        classes: Classes of the maps, whatever a randomized network says.
+        generator: Generator of the weights and of the noise, the same noise for all networks.
         samples: Noisy copies of each image; 1 with `noise=0` is the plain test.
         noise: Standard deviation, as a share of the images' range.
 

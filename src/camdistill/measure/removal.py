@@ -27,8 +27,8 @@ class Curve:
     """A class's probability as pixels are removed or put in.
 
     Attributes:
-        fractions: Of the image that is removed (inserted), rising.
-        probabilities: Of each image at each fraction.
+        fractions: Fractions of the image that is removed (inserted), rising.
+        probabilities: Probabilities of each image at each fraction.
     """
 
     fractions: tuple[float, ...]
@@ -59,7 +59,7 @@ def deletion(
     Args:
         network: In eval mode.
         images: In [0, 1] for a network that normalizes them itself.
-        classes: Whose probability is watched: the network's own top class needs no label.
+        classes: Classes whose probability is watched: the network's own top class needs no label.
         order: `ranks` of the maps.
         replacement: What stands where something is removed. It decides what is measured: with
             black, at 32 pixels, hardly the map.
@@ -125,9 +125,9 @@ def road(
     Args:
         network: In eval mode.
         images: In [0, 1] for a network that normalizes them itself.
-        classes: Whose probability is watched.
+        classes: Classes whose probability is watched.
         order: `ranks` of the maps.
-        generator: Of the noise.
+        generator: Generator of the noise.
         fractions: Removed at each level; neither 0 nor 1.
         noise: Standard deviation of what is added to the imputed pixels.
     """

@@ -33,7 +33,7 @@ def max_sensitivity(
         explain: Gives the maps.
         network: In eval mode.
         images: In [0, 1].
-        classes: Whose maps they are.
+        classes: Classes of the maps.
         generator: Draws the nearby images.
         radius: Largest change of a pixel, in the images' units.
         samples: Nearby images of each image.

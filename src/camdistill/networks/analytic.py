@@ -23,7 +23,7 @@ class ColorReader(nn.Module):
     (a match is a plateau's edge), so that the plain gradient says nothing about this network.
 
     Args:
-        colors: Of each class, red, green and blue in hexadecimal: "e61919".
+        colors: Colors of each class, red, green and blue in hexadecimal: "e61919".
         gain: Logit of an image that has a class's color everywhere.
     """
 

@@ -52,8 +52,8 @@ class NetworkSpec:
         weights: A file (safetensors, torch, or a checkpoint of ours), or for torchvision's
             networks DEFAULT or another name of theirs. None is untrained.
         args: Arguments of the network's class. A file of ours that trained this network says them.
-        mean: Of each channel of images in [0, 1]. The weights' own are taken where they say.
-        std: Likewise.
+        mean: Mean of each channel of images in [0, 1]. The weights' own are taken where they say.
+        std: Standard deviation of each channel.
     """
 
     name: str
@@ -72,8 +72,8 @@ def check_moments(mean: Sequence[float], std: Sequence[float], where: str = "") 
     """Checks a normalization of images in [0, 1].
 
     Args:
-        mean: Of each channel.
-        std: Likewise.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
         where: It was found, for the message.
 
     Raises:
@@ -257,8 +257,8 @@ class Preprocessed(Wrapper):
 
     Attributes:
         network: The bare network; layer names are the names inside it.
-        mean: Of each channel; not part of the state dict.
-        std: Likewise.
+        mean: Mean of each channel; not part of the state dict.
+        std: Standard deviation of each channel.
         facts: What the network's weights say of their training.
     """
 
@@ -318,7 +318,7 @@ class Teacher(Preprocessed):
     Attributes:
         spec: What it was built from; None if it came from `Teacher.of`.
         classes: Number of logits.
-        sha256: Of the weights' file, in hexadecimal; None without a file.
+        sha256: SHA-256 of the weights' file, in hexadecimal; None without a file.
         holds_precision: Whether it only moves between devices, whatever its holder is turned into.
     """
 

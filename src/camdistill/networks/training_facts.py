@@ -25,8 +25,8 @@ class TrainingFacts:
         classes: Number of logits.
         class_names: Names of the classes.
         size: Height and width of the training images in pixels.
-        mean: Of each channel of images in [0, 1].
-        std: Likewise.
+        mean: Mean of each channel of images in [0, 1].
+        std: Standard deviation of each channel.
         carving: Which images of a folder were left out for the test: split_seed, test_fraction.
     """
 

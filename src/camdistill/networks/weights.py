@@ -58,7 +58,7 @@ class WeightFile:
         state: Weights by name, on the CPU, without the prefixes of wrappers.
         metadata: Text stored beside them: what safetensors hold, or the experiment of a checkpoint
             of ours.
-        sha256: Of the file, in hexadecimal.
+        sha256: SHA-256 of the file, in hexadecimal.
         path: Where they were read.
         is_lightning: Whether it is a Lightning checkpoint, from which a training can go on.
     """

@@ -47,7 +47,7 @@ class PerturbationSet:
     Attributes:
         cells: The cells that each change removes; a first axis of 1 is the same for all images.
         logit_drops: Score of the image minus that of the changed one.
-        probability_drops: Likewise of probabilities.
+        probability_drops: The same drops in probability.
     """
 
     cells: Bool[Tensor, "#batch changes rows columns"]
@@ -70,9 +70,9 @@ class Bank:
 
     Attributes:
         size: The images' height and width.
-        classes: Whose score was watched, one an image.
-        logits: Of the unchanged images.
-        probabilities: Likewise.
+        classes: Classes whose score was watched, one an image.
+        logits: Logits of the unchanged images.
+        probabilities: Probabilities of the unchanged images.
         subsets: Random subsets by the share that they remove.
         occluders: Sliding occluders by their side in cells.
     """
@@ -101,7 +101,7 @@ def build_bank(
         images: In [0, 1] for a network that normalizes them itself.
         replacement: What stands where something is removed: `imputers.baseline(images, "gray")`.
         generator: Draws the subsets, other ones for each image.
-        classes: Whose score is watched; None is the network's own top class.
+        classes: Classes whose score is watched; None is the network's own top class.
         plan: What is asked.
     """
     plan = plan or BankPlan()

@@ -48,7 +48,7 @@ def forward_in_chunks(forward: Callable[[Images], Logits], images: Images) -> Lo
 
     Args:
         forward: A network whose answer to an image doesn't depend on the others, or what calls one.
-        images: As it takes them.
+        images: Images as it takes them.
     """
     return torch.cat(
         [forward(_to_channels_last(part)) for part in torch.split(images, _chunk_size(images))]
@@ -67,7 +67,7 @@ def score_changes(
     Args:
         network: In eval mode.
         images: In [0, 1] for a network that normalizes them itself.
-        classes: Whose score is told, one an image.
+        classes: Classes whose score is told, one an image.
         removed: The changes.
         replacement: What stands where an image was removed.
     """

@@ -93,7 +93,7 @@ def noisy_linear(
         removed: True where a pixel is to be filled in.
         noise: Standard deviation of the Gaussian noise on what was filled in. The linear fill is
             smoother than any image, and a network can see that.
-        generator: Of the noise; not needed without.
+        generator: Generator of the noise; not needed without.
         tolerance: Norm of the equations' residual at which an image is done, relative to the
             right-hand side's. At 1e-5 the largest error was 2e-5 at 32 pixels, 1e-4 at 64 (16 holes
             each, up to 98 % of the image) and 7e-4 at 224 (3 holes, up to 90 %).

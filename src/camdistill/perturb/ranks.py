@@ -49,7 +49,7 @@ def first_pixels(
     """Masks of exactly so many pixels an image, one for each count.
 
     Args:
-        order: Of `ranks`.
+        order: Order of the pixels, from `ranks`.
         counts: How many pixels.
         least: Take the smallest values and not the largest.
     """

@@ -35,9 +35,9 @@ class FlattenedCNN(ShallowCNN):
 
     Args:
         classes: Number of logits.
-        channels: Of the stages.
+        channels: Channels of the stages.
         strides: Likewise.
-        size: Of the images, in pixels: the head's weights are for this size alone.
+        size: Size of the images, in pixels: the head's weights are for this size alone.
     """
 
     def __init__(

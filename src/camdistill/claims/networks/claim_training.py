@@ -27,7 +27,7 @@ def train_or_load(
     """A network that was fitted to some data: trained once for each setting, then read.
 
     Args:
-        setup: Whose folder keeps it.
+        setup: Setup whose folder stores it.
         name: What to call it; with the settings it makes the file's name.
         module: How it is trained: what, with which loss, from which seed.
         data: What on.

@@ -61,7 +61,7 @@ def fit_or_load(
     """A frozen network in eval mode: fitted once for each setting, then read from the folder.
 
     Args:
-        setup: Whose folder keeps it.
+        setup: Setup whose folder stores it.
         name: What to call it; with the settings it makes the file's name.
         build: The network before, by torch's global generator, which is seeded for it. What has
             no gradient in it stays as it is.
@@ -69,7 +69,7 @@ def fit_or_load(
         loss: One value an example.
         recipe: How it is fitted.
         settings: All else that decides the weights: the data's fingerprint, what `loss` uses.
-        seed: Of the start and the order; None is the lab's.
+        seed: Seed of the start and the order; None is the setup's.
     """
     seed = setup.seed if seed is None else seed
     all_settings = {

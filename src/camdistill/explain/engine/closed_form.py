@@ -57,7 +57,7 @@ def find_linear_head(
     """The head that makes a layer closed, or None.
 
     Args:
-        logits: Of a forward with a graph, [B, C].
+        logits: Logits of a forward with a graph, [B, C].
         source: Where the layer's output enters the graph.
         probe: A leaf [B, K] whose gradient is the sum over space of the layer's.
         to_cells: How the output becomes [B, K, h, w]; None if it is that already.

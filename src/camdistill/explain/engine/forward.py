@@ -20,7 +20,8 @@ class Explanation:
 
     Attributes:
         logits: The network's output; where that is no tensor, the scores.
-        classes: Of which class the maps are, [B] or [B, C]; -1 where a callable made the score.
+        classes: Classes of the maps, [B] or [B, C]; -1 where a callable made the
+            score.
         maps: Raw, signed maps by layer, [B, h, w], or [B, C, h, w] for classes [B, C].
         activations: The layers' outputs, by layer.
         heads: By layer that has a map, the module that makes the logits from the layer's spatial

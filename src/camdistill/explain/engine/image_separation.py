@@ -121,7 +121,7 @@ def measure_mixing(
     to the last digit on a CPU.
 
     Args:
-        scores: Of each image, [B] or [B, N], with a graph, which is kept.
+        scores: Scores of each image, [B] or [B, N], with a graph, which is kept.
         sources: Where to look, each [B, ...].
 
     Returns:

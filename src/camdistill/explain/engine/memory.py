@@ -29,7 +29,7 @@ class Footprint:
 
     Attributes:
         image: The image itself.
-        outputs: Of every module without parts, in the order in which they ran, by name.
+        outputs: Outputs of every module without parts, in the order in which they ran, by name.
     """
 
     image: int
