@@ -52,9 +52,9 @@ class Transfer:
         quantity: "grad_cam" transfers the teacher's Grad-CAM for its likeliest classes; "attention"
             the activation attention maps of Zagoruyko and Komodakis (2017); "class_maps" the maps
             of all classes (CAT-KD, Guo et al. 2023).
-        classes: Number of the teacher's likeliest classes whose Grad-CAM is taught. With 1, its
-            top class, the student's maps of other classes are left to chance, and come out much
-            like the first's; asking for more costs little at a last layer that GAP and a linear head
+        classes: Number of the teacher's likeliest classes whose Grad-CAM is taught. With 1, its top
+            class, the student's maps of other classes are left to chance, and come out much like
+            the first's; asking for more costs little at a last layer that GAP and a linear head
             follow, and a backward a class at any other.
         distance: Between Grad-CAMs.
         pairs: Layers that are matched, and at which fidelity is measured; the last pair is the main
