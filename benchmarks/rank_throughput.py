@@ -19,10 +19,10 @@ import torch
 from counted import counted
 
 from camdistill.data.modules import ShapesData
-from camdistill.experiments.ranking.ranking_arms import Arm, Classroom, Run
+from camdistill.experiments.ranking.ranking_arms import Arm, ArmTrainer, Run
 from camdistill.experiments.ranking.ranking_config import RankingStudy
 from camdistill.experiments.ranking.ranking_records import StudentRecord
-from camdistill.experiments.ranking.ranking_run import prepare_classroom
+from camdistill.experiments.ranking.ranking_run import prepare_arm_trainer
 from camdistill.experiments.ranking.student_task import Recipe
 from camdistill.experiments.shared.worker_pool import WorkerPool
 from camdistill.networks.teachers import NetworkSpec
@@ -33,7 +33,7 @@ STUDENT = NetworkSpec("shallow_cnn", args={"channels": [16, 32, 64], "strides": 
 METHODS = ["mask:parts", "grad_cam@layer3"]
 
 
-def classroom(folder: Path, steps: int, device: str) -> Classroom:
+def classroom(folder: Path, steps: int, device: str) -> ArmTrainer:
     """What the students have in common, with the teacher's work done."""
     study = RankingStudy(
         NetworkSpec("resnet20", str(ROOT / "checkpoints/shapes-resnet20.safetensors")),
@@ -46,7 +46,7 @@ def classroom(folder: Path, steps: int, device: str) -> Classroom:
         recipe=Recipe(steps=steps, precision="bfloat16"),
         folder=folder,
     )
-    return prepare_classroom(study, device)
+    return prepare_arm_trainer(study, device)
 
 
 def runs(count: int) -> list[Run]:

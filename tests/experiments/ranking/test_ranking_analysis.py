@@ -17,7 +17,7 @@ from camdistill.experiments.ranking.ranking_analysis import (
     pairs,
     table,
 )
-from camdistill.experiments.ranking.ranking_arms import NONE, Arm, Classroom, Family, arms_of
+from camdistill.experiments.ranking.ranking_arms import NONE, Arm, ArmTrainer, Family, arms_of
 from camdistill.experiments.ranking.ranking_config import RankingStudy, Tuning
 from camdistill.experiments.ranking.ranking_records import StudentRecord, pack_bits
 from camdistill.experiments.ranking.ranking_report import (
@@ -72,7 +72,7 @@ def found_with(
                         agrees=pack_bits(agrees),
                         images=images, seconds=1.0,
                     )  # fmt: skip
-    room = Classroom(
+    room = ArmTrainer(
         CachedPart(Path(), ""), {}, {name: Family(SPEC, "", (8, 8)) for name in study.students},
         Recipe(), 6,
     )  # fmt: skip

@@ -10,13 +10,13 @@ import torch
 
 from camdistill.data.modules import ShapesData
 from camdistill.errors import UserError
-from camdistill.experiments.ranking.ranking_arms import NONE, Arm, Classroom, Run, arms_of
+from camdistill.experiments.ranking.ranking_arms import NONE, Arm, ArmTrainer, Run, arms_of
 from camdistill.experiments.ranking.ranking_config import RankingStudy, Tuning
 from camdistill.experiments.ranking.ranking_records import StudentRecord
 from camdistill.experiments.ranking.ranking_run import (
     LEDGER,
     RankingRuns,
-    prepare_classroom,
+    prepare_arm_trainer,
     run_ranking,
 )
 from camdistill.experiments.ranking.student_controls import CONTROLS
@@ -64,13 +64,13 @@ def whole(study: RankingStudy) -> RankingRuns:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """The runs that are really made."""
     made: list[Run] = []
-    call = Classroom.__call__
+    call = ArmTrainer.__call__
 
-    def counted(self: Classroom, runs: list[Run]) -> list[StudentRecord]:
+    def counted(self: ArmTrainer, runs: list[Run]) -> list[StudentRecord]:
         made.extend(runs)
         return call(self, runs)
 
-    monkeypatch.setattr(Classroom, "__call__", counted)
+    monkeypatch.setattr(ArmTrainer, "__call__", counted)
     return made
 
 
@@ -221,9 +221,9 @@ def test_wrong_layers_and_students_are_told_before_the_teacher_is_asked(
 ) -> None:
     wrong = replace(study, folder=tmp_path, methods=["mask:parts", "grad_cam@stage9"])
     with pytest.raises(UserError, match="no layer 'stage9'"):
-        prepare_classroom(wrong, "cpu")
+        prepare_arm_trainer(wrong, "cpu")
     with pytest.raises(UserError, match="don't end in global average pooling"):
-        prepare_classroom(
+        prepare_arm_trainer(
             replace(study, folder=tmp_path, students={"v": NetworkSpec("vgg11")}), "cpu"
         )
     assert list(tmp_path.iterdir()) == []
@@ -256,7 +256,7 @@ def test_gates_are_told_before_the_other_methods_run(
 
 
 def test_maps_of_arms_are_what_their_names_say(study: RankingStudy, whole: RankingRuns) -> None:
-    classroom = whole.classroom
+    classroom = whole.arm_trainer
     own = classroom.maps(Arm("grad_cam@stage2"), "tiny", 16)
     assert own is not None
     assert own.shape == (16, 2, 8, 8)
@@ -275,7 +275,7 @@ def test_maps_of_arms_are_what_their_names_say(study: RankingStudy, whole: Ranki
 
 
 def test_keys_tell_apart_what_gives_other_numbers(study: RankingStudy, whole: RankingRuns) -> None:
-    room = whole.classroom
+    room = whole.arm_trainer
     run = Run("tiny", 16, Arm("mask:parts"), 1.0, 0)
     others = [
         replace(run, n=24),
@@ -361,6 +361,6 @@ def test_wrong_betas_and_too_few_images_are_told(study: RankingStudy) -> None:
         with pytest.raises(UserError, match=rf"tuning\.n is {n}; students need 8"):
             Tuning([1.0, 2.0], n)
     with pytest.raises(UserError, match=r"tuning\.n is 600, but there are 60 training images"):
-        prepare_classroom(replace(study, tuning=Tuning([1.0, 2.0], 600)), "cpu")
+        prepare_arm_trainer(replace(study, tuning=Tuning([1.0, 2.0], 600)), "cpu")
     with pytest.raises(UserError, match="n is 600, but there are 60 training images"):
-        prepare_classroom(replace(study, n=[600], controls_n=[]), "cpu")
+        prepare_arm_trainer(replace(study, n=[600], controls_n=[]), "cpu")

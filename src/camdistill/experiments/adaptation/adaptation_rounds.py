@@ -13,7 +13,7 @@ from torch import Tensor
 from camdistill.errors import UserError, check_each_once, check_number
 from camdistill.experiments.adaptation.bilevel import AdaptationTask, adapt_once, pool_contributions
 from camdistill.experiments.ranking import student_controls
-from camdistill.experiments.ranking.ranking_arms import Classroom
+from camdistill.experiments.ranking.ranking_arms import ArmTrainer
 from camdistill.experiments.ranking.ranking_config import RankingStudy
 from camdistill.experiments.ranking.ranking_run import Progress
 from camdistill.experiments.ranking.student_task import StudentTask
@@ -133,7 +133,7 @@ class AdaptedExplainer:
 def run_rounds(
     name: str,
     teacher: Teacher,
-    classroom: Classroom,
+    arm_trainer: ArmTrainer,
     adaptation: Adaptation,
     folder: Path,
     on_progress: Progress | None,
@@ -147,19 +147,21 @@ def run_rounds(
 
         return report
 
-    task, stop_images = _build_task(teacher, classroom, adaptation, make_reporter("what units add"))
+    task, stop_images = _build_task(
+        teacher, arm_trainer, adaptation, make_reporter("what units add")
+    )
     units_by_layer = {layer: part.shape[2] for layer, part in task.contributions.items()}
-    family = next(iter(classroom.families.values()))
+    family = next(iter(arm_trainer.families.values()))
     key = digest_of(
         {
             "version": VERSION,
-            "answers": classroom.known.sha256,
+            "answers": arm_trainer.cached_answers.sha256,
             "teacher": name,
-            "control": [student_controls.VERSION, classroom.control_seed]
+            "control": [student_controls.VERSION, arm_trainer.control_seed]
             if name == "randomized"
             else None,
             "family": asdict(family.spec),
-            "recipe": asdict(classroom.recipe),
+            "recipe": asdict(arm_trainer.recipe),
             **{
                 part: value for part, value in asdict(adaptation).items() if part not in _EXTENDABLE
             },
@@ -180,14 +182,14 @@ def run_rounds(
                 explainer,
                 task,
                 family,
-                classroom.recipe,
+                arm_trainer.recipe,
                 seed=adaptation.seed + number - 1,
                 beta=adaptation.beta,
                 lr=adaptation.lr,
                 eta=adaptation.eta,
                 on_step=make_reporter(f"round {number}"),
             )
-        scores = _evaluate_round(explainer, task, stop_images, classroom, adaptation, number)
+        scores = _evaluate_round(explainer, task, stop_images, arm_trainer, adaptation, number)
         explainer.save(path, scores._asdict())
         rounds.append((explainer, scores))
     best = _best_round(rounds)
@@ -217,15 +219,15 @@ class _StopImages(NamedTuple):
 
 def _build_task(
     teacher: Teacher,
-    classroom: Classroom,
+    arm_trainer: ArmTrainer,
     adaptation: Adaptation,
     on_progress: Callable[[int, int], None],
 ) -> tuple[AdaptationTask, _StopImages]:
     """What the parameters are learned on: half of the validation images is kept for judging."""
-    pool = pool_of(classroom.known, adaptation.n)
-    pool = type(pool)(*(tensor.to(classroom.device) for tensor in pool))
+    pool = pool_of(arm_trainer.cached_answers, adaptation.n)
+    pool = type(pool)(*(tensor.to(arm_trainer.device) for tensor in pool))
     contributions = pool_contributions(teacher, pool, adaptation.layers, on_progress)
-    pixels, logits = load_held_out(classroom.known, "val")
+    pixels, logits = load_held_out(arm_trainer.cached_answers, "val")
     if len(pixels) < 4:
         raise UserError(
             f"there are {len(pixels)} validation images: half of them teach the explainer and half "
@@ -234,7 +236,8 @@ def _build_task(
     order = np.random.default_rng([adaptation.seed, *b"half"]).permutation(len(pixels))
     halves = [torch.from_numpy(np.sort(half)) for half in np.array_split(order, 2)]
     (task_pixels, task_logits), stop_images = (
-        (pixels[half].to(classroom.device), logits[half].to(classroom.device)) for half in halves
+        (pixels[half].to(arm_trainer.device), logits[half].to(arm_trainer.device))
+        for half in halves
     )
     return AdaptationTask(pool, contributions, task_pixels, task_logits), _StopImages(*stop_images)
 
@@ -243,20 +246,20 @@ def _evaluate_round(
     explainer: LearnableCAM,
     task: AdaptationTask,
     stop_images: _StopImages,
-    classroom: Classroom,
+    arm_trainer: ArmTrainer,
     adaptation: Adaptation,
     number: int,
 ) -> AdaptationRound:
     """Fresh students on the explainer as it is: always the same seeds, so rounds are paired."""
-    family = next(iter(classroom.families.values()))
+    family = next(iter(arm_trainer.families.values()))
     maps = task.targets(explainer, family.grid)
     kl, agreement = [], []
     for seed in adaptation.judges:
         students = Students.from_seeds(
-            family.spec, classroom.classes, [seed], layer=family.layer, device=classroom.device
+            family.spec, arm_trainer.classes, [seed], layer=family.layer, device=arm_trainer.device
         )
         train_students(
-            students, task.pool, [StudentTask(seed, adaptation.beta, maps)], classroom.recipe
+            students, task.pool, [StudentTask(seed, adaptation.beta, maps)], arm_trainer.recipe
         )
         judgment = measure_students(students, stop_images.pixels, stop_images.logits)
         kl.append(float(judgment.kl.double().mean()))

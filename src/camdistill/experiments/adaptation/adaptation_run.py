@@ -21,13 +21,13 @@ from camdistill.experiments.adaptation.adaptation_rounds import (
     run_rounds,
 )
 from camdistill.experiments.evaluation.evaluation_values import save_arrays
-from camdistill.experiments.ranking.ranking_arms import Classroom
+from camdistill.experiments.ranking.ranking_arms import ArmTrainer
 from camdistill.experiments.ranking.ranking_config import RankingStudy
 from camdistill.experiments.ranking.ranking_run import (
     CALIBRATION,
     Progress,
     RankingRuns,
-    prepare_classroom,
+    prepare_arm_trainer,
     run_ranking,
 )
 from camdistill.experiments.ranking.student_controls import randomize_weights
@@ -106,17 +106,19 @@ def adapt_study(
             controls=(),
             controls_of=(),
         )
-        classroom = prepare_classroom(base_study, device, on_progress)
-        adaptation = _fill_defaults(adaptation, study, teacher, classroom)
-        sized_classroom = classroom.room(adaptation.n or max(study.n))
+        arm_trainer = prepare_arm_trainer(base_study, device, on_progress)
+        adaptation = _fill_defaults(adaptation, study, teacher, arm_trainer)
+        sized_classroom = arm_trainer.room(adaptation.n or max(study.n))
         adapted = run_rounds("teacher", teacher, sized_classroom, adaptation, folder, on_progress)
         adapted.explainer.save(folder / ADAPTED, {"best_round": adapted.best})
-        calibration = as_images(pool_of(sized_classroom.known, CALIBRATION).pixels).to(device)
+        calibration = as_images(pool_of(sized_classroom.cached_answers, CALIBRATION).pixels).to(
+            device
+        )
         random_teacher = randomize_weights(teacher, calibration, study.seed).to(device)
         control = run_rounds(
             "randomized", random_teacher, sized_classroom, adaptation, folder, on_progress
         )
-        _save_control_maps(folder / RANDOMIZED, control.explainer, random_teacher, classroom)
+        _save_control_maps(folder / RANDOMIZED, control.explainer, random_teacher, arm_trainer)
     names = {
         "grad_cam": base_method,
         "adapted": str(folder / ADAPTED),
@@ -136,10 +138,10 @@ def adapt_study(
 
 
 def _fill_defaults(
-    adaptation: Adaptation, study: RankingStudy, teacher: Teacher, classroom: Classroom
+    adaptation: Adaptation, study: RankingStudy, teacher: Teacher, arm_trainer: ArmTrainer
 ) -> Adaptation:
     """With what the study and the teacher say where nothing was chosen."""
-    pool = pool_of(classroom.known)
+    pool = pool_of(arm_trainer.cached_answers)
     count = adaptation.n or max(study.n)
     if not 8 <= count <= len(pool.pixels):
         raise UserError(
@@ -153,10 +155,10 @@ def _fill_defaults(
 
 
 def _save_control_maps(
-    path: Path, explainer: LearnableCAM, teacher: Teacher, classroom: Classroom
+    path: Path, explainer: LearnableCAM, teacher: Teacher, arm_trainer: ArmTrainer
 ) -> None:
     """The maps of a teacher that only this study knows, as `rank` reads them."""
-    pool = pool_of(classroom.known)
+    pool = pool_of(arm_trainer.cached_answers)
     views = []
     for view in range(2):
         pixels = pool.pixels.flip(-1) if view else pool.pixels
@@ -164,8 +166,8 @@ def _save_control_maps(
         chunks = [
             explainer(
                 teacher,
-                as_images(pixel_chunk.to(classroom.device)),
-                class_chunk.to(classroom.device),
+                as_images(pixel_chunk.to(arm_trainer.device)),
+                class_chunk.to(arm_trainer.device),
             ).cpu()
             for pixel_chunk, class_chunk in zip(
                 torch.split(pixels, 64), torch.split(classes, 64), strict=True

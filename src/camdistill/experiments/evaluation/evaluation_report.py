@@ -106,12 +106,16 @@ def _stack_lines(lines: Sequence[Picture]) -> Picture:
 
 
 def _curves(pool: EvaluationPool) -> Picture | None:
-    drawn: dict[str, dict[str, Float[np.ndarray, "rows levels"]]] = {}
+    curves_by_metric: dict[str, dict[str, Float[np.ndarray, "rows levels"]]] = {}
     for metric in CURVES:
         for name in (*pool.real, "random", "oracle"):
             if (curve := pool.curve(name, metric)) is not None:
-                drawn.setdefault(metric, {})[name] = curve
-    return removal_chart(drawn, LEVELS, dashed=("random", "oracle")) if drawn else None
+                curves_by_metric.setdefault(metric, {})[name] = curve
+    return (
+        removal_chart(curves_by_metric, LEVELS, dashed=("random", "oracle"))
+        if curves_by_metric
+        else None
+    )
 
 
 def _best_and_worst(evaluation: Evaluation, values: Values) -> Picture | None:

@@ -209,8 +209,8 @@ def _sum_maps(evaluation: Evaluation, start: int) -> Arrays:
 
 
 def _mean(sums: Sequence[Arrays]) -> Float[np.ndarray, "height width"]:
-    total = np.stack([one["sum"] for one in sums]).sum(0)
-    count = sum(int(one["count"]) for one in sums)
+    total = np.stack([batch_sum["sum"] for batch_sum in sums]).sum(0)
+    count = sum(int(batch_sum["count"]) for batch_sum in sums)
     return np.asarray(total / max(count, 1), np.float32)
 
 
@@ -221,7 +221,7 @@ def _measure_batch(
     subject = evaluation.subject
     images = example_maps(evaluation, start)
     masks, distractors, rerendered = _ground_truth(evaluation, start, images)
-    asked = prepare_batch(
+    evaluation_batch = prepare_batch(
         subject.network,
         images,
         evaluation.metrics,
@@ -231,11 +231,13 @@ def _measure_batch(
     )
     arrays: Arrays = {}
     apart = {one.name for one in evaluation.explainers if one.apart}
-    for name, maps, explain, seconds in _entries(evaluation, asked, mean, distractors, start):
+    for name, maps, explain, seconds in _entries(
+        evaluation, evaluation_batch, mean, distractors, start
+    ):
         asks = [
             metric for metric in evaluation.metrics if not (name in apart and metric in OF_WEIGHTS)
         ]
-        measured = measure(asked, maps, asks, explain)
+        measured = measure(evaluation_batch, maps, asks, explain)
         nothing = torch.full((len(images),), torch.nan)
         columns = [measured.values.get(metric, nothing).cpu() for metric in evaluation.metrics]
         sound = torch.isfinite(maps).flatten(1).all(1)
@@ -270,7 +272,7 @@ def _ground_truth(
 
 def _entries(
     evaluation: Evaluation,
-    asked: EvaluationBatch,
+    evaluation_batch: EvaluationBatch,
     mean: Float[np.ndarray, "height width"],
     distractors: Masks | None,
     start: int,
@@ -279,7 +281,13 @@ def _entries(
     first: Maps | None = None
     for explainer in evaluation.explainers:
         begun = time.perf_counter()
-        maps = explainer_maps(explainer, asked.network, asked.images, asked.classes, start)
+        maps = explainer_maps(
+            explainer,
+            evaluation_batch.network,
+            evaluation_batch.images,
+            evaluation_batch.classes,
+            start,
+        )
         if maps.is_cuda:
             torch.cuda.synchronize(maps.device)
         seconds = time.perf_counter() - begun
@@ -287,31 +295,39 @@ def _entries(
         live = None if explainer.explain is None else _at_image_size(explainer)
         yield explainer.name, maps, live, seconds if live else float("nan")
     assert first is not None, "there is at least one explainer"
-    for name, maps in _controls(asked, first, mean, distractors).items():
+    for name, maps in _controls(evaluation_batch, first, mean, distractors).items():
         yield name, maps, None, float("nan")
     if evaluation.ladder:
-        best = first if asked.masks is None else controls.mask_maps(asked.masks)
+        best = (
+            first if evaluation_batch.masks is None else controls.mask_maps(evaluation_batch.masks)
+        )
         # Where no object is known there is no order to be found: these images don't count.
         everywhere = torch.ones(len(best), dtype=torch.bool, device=best.device)
-        known = everywhere if asked.masks is None else asked.masks.flatten(1).any(1)
+        has_object = (
+            everywhere
+            if evaluation_batch.masks is None
+            else evaluation_batch.masks.flatten(1).any(1)
+        )
         for number, maps in enumerate(
-            controls.ladder(torch.nan_to_num(best), asked.generator("ladder"))
+            controls.ladder(torch.nan_to_num(best), evaluation_batch.generator("ladder"))
         ):
             rung = level_constant_maps(maps)
-            rung[~known] = torch.nan
+            rung[~has_object] = torch.nan
             yield f"{LADDER}_{number}", rung, None, float("nan")
 
 
 def _controls(
-    asked: EvaluationBatch,
+    evaluation_batch: EvaluationBatch,
     first: Maps,
     mean: Float[np.ndarray, "height width"],
     distractors: Masks | None,
 ) -> dict[str, Maps]:
-    images = asked.images
+    images = evaluation_batch.images
     control_maps = {
-        "random": controls.random_maps(images, asked.generator("random")),
-        "smooth_random": controls.smooth_random_maps(images, asked.generator("smooth random")),
+        "random": controls.random_maps(images, evaluation_batch.generator("random")),
+        "smooth_random": controls.smooth_random_maps(
+            images, evaluation_batch.generator("smooth random")
+        ),
         "edges": controls.sobel_edges(images),
         "center": controls.center(images),
         "mean_map": torch.from_numpy(mean).to(images.device).expand(len(images), -1, -1),
@@ -320,8 +336,8 @@ def _controls(
     }
     if distractors is not None:
         control_maps["distractor"] = controls.mask_maps(distractors)
-    if asked.masks is not None:
-        control_maps[ORACLE] = controls.mask_maps(asked.masks)
+    if evaluation_batch.masks is not None:
+        control_maps[ORACLE] = controls.mask_maps(evaluation_batch.masks)
     return {name: level_constant_maps(maps) for name, maps in control_maps.items()}
 
 

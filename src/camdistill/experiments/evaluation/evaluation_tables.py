@@ -60,21 +60,21 @@ def summarize_pool(
             f"explainers alone{over})\n"
             + text_table(_meta_rows(verdicts_by_run), corner="metric", digits=2)
         )
-    everyone = (*pool.real, *pool.controls)
+    all_names = (*pool.real, *pool.controls)
     results: dict[str, object] = {
         "n": pool.images,
         "seeds": {name: pool.seeds(name) for name in pool.real},
         "explainers": {name: table[name] for name in pool.real},
         "controls": {name: table[name] for name in pool.controls},
         "minus_first": gains,
-        "failed": {name: pool.count_flags("failed", name) for name in everyone},
-        "blank": {name: pool.count_flags("blank", name) for name in everyone},
+        "failed": {name: pool.count_flags("failed", name) for name in all_names},
+        "blank": {name: pool.count_flags("blank", name) for name in all_names},
         "seconds_a_map": {name: pool.seconds(name) for name in pool.real},
         "controls_above": {metric: pairs for metric, pairs in beats.items() if pairs},
     }
     if verdicts_by_run:
         by_run = [
-            {name: asdict(one) for name, one in metric_verdicts.items()}
+            {name: asdict(verdict) for name, verdict in metric_verdicts.items()}
             for metric_verdicts in verdicts_by_run
         ]
         results["meta"] = by_run[0] if len(by_run) == 1 else by_run
@@ -121,16 +121,16 @@ def _warnings(pool: EvaluationPool, beats: Mapping[str, Sequence[str]]) -> str:
 def _gaps(pool: EvaluationPool, name: str) -> list[str]:
     """What of an explainer could not be measured."""
     lines = _by_construction(pool, name)
-    whole = pool.images * pool.maps(name)
+    map_count = pool.images * pool.maps(name)
     if count := pool.count_flags("failed", name):
-        lines.append(f"{name}: {count} of {whole} maps failed (NaN or infinity)")
+        lines.append(f"{name}: {count} of {map_count} maps failed (NaN or infinity)")
     if count := pool.count_flags("blank", name):
-        lines.append(f"{name}: {count} of {whole} maps blank")
+        lines.append(f"{name}: {count} of {map_count} maps blank")
     for metric in pool.metrics:
-        known = ~np.isnan(pool.scores(name, metric))
-        if 0 < (without := int((~known.any(1)).sum())) < len(known):
-            lines.append(f"{name}: {without} of {len(known)} seeds have no value of {metric}")
-        common = int(known[known.any(1)].all(0).sum()) if known.any() else 0
+        is_finite = ~np.isnan(pool.scores(name, metric))
+        if 0 < (without := int((~is_finite.any(1)).sum())) < len(is_finite):
+            lines.append(f"{name}: {without} of {len(is_finite)} seeds have no value of {metric}")
+        common = int(is_finite[is_finite.any(1)].all(0).sum()) if is_finite.any() else 0
         if 0 < common < pool.images:
             lines.append(f"{name}: {metric} is over {common} of {pool.images} images")
     return lines
@@ -174,9 +174,15 @@ def _meta_rows(verdicts_by_run: Sequence[Mapping[str, Verdict]]) -> dict[str, di
 
 def _over_runs(cells: Sequence[Cell]) -> Cell:
     numbers = [cell.mean if isinstance(cell, Interval) else cell for cell in cells]
-    known = [number for number in numbers if isinstance(number, int | float)]
-    if len(known) < len(numbers):
+    finite_numbers = [number for number in numbers if isinstance(number, int | float)]
+    if len(finite_numbers) < len(numbers):
         return cells[0] if isinstance(cells[0], str) else None
-    if all(isinstance(number, int) for number in known):
-        return f"{min(known)} to {max(known)}" if min(known) < max(known) else min(known)
-    return Interval(float(np.mean(known)), float(min(known)), float(max(known)))
+    if all(isinstance(number, int) for number in finite_numbers):
+        return (
+            f"{min(finite_numbers)} to {max(finite_numbers)}"
+            if min(finite_numbers) < max(finite_numbers)
+            else min(finite_numbers)
+        )
+    return Interval(
+        float(np.mean(finite_numbers)), float(min(finite_numbers)), float(max(finite_numbers))
+    )

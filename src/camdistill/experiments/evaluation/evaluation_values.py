@@ -102,7 +102,7 @@ def save_values(
         for entry in values.entries
         for metric in values.metrics
     }
-    curves = {f"curves/{entry}/{metric}": one for (entry, metric), one in values.curves.items()}
+    curves = {f"curves/{entry}/{metric}": curve for (entry, metric), curve in values.curves.items()}
     about = {
         "entries": np.array(values.entries),
         "explainers": np.array(values.explainers),
@@ -164,13 +164,15 @@ def join_values(paths: Sequence[Path], metrics: Sequence[str], explainers: int) 
     for path in paths:
         with np.load(path, allow_pickle=False) as file_arrays:
             parts.append(dict(file_arrays))
-    whole = {
+    joined_arrays = {
         name: np.concatenate([part[name] for part in parts], -1)
         for name in parts[0]
         if not name.startswith("curves/")
     }
-    names = tuple(name.removeprefix("values/") for name in whole if name.startswith("values/"))
-    table = np.stack([whole[f"values/{name}"] for name in names]).astype(np.float32)
+    names = tuple(
+        name.removeprefix("values/") for name in joined_arrays if name.startswith("values/")
+    )
+    table = np.stack([joined_arrays[f"values/{name}"] for name in names]).astype(np.float32)
     measured = [place for place in range(table.shape[1]) if not np.isnan(table[:, place]).all()]
     curves = {
         (name.split("/")[1], name.split("/")[2]): np.concatenate([part[name] for part in parts])
@@ -182,9 +184,9 @@ def join_values(paths: Sequence[Path], metrics: Sequence[str], explainers: int) 
         explainers=explainers,
         metrics=tuple(metrics[place] for place in measured),
         table=table[:, measured],
-        failed=np.stack([whole[f"failed/{name}"] for name in names]),
-        blank=np.stack([whole[f"blank/{name}"] for name in names]),
-        seconds={name: float(np.median(whole[f"seconds/{name}"])) for name in names},
+        failed=np.stack([joined_arrays[f"failed/{name}"] for name in names]),
+        blank=np.stack([joined_arrays[f"blank/{name}"] for name in names]),
+        seconds={name: float(np.median(joined_arrays[f"seconds/{name}"])) for name in names},
         curves={key: np.asarray(curve, np.float32) for key, curve in curves.items()},
     )
 

@@ -76,8 +76,8 @@ def list_defeats(pool: EvaluationPool, metric: str, seed: int) -> list[str]:
                 continue
             gain = sign_of(metric) * pool.gains(control, explainer, metric)
             pair = f"{control} > {explainer}"
-            if len(gain) > 1 and (known := seed_and_image_interval(gain, seed)) is not None:
-                low_by_pair[pair] = known.low
+            if len(gain) > 1 and (interval := seed_and_image_interval(gain, seed)) is not None:
+                low_by_pair[pair] = interval.low
             elif len(gain) == 1 and not np.isnan(gain).all():
                 single[pair] = gain[0]
     if single:  # one seed: all pairs with the same resamples of the images
@@ -104,29 +104,29 @@ def _verdict(values: Values, metric: str, beats: Mapping[str, list[str]], seed: 
     real = [
         name for name in dict.fromkeys(map(group_of, values.real)) if name in informative_entries
     ]
-    everyone = [*real, *(e for e in values.controls if e in informative_entries)]
-    columns = _columns(values, metric, everyone)
+    entries = [*real, *(e for e in values.controls if e in informative_entries)]
+    columns = _columns(values, metric, entries)
     tau, tau_real = {}, {}
     for reference in REFERENCES:
         if reference in values.metrics and reference != metric:
-            truth = _columns(values, reference, everyone)
+            truth = _columns(values, reference, entries)
             tau[reference] = _agreement(columns, truth, seed)
             if len(real) >= 3:
                 first = slice(0, len(real))
                 tau_real[reference] = _agreement(columns[:, first], truth[:, first], seed)
     means = np.nanmean(columns, 0)
     place = None
-    if ORACLE in everyone:
-        place = 1 + int((means > means[everyone.index(ORACLE)]).sum())
+    if ORACLE in entries:
+        place = 1 + int((means > means[entries.index(ORACLE)]).sum())
     true = [beats[name] for name in REFERENCES if name in beats and name != metric]
-    known = {pair for pairs in true for pair in pairs}
+    true_pairs = {pair for pairs in true for pair in pairs}
     return Verdict(
         ladder=_ladder(values, metric, seed),
         reliability=_reliability(columns, seed),
         tau=tau,
         tau_real=tau_real,
         beats=beats[metric],
-        wrongly=[pair for pair in beats[metric] if pair not in known] if true else None,
+        wrongly=[pair for pair in beats[metric] if pair not in true_pairs] if true else None,
         oracle=place,
     )
 
@@ -160,8 +160,8 @@ def _ladder(values: Values, metric: str, seed: int) -> Interval | None:
     size = np.sqrt((ranks**2).sum(1) * (truth**2).sum())
     # A metric that calls all rungs equal has found no order.
     alike = np.divide(ranks @ truth, size, out=np.zeros_like(size), where=size > 0)
-    drawn = bootstrap_means(alike[:, None], seed, _RESAMPLES)[:, 0]
-    return percentile_interval(float(alike.mean()), drawn, 0.95)
+    resampled_means = bootstrap_means(alike[:, None], seed, _RESAMPLES)[:, 0]
+    return percentile_interval(float(alike.mean()), resampled_means, 0.95)
 
 
 def _agreement(
@@ -171,10 +171,10 @@ def _agreement(
 ) -> Interval:
     """Kendall's tau-b of two orders of maps by their means; all resamples take the same images."""
     entries = columns.shape[1]
-    drawn = bootstrap_means(np.concatenate([columns, truth], 1), seed, _RESAMPLES)
-    taus = kendall(drawn[:, :entries], drawn[:, entries:])
-    whole = kendall(np.nanmean(columns, 0)[None], np.nanmean(truth, 0)[None])
-    return percentile_interval(float(whole[0]), taus, 0.95)
+    resampled_means = bootstrap_means(np.concatenate([columns, truth], 1), seed, _RESAMPLES)
+    taus = kendall(resampled_means[:, :entries], resampled_means[:, entries:])
+    tau_of_all = kendall(np.nanmean(columns, 0)[None], np.nanmean(truth, 0)[None])
+    return percentile_interval(float(tau_of_all[0]), taus, 0.95)
 
 
 def _reliability(columns: Float[np.ndarray, "images entries"], seed: int) -> float:
@@ -208,7 +208,7 @@ def verdict_rows(verdict_by_metric: Mapping[str, Verdict]) -> dict[str, dict[str
     table: dict[str, dict[str, Cell]] = {}
     by_tau = sorted(
         verdict_by_metric,
-        key=lambda name: -sum(one.mean for one in verdict_by_metric[name].tau.values()),
+        key=lambda name: -sum(tau.mean for tau in verdict_by_metric[name].tau.values()),
     )
     for metric in by_tau:
         verdict = verdict_by_metric[metric]

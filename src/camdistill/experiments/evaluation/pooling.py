@@ -52,7 +52,7 @@ class EvaluationPool:
     def metrics(self) -> tuple[str, ...]:
         """Those that every evaluation measured."""
         first, *others = self.runs
-        return tuple(name for name in first.metrics if all(name in one.metrics for one in others))
+        return tuple(name for name in first.metrics if all(name in run.metrics for run in others))
 
     @property
     def images(self) -> int:
@@ -85,14 +85,14 @@ class EvaluationPool:
         for place, run in enumerate(self.runs):
             pairs = _pairs(_entries(run, name), _entries(run, base))
             for one, other in pairs[:1] if name in OF_FIRST else pairs:
-                made = f"{self._maker(place, one)} {self._maker(place, other)}"
+                maker = f"{self._maker(place, one)} {self._maker(place, other)}"
                 gain = run.of(one, metric).astype(np.float64) - run.of(other, metric)
-                gains_by_maker.append((made, gain))
+                gains_by_maker.append((maker, gain))
         return _average_by_maker(gains_by_maker)
 
     def _maker(self, place: int, entry: str) -> str:
-        known = self.makers[place] if self.makers else {}
-        return known.get(entry, f"{place} {entry}")
+        maker_by_entry = self.makers[place] if self.makers else {}
+        return maker_by_entry.get(entry, f"{place} {entry}")
 
     def seconds(self, name: str) -> float:
         """Of making one map: the median over seeds."""
@@ -177,7 +177,7 @@ def _check_comparable(
 def _explainer_kinds(settings: Mapping[str, object]) -> list[tuple[str, str]]:
     explainers = settings["explainers"]
     assert isinstance(explainers, list), "as `evaluate` writes them"
-    return [(one["name"], one["kind"]) for one in explainers]
+    return [(explainer["name"], explainer["kind"]) for explainer in explainers]
 
 
 def map_makers(values: Values, settings: Mapping[str, object]) -> dict[str, str]:
@@ -185,8 +185,8 @@ def map_makers(values: Values, settings: Mapping[str, object]) -> dict[str, str]
     explainers, network = settings["explainers"], settings["network"]
     assert isinstance(explainers, list), "as `evaluate` writes them"
     by_entry = {
-        entry: f"{network} {one['kind']} {one['digest']}"
-        for entry, one in zip(values.real, explainers, strict=True)
+        entry: f"{network} {explainer['kind']} {explainer['digest']}"
+        for entry, explainer in zip(values.real, explainers, strict=True)
     }
     first = next(iter(by_entry.values()))
     return by_entry | {e: f"{e} {first}" for e in values.entries if e not in by_entry}
@@ -211,19 +211,24 @@ def difference_table(pool: EvaluationPool, seed: int) -> Table:
 
 def seed_and_image_interval(scores: Scores, seed: int) -> Interval | None:
     """The interval of seeds that have values, over the images that these have in common."""
-    known = scores[~np.isnan(scores).all(1)]
-    if not len(known):
+    measured_scores = scores[~np.isnan(scores).all(1)]
+    if not len(measured_scores):
         return None
-    if np.isnan(known).any(0).all():  # no image is common to all
-        return seed_interval(np.nanmean(known, 1))
-    return two_way_interval(known, seed)
+    if np.isnan(measured_scores).any(0).all():  # no image is common to all
+        return seed_interval(np.nanmean(measured_scores, 1))
+    return two_way_interval(measured_scores, seed)
 
 
 def _intervals(scores: Mapping[str, Scores], seed: int) -> dict[str, Interval]:
     interval_by_metric = {
-        metric: seed_and_image_interval(one, seed) for metric, one in scores.items()
+        metric: seed_and_image_interval(metric_scores, seed)
+        for metric, metric_scores in scores.items()
     }
-    return {metric: one for metric, one in interval_by_metric.items() if one is not None}
+    return {
+        metric: metric_scores
+        for metric, metric_scores in interval_by_metric.items()
+        if metric_scores is not None
+    }
 
 
 def check_pairs(names: Sequence[str]) -> None:

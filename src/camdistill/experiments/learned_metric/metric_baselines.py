@@ -47,7 +47,7 @@ def measure_baselines(
     was measured stands in the ranking's folder, arm by arm, and isn't measured again.
     """
     rows = bag_set.halves[1][:count]
-    teacher_outputs = ranking.classroom.room(ranking.study.n[0]).known
+    teacher_outputs = ranking.arm_trainer.room(ranking.study.n[0]).cached_answers
     pool = pool_of(teacher_outputs, ranking.study.n[0])
     images = as_images(pool.pixels[rows])
     masks = _load_masks(ranking, pool.ids[rows].numpy())

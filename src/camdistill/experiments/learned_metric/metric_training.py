@@ -153,7 +153,7 @@ def split_images(
 
 
 def _image_pool(ranking: RankingRuns) -> ImagePool:
-    return pool_of(ranking.classroom.known, ranking.study.n[0])
+    return pool_of(ranking.arm_trainer.cached_answers, ranking.study.n[0])
 
 
 def build_bag_set(ranking: RankingRuns, teacher: Teacher, halves: tuple[Tensor, Tensor]) -> BagSet:
@@ -166,7 +166,7 @@ def build_bag_set(ranking: RankingRuns, teacher: Teacher, halves: tuple[Tensor, 
     bags = []
     for arm in ranking.arms:
         scores = scores_of(ranking, (family, n), arm)
-        maps = ranking.classroom.maps(arm, family, n)
+        maps = ranking.arm_trainer.maps(arm, family, n)
         if arm != NONE and scores is not None and maps is not None:
             gains = (scores - baseline).mean(1)
             bags.append(Bag(arm.name, arm_group(arm), arm.of_method, maps[:, 0].clone(), gains))

@@ -208,17 +208,17 @@ def _import_function(path: str, trust: Collection[str]) -> Explain:
 def _of_mask(name: str, data: ImageData) -> MapSource:
     if not isinstance(data, ShapesData):
         return _of_annotations(name, data)
-    drawn, wanted = data.shapes("train"), name.removeprefix(MASK)
-    known = drawn.render(np.zeros(1, np.int64)).masks
-    if wanted not in known:
-        raise UserError(f"Shapes have no mask '{wanted}'; {nearest(wanted, known)}")
+    shapes, mask_name = data.shapes("train"), name.removeprefix(MASK)
+    masks_by_name = shapes.render(np.zeros(1, np.int64)).masks
+    if mask_name not in masks_by_name:
+        raise UserError(f"Shapes have no mask '{mask_name}'; {nearest(mask_name, masks_by_name)}")
 
-    def maps(teacher: Teacher, asked: MapRequest) -> Maps:
-        rendered = drawn.render(asked.ids.cpu().numpy()).masks[wanted]
+    def maps(teacher: Teacher, request: MapRequest) -> Maps:
+        rendered = shapes.render(request.ids.cpu().numpy()).masks[mask_name]
         masks = torch.from_numpy(rendered).float()
-        return (masks.flip(-1) if asked.mirrored else masks).to(asked.images.device)
+        return (masks.flip(-1) if request.mirrored else masks).to(request.images.device)
 
-    return MapSource(name, {"name": name, "shapes": drawn.fingerprint}, maps, False)
+    return MapSource(name, {"name": name, "shapes": shapes.fingerprint}, maps, False)
 
 
 def _of_annotations(name: str, data: ImageData) -> MapSource:
@@ -230,10 +230,10 @@ def _of_annotations(name: str, data: ImageData) -> MapSource:
     annotation_masks = _masks_of(name, images)
     place = {int(number): row for row, number in enumerate(images.ids)}
 
-    def maps(teacher: Teacher, asked: MapRequest) -> Maps:
-        rows = np.array([place[number] for number in asked.ids.tolist()])
+    def maps(teacher: Teacher, request: MapRequest) -> Maps:
+        rows = np.array([place[number] for number in request.ids.tolist()])
         masks = torch.from_numpy(np.asarray(annotation_masks[rows], np.float32))
-        return (masks.flip(-1) if asked.mirrored else masks).to(asked.images.device)
+        return (masks.flip(-1) if request.mirrored else masks).to(request.images.device)
 
     content = hashlib.sha256(
         np.ascontiguousarray(annotation_masks[np.arange(len(images))]).tobytes()

@@ -85,7 +85,7 @@ def conditions(runs: RankingRuns) -> list[Condition]:
     return [(family, n) for family in runs.study.students for n in runs.study.n]
 
 
-def rivals(runs: RankingRuns, method: Arm) -> list[Arm]:
+def competing_arms(runs: RankingRuns, method: Arm) -> list[Arm]:
     """The controls that a method has to beat: its own, and those that need no method."""
     return [
         arm for arm in runs.arms if arm.control is not None and arm.method in (None, method.method)
@@ -96,7 +96,9 @@ def rivals(runs: RankingRuns, method: Arm) -> list[Arm]:
 def bootstrap(runs: RankingRuns, condition: Condition) -> Bootstrap:
     """Every arm that ran in a condition, resampled together."""
     scores = {arm.name: scores_of(runs, condition, arm) for arm in runs.arms}
-    return Bootstrap({name: one for name, one in scores.items() if one is not None})
+    return Bootstrap(
+        {name: arm_scores for name, arm_scores in scores.items() if arm_scores is not None}
+    )
 
 
 @lru_cache(maxsize=64)
@@ -131,20 +133,20 @@ def pairs(runs: RankingRuns, condition: Condition) -> list[MethodPair]:
     boot = bootstrap(runs, condition)
     names = [name for name, row in table(runs, condition).items() if row.p_holm is not None]
     gains = {two: boot.gain(*two) for two in combinations(names, 2)}
-    corrected = holm({" ".join(two): one.p for two, one in gains.items()})
-    return [MethodPair(*two, one, corrected[" ".join(two)]) for two, one in gains.items()]
+    corrected = holm({" ".join(two): gain.p for two, gain in gains.items()})
+    return [MethodPair(*two, gain, corrected[" ".join(two)]) for two, gain in gains.items()]
 
 
 def gates(runs: RankingRuns, condition: Condition) -> list[Gate]:
     """The sanity gates, those of a method's maps for each method that has controls."""
     boot = bootstrap(runs, condition)
-    known = [_random_gate(boot)]
+    checked_gates = [_random_gate(boot)]
     for method in runs.study.with_controls:
         steps = mixtures(runs, condition, Arm(method))
-        known.append(_random_teacher_gate(method, boot))
-        known.append(_mixing_gate(runs, condition, method, steps))
-        known.append(_self_gate(method, boot))
-    return known
+        checked_gates.append(_random_teacher_gate(method, boot))
+        checked_gates.append(_mixing_gate(runs, condition, method, steps))
+        checked_gates.append(_self_gate(method, boot))
+    return checked_gates
 
 
 def mixtures(runs: RankingRuns, condition: Condition, method: Arm) -> dict[float, Arm]:
@@ -172,22 +174,22 @@ def area(runs: RankingRuns, family: str, arm: Arm) -> Gain | None:
     both = []
     for which in (arm, NONE):
         scores = [scores_of(runs, (family, n), which) for n in runs.study.n]
-        known = [one for one in scores if one is not None]
-        if len(known) < len(scores):
+        known_scores = [arm_scores for arm_scores in scores if arm_scores is not None]
+        if len(known_scores) < len(scores):
             return None
-        both.append(np.mean(known, axis=0))
+        both.append(np.mean(known_scores, axis=0))
     return Bootstrap({"arm": both[0], "none": both[1]}).gain("arm", "none")
 
 
 def leaks(runs: RankingRuns) -> dict[str, Leak]:
     """How well a small CNN tells the teacher's class from each method's maps alone."""
     family, n = next(iter(runs.study.students)), max(runs.study.n)
-    classes = pool_of(runs.classroom.known, n).logits[:, 0].argmax(1)
+    classes = pool_of(runs.arm_trainer.cached_answers, n).logits[:, 0].argmax(1)
     leak_by_name = {}
     for arm in runs.arms:
         kinds = ("class_mean", "shuffled_in_class")
         if arm.of_method or arm.control in kinds:
-            maps = runs.classroom.maps(arm, family, n)
+            maps = runs.arm_trainer.maps(arm, family, n)
             assert maps is not None, "only 'none' has no maps"
             leak_by_name[arm.name] = leak(maps[:, 0], classes)
     return leak_by_name
@@ -199,7 +201,7 @@ def blanks(runs: RankingRuns) -> dict[str, float]:
     shares = {}
     for arm in runs.arms:
         if arm.of_method:
-            maps = runs.classroom.maps(arm, family, n)
+            maps = runs.arm_trainer.maps(arm, family, n)
             assert maps is not None, "only 'none' has no maps"
             shares[arm.name] = float((maps.amax((2, 3)) == 0).double().mean())
     return shares
@@ -214,7 +216,9 @@ def orders_agree(runs: RankingRuns) -> dict[str, float]:
         methods = [arm for arm in runs.arms if arm.of_method]
         scored = {arm.name: scores_of(runs, (family, n), arm) for arm in methods}
         gains[f"{family} n={n}"] = {
-            name: float((one - base).mean()) for name, one in scored.items() if one is not None
+            name: float((arm_scores - base).mean())
+            for name, arm_scores in scored.items()
+            if arm_scores is not None
         }
     return rank_agreement(gains)
 
@@ -224,14 +228,14 @@ def _was_run(runs: RankingRuns, condition: Condition, arm: Arm) -> bool:
 
 
 def _row(runs: RankingRuns, condition: Condition, arm: Arm) -> RankingRow:
-    scores, base = (scores_of(runs, condition, one) for one in (arm, NONE))
+    scores, base = (scores_of(runs, condition, scored_arm) for scored_arm in (arm, NONE))
     assert scores is not None, "the arm ran"
     assert base is not None, "the arm without maps always runs"
     family, n = condition
     records = [runs.records[family, n, arm.name, seed] for seed in runs.study.seeds]
     row = RankingRow(
         agreement=_over_seeds(scores),
-        kl=float(np.mean([one.kl for one in records])),
+        kl=float(np.mean([scored_arm.kl for scored_arm in records])),
         beta=records[0].beta,
     )
     if arm == NONE:
@@ -244,7 +248,9 @@ def _row(runs: RankingRuns, condition: Condition, arm: Arm) -> RankingRow:
         p_sign_flip=sign_flip_p((scores - base).mean(1)),
         error_reduction=over_none.mean / (1 - base.mean()) if base.mean() < 1 else None,
     )
-    others = [one.name for one in rivals(runs, arm) if one.name in boot]
+    others = [
+        scored_arm.name for scored_arm in competing_arms(runs, arm) if scored_arm.name in boot
+    ]
     if not arm.of_method or not others:
         return row
     return replace(

@@ -71,7 +71,7 @@ def arms_of(
     chosen: Collection[Control],
     controls_of: Sequence[str],
     shares: Sequence[float],
-    asked: Collection[str],
+    control_methods: Collection[str],
 ) -> list[Arm]:
     """Every arm of a study: none, the methods, their controls and mixtures.
 
@@ -80,13 +80,15 @@ def arms_of(
         chosen: Which controls there are.
         controls_of: The methods that have controls of their own, and mixtures.
         shares: Shares of the mixtures.
-        asked: The methods that ask the teacher: only these have a "randomized" control.
+        control_methods: The methods that ask the teacher: only these have a "randomized" control.
     """
     arms = [NONE, *(Arm(control=kind) for kind in OF_NO_METHOD if kind in chosen)]
     for method in controls_of:
         method_controls = [kind for kind in chosen if kind not in OF_NO_METHOD]
         arms += [
-            Arm(method, kind) for kind in method_controls if kind != "randomized" or method in asked
+            Arm(method, kind)
+            for kind in method_controls
+            if kind != "randomized" or method in control_methods
         ]
         arms += [Arm(method, share=share) for share in shares]
     return [*arms, *(Arm(method) for method in methods)]
@@ -119,11 +121,11 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Classroom:
+class ArmTrainer:
     """All that runs have in common; it does them.
 
     Attributes:
-        known: The teacher's answers.
+        cached_answers: The teacher's answers.
         stored: Raw maps by method, and by `(method, "randomized")` of a randomized teacher.
         families: Students by name.
         recipe: Recipe of the training.
@@ -134,16 +136,16 @@ class Classroom:
             the pool that they began with.
     """
 
-    known: CachedPart
+    cached_answers: CachedPart
     stored: Mapping[tuple[str, str], CachedPart]
     families: Mapping[str, Family]
     recipe: Recipe
     classes: int
     control_seed: int = 0
     device: str = "cpu"
-    narrower: Mapping[int, "Classroom"] = field(default_factory=dict)
+    narrower: Mapping[int, "ArmTrainer"] = field(default_factory=dict)
 
-    def room(self, n: int) -> "Classroom":
+    def room(self, n: int) -> "ArmTrainer":
         """Where runs of so many images are made: the smallest pool that has them."""
         sizes = [size for size in self.narrower if n <= size]
         return self.narrower[min(sizes)] if sizes else self
@@ -153,18 +155,18 @@ class Classroom:
         if (room := self.room(run.n)) is not self:
             return room.key(run)
         arm, family = run.arm, self.families[run.family]
-        drawn = arm.control is not None or arm.share is not None
+        is_random = arm.control is not None or arm.share is not None
         return digest_of(
             {
                 "version": VERSION,
-                "answers": self.known.sha256,
+                "answers": self.cached_answers.sha256,
                 "family": asdict(family.spec),
                 "layer": family.layer,
                 "recipe": asdict(self.recipe),
                 "n": run.n,
-                "maps": self._piece(arm).sha256 if arm.method is not None else None,
+                "maps": self._cached_maps(arm).sha256 if arm.method is not None else None,
                 "control": [arm.control, student_controls.VERSION, self.control_seed]
-                if drawn
+                if is_random
                 else None,
                 "share": arm.share,
                 "beta": run.beta,
@@ -181,12 +183,12 @@ class Classroom:
         if (room := self.room(first.n)) is not self:
             return room(runs)
         family = self.families[first.family]
-        pool = ImagePool(*(part.to(self.device) for part in pool_of(self.known, first.n)))
-        lessons = []
+        pool = ImagePool(*(part.to(self.device) for part in pool_of(self.cached_answers, first.n)))
+        tasks = []
         for run in runs:
             maps = self.maps(run.arm, run.family, run.n)
             on_device = None if maps is None else maps.to(self.device)
-            lessons.append(StudentTask(run.seed, run.beta, on_device))
+            tasks.append(StudentTask(run.seed, run.beta, on_device))
         students = Students.from_seeds(
             family.spec,
             self.classes,
@@ -194,10 +196,11 @@ class Classroom:
             layer=family.layer,
             device=self.device,
         )
-        train_students(students, pool, lessons, self.recipe)
+        train_students(students, pool, tasks, self.recipe)
         val, test = (
             measure_students(
-                students, *(part.to(self.device) for part in load_held_out(self.known, name))
+                students,
+                *(part.to(self.device) for part in load_held_out(self.cached_answers, name)),
             )
             for name in ("val", "test")
         )
@@ -230,10 +233,10 @@ class Classroom:
         if arm.method is None:
             maps = torch.zeros(n, 2, *grid)
         else:
-            maps = _targets(self._piece(arm), n, grid)
+            maps = _targets(self._cached_maps(arm), n, grid)
         if arm.control in (None, "randomized") and arm.share is None:
             return maps
-        pool = pool_of(self.known, n)
+        pool = pool_of(self.cached_answers, n)
         views = []
         for view in range(2):
             view_maps, classes = maps[:, view], pool.logits[:, view].argmax(1)
@@ -248,7 +251,7 @@ class Classroom:
                 views.append(control_maps(arm.control, view_maps, classes, images, seed))
         return torch.stack(views, 1)
 
-    def _piece(self, arm: Arm) -> CachedPart:
+    def _cached_maps(self, arm: Arm) -> CachedPart:
         assert arm.method is not None
         return self.stored[arm.method, "randomized" if arm.control == "randomized" else ""]
 

@@ -27,8 +27,8 @@ class Tuning:
     seeds: list[int] = field(default_factory=lambda: [1000, 1001])
 
     def __post_init__(self) -> None:
-        known = all(0 < beta < float("inf") for beta in self.betas)
-        if not self.betas or not known or len(set(self.betas)) < len(self.betas):
+        are_finite = all(0 < beta < float("inf") for beta in self.betas)
+        if not self.betas or not are_finite or len(set(self.betas)) < len(self.betas):
             raise UserError(
                 f"tuning.betas is {self.betas}; give weights above 0, each once (the arm 'none' "
                 "has 0)"
@@ -97,10 +97,10 @@ class RankingStudy:
                 f"seed {both[0]} is in both seeds and tuning.seeds: beta would be chosen by the "
                 "luck of the student that is judged; take other tuning.seeds"
             )
-        for name, known in (("controls_of", self.methods), ("controls_n", self.n)):
+        for name, known_values in (("controls_of", self.methods), ("controls_n", self.n)):
             for value in getattr(self, name):
-                if value not in known:
-                    hint = nearest(str(value), [str(one) for one in known])
+                if value not in known_values:
+                    hint = nearest(str(value), [str(one) for one in known_values])
                     raise UserError(f"{name} has {value!r}, which is not among the study's; {hint}")
         if any(not 0 < share < 1 for share in self.shares):
             raise UserError(f"shares is {list(self.shares)}; they lie between 0 and 1")

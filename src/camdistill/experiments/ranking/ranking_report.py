@@ -76,7 +76,7 @@ def ranking_results(
         },
         "pairs": {
             _condition_name(condition): [
-                {**one._asdict(), "gain": one.gain._asdict()} for one in pairs(runs, condition)
+                {**pair._asdict(), "gain": pair.gain._asdict()} for pair in pairs(runs, condition)
             ]
             for condition in conditions(runs)
         },
@@ -86,19 +86,19 @@ def ranking_results(
         },
         "area": {
             family: {
-                arm.name: whole._asdict()
+                arm.name: arm_area._asdict()
                 for arm in _methods(runs)
-                if (whole := area(runs, family, arm)) is not None
+                if (arm_area := area(runs, family, arm)) is not None
             }
             for family in study.students
         },
         "ladders": _ladders(runs),
         "orders": orders_agree(runs),
-        "leakage": {name: one._asdict() for name, one in leaks.items()},
+        "leakage": {name: pair._asdict() for name, pair in leaks.items()},
         "blank": dict(blank),
         "betas": {f"{family}: {name}": beta for (family, name), beta in runs.betas.items()},
         "runs": len(runs.records),
-        "seconds_of_runs": round(sum(one.seconds for one in records), 1),
+        "seconds_of_runs": round(sum(pair.seconds for pair in records), 1),
     }
 
 
@@ -146,7 +146,7 @@ def seeds_of(runs: RankingRuns) -> str:
 
 def one_class_text(runs: RankingRuns) -> str:
     """What must be said of a teacher that names one class for all; empty for others."""
-    _, logits = load_held_out(runs.classroom.known, "test")
+    _, logits = load_held_out(runs.arm_trainer.cached_answers, "test")
     named = torch.unique(logits.argmax(1))
     if len(named) > 1:
         return ""
@@ -163,12 +163,12 @@ def one_seed_text(runs: RankingRuns) -> str:
 
 
 def _describe_pairs(runs: RankingRuns, condition: Condition) -> str:
-    known = pairs(runs, condition)
-    if not known:
+    method_pairs = pairs(runs, condition)
+    if not method_pairs:
         return ""
-    apart = [f"{one.better} > {one.worse}" for one in known if one.p_holm < LEVEL]
+    apart = [f"{pair.better} > {pair.worse}" for pair in method_pairs if pair.p_holm < LEVEL]
     differences = "; ".join(apart) or "none"
-    return f"Told apart, of {len(known)} pairs of methods (p < {LEVEL}, Holm): {differences}"
+    return f"Told apart, of {len(method_pairs)} pairs of methods (p < {LEVEL}, Holm): {differences}"
 
 
 def _across(runs: RankingRuns) -> str:
@@ -204,7 +204,7 @@ def _ladders(runs: RankingRuns) -> dict[str, float]:
 
 
 def _conditions_with_controls(runs: RankingRuns) -> list[Condition]:
-    return [one for one in conditions(runs) if one[1] in runs.study.n_of_controls]
+    return [condition for condition in conditions(runs) if condition[1] in runs.study.n_of_controls]
 
 
 def _methods(runs: RankingRuns) -> list[Arm]:
@@ -246,5 +246,5 @@ def _values(row: RankingRow) -> dict[str, object]:
         "p_sign_flip": row.p_sign_flip,
         "error_reduction": row.error_reduction,
         "specific_gain": row.specific._asdict() if row.specific else None,
-        "over": {name: one._asdict() for name, one in (row.over or {}).items()},
+        "over": {name: gain._asdict() for name, gain in (row.over or {}).items()},
     }

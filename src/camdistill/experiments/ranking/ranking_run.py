@@ -17,7 +17,7 @@ from camdistill.distill.training import as_images
 from camdistill.errors import UserError
 from camdistill.experiments.ranking import teacher_outputs
 from camdistill.experiments.ranking.map_sources import MapSource, parse_source
-from camdistill.experiments.ranking.ranking_arms import NONE, Arm, Classroom, Family, Run, arms_of
+from camdistill.experiments.ranking.ranking_arms import NONE, Arm, ArmTrainer, Family, Run, arms_of
 from camdistill.experiments.ranking.ranking_config import RankingStudy
 from camdistill.experiments.ranking.ranking_records import StudentRecord
 from camdistill.experiments.ranking.student_controls import Control, randomize_weights
@@ -41,22 +41,22 @@ class RankingRuns:
 
     Attributes:
         study: The study.
-        classroom: What its runs have in common.
+        arm_trainer: What its runs have in common.
         arms: All of them.
         records: By (family, n, arm's name, seed), of the study's own seeds.
         betas: The chosen ones, by (family, arm's name).
     """
 
     study: RankingStudy
-    classroom: Classroom
+    arm_trainer: ArmTrainer
     arms: Sequence[Arm]
     records: Mapping[tuple[str, int, str, int], StudentRecord]
     betas: Mapping[tuple[str, str], float]
 
 
-def prepare_classroom(
+def prepare_arm_trainer(
     study: RankingStudy, device: str, on_progress: Progress | None = None
-) -> Classroom:
+) -> ArmTrainer:
     """The teacher's work, cached in the study's folder, and the students' layers."""
     sources = {name: parse_source(name, study.data, study.trust) for name in study.methods}
     sets = _sets(study)
@@ -65,7 +65,10 @@ def prepare_classroom(
     # what is wrong with the question is told before the teacher is asked for minutes
     images = as_images(sets.pool.batch([0, 1]).pixels)
     check_forward({"teacher": teacher}, images, cure="give another --data.size, or another teacher")
-    with torch.no_grad(), capture(teacher, [one.layer for one in sources.values() if one.layer]):
+    with (
+        torch.no_grad(),
+        capture(teacher, [map_source.layer for map_source in sources.values() if map_source.layer]),
+    ):
         teacher(images.to(device))
     families = {
         name: Family(spec, *find_pooled_layer(spec, teacher.classes, images))
@@ -74,19 +77,19 @@ def prepare_classroom(
     root = study.folder / "teacher"
     rooms = {}
     for size in _pool_sizes(study, teacher_outputs.list_answered_sizes(root, teacher, sets)):
-        known = teacher_outputs.cache_answers(
+        cached_answers = teacher_outputs.cache_answers(
             root, teacher, sets.first(size), on_progress=on_progress
         )
         stored = {
             (name, ""): teacher_outputs.cache_maps(
-                root, teacher, known, one, on_progress=on_progress
+                root, teacher, cached_answers, map_source, on_progress=on_progress
             )
-            for name, one in sources.items()
+            for name, map_source in sources.items()
         }
         if "randomized" in study.controls:
-            stored |= _of_random_weights(study, teacher, known, sources, on_progress)
-        rooms[size] = Classroom(
-            known, stored, families, study.recipe, teacher.classes, study.seed, device
+            stored |= _of_random_weights(study, teacher, cached_answers, sources, on_progress)
+        rooms[size] = ArmTrainer(
+            cached_answers, stored, families, study.recipe, teacher.classes, study.seed, device
         )
     return replace(rooms.pop(max(rooms)), narrower=rooms)
 
@@ -106,20 +109,20 @@ def _pool_sizes(study: RankingStudy, answered: Sequence[int]) -> list[int]:
 def _of_random_weights(
     study: RankingStudy,
     teacher: Teacher,
-    known: CachedPart,
+    cached_answers: CachedPart,
     sources: Mapping[str, MapSource],
     on_progress: Progress | None,
 ) -> dict[tuple[str, str], CachedPart]:
     names = [name for name in study.with_controls if sources[name].of_teacher]
     if not names:
         return {}
-    pixels = teacher_outputs.pool_of(known, CALIBRATION).pixels
+    pixels = teacher_outputs.pool_of(cached_answers, CALIBRATION).pixels
     other = randomize_weights(teacher, as_images(pixels.to(teacher.mean.device)), study.seed)
     other = other.to(teacher.mean.device)
     root = study.folder / "teacher"
     return {
         (name, "randomized"): teacher_outputs.cache_maps(
-            root, other, known, sources[name], on_progress=on_progress
+            root, other, cached_answers, sources[name], on_progress=on_progress
         )
         for name in names
     }
@@ -135,10 +138,10 @@ def _sets(study: RankingStudy) -> Sets:
     assert train is not None, "setup made it"
     assert val is not None, "setup made it"
     assert test is not None, "setup made it"
-    for name, wanted in (("n", max(study.n)), ("tuning.n", study.n_of_tuning)):
-        if wanted > len(train):
+    for name, image_count in (("n", max(study.n)), ("tuning.n", study.n_of_tuning)):
+        if image_count > len(train):
             raise UserError(
-                f"{name} is {wanted}, but there are {len(train)} training images; take fewer"
+                f"{name} is {image_count}, but there are {len(train)} training images; take fewer"
             )
     study.recipe.augment.check_size(train.size)
     order = np.random.default_rng([study.seed, *b"rank"]).permutation(len(train))
@@ -168,13 +171,15 @@ def run_ranking(
     """
     study.folder.mkdir(parents=True, exist_ok=True)
     with lock_cache(study.folder / "study", wait=False):
-        classroom = prepare_classroom(study, device, on_progress)
-        asked = {method for method, kind in classroom.stored if kind}
-        arms = arms_of(study.methods, study.controls, study.with_controls, study.shares, asked)
+        arm_trainer = prepare_arm_trainer(study, device, on_progress)
+        control_methods = {method for method, kind in arm_trainer.stored if kind}
+        arms = arms_of(
+            study.methods, study.controls, study.with_controls, study.shares, control_methods
+        )
         first = [arm for arm in arms if _is_in_gate(arm, study.with_controls)]
         rest = [arm for arm in arms if arm not in first]
         with _RankingRunner(
-            study, classroom, RunLog(study.folder / LEDGER, StudentRecord), workers, stack
+            study, arm_trainer, RunLog(study.folder / LEDGER, StudentRecord), workers, stack
         ) as work:
             work.announce(arms, on_progress)
             if on_unused is not None and (unused := work.count_unused(arms)):
@@ -182,10 +187,10 @@ def run_ranking(
             betas = work.tune_betas(first)
             records = work.run_arms(first, betas)
             if on_gates is not None:
-                on_gates(RankingRuns(study, classroom, first, records, betas))
+                on_gates(RankingRuns(study, arm_trainer, first, records, betas))
             betas |= work.tune_betas(rest)
             records |= work.run_arms(rest, betas)
-    return RankingRuns(study, classroom, arms, records, betas)
+    return RankingRuns(study, arm_trainer, arms, records, betas)
 
 
 def _is_in_gate(arm: Arm, methods: Sequence[str]) -> bool:
@@ -201,14 +206,14 @@ class _RankingRunner:
     def __init__(
         self,
         study: RankingStudy,
-        classroom: Classroom,
+        arm_trainer: ArmTrainer,
         ledger: RunLog[StudentRecord],
         workers: int,
         stack: int,
     ) -> None:
-        self._study, self._classroom, self._ledger = study, classroom, ledger
+        self._study, self._arm_trainer, self._ledger = study, arm_trainer, ledger
         self._stack = stack
-        self._crew: WorkerPool[list[Run], list[StudentRecord]] = WorkerPool(classroom, workers)
+        self._crew: WorkerPool[list[Run], list[StudentRecord]] = WorkerPool(arm_trainer, workers)
         self._on_progress: Progress | None = None
         self._done = self._total = 0
 
@@ -216,8 +221,8 @@ class _RankingRunner:
         self._crew.__enter__()
         return self
 
-    def __exit__(self, *how: object) -> None:
-        self._crew.__exit__(*how)
+    def __exit__(self, *exception: object) -> None:
+        self._crew.__exit__(*exception)
 
     def announce(self, arms: Sequence[Arm], on_progress: Progress | None) -> None:
         """Says whom to tell, and counts what there is to do."""
@@ -230,7 +235,7 @@ class _RankingRunner:
         for beta in self._study.tuning.betas:
             every = {(family, arm.name): beta for family in self._study.students for arm in arms}
             runs += self._runs(arms, every | self._without)
-        return self._ledger.count_unused({self._classroom.key(run) for run in runs})
+        return self._ledger.count_unused({self._arm_trainer.key(run) for run in runs})
 
     @property
     def _without(self) -> dict[tuple[str, str], float]:
@@ -247,10 +252,12 @@ class _RankingRunner:
         runs = self._tries(arms)
         records = self._do(runs)
         for family, name in beta_by_arm:
-            arm_records = [one for one in records if (one.family, one.arm) == (family, name)]
+            arm_records = [
+                record for record in records if (record.family, record.arm) == (family, name)
+            ]
             mean = {
-                beta: np.mean([one.val for one in arm_records if one.beta == beta])
-                for beta in sorted({one.beta for one in arm_records})
+                beta: np.mean([record.val for record in arm_records if record.beta == beta])
+                for beta in sorted({record.beta for record in arm_records})
             }
             if mean:  # the smallest of equals
                 beta_by_arm[family, name] = max(mean, key=lambda beta: mean[beta])
@@ -261,7 +268,7 @@ class _RankingRunner:
     ) -> dict[tuple[str, int, str, int], StudentRecord]:
         """The study's own runs of some arms."""
         records = self._do(self._runs(arms, betas))
-        return {(one.family, one.n, one.arm, one.seed): one for one in records}
+        return {(record.family, record.n, record.arm, record.seed): record for record in records}
 
     def _tries(self, arms: Sequence[Arm]) -> list[Run]:
         tuning = self._study.tuning
@@ -288,7 +295,7 @@ class _RankingRunner:
 
     def _do(self, runs: Sequence[Run]) -> list[StudentRecord]:
         """What is missing of some runs, and the records of all."""
-        keys = {run: self._classroom.key(run) for run in runs}
+        keys = {run: self._arm_trainer.key(run) for run in runs}
         missing: dict[str, Run] = {}  # by key: arms of two names may be the same run
         for run, key in keys.items():
             if key not in self._ledger.records:
@@ -300,8 +307,8 @@ class _RankingRunner:
         done_records = [self._ledger.records[keys[run]] for run in runs]
         # an arm or a family may have had another name when the same run was made
         return [
-            replace(one, arm=run.arm.name, family=run.family)
-            for run, one in zip(runs, done_records, strict=True)
+            replace(record, arm=run.arm.name, family=run.family)
+            for run, record in zip(runs, done_records, strict=True)
         ]
 
     def _report_progress(self, count: int) -> None:
@@ -316,7 +323,7 @@ def _stacks(runs: Sequence[Run], size: int) -> list[list[Run]]:
     for run in runs:
         together.setdefault((run.family, run.n), []).append(run)
     return [
-        whole[start : start + size]
-        for whole in together.values()
-        for start in range(0, len(whole), size)
+        runs_of_stack[start : start + size]
+        for runs_of_stack in together.values()
+        for start in range(0, len(runs_of_stack), size)
     ]

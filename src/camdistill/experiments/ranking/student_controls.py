@@ -98,8 +98,8 @@ def spectrum_noise(maps: Maps, seed: int) -> Maps:
     spectrum[..., 1:, :] = spectrum[..., 1:, :].abs().to(spectrum.dtype)
     spectrum[..., 0, 1:] = spectrum[..., 0, 1:].abs().to(spectrum.dtype)
     size = (maps.shape[-2], maps.shape[-1])
-    drawn: Tensor = torch.fft.irfft2(spectrum * phases, s=size)
-    return drawn.to(maps)
+    colored_noise: Tensor = torch.fft.irfft2(spectrum * phases, s=size)
+    return colored_noise.to(maps)
 
 
 def shuffle_in_class(maps: Maps, classes: Labels, seed: int) -> Maps:
@@ -168,10 +168,12 @@ def randomize_weights(teacher: Teacher, images: Images, seed: int) -> Teacher:
         parameters = dict(module.named_parameters(recurse=False))
         scales = all(value.ndim < 2 for value in parameters.values())  # a normalization
         for name, weight in parameters.items():
-            drawn = torch.randn(weight.shape, generator=generator)
+            random_weight = torch.randn(weight.shape, generator=generator)
             # He's deviation for weights; biases, which have one axis, are 0
             deviation = (2 / weight[0].numel()) ** 0.5 if weight.ndim > 1 else 0.0
-            weight.data.copy_(drawn * deviation + float(scales and not name.endswith("bias")))
+            weight.data.copy_(
+                random_weight * deviation + float(scales and not name.endswith("bias"))
+            )
     with torch.no_grad():
         bare(teacher.normalize(images))
     return Teacher.from_network(

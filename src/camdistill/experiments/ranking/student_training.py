@@ -100,8 +100,8 @@ class Students:
         network_state = self._network.state_dict()
         if self.count == 1:
             return dict(network_state)
-        whole = self._parameters | self._buffers
-        return {name: whole[name][number].detach() for name in network_state}
+        tensors = self._parameters | self._buffers
+        return {name: tensors[name][number].detach() for name in network_state}
 
     def train(self, mode: bool) -> None:
         """Whether batch normalization takes the batch's statistics and notes them."""
@@ -154,20 +154,20 @@ def find_pooled_layer(
     cure = "give another --data.size, or other students"
     check_forward({f"student '{family.name}'": network}, images, cure=cure)
     layer = last_layer(network, images)
-    wanted = explain_images(network, images, [layer])
+    explanation = explain_images(network, images, [layer])
     student_maps = None
-    if find_head(network.network)[1].weight.shape[1] == wanted.activations[layer].shape[1]:
+    if find_head(network.network)[1].weight.shape[1] == explanation.activations[layer].shape[1]:
         students = Students([network], layer)
         with torch.no_grad():
             _, activations = students.answers(images, shared=True)
-            student_maps = students.maps(activations, wanted.classes[None])[0]
+            student_maps = students.maps(activations, explanation.classes[None])[0]
     error = (
         torch.inf
         if student_maps is None
-        else float((student_maps - wanted.maps[layer]).abs().amax())
+        else float((student_maps - explanation.maps[layer]).abs().amax())
     )
     if student_maps is None or not error <= 1e-3 * float(
-        wanted.maps[layer].abs().amax().clamp_min(1e-12)
+        explanation.maps[layer].abs().amax().clamp_min(1e-12)
     ):
         raise UserError(
             f"the students '{family.name}' don't end in global average pooling and one linear "
@@ -189,29 +189,29 @@ def _check_no_dropout(name: str, network: nn.Module) -> None:
 
 
 def train_students(
-    students: Students, pool: ImagePool, lessons: Sequence[StudentTask], recipe: Recipe
+    students: Students, pool: ImagePool, tasks: Sequence[StudentTask], recipe: Recipe
 ) -> None:
     """Trains every student on its lesson, in place.
 
     Args:
         students: Students, one for each task, started from the tasks' seeds.
         pool: What all learn from, on the students' device.
-        lessons: Their maps have one grid.
+        tasks: Their maps have one grid.
         recipe: How.
 
     Raises:
         UserError: A student's weights are not numbers at the end.
     """
-    if len(lessons) != students.count:
-        raise ValueError(f"{len(lessons)} lessons for {students.count} students")
-    seeds = list(dict.fromkeys(lesson.seed for lesson in lessons))
+    if len(tasks) != students.count:
+        raise ValueError(f"{len(tasks)} lessons for {students.count} students")
+    seeds = list(dict.fromkeys(task.seed for task in tasks))
     device, dtype = pool.pixels.device, students.decayed[0].dtype
-    row = torch.tensor([seeds.index(lesson.seed) for lesson in lessons], device=device)
-    guide = _Guide.of(lessons, row, dtype)
+    row = torch.tensor([seeds.index(task.seed) for task in tasks], device=device)
+    guide = _Guide.of(tasks, row, dtype)
     optimizer = recipe.optimization.build_optimizer(students.decayed, students.others)
     half = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
     students.train(True)
-    loss = torch.zeros(len(lessons), device=device)
+    loss = torch.zeros(len(tasks), device=device)
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.optimization.lr * recipe.optimization.lr_factor(
@@ -221,11 +221,11 @@ def train_students(
         images = batches.images.to(dtype)
         with half:
             logits, activations = students.answers(images if len(row) == 1 else images[row])
-        wanted = pool.logits[batches.positions, batches.flips].to(dtype)[row]
-        kl = soft_targets_kl(logits.flatten(0, 1), wanted.flatten(0, 1), recipe.temperature)
-        loss = kl.view(len(lessons), -1).mean(1)
+        teacher_logits = pool.logits[batches.positions, batches.flips].to(dtype)[row]
+        kl = soft_targets_kl(logits.flatten(0, 1), teacher_logits.flatten(0, 1), recipe.temperature)
+        loss = kl.view(len(tasks), -1).mean(1)
         if guide is not None:
-            maps = students.maps(activations, wanted.argmax(2))
+            maps = students.maps(activations, teacher_logits.argmax(2))
             loss = loss.index_add(0, guide.places, guide.loss(maps, batches, recipe))
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss.sum())
@@ -266,13 +266,13 @@ class _Guide(NamedTuple):
     maps: Float[Tensor, "guided images 2 rows columns"]
 
     @classmethod
-    def of(cls, lessons: Sequence[StudentTask], row: Tensor, dtype: torch.dtype) -> "_Guide | None":
-        taught = [k for k, one in enumerate(lessons) if one.maps is not None and one.beta > 0]
-        maps = [lessons[k].maps for k in taught]
+    def of(cls, tasks: Sequence[StudentTask], row: Tensor, dtype: torch.dtype) -> "_Guide | None":
+        taught = [k for k, task in enumerate(tasks) if task.maps is not None and task.beta > 0]
+        maps = [tasks[k].maps for k in taught]
         if not maps:
             return None
         places = torch.tensor(taught, device=row.device)
-        beta = torch.tensor([lessons[k].beta for k in taught], device=row.device, dtype=dtype)
+        beta = torch.tensor([tasks[k].beta for k in taught], device=row.device, dtype=dtype)
         return cls(
             places, row[places], beta, torch.stack([m.to(dtype) for m in maps if m is not None])
         )
@@ -282,9 +282,11 @@ class _Guide(NamedTuple):
         positions, flips = batches.positions[self.rows], batches.flips[self.rows]
         every = torch.arange(len(self.places), device=maps.device)[:, None]
         view = View(flips.flatten().bool(), batches.boxes[self.rows].flatten(0, 1))
-        wanted = view_maps(self.maps[every, positions, flips].flatten(0, 1), view, flipped=True)
+        teacher_maps = view_maps(
+            self.maps[every, positions, flips].flatten(0, 1), view, flipped=True
+        )
         student_maps = relu(maps[self.places]).flatten(0, 1)
-        distance = map_distance(student_maps, wanted, recipe.distance, rectify=False)
+        distance = map_distance(student_maps, teacher_maps, recipe.distance, rectify=False)
         return self.beta * distance.view(positions.shape).mean(1)
 
 
@@ -297,11 +299,13 @@ def measure_students(
     agrees, divergences = [], []
     dtype = students.decayed[0].dtype
     for start in range(0, len(pixels), LOOKS):
-        part, wanted = pixels[start : start + LOOKS], logits[start : start + LOOKS]
+        part, teacher_logits = pixels[start : start + LOOKS], logits[start : start + LOOKS]
         student_logits, _ = students.answers(as_images(part).to(dtype), shared=True)
-        labels = torch.stack([predict_labels(one) for one in student_logits])
-        agrees.append(labels == predict_labels(wanted))
-        rows = wanted.to(student_logits).expand_as(student_logits)
+        labels = torch.stack(
+            [predict_labels(logits_of_student) for logits_of_student in student_logits]
+        )
+        agrees.append(labels == predict_labels(teacher_logits))
+        rows = teacher_logits.to(student_logits).expand_as(student_logits)
         kl = soft_targets_kl(student_logits.flatten(0, 1), rows.flatten(0, 1), 1.0)
         divergences.append(kl.view(student_logits.shape[:2]))
     return StudentScores(torch.cat(agrees, 1), torch.cat(divergences, 1))

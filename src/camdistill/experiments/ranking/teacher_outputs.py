@@ -64,10 +64,10 @@ class CachedPart:
 
 
 @lru_cache(maxsize=128)  # of memory maps; a study's runs go through all of its pieces
-def open_part(piece: CachedPart) -> dict[str, Tensor]:
+def open_part(part: CachedPart) -> dict[str, Tensor]:
     """A piece's arrays, kept for the next run."""
-    key = json.loads((piece.folder / "meta.json").read_text())["key"]
-    return open_arrays(piece.folder, key)
+    key = json.loads((part.folder / "meta.json").read_text())["key"]
+    return open_arrays(part.folder, key)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def cache_answers(
                     on_progress("teacher's answers", done + rows.stop, total)
             done += len(images)
 
-    return _piece(root, "answers", _key_of_answers(teacher, sets), write)
+    return _cached_part(root, "answers", _key_of_answers(teacher, sets), write)
 
 
 def _parts(sets: Sets) -> dict[str, ImageSet]:
@@ -128,7 +128,7 @@ def _key_of_answers(teacher: Teacher, sets: Sets) -> CacheKey:
     return {
         "version": VERSION,
         "teacher": teacher_sha256(teacher),
-        **{name: [one.fingerprint, _sha256(one.ids)] for name, one in parts},
+        **{name: [images.fingerprint, _sha256(images.ids)] for name, images in parts},
     }
 
 
@@ -171,7 +171,7 @@ def _chunks(draft: ArrayWriter, count: int, *, before: int = 0) -> Iterator[slic
 def cache_maps(
     root: Path,
     teacher: Teacher,
-    known: CachedPart,
+    cached_answers: CachedPart,
     source: MapSource,
     *,
     on_progress: Progress | None = None,
@@ -180,31 +180,31 @@ def cache_maps(
 
     Args:
         root: Folder of pieces.
-        teacher: Whom the method explains: `known`'s, or a randomized one.
-        known: The answers: they say which class.
+        teacher: Whom the method explains: `cached_answers`'s, or a randomized one.
+        cached_answers: The answers: they say which class.
         source: The method.
         on_progress: Told what is being made, and how many images are done of how many.
     """
     key: CacheKey = {
         "version": VERSION,
         "teacher": teacher_sha256(teacher) if source.of_teacher else None,
-        "answers": known.sha256,
+        "answers": cached_answers.sha256,
         "source": dict(source.key),
     }
 
     def write(draft: ArrayWriter) -> None:
-        pool = pool_of(known)
+        pool = pool_of(cached_answers)
         count, device = len(pool.pixels), teacher.mean.device
         for rows in _chunks(draft, count):
             for view in range(2):
                 pixels = pool.pixels[rows].flip(-1) if view else pool.pixels[rows]
-                asked = MapRequest(
+                request = MapRequest(
                     as_images(pixels.to(device)),
                     pool.logits[rows, view].argmax(1).to(device),
                     pool.ids[rows],
                     bool(view),
                 )
-                packed, scale = pack(source.maps(teacher, asked).cpu())
+                packed, scale = pack(source.maps(teacher, request).cpu())
                 for name, part in (("maps", packed), ("maps/scale", scale)):
                     value = part.numpy()
                     if name not in draft.arrays:
@@ -213,18 +213,18 @@ def cache_maps(
             if on_progress is not None:
                 on_progress(f"maps: {source.name}", rows.stop, count)
 
-    return _piece(root, "maps", key, write)
+    return _cached_part(root, "maps", key, write)
 
 
-def pool_of(known: CachedPart, count: int | None = None) -> ImagePool:
+def pool_of(cached_answers: CachedPart, count: int | None = None) -> ImagePool:
     """The first images of the pool with the teacher's answers; None for all."""
-    arrays = known.arrays()
+    arrays = cached_answers.arrays()
     return ImagePool(*(arrays[f"pool/{name}"][:count] for name in ("pixels", "ids", "logits")))
 
 
-def load_held_out(known: CachedPart, name: str) -> tuple[Pixels, Logits]:
+def load_held_out(cached_answers: CachedPart, name: str) -> tuple[Pixels, Logits]:
     """Pixels and logits of "val" or "test"."""
-    arrays = known.arrays()
+    arrays = cached_answers.arrays()
     return arrays[f"{name}/pixels"], arrays[f"{name}/logits"][:, 0]
 
 
@@ -245,7 +245,7 @@ def _logits(teacher: Teacher, pixels: Pixels) -> Logits:
     return logits.float().cpu()
 
 
-def _piece(
+def _cached_part(
     root: Path, kind: str, key: CacheKey, write: Callable[[ArrayWriter], None]
 ) -> CachedPart:
     folder = _folder(root, kind, key)

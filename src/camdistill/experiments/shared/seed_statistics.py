@@ -104,14 +104,16 @@ class Bootstrap:
     def __init__(
         self, scores: Mapping[str, FloatArray], seed: int = 0, *, resamples: int = RESAMPLES
     ) -> None:
-        shapes = {one.shape for one in scores.values()}
+        shapes = {arm_scores.shape for arm_scores in scores.values()}
         if len(shapes) != 1:
             raise ValueError(f"scores of shapes {sorted(shapes)}: not paired")
         (self._shape,) = shapes
-        whole = np.stack([np.asarray(one, np.float64) for one in scores.values()])
-        self._means = dict(zip(scores, whole.mean(2), strict=True))
-        drawn = resample_means(whole, seed, resamples=resamples)
-        self._drawn = {name: drawn[:, place] for place, name in enumerate(scores)}
+        all_scores = np.stack(
+            [np.asarray(arm_scores, np.float64) for arm_scores in scores.values()]
+        )
+        self._means = dict(zip(scores, all_scores.mean(2), strict=True))
+        resampled_means = resample_means(all_scores, seed, resamples=resamples)
+        self._drawn = {name: resampled_means[:, place] for place, name in enumerate(scores)}
 
     def __contains__(self, name: str) -> bool:
         return name in self._means
@@ -128,16 +130,16 @@ class Bootstrap:
         an arm against itself it is 0.
         """
         best = np.max([self._means[name] for name in controls], axis=0)
-        drawn = np.max([self._drawn[name] for name in controls], axis=0)
+        resampled_controls = np.max([self._drawn[name] for name in controls], axis=0)
         mean = float((self._means[first] - best).mean())
-        return _gain_of_draws(mean, (self._drawn[first] - drawn).mean(1), self._shape)
+        return _gain_of_draws(mean, (self._drawn[first] - resampled_controls).mean(1), self._shape)
 
 
-def _gain_of_draws(mean: float, drawn: Floats, shape: tuple[int, ...]) -> Gain:
+def _gain_of_draws(mean: float, draws: Floats, shape: tuple[int, ...]) -> Gain:
     seeds, images = shape
     freedom = seeds - 1 if seeds > 1 else images - 1
     inflation = seeds / (seeds - 1) if seeds > 1 else 1.0
-    se = float(drawn.std() * np.sqrt(inflation))
+    se = float(draws.std() * np.sqrt(inflation))
     wide, likely = (float(stdtrit(freedom, level)) for level in (0.975, POWER))
     if se == 0:
         return Gain(mean, mean, mean, 0.0, 1.0 if mean == 0 else 0.0, 0.0)
