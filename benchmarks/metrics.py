@@ -142,7 +142,7 @@ def _quantus(work: Work, options: dict[str, dict[str, object]]) -> Table:
 def quantus_equal(work: Work) -> Table:
     """Quantus with as many changes as ours."""
     values = work.images[0].numel()
-    raw = {"normalize": False, "abs": False}
+    raw = {"normalise": False, "abs": False}
     gray = {"perturb_baseline": 0.5}
     return _quantus(
         work,
@@ -156,7 +156,7 @@ def quantus_equal(work: Work) -> Table:
             },
             "deletion": {"features_in_step": 256, **raw, **gray},
             # of signed values Quantus's index isn't the Gini index of anything; here it is |values|
-            "gini": {"normalize": False, "abs": True},
+            "gini": {"normalise": False, "abs": True},
         },
     )  # fmt: skip
 

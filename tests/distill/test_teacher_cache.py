@@ -476,9 +476,9 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from camdistill.distill import cache
+from camdistill.distill import teacher_cache
 from test_teacher_cache import made
-cache.PAUSE = 0.0
+teacher_cache.PAUSE = 0.0
 def slowly(done, count):
     print(done, flush=True)
     time.sleep(0.05)

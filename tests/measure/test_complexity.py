@@ -20,7 +20,7 @@ def test_entropy_equals_numpy_and_quantus(generator: torch.Generator) -> None:
     shares = maps.flatten(1).numpy() / maps.sum((1, 2)).numpy()[:, None]
     expected = -(shares * np.log(shares)).sum(1)
     np.testing.assert_allclose(entropy(maps).numpy(), expected)
-    options = {"normalize": False, "abs": False, "disable_warnings": True}
+    options = {"normalise": False, "abs": False, "disable_warnings": True}
     images, numbers = np.zeros((4, 1, 6, 6)), np.zeros(4, int)
     # Quantus adds 1e-7 to the caller's own array; give it a copy
     for peer, ours in ((quantus.Complexity, entropy), (quantus.Sparseness, gini)):

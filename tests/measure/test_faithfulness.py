@@ -106,7 +106,7 @@ def test_faithfulness_correlation_agrees_with_quantus_on_single_pixels() -> None
         subset_size=16,
         perturb_baseline=0.5,
         abs=False,
-        normalize=False,
+        normalise=False,
         return_aggregate=False,
         disable_warnings=True,
     )

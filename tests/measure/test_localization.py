@@ -73,7 +73,7 @@ def test_rank_and_mass_accuracy_equal_quantus(masks: Tensor, generator: torch.Ge
     square = masks[:, :, :9]
     ranked = local.relevance_rank_accuracy(ranks(maps, generator), square)
     mass = local.energy_pointing_game(maps, square)
-    options = {"abs": False, "normalize": False, "disable_warnings": True}
+    options = {"abs": False, "normalise": False, "disable_warnings": True}
     for peer, ours in (
         (quantus.RelevanceRankAccuracy, ranked),
         (quantus.RelevanceMassAccuracy, mass),

@@ -410,8 +410,8 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 import torch
-from camdistill.layers.sweep.sweep_plan import Options
-from camdistill.layers.sweep.sweep_state import save_state
+from camdistill.layers.sweep.sweep_plan import SweepOptions
+from camdistill.layers.sweep.sweep_state import save_sweep_state
 from camdistill.layers.sweep.layer_sweep import LayerSweep
 from camdistill.networks.cifar_resnet import CifarResNet
 from camdistill.networks.cifar_resnet import CifarResNet
@@ -424,11 +424,11 @@ networks = {
     "student": ShallowCNN(channels=(6, 8), strides=(1, 2)).eval(),
 }
 images = torch.randn(128, 3, 16, 16)
-state = LayerSweep(networks, images[:16], options=Options(probes=4, explained=0.3))
+state = LayerSweep(networks, images[:16], options=SweepOptions(probes=4, cam_share=0.3))
 for start in range(16 * rank, 128, 16 * world):
     ids = torch.arange(start, start + 16)
     state.update(images[ids], ids, ids % 4)
-save_state(file, state.state_dict())
+save_sweep_state(file, state.state_dict())
 """
 
 
