@@ -1,7 +1,9 @@
 """The house as drawn in the README: rows, rooms, and who may do what."""
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -170,3 +172,50 @@ def test_nothing_unpickles() -> None:
     unsafe = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
     for path in MODULES:
         assert not {name.split(".")[0] for name in imported(path)} & unsafe, path
+
+
+# Names of other libraries and papers that docstrings mention and no code of ours uses.
+FOREIGN_NAMES = {
+    *("Resize", "CenterCrop", "at_loss", "purge_step", "hp_metric", "version_3"),
+    *("KLDivLoss", "DataLoader"),
+}
+
+
+def words_of_code(path: Path) -> set[str]:
+    """Names in a module's code, and words of its strings that are no docstrings."""
+    words = set()
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type == tokenize.NAME:
+            words.add(token.string)
+        elif token.type == tokenize.STRING and not token.string.lstrip("rfb").startswith('"""'):
+            words |= set(re.findall(r"\w+", token.string))
+    return words
+
+
+def module_of(name: str) -> bool:
+    """Whether the folders that a dotted name begins with go on to a module, or to what is in one."""
+    place, *rest = SOURCE, *name.removeprefix("camdistill.").split(".")
+    for index, part in enumerate(rest):
+        if (place / f"{part}.py").is_file():
+            return True
+        if not (place / part).is_dir():
+            front = (place / "__init__.py").read_text()
+            return index == 0 or re.search(rf"\b{part}\b", front) is not None
+        place /= part
+    return True
+
+
+def test_names_in_backticks_exist() -> None:
+    """A docstring that a renaming has left behind sends its reader to nothing."""
+    words = set().union(*(words_of_code(path) for path in MODULES)) | FOREIGN_NAMES
+    words |= {part for path in MODULES for part in path.relative_to(SOURCE).with_suffix("").parts}
+    configs = SOURCE.parents[1] / "configs"
+    words |= {word for path in configs.iterdir() for word in re.findall(r"\w+", path.read_text())}
+    words |= {"camdistill", "json", "csv", "txt", "yaml", "md", "log", "pt2", "safetensors", "npz"}
+    stale = [
+        f"{path.relative_to(SOURCE)}: `{name}`"
+        for path in MODULES
+        for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\([^`]*\))?`", path.read_text())
+        if not set(name.split(".")) <= words or not module_of(name)
+    ]
+    assert not stale, stale

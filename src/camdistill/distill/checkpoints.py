@@ -112,7 +112,7 @@ def write_checkpoint(module: DistilledExplainer | Classifier | Refiner, path: Pa
 
 
 def is_saved(module: DistilledExplainer | Classifier | Refiner, path: Path) -> bool:
-    """Whether a file is, byte for byte, what `save` would write."""
+    """Whether a file is, byte for byte, what `write_checkpoint` would write."""
     if not path.is_file():
         return False
     state = module.fitted.network.state_dict()
@@ -181,7 +181,7 @@ def restore(module: DistilledExplainer | Classifier | Refiner, path: str | Path)
 
     Args:
         module: Built from the config of the experiment.
-        path: A file that `save` wrote.
+        path: A file that `write_checkpoint` wrote.
 
     Raises:
         UserError: If the file is damaged, not one of ours, or of another network.

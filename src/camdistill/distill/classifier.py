@@ -117,7 +117,7 @@ class Classifier(TrainingModule):
         self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        """The same in float32."""
+        """Evaluates the test images in float32."""
         with in_float32(self.device):
             self._evaluate(batch)
 

@@ -197,7 +197,7 @@ class DistilledExplainer(TrainingModule):
         self._update_meter(batch, build_comparison(logits, classes, maps, student_explanation))
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        """The same in float32, with the live teacher."""
+        """Evaluates the test images in float32, with the live teacher."""
         with in_float32(self.device):
             self._update_meter(batch, self.compare(as_images(batch.pixels), runner_up=True))
 

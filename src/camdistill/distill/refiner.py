@@ -200,7 +200,7 @@ class Refiner(TrainingModule):
         self._evaluate(batch, images, self._start_classes[ids])
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
-        """The same in float32."""
+        """Evaluates the test images in float32."""
         images = as_images(batch.pixels)
         with in_float32(self.device):
             self._evaluate(batch, images, predict_labels(forward_in_chunks(self.start, images)))

@@ -32,7 +32,7 @@ IMAGES = "images"  # a checkpoint's key of which images it was trained on
 
 
 class TrainingModule(LightningModule, ABC):
-    """The plumbing around a training step; what is learned stands in the two modules that use it.
+    """The plumbing around a training step; what is learned stands in the modules that use it.
 
     Attributes:
         cards: Tags of what one looks at first: TensorBoard's front page and table of settings.

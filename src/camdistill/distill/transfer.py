@@ -101,7 +101,7 @@ def name_pairs(
     Args:
         pairs: Pairs as in the config.
         student: Its layers are named inside `student.network`.
-        teacher: Likewise.
+        teacher: Layers of the teacher, named inside `teacher.network`.
         images: One or more images, to find out which layers are spatial.
 
     Raises:
@@ -143,7 +143,7 @@ def quantity_maps(
         network: Teacher or student.
         images: In [0, 1].
         layers: Names.
-        classes: Classes of the Grad-CAMs, as `explain` takes them.
+        classes: Classes of the Grad-CAMs, as `explain_images` takes them.
         quantity: What is transferred.
         p: Power of attention maps.
         grad: "none" for targets; a student's maps carry a graph.

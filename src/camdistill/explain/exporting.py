@@ -14,8 +14,8 @@ from camdistill.types import Images
 class ClosedExplainer(nn.Module):
     """Logits and the raw maps of all classes, from one forward without a backward.
 
-    The maps are Grad-CAM's of a layer with a closed form (see `explain.closed_form`), so there is
-    no gradient in the graph, and every exporter takes it.
+    The maps are Grad-CAM's of a layer with a closed form (see `explain.engine.closed_form`), so
+    there is no gradient in the graph, and every exporter takes it.
 
     Args:
         network: In eval mode; with its preprocessing, where it is a `Preprocessed`.

@@ -64,7 +64,7 @@ def grad_cam(
     logits: Callable[..., Tensor] | None = None,
     memory: int | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
-    """Raw Grad-CAM maps by layer; `explain` says all, and gives logits and activations too."""
+    """Raw Grad-CAM maps by layer; `explain_images` says more, and gives logits and activations."""
     explanation = explain_images(
         network,
         images,
@@ -105,8 +105,8 @@ def explain_images(
             `networks.capture`). None is the last spatial layer before the head; an empty list
             asks for logits alone.
         classes: None is each image's own top class; an int, or [B], is one class an image; [B, C]
-            is several classes for each image and gives maps [B, C, h, w], and so does Top(C): each
-            image's own C likeliest classes.
+            is several classes for each image and gives maps [B, C, h, w], and so does
+            TopClasses(C): each image's own C likeliest classes.
         score: What is explained. "logit" is the class's logit, "probability" its softmax, or
             the sigmoid of a network's single logit. A callable takes whatever the network gave (a
             tuple or dict too) and returns one score an image, [B]; `classes` must then be None.
@@ -117,7 +117,7 @@ def explain_images(
             differentiated completely.
         maps: False leaves out the maps, and with them any backward.
         layout: Where units and cells are in the layers' outputs. "auto" knows convolutional
-            networks, transformers with tokens, and Swin; see `explain.tokens`.
+            networks, transformers with tokens, and Swin; see `explain.engine.tokens`.
         logits: Takes the logits out of an output that is a tuple or dict.
         memory: Bytes that gradients of several classes may take at once. None is 32 MiB on a CPU,
             512 MiB elsewhere.

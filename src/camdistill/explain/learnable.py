@@ -88,7 +88,7 @@ class LearnableCAM(nn.Module):
         return self.maps(unit_contributions(network, images, names, classes))
 
     def maps(self, contributions_by_layer: UnitsByLayer) -> LayerMaps:
-        """Maps from what `contributions` gave; differentiable by the parameters.
+        """Maps from what `unit_contributions` gave; differentiable by the parameters.
 
         Args:
             contributions_by_layer: Contributions of the last layer, and of every other

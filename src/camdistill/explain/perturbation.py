@@ -1,7 +1,7 @@
 """Explanations that ask the network about changed images: occlusion, RISE, Score-CAM.
 
 They need no gradient, and many forwards: each says how many an image. Forwards are as large as
-`memory` allows (an estimate from the sizes of the layers' outputs, `explain.footprint`). Other
+`memory` allows (an estimate from the sizes of the layers' outputs, `explain.engine.memory`). Other
 arguments are those of `explain.gradcam.explain_images`.
 """
 

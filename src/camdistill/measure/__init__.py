@@ -1,1 +1,1 @@
-"""How good a map is."""
+"""Measures of maps: how good a map is, and how close it is to another one."""

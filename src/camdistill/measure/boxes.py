@@ -1,7 +1,8 @@
 """Weakly supervised localization: a box from a map, as in the Grad-CAM paper.
 
-Boxes are (xmin, ymin, xmax, ymax), inclusive pixels. Selvaraju et al. 2017, section 4.1: the map at
-15 % of its maximum, the largest connected part, the box around it, right at an IoU of 0.5.
+Boxes are (xmin, ymin, xmax, ymax) in pixels, bounds included. Selvaraju et al. 2017, section 4.1:
+the map is thresholded at 15 % of its maximum, and its largest connected part gives the box. The box
+is right at an IoU (intersection over union) of 0.5.
 """
 
 import torch
@@ -16,11 +17,11 @@ Boxes = Float[Tensor, "batch 4"]
 
 
 def box_of(maps: Maps, threshold: float = 0.15) -> Boxes:
-    """The box around the largest connected part of the map; NaN where nothing is positive.
+    """Returns the box around the largest connected part of each map; NaN where nothing is positive.
 
     Args:
-        maps: Raw; the negative part doesn't count.
-        threshold: Share of each map's own maximum.
+        maps: Raw maps; their negative part doesn't count.
+        threshold: Share of each map's maximum.
     """
     check_finite(maps)
     peak = maps.amax((1, 2), keepdim=True)
@@ -28,7 +29,7 @@ def box_of(maps: Maps, threshold: float = 0.15) -> Boxes:
 
 
 def box_around(masks: Masks) -> Boxes:
-    """The smallest box that holds a mask; NaN for an empty one."""
+    """Returns the smallest box that contains each mask; NaN for an empty mask."""
     bounds = []
     for along in (masks.any(1), masks.any(2)):
         ticks = torch.arange(along.shape[1], device=along.device).float()
@@ -41,7 +42,7 @@ def box_around(masks: Masks) -> Boxes:
 
 
 def inside_boxes(boxes: Boxes, size: tuple[int, int]) -> Masks:
-    """Boxes as masks of an image's size; empty where a box is NaN."""
+    """Returns boxes as masks of an image's size; empty where a box is NaN."""
     rows = torch.arange(size[0], device=boxes.device)[None, :, None]
     columns = torch.arange(size[1], device=boxes.device)[None, None, :]
     xmin, ymin, xmax, ymax = (edge[:, None, None] for edge in boxes.unbind(1))
@@ -49,7 +50,7 @@ def inside_boxes(boxes: Boxes, size: tuple[int, int]) -> Masks:
 
 
 def box_iou(boxes: Boxes, others: Boxes) -> PerImage:
-    """Intersection over union of two boxes, in [0, 1]; NaN where one is."""
+    """Returns the intersection over union of two boxes, in [0, 1]; NaN where one of them is NaN."""
     low = torch.maximum(boxes[:, :2], others[:, :2])
     high = torch.minimum(boxes[:, 2:], others[:, 2:])
     intersection = (high - low + 1).clamp(min=0).prod(1)
@@ -60,15 +61,16 @@ def box_iou(boxes: Boxes, others: Boxes) -> PerImage:
 def localization_error(
     maps: Maps, boxes: Boxes, threshold: float = 0.15, correct: Bool[Tensor, "batch"] | None = None
 ) -> PerImage:
-    """1 where the map's box misses the object's (IoU below 0.5), else 0; lower.
+    """Returns 1 where the map's box misses the object's (IoU below 0.5), else 0; lower is better.
 
     Args:
-        maps: Raw, at the boxes' resolution, of the class that is located.
-        boxes: The objects'; NaN where there is none, and NaN is what such an image gets.
-        threshold: Share of each map's maximum: 0.15 in the paper. Sweep it, as the best one differs
-            between explainers.
-        correct: Where the class is right: a wrong one is an error, whatever the box (the paper's
-            top-1 and top-5 errors). None asks for the box alone.
+        maps: Raw maps of the located class, at the boxes' resolution.
+        boxes: Boxes of the objects. NaN where there is no object, and the image's value is then
+            NaN.
+        threshold: Share of each map's maximum: 0.15 in the paper. Try several, as the best one
+            differs between explainers.
+        correct: Where the predicted class is right. A wrong class is an error, whatever the box
+            (the paper's top-1 and top-5 errors). None ignores the prediction.
     """
     overlap = box_iou(box_of(maps, threshold), boxes)
     right = torch.nan_to_num(overlap, nan=0.0) >= 0.5
@@ -78,11 +80,11 @@ def localization_error(
 
 
 def _largest_part(masks: Masks) -> Masks:
-    """Of the parts that touch by sides or corners, the one of most pixels (the first of equals)."""
+    """The part with most pixels (the first of equals); parts connect by sides and corners."""
     count, height, width = masks.shape
     numbers = torch.arange(1, height * width + 1, device=masks.device, dtype=torch.float32)
     marks = numbers.view(1, height, width) * masks
-    # Each part takes over its highest number, one pixel further at each step.
+    # The highest number of each part spreads through it, one pixel at each step.
     while True:
         spread = F.max_pool2d(marks[:, None], 3, stride=1, padding=1)[:, 0] * masks
         if torch.equal(spread, marks):

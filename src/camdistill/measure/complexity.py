@@ -1,8 +1,8 @@
-"""How much of the image a map speaks of. Small maps win, whatever they show.
+"""How much of the image a map covers. Small maps win, whatever they show.
 
-On a ladder of ever worse maps these three rank nearly perfectly, and put the mask of a distractor
-first: an axis beside faithfulness, never a ranking. All take the absolute values, so rectify a map
-first where only its evidence for the class counts.
+On a ladder of ever worse maps these three measures rank nearly perfectly, yet they put the mask of
+a distractor first. They are an axis beside faithfulness, never a ranking. All take the absolute
+values, so rectify a map first if only its evidence for the class counts.
 """
 
 import torch
@@ -15,7 +15,7 @@ from camdistill.types import Maps, PerImage
 
 
 def gini(maps: Maps) -> PerImage:
-    """Gini index of the absolute values; 0 is constant, near 1 a single pixel.
+    """Returns the Gini index of the absolute values: 0 if constant, near 1 for a single pixel.
 
     Chalasani et al. 2020, https://arxiv.org/abs/1810.06583, section 2. A blank map is constant: 0.
     """
@@ -29,10 +29,10 @@ def gini(maps: Maps) -> PerImage:
 
 
 def entropy(maps: Maps) -> PerImage:
-    """Entropy in nats of the absolute values as shares of their sum; ln(h w) is constant.
+    """Returns the entropy in nats of the absolute values as shares of their sum.
 
-    Bhatt et al. 2020, https://arxiv.org/abs/2005.00631, section 3.3. A blank map counts as constant
-    (Quantus gives NaN).
+    Bhatt et al. 2020, https://arxiv.org/abs/2005.00631, section 3.3. A constant map has ln(h w),
+    the largest value. A blank map counts as constant (Quantus gives NaN).
     """
     values = _sizes(maps)
     total = values.sum(1, keepdim=True)
@@ -42,10 +42,10 @@ def entropy(maps: Maps) -> PerImage:
 
 
 def mean_size(maps: Maps) -> PerImage:
-    """Mean of the min-max normalized map, in [0, 1]: the complexity in ADCC.
+    """Returns the mean of the min-max normalized map, in [0, 1]: the complexity in ADCC.
 
-    Poppi et al. 2021, https://arxiv.org/abs/2104.10252, eq. 3. A constant map has no range: 1, the
-    worst.
+    Poppi et al. 2021, https://arxiv.org/abs/2104.10252, eq. 3. A constant map has no range; its
+    value is 1, the worst.
     """
     check_finite(maps)
     share = normalize(maps)

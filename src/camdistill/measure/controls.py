@@ -1,7 +1,7 @@
-"""Maps that must lose, maps that must win, and a ladder of ever worse ones.
+"""Control maps that must lose, maps that must win, and a ladder of ever worse ones.
 
-A metric that puts one of the former above an explainer says so of itself. All are at the images'
-resolution.
+A metric that ranks a control of the first kind above an explainer is not to be trusted. All maps
+are at the images' resolution.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,16 @@ RUNGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def random_maps(images: Images, generator: torch.Generator) -> Maps:
-    """Independent uniform noise."""
+    """Returns maps of independent uniform noise."""
     shape = (len(images), *images.shape[2:])
     return torch.rand(shape, generator=generator, device=generator.device).to(images.device)
 
 
 def smooth_random_maps(images: Images, generator: torch.Generator, cells: int = 4) -> Maps:
-    """Noise as smooth as a map of 4 x 4 cells: what a coarse layer without knowledge would give."""
+    """Returns noise as smooth as a map of 4 x 4 cells.
+
+    A coarse layer that has learned nothing would give such maps.
+    """
     shape = (len(images), 1, cells, cells)
     coarse_noise = torch.rand(shape, generator=generator, device=generator.device).to(images.device)
     size = (images.shape[2], images.shape[3])
@@ -32,7 +35,10 @@ def smooth_random_maps(images: Images, generator: torch.Generator, cells: int = 
 
 
 def sobel_edges(images: Images) -> Maps:
-    """Sobel's gradient magnitude of the mean over channels: a map of the image alone."""
+    """Returns Sobel's gradient magnitude of the mean over channels.
+
+    Such a map depends on the image alone, not on the network.
+    """
     gray = (images if images.dtype == torch.float64 else images.float()).mean(1, keepdim=True)
     padded = F.pad(gray, (1, 1, 1, 1), mode="replicate")
     across = gray.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
@@ -41,7 +47,10 @@ def sobel_edges(images: Images) -> Maps:
 
 
 def center(images: Images) -> Maps:
-    """A Gaussian in the middle, its sigma a quarter of the sides: people photograph objects so."""
+    """Returns a Gaussian in the middle of the image, its sigma a quarter of each side.
+
+    People photograph objects in the middle.
+    """
     rows, columns = (
         torch.linspace(-1, 1, length, device=images.device) for length in images.shape[2:]
     )
@@ -50,35 +59,36 @@ def center(images: Images) -> Maps:
 
 
 def invert(maps: Maps) -> Maps:
-    """The map with its sign turned: worse than chance wherever the map is better."""
+    """Returns the map with its sign changed: worse than chance wherever the map is better."""
     return -maps
 
 
 def blur_maps(maps: Maps) -> Maps:
-    """The map blurred, sigma an eighth of its side: no new information.
+    """Returns the map blurred, with a sigma of an eighth of its side: it has no new information.
 
-    Removal metrics that leave a smooth border like it better than the map.
+    Removal metrics that leave a smooth border prefer it to the map.
     """
     return gaussian_blur(maps[:, None])[:, 0]
 
 
 def mask_maps(masks: Masks) -> Maps:
-    """A mask as a map: the object's is the oracle, the distractor's must lose."""
+    """Returns a mask as a map: the object's is the oracle, the distractor's must lose."""
     return masks.float()
 
 
 def ladder(
     maps: Maps, generator: torch.Generator, rungs: Sequence[float] = RUNGS
 ) -> Float[Tensor, "rungs batch height width"]:
-    """Ever worse copies of a map: more and more of smooth noise that knows nothing is mixed in.
+    """Returns ever worse copies of a map, mixed with more and more smooth noise.
 
-    Map and noise are brought to the same mean and spread first, so that the order is one of
-    knowledge and not of size. A metric is put to the test by whether it finds the order.
+    The noise is independent of the map and the network. Map and noise are first brought to the same
+    mean and spread, so that the order is one of information and not of size. The test of a metric
+    is whether it recovers that order.
 
     Args:
-        maps: Maps as good as can be had: the oracle's, or an explainer's.
-        generator: Generator of the noise; all rungs of an image share it.
-        rungs: Share of the noise, from 0, the map itself, to 1, noise alone.
+        maps: The best maps available: the oracle's, or an explainer's.
+        generator: Generator of the noise; all rungs of an image share the noise.
+        rungs: Shares of the noise, from 0, the map itself, to 1, noise alone.
     """
     noise = smooth_random_maps(maps[:, None], generator, cells=8)
     standard_maps, standard_noise = _standardize(maps), _standardize(noise)

@@ -1,8 +1,8 @@
-"""Does a map say where the network's score comes from? Answered from a perturbation bank.
+"""Faithfulness: whether a map shows where the network's score comes from, by a perturbation bank.
 
-All take raw, signed maps at the images' resolution and a bank of the same images and classes; none
-asks the network. A map that is constant over a bank's changes says nothing: it is worth 0 in the
-correlations and 1, the worst, in the infidelity.
+All functions take raw, signed maps at the images' resolution, and a bank of the same images and
+classes. None of them runs the network. A map that is constant over a bank's changes carries no
+information: it gets 0 in the correlations and 1, the worst, in the infidelity.
 """
 
 from typing import Literal
@@ -20,20 +20,21 @@ WatchedScore = Literal["logit", "probability"]
 
 
 def faithfulness_correlation(maps: Maps, bank: Bank, score: WatchedScore = "logit") -> PerImage:
-    """Pearson correlation of a map's sums over random subsets with the score's drops; higher.
+    """Returns the Pearson correlation of a map's sums over random subsets with the score's drops.
 
     Bhatt et al. 2020, https://arxiv.org/abs/2005.00631, eq. 1, with subsets of whole cells, as
-    single pixels hardly move a network. In [-1, 1]. Of the bank's shares the first is taken.
+    single pixels hardly change a score. In [-1, 1]; higher is better. The first of the bank's
+    shares is used.
     """
     _check_maps_fit(maps, bank)
     return _correlation(maps, next(iter(bank.subsets.values())), score)
 
 
 def sensitivity_n(maps: Maps, bank: Bank, score: WatchedScore = "logit") -> PerImage:
-    """The same correlation for several sizes of the subset, averaged over them; higher.
+    """Returns the faithfulness correlation averaged over several sizes of the subset.
 
-    Ancona et al. 2018, https://arxiv.org/abs/1711.06104, section 4, where n is the subsets' size:
-    the bank's plan says which sizes there are.
+    Higher is better. Ancona et al. 2018, https://arxiv.org/abs/1711.06104, section 4, where n is
+    the subsets' size. The bank's plan sets the sizes.
     """
     _check_maps_fit(maps, bank)
     correlations = [
@@ -43,12 +44,13 @@ def sensitivity_n(maps: Maps, bank: Bank, score: WatchedScore = "logit") -> PerI
 
 
 def infidelity(maps: Maps, bank: Bank, score: WatchedScore = "logit") -> PerImage:
-    """Share of the drops' energy that no positive multiple of the map explains; lower, in [0, 1].
+    """Returns the share of the drops' energy that no positive multiple of the map explains.
 
-    Yeh et al. 2019, https://arxiv.org/abs/1901.09392: E (I a - drop)^2 for square removals, the
-    bank's occluders, of which a map's sums over the squares stand for I a. The map is first
-    multiplied by the best beta (their section 4), as the raw form measures its scale; then divided
-    by E drop^2. beta is held at 0 or above, or an inverted map would be as good as the map.
+    In [0, 1]; lower is better. Yeh et al. 2019, https://arxiv.org/abs/1901.09392: E (I a - drop)^2
+    for square removals, which are the bank's occluders. A map's sums over the squares stand for I
+    a. The map is first multiplied by the best beta (their section 4), as the raw form measures its
+    scale. The result is then divided by E drop^2. beta is at least 0, or an inverted map would be
+    as good as the map.
     """
     _check_maps_fit(maps, bank)
     sums = torch.cat([perturbations.sums(maps) for perturbations in bank.occluders.values()], 1)
@@ -65,15 +67,16 @@ def infidelity(maps: Maps, bank: Bank, score: WatchedScore = "logit") -> PerImag
 def occlusion_correlation(
     maps: Maps, bank: Bank, side: int = 1, score: WatchedScore = "logit"
 ) -> PerImage:
-    """Spearman correlation of the map with the occlusion map of the same squares; higher.
+    """Returns the Spearman correlation of the map with the occlusion map of the same squares.
 
-    Selvaraju et al. 2017, section 5.3; in [-1, 1]. It depends on the occluder: report two sides.
+    Selvaraju et al. 2017, section 5.3. In [-1, 1]; higher is better. It depends on the occluder, so
+    report two sides.
 
     Args:
         maps: At the images' resolution.
-        bank: With occluders of that side.
-        side: In cells.
-        score: Score whose drop is measured.
+        bank: A bank with occluders of that side.
+        side: Side of the occluder in cells.
+        score: The score whose drops are compared.
     """
     _check_maps_fit(maps, bank)
     perturbations = bank.occluders[side]
@@ -93,7 +96,7 @@ def _drops(perturbations: PerturbationSet, score: WatchedScore) -> Float[Tensor,
 
 
 def _rescale(values: Float[Tensor, "batch changes"]) -> Float[Tensor, "batch changes"]:
-    """By the largest, so that squares of tiny maps don't underflow."""
+    """Values divided by the largest, so that squares of tiny maps don't underflow."""
     largest = values.abs().amax(1, keepdim=True)
     return values / torch.where(largest > 0, largest, 1)
 

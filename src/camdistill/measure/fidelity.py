@@ -1,12 +1,14 @@
-"""Student against teacher: agreement, divergence and map fidelity, per image and as means.
+"""Fidelity of a student to its teacher: agreement, divergence and maps, per image and as means.
 
 Maps are compared rectified, on the teacher's grid, for the teacher's top class. A blank or constant
-student map scores 0 and counts. A blank or constant teacher map has no shape to be faithful to: the
-image is left out of the map scores (NaN in the table), and every summary says how many were scored.
+student map scores 0 and counts. A blank or constant teacher map has no shape to compare with. Its
+image is left out of the map scores (NaN in the table), and every summary has the number of scored
+images.
 
-`runner_up` asks whether the student's maps depend on the class: Pearson of the *signed* maps of the
-teacher's second likeliest class. Its control `same_map` draws the student's map of the top class
-again: a student that is no better than that has one map for all classes.
+`runner_up` measures whether the student's maps depend on the class. It is the Pearson correlation
+of the *signed* maps of the teacher's second likeliest class. Its control `same_map` uses the
+student's map of the top class instead. A student that is no better than that has one map for all
+classes.
 """
 
 from collections.abc import Mapping
@@ -38,7 +40,10 @@ SAME_MAP = "controls.same_map"
 
 
 class MapSummary(TypedDict):
-    """Means over the `scored` images; None where nothing could be scored, or wasn't asked."""
+    """Means over the `scored` images.
+
+    A mean is None where no image could be scored, or where it wasn't measured.
+    """
 
     pearson: float | None
     spearman: float | None
@@ -49,13 +54,13 @@ class MapSummary(TypedDict):
 
 
 class ControlSummary(MapSummary):
-    """A control, at the last layer pair and at each."""
+    """Means of a control, at the last layer pair and at each layer."""
 
     layers: dict[str, MapSummary]
 
 
 class StudentSummary(ControlSummary):
-    """The student; `accuracy` is None without labels, `kl` is in nats."""
+    """Means of the student; `accuracy` is None without labels, `kl` is in nats."""
 
     accuracy: float | None
     agreement: float | None
@@ -63,7 +68,7 @@ class StudentSummary(ControlSummary):
 
 
 class FidelitySummary(TypedDict):
-    """What `results.json` says of one student; `flatten` gives its dotted keys."""
+    """The entry of one student in `results.json`; `flatten` gives its dotted keys."""
 
     n: int
     student: StudentSummary
@@ -72,7 +77,7 @@ class FidelitySummary(TypedDict):
 
 @dataclass(frozen=True)
 class FidelityTable:
-    """Per-image values, one row an image, in the order of the ids.
+    """Values of each image, one row per image, in the order of the ids.
 
     Attributes:
         ids: The images' numbers in their data set.
@@ -91,16 +96,19 @@ class FidelityTable:
 
 
 class FidelityMeter:
-    """Gathers fidelity over a loop of batches, and over processes.
+    """Accumulates fidelity over a loop of batches, and over processes.
 
-    Values stay on their device as one small float32 row an image until `table` is asked for.
+    Values stay on their device, as one small float32 row for each image, until `table` is called.
 
     Args:
-        pairs: The teacher's layer by the student's layer; the last pair is the main one, whose
+        pairs: The teacher's layer by the student's layer. The last pair is the main one, whose
             values stand directly under `student`.
         mean_map_by_layer: The mean ReLU map of the training split by the teacher's layer, for the
-            mean-map control and skill; without it there is neither.
-        runner_up: Whether maps of the runner-up class come with each batch.
+            mean-map control and the skill. Without it neither is measured.
+        runner_up: Whether each batch has maps of the runner-up class.
+
+    Raises:
+        ValueError: If a paired layer of the teacher has no mean map.
     """
 
     def __init__(
@@ -121,7 +129,7 @@ class FidelityMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything seen."""
+        """Discards all accumulated values."""
         self._rows: list[Tensor] = []
         self._ids: list[Tensor] = []
 
@@ -136,18 +144,21 @@ class FidelityMeter:
         ids: Labels,
         runner_up: tuple[MapsByLayer, MapsByLayer] | None = None,
     ) -> None:
-        """Take in one batch.
+        """Adds the values of one batch.
 
         Args:
-            student_logits: Logits.
-            teacher_logits: Logits of the same classes.
+            student_logits: The student's logits.
+            teacher_logits: The teacher's logits of the same classes.
             labels: Class indices, -1 where there is none.
-            student_maps_by_layer: Raw maps of the teacher's top class.
-            teacher_maps_by_layer: Raw maps of the teacher's top class.
+            student_maps_by_layer: The student's raw maps of the teacher's top class.
+            teacher_maps_by_layer: The teacher's raw maps of its top class.
             counted: False for images that only fill up a shard; they are dropped.
-            ids: The images' numbers; one that comes twice counts once.
+            ids: The images' numbers; an image that occurs twice counts once.
             runner_up: The student's and the teacher's raw maps of the teacher's second likeliest
-                class, by layer; if the meter was told that they come.
+                class, by layer. Required if and only if the meter has `runner_up`.
+
+        Raises:
+            ValueError: If maps of the runner-up are missing or unexpected.
         """
         if (runner_up is not None) != self.runner_up:
             raise ValueError("maps of the runner-up come with every batch, or with none")
@@ -171,7 +182,7 @@ class FidelityMeter:
         self._ids.append(ids.detach()[counted])
 
     def table(self) -> FidelityTable:
-        """Everything seen so far, by all processes; each of them must call this."""
+        """Returns the values of all images from all processes; each process must call this."""
         rows = torch.cat(self._rows).cpu().numpy() if self._rows else None
         ids = torch.cat(self._ids).cpu().numpy() if self._ids else None
         if rows is None or ids is None:
@@ -186,15 +197,16 @@ class FidelityMeter:
         return FidelityTable(ids.astype(np.int64), columns, tuple(self.pairs))
 
     def summary(self) -> FidelitySummary:
-        """`summary` of the table."""
+        """Returns the `summary` of the table."""
         return summary(self.table())
 
 
 def summary(table: FidelityTable) -> FidelitySummary:
-    """Means over the images, with skill over the mean map.
+    """Returns means over the images, with the skill over the mean map.
 
-    Skill is 1 - (1 - mean cos(P, T)) / (1 - mean cos(M, T)), with M the mean ReLU map of the
-    teacher over the training split: 1 is a perfect student, 0 one that is no better than M.
+    Skill is 1 - (1 - mean cos(P, T)) / (1 - mean cos(M, T)), with P the student's map, T the
+    teacher's and M the teacher's mean ReLU map over the training split. 1 is a perfect student, and
+    0 is one that is no better than M.
     """
     by_layer = {layer: _map_summary(table, "student", layer) for layer in table.layers}
     student = StudentSummary(
@@ -217,7 +229,7 @@ def summary(table: FidelityTable) -> FidelitySummary:
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, float | int]:
-    """Numbers of a nested mapping by dotted key; None is left out."""
+    """Returns the numbers of a nested mapping by dotted key; None is left out."""
     flat: dict[str, float | int] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -230,9 +242,10 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, float |
 def intervals(
     table: FidelityTable, *, seed: int = 0, level: float = 0.95, resamples: int = 2000
 ) -> dict[str, Interval]:
-    """Bootstrap intervals over images of every mean and skill in `flatten(summary(table))`.
+    """Returns bootstrap intervals over images of every mean and skill in `flatten(summary(table))`.
 
-    All values share the resamples. Images only: between seeds of training see `seed_interval`.
+    All values share the resamples. The intervals are over images only; `seed_interval` is over
+    seeds of training.
     """
     columns = {key: value for key, value in table.columns.items() if not np.isnan(value).all()}
     if not len(table):

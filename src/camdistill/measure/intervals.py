@@ -8,7 +8,7 @@ from scipy.special import stdtrit
 
 FloatArray = NDArray[np.floating]
 
-DRAWS = 4_000_000  # resampled rows held at once by a bootstrap: 32 MB an array
+DRAWS = 4_000_000  # resampled rows that a bootstrap has in memory at once: 32 MB per array
 
 
 class Interval(NamedTuple):
@@ -22,9 +22,12 @@ class Interval(NamedTuple):
 def bootstrap_interval(
     values: FloatArray, seed: int = 0, *, level: float = 0.95, resamples: int = 2000
 ) -> Interval:
-    """Percentile bootstrap interval of a mean over images (Efron 1979); NaN rows are left out.
+    """Returns the percentile bootstrap interval of a mean over images (Efron 1979).
 
-    The bounds of a single value are NaN.
+    NaN is left out. The bounds of a single value are NaN.
+
+    Raises:
+        ValueError: If no value is left.
     """
     sample = np.asarray(values, np.float64)
     sample = sample[~np.isnan(sample)]
@@ -44,7 +47,11 @@ def paired_interval(
     level: float = 0.95,
     resamples: int = 2000,
 ) -> Interval:
-    """Percentile bootstrap interval of the mean of first - second, rows being the same images."""
+    """Returns the percentile bootstrap interval of the mean of first - second over the same images.
+
+    Raises:
+        ValueError: If the shapes differ, or no value is left.
+    """
     if np.shape(first) != np.shape(second):
         raise ValueError(f"{np.shape(first)} values against {np.shape(second)}: other images")
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
@@ -52,7 +59,11 @@ def paired_interval(
 
 
 def seed_interval(values: FloatArray | list[float], *, level: float = 0.95) -> Interval:
-    """Student's t-interval of a mean over seeds; the bounds of a single seed are NaN."""
+    """Returns Student's t-interval of a mean over seeds; the bounds of a single seed are NaN.
+
+    Raises:
+        ValueError: If there is no seed.
+    """
     runs = np.asarray(values, np.float64)
     if not runs.size:
         raise ValueError("no seed to take the interval of")
@@ -64,19 +75,23 @@ def seed_interval(values: FloatArray | list[float], *, level: float = 0.95) -> I
 
 
 def two_way_interval(values: FloatArray, seed: int = 0, *, level: float = 0.95) -> Interval:
-    """Interval of a mean over seeds and images, [seeds, images]: every seed judged every image.
+    """Returns the interval of a mean over seeds and images, both of which are samples.
 
-    Both are samples. Each factor's mean square of the two-way layout gives its part of the half
-    width with a t of its own degrees of freedom, and the parts are added in squares (as in Howe
-    1974, for sums of variances): an interval over images alone where only they differ, over seeds
-    alone where only these do, and never narrower than it says. Where both hardly differ next to
-    what is left it is too wide: about twice with three seeds, five times with two. Images that lack
-    a value by one seed or more are left out. One seed is bootstrapped over its images.
+    Every seed has a value for every image. Each factor's mean square of the two-way layout gives
+    its part of the half width, with a t of its own degrees of freedom. The parts are added in
+    squares (as in Howe 1974, for sums of variances). Where only images differ, the interval is that
+    over images alone; where only seeds differ, that over seeds alone. It is never narrower than
+    `level` promises. Where both hardly differ next to the residual, it is too wide: about twice
+    with three seeds, five times with two. Images without a value for some seed are left out. A
+    single seed is bootstrapped over its images.
 
     Args:
-        values: NaN where there is none.
+        values: Values [seeds, images]; NaN where there is none.
         seed: Seed of the bootstrap.
-        level: How often the interval holds the mean, at least.
+        level: How often the interval contains the mean, at least.
+
+    Raises:
+        ValueError: If no image has a value for every seed.
     """
     known = np.asarray(values, np.float64)
     known = known[:, ~np.isnan(known).any(0)]
@@ -100,7 +115,10 @@ def two_way_interval(values: FloatArray, seed: int = 0, *, level: float = 0.95) 
 
 
 def bootstrap_means(values: FloatArray, seed: int, resamples: int) -> FloatArray:
-    """Column means of bootstrap resamples of the rows, NaN left out: [resamples, columns]."""
+    """Returns column means of bootstrap resamples of the rows, [resamples, columns].
+
+    NaN is left out of the means.
+    """
     count = len(values)
     known = ~np.isnan(values)
     filled = np.where(known, values, 0.0).astype(np.float64)
@@ -123,11 +141,11 @@ def bootstrap_means(values: FloatArray, seed: int, resamples: int) -> FloatArray
 def skill_of_means(
     cosine_mean: FloatArray | float, baseline_mean: FloatArray | float
 ) -> FloatArray:
-    """Skill, 1 - (1 - mean cosine) / (1 - mean cosine of the baseline), of means already taken."""
+    """Returns the skill from means: 1 - (1 - mean cosine) / (1 - mean cosine of the baseline)."""
     return np.asarray(1 - (1 - cosine_mean) / (1 - baseline_mean))
 
 
 def percentile_interval(mean: float, resampled: FloatArray, level: float) -> Interval:
-    """The central interval of resampled values around the value itself."""
+    """Returns the central interval of resampled values, with the given mean."""
     low, high = np.nanpercentile(resampled, [50 * (1 - level), 50 * (1 + level)])
     return Interval(mean, float(low), float(high))

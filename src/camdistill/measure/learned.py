@@ -1,8 +1,9 @@
-"""A metric that was learned: how much a map teaches, told from the map, the image and the network.
+"""A learned metric: how much a map teaches, predicted from the map, the image and the network.
 
-It is trained on rankings (`studies.metric_learning`): students were taught with many methods' maps,
-and what they gained is what the mean score of those maps shall be. No labels are used. What it is
-told of an image are planes that any network has, so that a network it never saw has them too.
+It is trained on rankings (`experiments.learned_metric`). Students were taught with many methods'
+maps, and the metric learns to predict their gain by the mean score of those maps. No labels are
+used. Its inputs from an image are planes that any network has, so that a network that it never saw
+has them too.
 """
 
 import json
@@ -21,10 +22,10 @@ from camdistill.explain.maps import relu, resize
 from camdistill.networks.weights import WeightFile, read_weights, save_safetensors
 from camdistill.types import Images, Labels, PerImage
 
-SETTINGS = "camdistill_metric"  # under which a file's metadata keep its size
+SETTINGS = "camdistill_metric"  # key of the metric's size in a file's metadata
 GRID = 8
 PLANES = ("evidence", "energy", "typical", "light", "contrast", "radius")
-OF_NETWORK = 3  # the first of these; the others are the image's
+OF_NETWORK = 3  # the first planes are the network's; the others are the image's
 
 AnyMaps = Float[Tensor, "batch rows columns"]
 Context = Float[Tensor, "batch planes 8 8"]
@@ -34,20 +35,21 @@ Context = Float[Tensor, "batch planes 8 8"]
 def image_context(
     network: nn.Module, images: Images, classes: Labels, layer: str | None = None
 ) -> Context:
-    """What is known of images without a map, on a grid of 8 x 8; it carries no graph.
+    """Returns planes that describe images without a map, on a grid of 8 x 8; they carry no graph.
 
-    - evidence: Grad-CAM at the layer, signed, over its root mean square
-    - energy: the length of each cell's activations, and typical: their cosine with the mean cell's
-    - light, contrast: mean and deviation of the pixels of each cell
-    - radius: from the middle
+    - evidence: Grad-CAM at the layer, signed, divided by its root mean square
+    - energy: the length of each cell's activations
+    - typical: the cosine of each cell's activations with the mean cell's
+    - light, contrast: mean and standard deviation of the pixels of each cell
+    - radius: distance from the middle
 
-    All but the first have mean 0 and deviation 1 in each image.
+    All but the first have mean 0 and standard deviation 1 in each image.
 
     Args:
         network: In eval mode; takes images in [0, 1].
         images: In [0, 1].
-        classes: Classes whose evidence the maps show.
-        layer: Its last spatial one by default.
+        classes: The class whose evidence is used, one for each image.
+        layer: Layer of the network; None is its last spatial one.
     """
     name = layer or last_layer(network, images)
     explanation = explain_images(network, images, [name], classes)
@@ -70,15 +72,19 @@ def image_context(
 
 
 class LearnedMetric(nn.Module):
-    """Scores of maps; higher teaches more. Differentiable by the maps, and pure.
+    """Scores maps; a higher score means that a map teaches more.
 
-    The mean of several small networks. Each reads a map beside the context with two convolutions,
-    and sums what it found under the map and everywhere. A map is rectified, brought to 8 x 8 and
-    standardized first, so that its scale and its size don't matter; a blank one is 0 everywhere.
+    The score is differentiable with respect to the maps, and has no side effects. It is the mean of
+    several small networks. Each reads a map beside the context with two convolutions, and averages
+    the result under the map and everywhere. A map is first rectified, brought to 8 x 8 and
+    standardized, so that its scale and its size don't matter; a blank one is 0 everywhere.
 
     Args:
-        members: How many networks.
-        units: Units of each convolution.
+        members: Number of networks.
+        units: Number of units of each convolution.
+
+    Raises:
+        UserError: If there is less than 1 member or unit.
     """
 
     def __init__(self, members: int = 3, units: int = 8) -> None:
@@ -89,16 +95,16 @@ class LearnedMetric(nn.Module):
         self.units = units
 
     def forward(self, maps: AnyMaps, context: Context) -> PerImage:
-        """How much each map teaches, in deviations of the gains that it was trained on.
+        """Returns how much each map teaches, in standard deviations of the training data's gains.
 
         Args:
-            maps: Raw, of any size.
-            context: Context of their images and classes.
+            maps: Raw maps of any size.
+            context: The `image_context` of their images and classes.
         """
         return self.scores(maps, context).mean(0)
 
     def scores(self, maps: AnyMaps, context: Context) -> Float[Tensor, "members batch"]:
-        """What each member says."""
+        """Returns the score by each member."""
         shape = resize(relu(upcast(maps)), (GRID, GRID))
         planes = torch.cat([standardize_planes(shape)[:, None], context.to(shape)], 1)
         total = shape.sum((1, 2), keepdim=True)
@@ -106,11 +112,11 @@ class LearnedMetric(nn.Module):
         return torch.stack([member(planes, share) for member in self.members])
 
     def save(self, path: str | Path, about: Mapping[str, object] | None = None) -> str:
-        """Writes a small safetensors file; returns its sha256.
+        """Writes a small safetensors file and returns its sha256.
 
         Args:
-            path: The file.
-            about: Whatever should be known of how it was made, as JSON.
+            path: Path of the file.
+            about: Any facts about how it was made, as JSON.
         """
         size = {"members": len(self.members), "units": self.units}
         settings = json.dumps({**size, "about": dict(about or {})})
@@ -125,17 +131,17 @@ class _MapScorer(nn.Module):
         self.last = nn.Linear(2 * units, 1)
 
     def forward(self, planes: Float[Tensor, "..."], share: Float[Tensor, "..."]) -> Tensor:
-        # Smooth, so that a map that is optimized by it has a gradient everywhere.
+        # SiLU is smooth, so that a map that is optimized by the metric has a gradient everywhere.
         hidden = F.silu(self.second(F.silu(self.first(planes))))
         under = (hidden * share[:, None]).sum((2, 3))
         return self.last(torch.cat([under, hidden.mean((2, 3))], 1))[:, 0]  # type: ignore[no-any-return]
 
 
 def load_metric(path: str | Path) -> LearnedMetric:
-    """A metric that `save` wrote, frozen.
+    """Returns a metric that `save` wrote, frozen.
 
     Raises:
-        UserError: If the file is damaged, or holds something else.
+        UserError: If the file is damaged, or contains something else.
     """
     weights = read_weights(path)
     if not holds_metric(weights):
@@ -152,12 +158,12 @@ def load_metric(path: str | Path) -> LearnedMetric:
 
 
 def holds_metric(weights: WeightFile) -> bool:
-    """Whether a file's weights are a `LearnedMetric`'s."""
+    """Returns whether a file's weights are a `LearnedMetric`'s."""
     return SETTINGS in weights.metadata
 
 
 def standardize_planes(planes: AnyMaps) -> AnyMaps:
-    """Mean 0 and deviation 1 in each image; a constant plane is 0."""
+    """Returns planes with mean 0 and standard deviation 1 in each image; a constant plane is 0."""
     centered = planes - planes.mean((1, 2), keepdim=True)
     square = centered.square().mean((1, 2), keepdim=True)
     constant = square <= 1e-12 * planes.square().amax((1, 2), keepdim=True)

@@ -1,9 +1,9 @@
-"""Does a map lie on the object? Needs masks or boxes; equals faithfulness only where the network
-looks at the object, so put an intervention beside it.
+"""Localization: whether a map lies on the object. It needs masks or boxes.
 
-Maps are at the masks' resolution. An image without ground truth is NaN: there is nothing to say.
-A blank map points nowhere and is worth 0 where energy or a threshold counts; where the order
-counts its pixels are in an order of chance, as all equal values are.
+It equals faithfulness only where the network looks at the object, so report an intervention beside
+it. Maps are at the masks' resolution. The value of an image without ground truth is NaN. A blank
+map points nowhere: it gets 0 where energy or a threshold counts. Where the order counts, its pixels
+are in random order, as all equal values are.
 """
 
 import torch
@@ -16,9 +16,10 @@ from camdistill.types import Maps, Masks, PerImage
 
 
 def relevance_rank_accuracy(order: Ranks, masks: Masks) -> PerImage:
-    """Share of the mask among as many first pixels as the mask has; higher, in [0, 1].
+    """Returns the share of the n most relevant pixels that lie in a mask of n pixels.
 
-    Arras et al. 2022, https://arxiv.org/abs/2003.07258, eq. 2. Chance is the mask's share.
+    In [0, 1]; higher is better. Arras et al. 2022, https://arxiv.org/abs/2003.07258, eq. 2. Chance
+    is the mask's share of the image.
     """
     area = masks.flatten(1).sum(1)
     hits = ((order < area[:, None, None]) & masks).flatten(1).sum(1)
@@ -26,15 +27,16 @@ def relevance_rank_accuracy(order: Ranks, masks: Masks) -> PerImage:
 
 
 def pointing_game(order: Ranks, masks: Masks, tolerance: float | int = 0) -> PerImage:
-    """1 if the map's largest pixel lies in the mask, or near it, else 0; higher.
+    """Returns 1 if the map's largest pixel lies in the mask or near it, else 0; higher is better.
 
     Zhang et al. 2018, https://arxiv.org/abs/1608.00507, section 4.1. Of equal largest pixels one is
-    drawn (Quantus counts a hit if any of them is in the mask, so a near-constant map always hits).
+    drawn. (Quantus counts a hit if any of them is in the mask, so a near-constant map always hits.)
 
     Args:
         order: `ranks` of the maps.
         masks: Ground truth.
-        tolerance: In pixels; 15 in the paper, of images of about 500 pixels.
+        tolerance: Distance in pixels that still counts as a hit. The paper has 15, for images of
+            about 500 pixels.
     """
     height, width = masks.shape[1:]
     place = (order == 0).flatten(1).float().argmax(1)
@@ -46,10 +48,10 @@ def pointing_game(order: Ranks, masks: Masks, tolerance: float | int = 0) -> Per
 
 
 def energy_pointing_game(maps: Maps, masks: Masks) -> PerImage:
-    """Share of the map's positive part that lies in the mask; higher, in [0, 1].
+    """Returns the share of the map's positive part that lies in the mask.
 
-    Wang et al. 2020, https://arxiv.org/abs/1910.01279, section 4.3. Chance is the mask's share of
-    the image: see `energy_lift`.
+    In [0, 1]; higher is better. Wang et al. 2020, https://arxiv.org/abs/1910.01279, section 4.3.
+    Chance is the mask's share of the image: see `energy_lift`.
     """
     check_finite(maps)
     positive = relu(normalize(_upcast_maps(maps), "max"))
@@ -61,18 +63,23 @@ def energy_pointing_game(maps: Maps, masks: Masks) -> PerImage:
 
 
 def energy_lift(maps: Maps, masks: Masks) -> PerImage:
-    """Energy in the mask over the mask's share of the image: 1 is chance; higher."""
+    """Returns the share of energy in the mask, divided by the mask's share of the image.
+
+    1 is chance; higher is better.
+    """
     share = masks.flatten(1).float().mean(1)
     return energy_pointing_game(maps, masks) / share.clamp(min=1e-12)
 
 
 def iou(maps: Maps, masks: Masks, threshold: float | None = 0.5) -> PerImage:
-    """Intersection over union of the mask and the thresholded map; higher, in [0, 1].
+    """Returns the intersection over union of the mask and the thresholded map.
+
+    In [0, 1]; higher is better.
 
     Args:
         maps: Any scale.
         masks: Ground truth.
-        threshold: Threshold of the min-max normalized map; None takes each image's best of 0.05,
+        threshold: Threshold of the min-max normalized map. None takes each image's best of 0.05,
             0.1, ..., 0.95, which flatters every map alike.
     """
     check_finite(maps)
@@ -87,16 +94,17 @@ def iou(maps: Maps, masks: Masks, threshold: float | None = 0.5) -> PerImage:
 
 
 def average_precision(maps: Maps, masks: Masks) -> PerImage:
-    """Mean precision over the mask's pixels in the map's order; higher, in [0, 1].
+    """Returns the mean precision over the mask's pixels in the map's order.
 
-    Equal values form one step, as in scikit-learn; chance is the mask's share. It tells maps apart
-    where the area under the ROC, which most pixels decide, is high for all.
+    In [0, 1]; higher is better. Equal values form one step, as in scikit-learn; chance is the
+    mask's share of the image. It separates maps better than the area under the ROC curve, which
+    most pixels decide and which is high for all maps.
     """
     check_finite(maps)
     values, inside = _upcast_maps(maps).flatten(1), masks.flatten(1)
     rising, order = values.sort(1)
     count = values.shape[1]
-    # Of each value: how many pixels are at least as large, and how many of them are inside.
+    # For each value: how many pixels are at least as large, and how many of them are inside.
     at_least_as_large = count - torch.searchsorted(rising, rising)
     below = torch.cumsum(inside.gather(1, order).to(values.dtype), 1)
     area = inside.sum(1, keepdim=True)
@@ -109,10 +117,10 @@ def average_precision(maps: Maps, masks: Masks) -> PerImage:
 
 
 def inside_outside(maps: Maps, masks: Masks) -> PerImage:
-    """Mean of the positive part inside the mask over that outside; 1 is chance; higher.
+    """Returns the mean of the positive part inside the mask, divided by that outside.
 
-    Selvaraju et al. 2017, section 8.1, of captions. Infinite where all of it is inside; 0 for a
-    blank map.
+    1 is chance; higher is better. Selvaraju et al. 2017, section 8.1, for captions. The value is
+    infinite where all of the positive part is inside, and 0 for a blank map.
     """
     check_finite(maps)
     positive = relu(normalize(_upcast_maps(maps), "max"))

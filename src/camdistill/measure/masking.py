@@ -1,12 +1,12 @@
-"""An image seen through its map: average drop and its kin, which are easily fooled.
+"""Scores of an image multiplied by its map: average drop and its easily fooled relatives.
 
-They multiply the image by the min-max normalized map, so they reward a map for being large: on
-ladders of ever worse maps the drop in deletion ranks backwards and the average drop finds half of
-the order at best, and the map of all ones but one pixel has a drop of about 0 (Poppi et al. 2021,
+They multiply the image by the min-max normalized map, so they reward a map for being large. On
+ladders of ever worse maps the drop in deletion ranks backwards, and the average drop recovers half
+of the order at best. A map of ones except for one pixel has a drop of about 0 (Poppi et al. 2021,
 https://arxiv.org/abs/2104.10252, "Fake-CAM"). They are here because papers report them. Don't rank
 explainers by them.
 
-A constant map lets nothing through: its image is black.
+A constant map becomes 0 everywhere, so its masked image is black.
 """
 
 from typing import NamedTuple
@@ -24,15 +24,18 @@ from camdistill.types import Explain, Images, Labels, Maps, PerImage
 
 
 class MaskingScores(NamedTuple):
-    """What the map lets through, and what it leaves.
+    """Changes of the class's probability when the image is multiplied by the map, or by 1 - map.
+
+    Here p is the class's probability of the image, q that of the image times the map, and d that of
+    the image times (1 - map).
 
     Attributes:
-        average_drop: max(0, p - q) / p with p the class's probability and q that of the image times
-            the map; lower (Chattopadhay et al. 2018, https://arxiv.org/abs/1710.11063).
-        increase: 1 where q > p, else 0; higher (same).
-        average_gain: max(0, q - p) / (1 - p); higher (Zhang et al. 2024, Opti-CAM).
-        drop_in_deletion: (p - d) / p with d that of the image times (1 - map); higher (Jung and Oh
-            2021, https://arxiv.org/abs/2108.09670).
+        average_drop: max(0, p - q) / p; lower is better (Chattopadhay et al. 2018,
+            https://arxiv.org/abs/1710.11063).
+        increase: 1 where q > p, else 0; higher is better (the same paper).
+        average_gain: max(0, q - p) / (1 - p); higher is better (Zhang et al. 2024, Opti-CAM).
+        drop_in_deletion: (p - d) / p; higher is better (Jung and Oh 2021,
+            https://arxiv.org/abs/2108.09670).
     """
 
     average_drop: PerImage
@@ -44,12 +47,14 @@ class MaskingScores(NamedTuple):
 def masking_scores(
     network: nn.Module, images: Images, classes: Labels, maps: Maps
 ) -> MaskingScores:
-    """Average drop, increase, gain and drop in deletion; the module says why not to trust them.
+    """Returns average drop, increase, gain and drop in deletion.
+
+    The module's docstring says why not to trust them.
 
     Args:
         network: In eval mode.
-        images: In [0, 1], where 0 is what a map of 0 lets through.
-        classes: Classes whose probability is watched.
+        images: In [0, 1]; a map of 0 turns a pixel into 0.
+        classes: The class whose probability is measured, one for each image.
         maps: At the images' resolution.
     """
     share = _share(maps, images)
@@ -67,12 +72,12 @@ def masking_scores(
 def adcc(
     network: nn.Module, images: Images, classes: Labels, maps: Maps, explain: Explain
 ) -> PerImage:
-    """Harmonic mean of coherency, 1 - complexity and 1 - average drop; higher, in [0, 1].
+    """Returns the harmonic mean of coherency, 1 - complexity and 1 - average drop.
 
-    Poppi et al. 2021, https://arxiv.org/abs/2104.10252, eq. 5. Coherency is (1 + Pearson) / 2 of
-    the map and the map of the image seen through it, for the same class (their released code takes
-    the confidence of another class where the top class changes); complexity is the map's mean.
-    0 where any of the three is.
+    In [0, 1]; higher is better. Poppi et al. 2021, https://arxiv.org/abs/2104.10252, eq. 5.
+    Coherency is (1 + Pearson) / 2 of the map and the map of the masked image, for the same class.
+    (Their released code takes the confidence of another class where the top class changes.)
+    Complexity is the map's mean. The result is 0 where any of the three is 0.
     """
     share = _share(maps, images)
     maps_of_masked = explain(network, images * share, classes)

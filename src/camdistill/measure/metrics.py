@@ -1,4 +1,4 @@
-"""The metrics by name, and what each is for."""
+"""The metrics by name, with the use of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ faithfulness; a gate that an explainer passes or not; a file that `camdistill le
 
 @dataclass(frozen=True)
 class Metric:
-    """What is known of a metric before it is measured.
+    """Properties of a metric that are known before it is measured.
 
     Attributes:
         higher: Whether a higher value is better.
-        use: What it is for.
-        family: Its values are computed together with those of the same family.
+        use: What the metric is used for.
+        family: Metrics of the same family are computed together.
     """
 
     higher: bool
@@ -64,7 +64,7 @@ METRICS: dict[str, Metric] = {
     "box_error": Metric(False, "mask", "localization"),
 }
 FILE = ".safetensors"
-# What they are of maps that another network makes: 0, or 1, whatever that network learned.
+# Values of these metrics for maps that another network makes, whatever that network learned.
 OF_WEIGHTS = {"randomization": 0, "smooth_randomization": 1}
 DEFAULT = (
     "faithfulness_correlation",
@@ -90,7 +90,11 @@ DEFAULT_WITH_MASKS = (
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Refuse names that mean nothing, before anything runs."""
+    """Checks that all names are metrics, before anything runs.
+
+    Raises:
+        UserError: If a name is no metric, or a file can't be read as a learned metric.
+    """
     for name in names:
         if name.endswith(FILE):
             load_metric(name)
@@ -99,5 +103,5 @@ def check_metrics(names: Sequence[str]) -> None:
 
 
 def metric_of(name: str) -> Metric:
-    """What is known of a metric; one that was learned is called by its file."""
+    """Returns the properties of a metric; a learned metric has its file as its name."""
     return Metric(True, "learned", name) if name.endswith(FILE) else METRICS[name]

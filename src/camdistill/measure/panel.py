@@ -1,4 +1,4 @@
-"""A batch of images, asked once for all explainers, and each explainer's values on it."""
+"""Prepares a batch of images once for all explainers, and measures each explainer on it."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -29,25 +29,25 @@ from camdistill.perturb.imputers import BASELINES, baseline
 from camdistill.perturb.ranks import Ranks, ranks
 from camdistill.types import Explain, Images, Labels, Logits, Maps, Masks, PerImage
 
-_MORE_SHARES = {0.25: 64, 0.1: 32, 0.5: 32, 0.75: 32}  # where sensitivity-n is asked for
+_MORE_SHARES = {0.25: 64, 0.1: 32, 0.5: 32, 0.75: 32}  # if sensitivity-n is measured
 
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """Images, and all that is known of them before there is a map.
+    """Images, and everything about them that doesn't depend on a map.
 
     Attributes:
         network: In eval mode; takes images in [0, 1].
         images: In [0, 1].
-        classes: Classes whose evidence the maps show: the network's own top class.
+        classes: The class that the maps explain: the network's top class of each image.
         logits: Logits of the images.
-        seed: Seed of every random choice; all explainers get the same ones.
-        bank: Answers to changes that no explainer chose; None where no metric needs it.
-        replacements: What stands where something is removed, by kind; "rerendered" is the image
+        seed: Seed of every random choice; all explainers get the same choices.
+        bank: Scores on changes that no explainer chose; None where no metric needs it.
+        replacements: Pictures that replace what is removed, by kind. "rerendered" is the image
             drawn again without its objects.
-        masks: The objects'; empty ones where there is none.
-        learned: Metrics that were learned, by their file.
-        context: What those are told of the images; None without any.
+        masks: Masks of the objects; an empty mask where there is no object.
+        learned: Learned metrics by their file.
+        context: The learned metrics' planes of the images; None without such metrics.
     """
 
     network: nn.Module
@@ -62,19 +62,19 @@ class EvaluationBatch:
     context: Context | None = None
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A stream of its own for each purpose."""
+        """Returns a random generator that is independent for each purpose."""
         digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 @dataclass(frozen=True)
 class MetricValues:
-    """One explainer's values on a scene.
+    """One explainer's values on a batch.
 
     Attributes:
-        values: By metric; NaN where there is nothing to say.
-        curves: Probabilities of insertion and deletion by metric, at `removal.LEVELS`;
-            NaN for a failure.
+        values: Values by metric; NaN where an image has no value.
+        curves: Probabilities of insertion and deletion by metric, at `removal.LEVELS`; NaN for a
+            failure.
     """
 
     values: dict[str, PerImage]
@@ -100,16 +100,16 @@ def prepare_batch(
     rerendered: Images | None = None,
     fill: Literal["blur", "mean", "gray", "black"] = "gray",
 ) -> EvaluationBatch:
-    """Asks the network what every explainer needs to know: once.
+    """Evaluates the network once for everything that all explainers need.
 
     Args:
         network: In eval mode.
         images: In [0, 1].
-        metrics: Those that will be measured.
+        metrics: Names of the metrics that will be measured.
         seed: Seed of every random choice on these images.
-        masks: The objects', where known.
+        masks: Masks of the objects, where known.
         rerendered: The images without their objects, where the data can draw them.
-        fill: What stands where the bank removes something.
+        fill: What replaces the pixels that the bank removes.
     """
     families = {metric_of(name).family for name in metrics}
     logits = logits_of(network, images)
@@ -144,14 +144,15 @@ def prepare_batch(
 def measure(
     batch: EvaluationBatch, maps: Maps, metrics: Sequence[str], explain: Explain | None = None
 ) -> MetricValues:
-    """One explainer's values.
+    """Measures one explainer on a batch.
 
     Args:
-        batch: Batch of the same images.
-        maps: Raw, at the images' resolution, of the scene's classes. A map with NaN in it is a
-            failure: NaN by every metric.
-        metrics: Names; one whose ground truth or explainer is missing is left out.
-        explain: What made the maps; None where they are stored, and the gates can't be asked.
+        batch: The batch of the same images.
+        maps: Raw maps of the batch's classes, at the images' resolution. A map with NaN in it is a
+            failure: its value is NaN in every metric.
+        metrics: Names of the metrics. One whose ground truth or explainer is missing is left out.
+        explain: The explainer of the maps. None for stored maps, which can't be tested by the
+            gates.
     """
     sound = torch.isfinite(maps).flatten(1).all(1)
     usable = torch.where(sound[:, None, None], maps, 0)
@@ -183,7 +184,7 @@ def measure(
 
 
 def _note_broken_maps(explain: Explain, broken: Bool[Tensor, "batch"]) -> Explain:
-    """An explainer whose broken maps are noted, in place, where a metric asks for more maps."""
+    """An explainer that marks its broken maps in `broken`, in place, and sets them to 0."""
 
     def explain_and_note(network: nn.Module, images: Images, classes: Labels) -> Maps:
         maps = explain(network, images, classes)

@@ -1,8 +1,9 @@
-"""Does a map depend on what the network learned, and on the class? Gates, not rankings.
+"""Randomization gates: whether a map depends on what the network learned, and on the class.
 
-Adebayo et al. 2018, https://arxiv.org/abs/1810.03292, in the forms of Hedström et al. 2024,
-https://arxiv.org/abs/2401.06465: from the first layer on, without absolute values, and without the
-trained network's own map in the mean (of which Quantus 0.6 takes 1.0 into every score).
+They are gates, not rankings. Adebayo et al. 2018, https://arxiv.org/abs/1810.03292, in the forms of
+Hedström et al. 2024, https://arxiv.org/abs/2401.06465. Layers are randomized from the first on, and
+maps are compared without absolute values. The mean leaves out the trained network's own map (of
+which Quantus 0.6 takes 1.0 into every score).
 """
 
 import copy
@@ -30,21 +31,22 @@ def smooth_randomization(
     samples: int = 10,
     noise: float = 0.1,
 ) -> dict[str, PerImage]:
-    """Rank correlation of the map with that of ever more randomized networks; lower is a pass.
+    """Returns the rank correlation of the map with the maps of ever more randomized networks.
 
-    Maps are means over noisy copies of the image, as the noise of single maps looks like change.
+    Lower is a pass. Maps are means over noisy copies of the image, as the noise of single maps
+    looks like change.
 
     Args:
-        explain: Gives the maps.
+        explain: The explainer that gives the maps.
         network: In eval mode; not changed.
         images: In [0, 1].
-        classes: Classes of the maps, whatever a randomized network says.
-        generator: Generator of the weights and of the noise, the same noise for all networks.
+        classes: The class of the maps, whatever a randomized network predicts.
+        generator: Generator of the weights and of the noise; all networks get the same noise.
         samples: Noisy copies of each image; 1 with `noise=0` is the plain test.
         noise: Standard deviation, as a share of the images' range.
 
     Returns:
-        By layer: this layer and all before it are randomized.
+        Correlations by layer; this layer and all before it are randomized.
     """
     span = float(images.max() - images.min())
     shape = (samples, *images.shape)
@@ -70,10 +72,11 @@ def efficient_randomization(
     classes: Labels,
     generator: torch.Generator,
 ) -> PerImage:
-    """Relative rise of the map's entropy when all layers are randomized; higher is a pass.
+    """Returns the relative rise of the map's entropy when all layers are randomized.
 
-    (H(random) - H(trained)) / H(trained), H of a histogram of 100 bins over the map's own range.
-    NaN where the trained network's map is constant.
+    Higher is a pass. The value is (H(random) - H(trained)) / H(trained). H is the entropy of a
+    histogram of 100 bins over the map's range. The value is NaN where the trained network's map is
+    constant.
     """
     before = _histogram_entropy(explain(network, images, classes))
     *_, (_, randomized) = _randomize_layers(network, generator)
@@ -89,9 +92,13 @@ def random_logit(
     logits: Logits,
     generator: torch.Generator,
 ) -> PerImage:
-    """Rank correlation of the map with that of another class, drawn at random; lower is a pass.
+    """Returns the rank correlation of the map with that of a random other class; lower is a pass.
 
-    Sixt et al. 2020, https://arxiv.org/abs/1912.09818. 1 where the map is the same for all classes.
+    Sixt et al. 2020, https://arxiv.org/abs/1912.09818. The value is 1 where the map is the same for
+    all classes.
+
+    Raises:
+        UserError: If the network has fewer than two classes.
     """
     number = logits.shape[1]
     if number < 2:
@@ -111,10 +118,10 @@ def random_logit(
 def _randomize_layers(
     network: nn.Module, generator: torch.Generator
 ) -> Iterator[tuple[str, nn.Module]]:
-    """One copy whose layers are drawn again one after the other, from the input on.
+    """Yields a copy of the network, whose layers are randomized one by one from the input on.
 
     Convolutions and linear layers get torch's initial distribution, normalizations their initial
-    scale and shift; running statistics are no parameters and stay.
+    scale and shift. Running statistics are no parameters and stay.
     """
     randomized = copy.deepcopy(network)
     layers = {
@@ -131,7 +138,7 @@ def _randomize_layers(
 
 
 def _redraw(module: nn.Module, generator: torch.Generator) -> None:
-    """Uniform within 1 / sqrt(fan-in), as torch draws convolutions and linear layers."""
+    """Draws weights uniformly within 1 / sqrt(fan-in), like torch's convolutions and linears."""
     weight = next((p for p in module.parameters(recurse=False) if p.dim() > 1), None)
     for name, parameter in module.named_parameters(recurse=False):
         if weight is None:

@@ -1,8 +1,8 @@
-"""Removing pixels in a map's order: deletion, insertion and ROAD, curves and their areas.
+"""Removal of pixels in a map's order: curves of deletion, insertion and ROAD, and their areas.
 
-All take raw maps at the images' resolution; only their order counts. A level takes exactly its
-number of pixels, and equal values come in an order of chance: a constant map is worth what a
-random one is.
+All functions take the ranks of raw maps at the images' resolution; only the order counts. A level
+takes exactly its number of pixels. Equal values are in random order, so a constant map gets the
+value of a random one.
 """
 
 from collections.abc import Sequence
@@ -24,23 +24,23 @@ ROAD_LEVELS = tuple(step / 10 for step in range(1, 10))
 
 @dataclass(frozen=True)
 class Curve:
-    """A class's probability as pixels are removed or put in.
+    """A class's probability as pixels are removed or inserted.
 
     Attributes:
-        fractions: Fractions of the image that is removed (inserted), rising.
-        probabilities: Probabilities of each image at each fraction.
+        fractions: Shares of the image that are removed (inserted), rising.
+        probabilities: Probability of each image at each fraction.
     """
 
     fractions: tuple[float, ...]
     probabilities: Float[Tensor, "batch levels"]
 
     def area(self) -> PerImage:
-        """Under the curve, by trapezoids, divided by its width: in [0, 1]."""
+        """Returns the area under the curve, by trapezoids, divided by its width: in [0, 1]."""
         ticks = torch.tensor(self.fractions, dtype=torch.float64).to(self.probabilities)
         return torch.trapezoid(self.probabilities, ticks, dim=1) / (ticks[-1] - ticks[0])
 
     def mean(self) -> PerImage:
-        """Over the levels, each counting the same: in [0, 1]."""
+        """Returns the mean over the levels, with equal weights: in [0, 1]."""
         return self.probabilities.mean(1)
 
 
@@ -52,18 +52,18 @@ def deletion(
     replacement: Replacement,
     fractions: Sequence[float] = LEVELS,
 ) -> Curve:
-    """Most relevant pixels removed first; the smaller the area, the better.
+    """Removes the most relevant pixels first; the smaller the area, the better.
 
     Petsiuk et al. 2018, https://arxiv.org/abs/1806.07421, section 4.1.
 
     Args:
         network: In eval mode.
         images: In [0, 1] for a network that normalizes them itself.
-        classes: Classes whose probability is watched: the network's own top class needs no label.
+        classes: The class whose probability is measured; the network's top class needs no label.
         order: `ranks` of the maps.
-        replacement: What stands where something is removed. It decides what is measured: with
-            black, at 32 pixels, hardly the map.
-        fractions: Removed at each level.
+        replacement: What replaces the removed pixels. It decides what is measured: black, at 32
+            pixels, hardly measures the map.
+        fractions: Share that is removed at each level.
     """
     counts = level_counts(fractions, order[0].numel())
     removed = first_pixels(order, counts)
@@ -79,9 +79,10 @@ def insertion(
     replacement: Replacement,
     fractions: Sequence[float] = LEVELS,
 ) -> Curve:
-    """Most relevant pixels put in first, over `replacement`; the larger the area, the better.
+    """Inserts the most relevant pixels first, over `replacement`; the larger the area, the better.
 
-    Petsiuk et al. 2018, section 4.1, who put pixels into a blurred image. See `deletion`.
+    Petsiuk et al. 2018, section 4.1, who insert pixels into a blurred image. The arguments are
+    those of `deletion`.
     """
     counts = level_counts(fractions, order[0].numel())
     removed = ~first_pixels(order, counts)
@@ -94,15 +95,15 @@ class Road:
     """Removal with linear imputation, from both ends of a map's order.
 
     Attributes:
-        morf: Most relevant first; lower is better.
-        lerf: Least relevant first; higher is better.
+        morf: Curve with the most relevant pixels removed first; lower is better.
+        lerf: Curve with the least relevant pixels removed first; higher is better.
     """
 
     morf: Curve
     lerf: Curve
 
     def combine(self) -> PerImage:
-        """(LeRF - MoRF) / 2 of the curves' means; higher, in [-0.5, 0.5]."""
+        """Returns (LeRF - MoRF) / 2 of the curves' means, in [-0.5, 0.5]; higher is better."""
         return (self.lerf.mean() - self.morf.mean()) / 2
 
 
@@ -116,19 +117,19 @@ def road(
     fractions: Sequence[float] = ROAD_LEVELS,
     noise: float | int = 0.01,
 ) -> Road:
-    """Remove and debias (Rong et al. 2022, https://arxiv.org/abs/2202.00449).
+    """Computes ROAD, remove and debias (Rong et al. 2022, https://arxiv.org/abs/2202.00449).
 
-    Both halves and their combination are those of pytorch-grad-cam, but for the number of pixels:
-    there a threshold removes all or nothing of a map that is 0 in most places. A smooth map leaves
-    a smooth border, which favors blurred copies of a map: put that control beside it.
+    Both halves and their combination are those of pytorch-grad-cam, except for the number of
+    pixels. There a threshold removes all or nothing of a map that is 0 in most places. A smooth map
+    leaves a smooth border, which favors blurred copies of a map: report that control beside it.
 
     Args:
         network: In eval mode.
         images: In [0, 1] for a network that normalizes them itself.
-        classes: Classes whose probability is watched.
+        classes: The class whose probability is measured.
         order: `ranks` of the maps.
         generator: Generator of the noise.
-        fractions: Removed at each level; neither 0 nor 1.
+        fractions: Share that is removed at each level; neither 0 nor 1.
         noise: Standard deviation of what is added to the imputed pixels.
     """
     counts = level_counts(fractions, order[0].numel())

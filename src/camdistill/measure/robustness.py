@@ -1,7 +1,8 @@
-"""How far a map moves when its image hardly does.
+"""Robustness: how much a map changes when its image hardly does.
 
-A constant map never moves, so these gate explainers and don't rank them: such a map is NaN here, a
-failure to be counted. The class is held, so that a changed prediction is not a changed map.
+A constant map never changes, so these metrics gate explainers and don't rank them. The value of a
+constant map is NaN, a failure to be counted. The class stays fixed, so that a changed prediction is
+not a changed map.
 """
 
 from collections.abc import Iterator
@@ -25,18 +26,19 @@ def max_sensitivity(
     radius: float = 0.02,
     samples: int = 10,
 ) -> PerImage:
-    """Largest relative change of the map over nearby images, ||a(x') - a(x)|| / ||a(x)||; lower.
+    """Returns the largest relative change of the map, ||a(x') - a(x)|| / ||a(x)||, near an image.
 
-    Yeh et al. 2019, https://arxiv.org/abs/1901.09392, definition 3, estimated from samples.
+    Lower is better. Yeh et al. 2019, https://arxiv.org/abs/1901.09392, definition 3, estimated from
+    samples.
 
     Args:
-        explain: Gives the maps.
+        explain: The explainer that gives the maps.
         network: In eval mode.
         images: In [0, 1].
-        classes: Classes of the maps.
+        classes: The class of the maps.
         generator: Draws the nearby images.
         radius: Largest change of a pixel, in the images' units.
-        samples: Nearby images of each image.
+        samples: Number of nearby images for each image.
     """
     maps, largest = _finite_maps(explain, network, images, classes), None
     for nearby in _nearby(images, radius, samples, generator):
@@ -56,10 +58,10 @@ def local_lipschitz(
     radius: float = 0.02,
     samples: int = 10,
 ) -> PerImage:
-    """Largest ||a(x') - a(x)|| / ||x' - x|| over nearby images; lower.
+    """Returns the largest ||a(x') - a(x)|| / ||x' - x|| over nearby images; lower is better.
 
     Alvarez-Melis and Jaakkola 2018, https://arxiv.org/abs/1806.08049, eq. 2. Each map is first
-    divided by ||a(x)||, or the number would be the map's unit.
+    divided by ||a(x)||, or the number would depend on the map's scale.
     """
     maps, largest = _finite_maps(explain, network, images, classes), None
     for nearby in _nearby(images, radius, samples, generator):

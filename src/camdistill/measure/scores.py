@@ -1,6 +1,6 @@
-"""Student against teacher, image by image: the same answer, the same map.
+"""Scores of a student against its teacher for each image: the same prediction, the same map.
 
-Maps are compared on the teacher's grid. A blank or constant student map scores 0; an image whose
+Maps are compared on the teacher's grid. A blank or constant student map scores 0. An image whose
 teacher map is blank or constant has no value (NaN).
 """
 
@@ -16,11 +16,11 @@ from camdistill.explain.maps import relu, resize
 from camdistill.perturb.probability import expand_single_logit, predict_labels
 from camdistill.types import Labels, Logits, Maps, PerImage
 
-FLAT = 1e-6  # of its largest value: a map that varies less is constant up to float32's rounding
+FLAT = 1e-6  # share of a map's largest value; one that varies less is constant up to rounding
 
 
 class MapScores(NamedTuple):
-    """Similarity of maps, each in [-1, 1] and NaN where the teacher's map is blank."""
+    """Similarities of maps in [-1, 1]; NaN where the teacher's map is blank or constant."""
 
     pearson: PerImage
     spearman: PerImage
@@ -28,28 +28,34 @@ class MapScores(NamedTuple):
 
 
 def agreement(student_logits: Logits, teacher_logits: Logits) -> PerImage:
-    """1 where student and teacher predict the same label, else 0; single logits by their sign."""
+    """Returns 1 where student and teacher predict the same label, else 0.
+
+    A single logit predicts by its sign.
+    """
     return (predict_labels(student_logits) == predict_labels(teacher_logits)).float()
 
 
 def divergence(student_logits: Logits, teacher_logits: Logits) -> PerImage:
-    """KL(teacher || student) of the class probabilities, in nats."""
+    """Returns KL(teacher || student) of the class probabilities, in nats."""
     student = F.log_softmax(expand_single_logit(student_logits.float()), dim=1)
     teacher = F.log_softmax(expand_single_logit(teacher_logits.float()), dim=1)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
 def correct(logits: Logits, labels: Labels) -> PerImage:
-    """1 where the prediction is the label, 0 where not, NaN without a label (-1).
+    """Returns 1 where the prediction is the label, 0 where it isn't, and NaN without a label (-1).
 
-    A single logit predicts label 1 above 0, else label 0.
+    A single logit predicts label 1 where it is above 0, else label 0.
     """
     hit = (predict_labels(logits) == labels).float()
     return torch.where(labels >= 0, hit, torch.full_like(hit, torch.nan))
 
 
 def map_scores(student_maps: Maps, teacher_maps: Float[Tensor, "batch rows columns"]) -> MapScores:
-    """Fidelity of a student's raw maps to a teacher's, by the module's rules."""
+    """Returns the fidelity of a student's raw maps to a teacher's.
+
+    Maps are rectified first; the module's docstring says how blank and constant ones score.
+    """
     student, teacher = relu(student_maps.float()), relu(teacher_maps.float())
     blank, has_shape = is_constant(student), ~is_constant(teacher)
     if student.shape[-2:] != teacher.shape[-2:]:
@@ -65,7 +71,10 @@ def map_scores(student_maps: Maps, teacher_maps: Float[Tensor, "batch rows colum
 def signed_pearson(
     student_maps: Maps, teacher_maps: Float[Tensor, "batch rows columns"]
 ) -> PerImage:
-    """Pearson of signed maps on the teacher's grid; NaN where the teacher's is constant."""
+    """Returns the Pearson correlation of signed maps on the teacher's grid.
+
+    A constant student map scores 0; the value is NaN where the teacher's map is constant.
+    """
     student, teacher = student_maps.float(), teacher_maps.float()
     if student.shape[-2:] != teacher.shape[-2:]:
         student = resize(student, (teacher.shape[-2], teacher.shape[-1]))
@@ -74,13 +83,16 @@ def signed_pearson(
 
 
 def is_constant(maps: Maps) -> Bool[Tensor, "batch"]:
-    """Whether a map is blank: it varies by no more than rounding, as after an interpolation."""
+    """Returns whether a map is blank or constant.
+
+    Its values then vary by no more than rounding, as after an interpolation.
+    """
     high, low = maps.amax((1, 2)), maps.amin((1, 2))
     return high - low <= FLAT * high.abs().maximum(low.abs())
 
 
 def level_constant_maps(maps: Maps) -> Maps:
-    """Maps of which those that are constant up to rounding are constant exactly.
+    """Returns maps in which those that are constant up to rounding are exactly constant.
 
     Rounding has an order, and a metric that removes pixels in a map's order would follow it.
     """

@@ -42,7 +42,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 def unwrap_outer(network: nn.Module) -> nn.Module:
     """The network without outer wrappers that only run it elsewhere or otherwise.
 
-    Unlike `bare` this keeps what changes the result, such as a normalization.
+    Unlike `unwrap` this keeps what changes the result, such as a normalization.
     """
     while isinstance(network, DataParallel | DistributedDataParallel) or _is_compiled(network):
         inner = _unwrap_once(network)
@@ -75,7 +75,7 @@ def watch_modules(
     """Calls `note(module, output)` whenever one of the modules has run inside the block.
 
     Nothing is changed, and no module needs to run. Only the calling thread's forwards are noted,
-    and none of compiled parts (see `uncompiled`).
+    and none of compiled parts (see `disable_compile`).
     """
     owner, watched = threading.get_ident(), set(modules)
 
@@ -243,7 +243,7 @@ def check_forward(
     numbers: bool = True,
     settled: bool = False,
 ) -> None:
-    """Networks, by name, may have a size of their own, and many ways to say so.
+    """Checks that each network runs on an image and gives logits.
 
     Args:
         networks: By what they are, such as "teacher".

@@ -316,7 +316,7 @@ class Teacher(Preprocessed):
     a checkpoint without it loads strictly. Reach it as `teacher.network`.
 
     Attributes:
-        spec: What it was built from; None if it came from `Teacher.of`.
+        spec: What it was built from; None if it came from `Teacher.from_network`.
         classes: Number of logits.
         sha256: SHA-256 of the weights' file, in hexadecimal; None without a file.
         holds_precision: Whether it only moves between devices, whatever its holder is turned into.

@@ -1,1 +1,1 @@
-"""Asking a network about changed images: what is changed, by what it is replaced, the answers."""
+"""Perturbs images and scores them: what is removed, what replaces it, and the network's scores."""

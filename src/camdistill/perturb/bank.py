@@ -1,8 +1,9 @@
-"""The perturbation bank: what a network answers to changes that no explainer chose.
+"""The perturbation bank: a network's scores on changes that no explainer chose.
 
-The changes are random subsets of an image's cells and sliding occluders. Asked once for a network
-and images, the answers serve every explainer: faithfulness correlation, sensitivity-n, infidelity
-and the rank correlation with occlusion take sums of a map over the same cells, and no forward.
+The changes are random subsets of an image's cells and sliding occluders. The network is evaluated
+once on them, and the scores serve every explainer. Faithfulness correlation, sensitivity-n,
+infidelity and the rank correlation with occlusion sum a map over the same cells, and need no
+further forward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,16 +18,16 @@ from camdistill.perturb.batched_forward import Replacement, logits_of, score_cha
 from camdistill.perturb.probability import probabilities
 from camdistill.types import Images, Labels, Maps, PerImage
 
-_MASK_BYTES = 2**26  # of the masks that are held at once
+_MASK_BYTES = 2**26  # bytes of the masks that are in memory at once
 
 
 @dataclass(frozen=True)
 class BankPlan:
-    """What a bank asks about.
+    """The changes that a bank evaluates.
 
     Attributes:
-        cells: An image is cut into so many cells along each side: of 4 pixels at 32.
-        subsets: How many random subsets, by the share of the cells that each removes.
+        cells: Number of cells along each side of an image; a cell has 4 pixels at 32.
+        subsets: Number of random subsets, by the share of the cells that each removes.
         occluders: Sides of the sliding occluders, in cells; they slide by one cell.
     """
 
@@ -36,18 +37,18 @@ class BankPlan:
 
     @property
     def forwards(self) -> int:
-        """Of each image, the unchanged one not counted."""
+        """Number of forwards for each image, without that of the unchanged image."""
         return sum(self.subsets.values()) + sum((self.cells - n + 1) ** 2 for n in self.occluders)
 
 
 @dataclass(frozen=True)
 class PerturbationSet:
-    """Changes of one kind, and what they took from each image's score.
+    """Changes of one kind, and how much they lower each image's score.
 
     Attributes:
         cells: The cells that each change removes; a first axis of 1 is the same for all images.
-        logit_drops: Score of the image minus that of the changed one.
-        probability_drops: The same drops in probability.
+        logit_drops: Logit of the unchanged image minus that of the changed one.
+        probability_drops: Probability of the unchanged image minus that of the changed one.
     """
 
     cells: Bool[Tensor, "#batch changes rows columns"]
@@ -55,7 +56,7 @@ class PerturbationSet:
     probability_drops: Float[Tensor, "batch changes"]
 
     def sums(self, maps: Maps) -> Float[Tensor, "batch changes"]:
-        """What a map at the images' resolution assigns to the pixels of each change."""
+        """Sums a map at the images' resolution over the pixels of each change."""
         float_maps = maps if maps.dtype == torch.float64 else maps.float()
         rows = _cell_indicator(maps.shape[1], self.cells.shape[2], float_maps)
         columns = _cell_indicator(maps.shape[2], self.cells.shape[3], float_maps)
@@ -66,14 +67,14 @@ class PerturbationSet:
 
 @dataclass(frozen=True)
 class Bank:
-    """A network's answers about some images.
+    """A network's scores on the changes of some images.
 
     Attributes:
-        size: The images' height and width.
-        classes: Classes whose score was watched, one an image.
-        logits: Logits of the unchanged images.
-        probabilities: Probabilities of the unchanged images.
-        subsets: Random subsets by the share that they remove.
+        size: The images' height and width in pixels.
+        classes: The class whose score is measured, one for each image.
+        logits: That class's logit for each unchanged image.
+        probabilities: That class's probability for each unchanged image.
+        subsets: Random subsets by the share of cells that they remove.
         occluders: Sliding occluders by their side in cells.
     """
 
@@ -94,15 +95,15 @@ def build_bank(
     classes: Labels | None = None,
     plan: BankPlan | None = None,
 ) -> Bank:
-    """Asks a network about the plan's changes of each image.
+    """Evaluates a network on the plan's changes of each image.
 
     Args:
         network: In eval mode.
         images: In [0, 1] for a network that normalizes them itself.
-        replacement: What stands where something is removed: `imputers.baseline(images, "gray")`.
-        generator: Draws the subsets, other ones for each image.
-        classes: Classes whose score is watched; None is the network's own top class.
-        plan: What is asked.
+        replacement: What replaces the removed pixels, such as `imputers.baseline(images, "gray")`.
+        generator: Draws the subsets, different ones for each image.
+        classes: The class whose score is measured; None is the network's top class.
+        plan: The changes; None is the default `BankPlan()`.
     """
     plan = plan or BankPlan()
     all_logits = logits_of(network, images)
@@ -144,7 +145,7 @@ def build_bank(
 
 
 def _images_at_once(cells: Bool[Tensor, "_ changes rows columns"], images: Images) -> int:
-    """So many images that their changes' masks stay small."""
+    """Number of images whose changes' masks fit into `_MASK_BYTES`, at least 1."""
     return max(1, _MASK_BYTES // (cells.shape[1] * images[0, 0].numel())) if len(images) else 1
 
 
@@ -166,7 +167,7 @@ def _occluders(cells: int, side: int) -> Bool[Tensor, "1 positions cells cells"]
 
 
 def _cell_of(pixels: int, cells: int) -> Tensor:
-    """Of each pixel along a side; cells differ by a pixel where they don't divide the side."""
+    """Cell of each pixel along a side; cells differ by a pixel if they don't divide the side."""
     if pixels < cells:
         raise UserError(
             f"images of {pixels} pixels can't be cut into {cells} cells a side, as this measure "

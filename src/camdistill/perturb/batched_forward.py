@@ -1,4 +1,4 @@
-"""What a network says of changed images: many changes an image, in forwards of bounded size."""
+"""Evaluates a network on many changes of each image, in forwards of bounded size."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,23 +19,23 @@ Changes = Bool[Tensor, "#batch changes height width"]
 Replacement = Images | Filler
 """What stands where an image was removed: pictures, one an image, or a callable that fills in."""
 
-# Of one forward: 64 images of 32 x 32, whose activations stay in a processor's cache, or 4096.
+# Pixels in one forward: 64 images of 32 x 32, whose activations stay in a CPU's cache, or 4096.
 _PIXELS_ON_CPU, _PIXELS_ELSEWHERE = 2**16, 2**22
-_LEAST = 4  # images, however large
+_LEAST = 4  # images in one forward, however large they are
 
 
 class ClassScores(NamedTuple):
-    """Of one class an image, for each of its changes."""
+    """Scores of one class for each image, on each of its changes."""
 
     logits: Float[Tensor, "batch changes"]
     probabilities: Float[Tensor, "batch changes"]
 
 
 def logits_of(network: nn.Module, images: Images) -> Logits:
-    """The network's logits, in float32 (float64 for float64), without a graph.
+    """Returns the network's logits without a graph, in float32 (float64 for float64).
 
     Raises:
-        UserError: The network is in train mode, or gives no logits.
+        UserError: If the network is in train mode, or its output isn't logits.
     """
     check_eval_mode(network)
     with torch.no_grad():
@@ -44,11 +44,12 @@ def logits_of(network: nn.Module, images: Images) -> Logits:
 
 
 def forward_in_chunks(forward: Callable[[Images], Logits], images: Images) -> Logits:
-    """What is answered about many images, with its graph, in forwards of bounded size.
+    """Returns the logits of many images, with their graph, from forwards of bounded size.
 
     Args:
-        forward: A network whose answer to an image doesn't depend on the others, or what calls one.
-        images: Images as it takes them.
+        forward: A network whose logits for an image don't depend on the others, or a function that
+            calls one.
+        images: Images as `forward` takes them.
     """
     return torch.cat(
         [forward(_to_channels_last(part)) for part in torch.split(images, _chunk_size(images))]
@@ -62,14 +63,14 @@ def score_changes(
     removed: Changes,
     replacement: Replacement,
 ) -> ClassScores:
-    """Asks the network about every change of every image.
+    """Evaluates the network on every change of every image.
 
     Args:
         network: In eval mode.
         images: In [0, 1] for a network that normalizes them itself.
-        classes: Classes whose score is told, one an image.
-        removed: The changes.
-        replacement: What stands where an image was removed.
+        classes: The class whose scores are returned, one for each image.
+        removed: The changes: True where a pixel is removed.
+        replacement: What replaces the removed pixels.
     """
     check_eval_mode(network)
     count, changes = len(images), removed.shape[1]
@@ -107,7 +108,7 @@ def _forward(network: nn.Module, images: Images) -> Logits:
 
 
 def _to_channels_last(images: Images) -> Images:
-    """For a CPU channels_last, which is up to 1.5 times faster there."""
+    """Converts images on a CPU to channels_last, which is up to 1.5 times faster there."""
     if images.device.type != "cpu":
         return images
     return images.contiguous(memory_format=torch.channels_last)
@@ -119,7 +120,13 @@ def _chunk_size(images: Images) -> int:
 
 
 def check_eval_mode(network: nn.Module) -> None:
-    """Refuse a network in train mode: it answers by chance, and by what else is in the batch."""
+    """Checks that no batch normalization or dropout of a network is in train mode.
+
+    In train mode the logits depend on chance, and on the other images of the batch.
+
+    Raises:
+        UserError: If such a module is in train mode.
+    """
     for name, module in network.named_modules():
         if module.training and isinstance(module, _BatchNorm | _DropoutNd):
             raise UserError(

@@ -1,9 +1,10 @@
-"""What stands in an image where something was removed.
+"""What replaces the removed pixels of an image.
 
-The pictures (`blurred`, `mean_color`, `constant`) are made once an image and shine through
-whatever is removed. `noisy_linear` depends on what is removed: it hides the shape of the hole,
-which tells a network the class by itself (Rong et al. 2022, https://arxiv.org/abs/2202.00449). A
-data set that can draw its images again gives its own callable in place of any of these.
+The pictures (`gaussian_blur`, `mean_color`, `constant_images`) are made once for each image and
+show wherever pixels are removed. `noisy_linear` depends on what is removed. It hides the shape of
+the hole, which by itself reveals the class to a network (Rong et al. 2022,
+https://arxiv.org/abs/2202.00449). A data set that can draw its images again gives a callable in
+place of any of these.
 
 Images are in [0, 1], so that black is 0 and gray is 0.5, and the network normalizes them itself.
 """
@@ -26,16 +27,19 @@ Filler = Callable[[Images, Removed], Images]
 
 BASELINES: tuple[Baseline, ...] = ("blur", "mean", "gray", "black")
 _DIRECT, _DIAGONAL = 1 / 6, 1 / 12  # weights of a pixel's neighbors (Rong et al., section 4.2)
-_STEPS_BETWEEN_LOOKS = 8  # looking at the residuals waits for an accelerator
+_STEPS_BETWEEN_LOOKS = 8  # reading the residuals waits for an accelerator
 
 
 def baseline(images: Images, kind: Baseline) -> Images:
-    """The picture that shows where an image is removed.
+    """Returns the picture that shows where an image is removed.
 
     Args:
         images: In [0, 1].
-        kind: "blur" keeps colors and loses shapes; "mean" is the image's own mean color; "gray"
-            is 0.5; "black" is 0, which at 32 pixels measures the black more than the removal.
+        kind: "blur" keeps colors and loses shapes. "mean" is the image's mean color. "gray" is 0.5.
+            "black" is 0, which at 32 pixels measures the black more than the removal.
+
+    Raises:
+        UserError: If no baseline has that name.
     """
     if kind == "blur":
         return gaussian_blur(images)
@@ -47,11 +51,12 @@ def baseline(images: Images, kind: Baseline) -> Images:
 
 
 def gaussian_blur(images: Images, sigma: float | int | None = None) -> Images:
-    """Gaussian blur with reflected borders.
+    """Blurs images with a Gaussian and reflected borders.
 
     Args:
         images: Any scale.
-        sigma: In pixels; None is an eighth of the shorter side, as a weaker blur leaks outlines.
+        sigma: Standard deviation in pixels. None is an eighth of the shorter side, as a weaker blur
+            leaks outlines.
     """
     height, width = images.shape[-2:]
     if sigma is None:
@@ -64,13 +69,13 @@ def gaussian_blur(images: Images, sigma: float | int | None = None) -> Images:
 
 
 def mean_color(images: Images) -> Images:
-    """Each image's mean color, everywhere."""
+    """Returns images that have each image's mean color in every pixel."""
     float_images = images if images.dtype == torch.float64 else images.float()
     return float_images.mean((2, 3), keepdim=True).to(images.dtype).expand_as(images)
 
 
 def constant_images(images: Images, value: float | int) -> Images:
-    """One value everywhere."""
+    """Returns images that have one value in every pixel."""
     return images.new_full((), value).expand_as(images)
 
 
@@ -82,24 +87,24 @@ def noisy_linear(
     generator: torch.Generator | None = None,
     tolerance: float = 1e-5,
 ) -> Images:
-    """Each removed pixel becomes the weighted mean of its eight neighbors, plus a little noise.
+    """Replaces each removed pixel by the weighted mean of its eight neighbors, plus a little noise.
 
-    Rong et al. 2022, section 4.2: weights 1/6 beside and 1/12 across, at the border shared among
-    the neighbors that exist. All images' equations are solved at once, on their device, by
-    conjugate gradients.
+    Rong et al. 2022, section 4.2: direct neighbors have the weight 1/6, diagonal ones 1/12. At the
+    border the weights are shared among the neighbors that exist. All images' equations are solved
+    at once, on their device, by conjugate gradients.
 
     Args:
         images: Any scale.
         removed: True where a pixel is to be filled in.
-        noise: Standard deviation of the Gaussian noise on what was filled in. The linear fill is
-            smoother than any image, and a network can see that.
-        generator: Generator of the noise; not needed without.
-        tolerance: Norm of the equations' residual at which an image is done, relative to the
+        noise: Standard deviation of the Gaussian noise on the filled pixels. The linear fill is
+            smoother than any image, and a network can detect that.
+        generator: Generator of the noise; not needed without noise.
+        tolerance: Norm of the equations' residual at which an image is finished, relative to the
             right-hand side's. At 1e-5 the largest error was 2e-5 at 32 pixels, 1e-4 at 64 (16 holes
             each, up to 98 % of the image) and 7e-4 at 224 (3 holes, up to 90 %).
 
     Raises:
-        ValueError: Nothing is left of an image to fill it from, or noise has no generator.
+        ValueError: If an image has no pixel left to fill it from, or noise has no generator.
     """
     if noise and generator is None:
         raise ValueError("noise needs a generator: give one, or noise=0")
@@ -131,15 +136,15 @@ def _blur_matrix(length: int, sigma: float | int) -> Float[Tensor, "length lengt
 
 
 def _solve_holes(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
-    """Solves (degree - W) u = W known on the holes, for every image and channel by itself.
+    """Solves (degree - W) u = W known on the holes, independently for every image and channel.
 
-    The matrix is symmetric and positive definite: every hole touches a known pixel. Images that are
-    done leave the batch, so that hard ones don't keep easy ones at work.
+    The matrix is symmetric and positive definite, because every hole touches a known pixel. Images
+    that are finished leave the batch, so that easy ones don't wait for hard ones.
     """
     known = images * (1 - hole)
     degree = _neighbors(torch.ones_like(hole[:1]))
     target = hole * _neighbors(known)
-    # Beside black pixels the right-hand side is 0: the second term is float32's rounding.
+    # Beside black pixels the right-hand side is 0: the second term allows for float32's rounding.
     goal = tolerance * _norm(target) + 1e-6 * _norm(known)
     solution = hole * _guess(known, 1 - hole)
     active = torch.arange(len(images), device=images.device)
@@ -147,7 +152,7 @@ def _solve_holes(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
     residual = target - inside * (degree * guess - _neighbors(guess))
     direction = residual / degree
     energy = _dot(residual, direction)
-    # In exact arithmetic there are as many steps as pixels; rounding may take some more.
+    # Exact arithmetic needs at most as many steps as pixels; rounding may add some.
     for step in range(4 * hole[0].numel()):
         if step % _STEPS_BETWEEN_LOOKS == 0:
             unfinished = (_norm(residual) > goal).flatten(1).any(1)
@@ -172,7 +177,7 @@ def _solve_holes(images: Tensor, hole: Tensor, tolerance: float) -> Tensor:
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
-    """Sum of the products of each channel's pixels."""
+    """Sum over each channel's pixels of the products."""
     return (first * second).sum((2, 3), keepdim=True)
 
 
@@ -181,18 +186,18 @@ def _norm(values: Tensor) -> Tensor:
 
 
 def _neighbors(values: Tensor) -> Tensor:
-    """Weighted sum of each pixel's neighbors; what lies outside the image counts 0."""
+    """Weighted sum of each pixel's neighbors; pixels outside the image count as 0."""
     row = [_DIAGONAL, _DIRECT, _DIAGONAL]
     kernel = values.new_tensor([row, [_DIRECT, 0.0, _DIRECT], row])
     planes = values.shape[0] * values.shape[1]
-    # All images as channels of one: twice as fast as a batch on a processor.
+    # All images as channels of one image: twice as fast as a batch on a CPU.
     flat = values.reshape(1, planes, *values.shape[2:])
     sums = F.conv2d(flat, kernel.expand(planes, 1, 3, 3), padding=1, groups=planes)
     return sums.view_as(values)
 
 
 def _guess(known: Tensor, weight: Tensor) -> Tensor:
-    """Holes filled from a pyramid of means: near the solution, so that few steps remain."""
+    """Holes filled from a pyramid of means: close to the solution, so that few steps remain."""
     if min(known.shape[-2:]) == 1:
         total = weight.sum((2, 3), keepdim=True)
         return known.sum((2, 3), keepdim=True) / torch.where(total > 0, total, 1)

@@ -1,8 +1,8 @@
-"""What logits say: probabilities, and which label they predict.
+"""Probabilities and predicted labels from logits.
 
 The probabilities of several logits are their softmax. A single logit is that of a yes-or-no
-question (a sigmoid network): its probability is its sigmoid, the softmax of one number being 1
-whatever the number is. A single logit predicts label 1 where it is above 0, else label 0.
+question (a sigmoid network). Its probability is its sigmoid, because the softmax of one number is
+always 1. A single logit predicts label 1 where it is above 0, else label 0.
 """
 
 import torch
@@ -14,22 +14,22 @@ from camdistill.types import Labels, Logits
 
 
 def probabilities(logits: Logits) -> Float[Tensor, "batch classes"]:
-    """The softmax of several logits; the sigmoid of a single one."""
+    """Returns the softmax of several logits, or the sigmoid of a single one."""
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
 def log_probabilities(logits: Logits) -> Float[Tensor, "batch classes"]:
-    """The logarithm of `probabilities`, exact for small ones."""
+    """Returns the logarithm of `probabilities`, exact for small ones."""
     return F.logsigmoid(logits) if logits.shape[1] == 1 else logits.log_softmax(1)
 
 
 def expand_single_logit(
     logits: Float[Tensor, "batch classes"],
 ) -> Float[Tensor, "batch labels"]:
-    """One logit z as the two logits 0 and z, whose softmax is (1 - sigmoid(z), sigmoid(z)).
+    """Returns a single logit z as the logits 0 and z, with softmax (1 - sigmoid(z), sigmoid(z)).
 
-    Several logits are returned as they are. What compares distributions or predictions needs both
-    answers: the only column of a single logit is always the largest.
+    Several logits are returned as they are. A comparison of distributions or predictions needs both
+    labels: the only column of a single logit is always the largest.
     """
     if logits.shape[1] != 1:
         return logits
@@ -37,10 +37,10 @@ def expand_single_logit(
 
 
 def predict_labels(logits: Logits) -> Labels:
-    """The class of the largest logit; of a single one, 1 where it is above 0, else 0."""
+    """Returns the class of the largest logit; for a single logit, 1 where it is above 0, else 0."""
     return expand_single_logit(logits).argmax(1)
 
 
 def label_count(logits: int) -> int:
-    """How many labels so many logits tell apart: a single one tells two."""
+    """Returns the number of labels that so many logits distinguish: two for a single one."""
     return 2 if logits == 1 else logits

@@ -1,8 +1,8 @@
-"""Which pixels come first: every metric that removes pixels in an order takes it from here.
+"""The order of a map's pixels, for every metric that removes pixels in an order.
 
-A rectified map is 0 in most of its pixels. A threshold "the 30 % above the quantile" then takes
-nothing or everything; here a level takes exactly its number of pixels, and which of equal ones is
-chance, from a generator.
+A rectified map is 0 in most of its pixels. A threshold such as "the 30 % above the quantile" then
+takes nothing or everything. Here a level takes exactly its number of pixels, and a generator
+decides at random which of the equal ones come first.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ Ranks = Int[Tensor, "batch height width"]
 
 
 def ranks(maps: Maps, generator: torch.Generator) -> Ranks:
-    """Each pixel's place in its map's order: 0 is the largest value, h w - 1 the smallest.
+    """Returns each pixel's rank in its map: 0 is the largest value, h w - 1 the smallest.
 
     Args:
-        maps: Finite.
+        maps: Finite maps.
         generator: Decides among equal values, all orders being equally likely.
 
     Raises:
-        ValueError: A map has NaN or infinity in it: there is no order.
+        ValueError: If a map has NaN or infinity in it, so that it has no order.
     """
     check_finite(maps)
     values = maps.detach().flatten(1)
@@ -37,7 +37,11 @@ def ranks(maps: Maps, generator: torch.Generator) -> Ranks:
 
 
 def level_counts(fractions: Sequence[float], pixels: int) -> list[int]:
-    """How many pixels each fraction of an image is, to the nearest."""
+    """Returns the number of pixels of each fraction of an image, rounded.
+
+    Raises:
+        ValueError: If a fraction lies outside [0, 1].
+    """
     if not all(0 <= fraction <= 1 for fraction in fractions):
         raise ValueError(f"fractions are {list(fractions)}; they lie in [0, 1]")
     return [round(fraction * pixels) for fraction in fractions]
@@ -46,12 +50,12 @@ def level_counts(fractions: Sequence[float], pixels: int) -> list[int]:
 def first_pixels(
     order: Ranks, counts: Sequence[int], *, least: bool = False
 ) -> Bool[Tensor, "batch levels height width"]:
-    """Masks of exactly so many pixels an image, one for each count.
+    """Returns masks of exactly so many pixels for each image, one for each count.
 
     Args:
-        order: Order of the pixels, from `ranks`.
-        counts: How many pixels.
-        least: Take the smallest values and not the largest.
+        order: Ranks as `ranks` returns them.
+        counts: Number of pixels of each mask.
+        least: Take the smallest values instead of the largest.
     """
     if least:
         order = order[0].numel() - 1 - order
@@ -60,7 +64,11 @@ def first_pixels(
 
 
 def check_finite(maps: Maps) -> None:
-    """Refuse maps that can't be measured; a NaN would pass through a mean unseen."""
+    """Checks that maps have neither NaN nor infinity; a NaN would pass through a mean unnoticed.
+
+    Raises:
+        ValueError: If a map has NaN or infinity in it.
+    """
     broken = ~torch.isfinite(maps).flatten(1).all(1)
     if bool(broken.any()):
         which = broken.nonzero().flatten().tolist()

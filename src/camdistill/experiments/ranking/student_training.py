@@ -48,8 +48,8 @@ class Students:
     """Networks of one family that are trained together, each on its own lesson.
 
     A student's map is its class activation map at the last layer, which equals Grad-CAM for a head
-    of global average pooling and a linear layer (`pooled_layer` makes sure), so that nothing is
-    differentiated twice.
+    of global average pooling and a linear layer (`find_pooled_layer` makes sure), so that nothing
+    is differentiated twice.
 
     Args:
         networks: At least one; several are stacked and run as one (`torch.func.vmap`).

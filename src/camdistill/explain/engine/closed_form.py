@@ -8,10 +8,10 @@ A head that reads only g = mean_ij(A), whatever it does with it (hidden layers, 
 active dropout), has alpha = (dS/dg) / Z: the backward ends at g, before it is as large as A.
 
 That these hold is proven, not looked up. Autograd's graph lists the operations between a layer and
-the scores (`explain.graph`). If there is one path made of nothing but operations that are linear in
-the layer's output and copies, then the gradient is the same for every input, and one vector-
-Jacobian product with random numbers tells whether it is W / Z. A ReLU, a hidden layer, a second
-path, an operation we don't know: no closed form. The same for the way to g.
+the scores (`explain.engine.graph`). If there is one path made of nothing but operations that are
+linear in the layer's output and copies, then the gradient is the same for every input, and one
+vector-Jacobian product with random numbers tells whether it is W / Z. A ReLU, a hidden layer, a
+second path, an operation we don't know: no closed form. The same for the way to g.
 
 Nothing of this is remembered: which head runs depends on a network's attributes, on `logits` and
 `score`, and on whatever else its code reads. The proof is a few nodes and a product with the head's

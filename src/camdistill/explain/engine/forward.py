@@ -45,7 +45,7 @@ def explain_forward(request: Request, *, record: bool, is_last: bool = False) ->
     Without `record` the graph begins at the first layer whose map needs a gradient.
 
     Raises:
-        AnotherWayError: With `is_last`, if the layer isn't this forward's last spatial one.
+        NotLastLayerError: With `is_last`, if the layer isn't this forward's last spatial one.
     """
     forward = record_forward(request, record, follow=is_last)
     if is_last and not _ends_with(forward, request):

@@ -2,7 +2,8 @@
 
 One backward of the scores' sum serves all images if no image's score depends on another image's
 activations. That is a property of the operations. Each knows here which of its inputs' elements
-can touch which of its output's; for one that isn't known nothing is claimed, and `mixed` measures.
+can touch which of its output's; for one that isn't known nothing is claimed, and `measure_mixing`
+measures.
 
 A tensor's layout says where the images are: its elements, in row-major order, are `outer` groups
 of B blocks, a block an image. A batch [B, K, h, w] has `outer` 1, tokens [T, B, K] have T. Views

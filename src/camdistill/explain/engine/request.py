@@ -39,7 +39,7 @@ Classes = ClassNumbers | TopClasses
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `explain`."""
+    """The arguments of `explain_images`."""
 
     network: nn.Module
     images: Images

@@ -148,7 +148,7 @@ class LayerSweep:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was seen, as tensors by name; `state.save_state` writes it."""
+        """What was seen, as tensors by name; `sweep_state.save_sweep_state` writes it."""
         tensors = {
             f"{key}:{name}": value
             for key, state in self._states.items()

@@ -99,7 +99,7 @@ def save_sweep_state(path: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 
 def load_sweep_state(path: Path) -> dict[str, Tensor]:
-    """Reads what `save_state` wrote.
+    """Reads what `save_sweep_state` wrote.
 
     Raises:
         UserError: If there is no such file, or it is damaged.

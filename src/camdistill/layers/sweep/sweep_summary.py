@@ -49,8 +49,8 @@ class Point(NamedTuple):
 class Histogram:
     """How often which value occurs, in bins that are the same for every tensor.
 
-    `layers.histograms` has the bins' edges (`edges`), positive values in log10 units (`octaves`),
-    other bins (`rebinned`) and quantiles (`quantile`).
+    `sweep.statistics.histograms` has the bins' edges (`bin_edges`), positive values in log10 units
+    (`log10_bins`), other bins (`rebin`) and quantiles (`quantile`).
 
     Attributes:
         point: Point that names the tensor.
@@ -103,7 +103,7 @@ class LayerSummary:
     """A layer of one network.
 
     Attributes:
-        network: Name of the network, as in `Sweep.networks`.
+        network: Name of the network, as in `SweepResult.networks`.
         name: What people call it; unique in its network.
         order: Place among the network's layers of this sweep, from 0.
         depth: `order` as a share, in [0, 1].

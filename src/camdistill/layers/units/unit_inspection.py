@@ -25,7 +25,7 @@ class InspectionOptions:
     """How closely to look.
 
     Attributes:
-        units: Units of a layer that are chosen (see `portraits.interesting`).
+        units: Units of a layer that are chosen (see `unit_cards.select_units`).
         steps: Steps of the images made to excite them; 0 makes none.
         seed: Seed of these images.
     """
