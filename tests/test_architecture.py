@@ -193,7 +193,7 @@ def words_of_code(path: Path) -> set[str]:
 
 
 def module_of(name: str) -> bool:
-    """Whether the folders that a dotted name begins with go on to a module, or to what is in one."""
+    """Whether the folders at the start of a dotted name go on to a module, or to a name in one."""
     place, *rest = SOURCE, *name.removeprefix("camdistill.").split(".")
     for index, part in enumerate(rest):
         if (place / f"{part}.py").is_file():

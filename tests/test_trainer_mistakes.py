@@ -11,6 +11,7 @@ from types import CellType, FunctionType
 import pytest
 import pytorch_lightning
 import torch
+import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, Dataset
@@ -387,6 +388,32 @@ def test_all_that_is_logged_can_be_monitored(
     arguments = ["--config", "tiny.yaml", "--run", f"logged{layers}"]
     words = [*arguments, f"--model.transfer.pairs=[{', '.join(pairs)}]"]
     experiment = Experiment(words, run=False)
+    experiment.trainer.fit(experiment.model, experiment.datamodule)
+    assert known[-1] == set(experiment.trainer.callback_metrics)
+    experiment.release()
+
+
+def test_names_that_a_classifier_logs_are_known_before_it_trains(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[set[str]] = []
+    monkeypatch.setattr(
+        "camdistill.experiments.training.training_checks.check_monitors",
+        lambda trainer: known.append(
+            {
+                *training_checks._list_training_metrics(trainer.lightning_module),
+                *training_checks._list_validation_metrics(trainer.lightning_module),
+            }
+        ),
+    )
+    config = yaml.safe_load((here / "tiny.yaml").read_text())
+    network = {"name": "shallow_cnn", "args": {"channels": [4, 6], "strides": [1, 2]}}
+    config["model"] = {
+        "class_path": "camdistill.distill.classifier.Classifier",
+        "init_args": {"network": network},
+    }
+    (here / "classifier.yaml").write_text(yaml.safe_dump(config))
+    experiment = Experiment(["--config", "classifier.yaml", "--run", "classifier"], run=False)
     experiment.trainer.fit(experiment.model, experiment.datamodule)
     assert known[-1] == set(experiment.trainer.callback_metrics)
     experiment.release()
