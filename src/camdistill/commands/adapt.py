@@ -26,10 +26,10 @@ from camdistill.experiments.ranking.ranking_run import LEDGER
 from camdistill.experiments.ranking.student_controls import Control
 from camdistill.experiments.ranking.student_task import Recipe
 from camdistill.networks.teachers import NetworkSpec
-from camdistill.networks.weights import sha256_of
 from camdistill.report.figures.pictures import save_png
 from camdistill.report.results import write_results
 from camdistill.store.atomic_files import write_atomically
+from camdistill.store.digest import sha256_of
 
 
 def adapt(

@@ -35,10 +35,11 @@ from camdistill.measure.metrics import (
 )
 from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
-from camdistill.networks.weights import sha256_of, weights_digest
+from camdistill.networks.weights import weights_digest
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import tensorboard_command
 from camdistill.store.atomic_files import write_atomically
+from camdistill.store.digest import sha256_of
 
 MEASUREMENT_VERSION = 3  # goes up when the same settings would give other values
 

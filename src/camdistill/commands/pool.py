@@ -8,10 +8,10 @@ from camdistill.experiments.evaluation.evaluation_report import draw_charts, wri
 from camdistill.experiments.evaluation.evaluation_tables import summarize_pool
 from camdistill.experiments.evaluation.evaluation_values import FILE
 from camdistill.experiments.evaluation.pooling import read_pool
-from camdistill.networks.weights import sha256_of
 from camdistill.report.results import write_results
 from camdistill.report.tensorboard import tensorboard_command
 from camdistill.store.atomic_files import write_atomically
+from camdistill.store.digest import sha256_of
 
 
 def pool(

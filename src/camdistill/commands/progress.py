@@ -15,8 +15,8 @@ from rich.progress import (
 
 from camdistill.errors import UserError
 from camdistill.networks.teachers import NetworkSpec
-from camdistill.networks.weights import sha256_of
 from camdistill.report.results import available_cores
+from camdistill.store.digest import sha256_of
 
 STACK = 32  # students that train as one on a GPU
 

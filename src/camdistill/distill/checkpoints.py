@@ -38,9 +38,9 @@ from camdistill.networks.weights import (
     WeightFile,
     read_weights,
     save_safetensors,
-    sha256_of,
     sha256_when_saved,
 )
+from camdistill.store.digest import sha256_of
 from camdistill.types import Images, Logits
 
 

@@ -32,9 +32,9 @@ from camdistill.measure.intervals import Interval
 from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, Teacher, build_preprocessed
-from camdistill.networks.weights import sha256_of
 from camdistill.perturb.batched_forward import forward_in_chunks
 from camdistill.perturb.probability import label_count, predict_labels
+from camdistill.store.digest import sha256_of
 from camdistill.types import Batch, Images, Labels, Logits, Masks, PerImage
 
 RECIPE = Optimization(optimizer="adamw", lr=3e-4, schedule="cosine", warmup=0.1)

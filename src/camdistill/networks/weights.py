@@ -22,6 +22,7 @@ from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-d
 
 from camdistill.errors import UserError, mistake_of_system, nearest
 from camdistill.store.atomic_files import expand_home, write_atomically
+from camdistill.store.digest import sha256_of
 
 # Where training programs put the weights inside their checkpoints, the usual ones first.
 WRAPPERS = (
@@ -68,12 +69,6 @@ class WeightFile:
     sha256: str = ""
     path: Path = Path("weights")
     is_lightning: bool = False
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file in hexadecimal, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_weights(path: str | Path, *, part: str | None = None) -> WeightFile:

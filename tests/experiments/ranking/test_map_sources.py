@@ -18,7 +18,7 @@ from camdistill.explain.gradcam import grad_cam
 from camdistill.explain.methods import AT_PIXELS, METHODS
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import Teacher
-from camdistill.networks.weights import sha256_of
+from camdistill.store.digest import sha256_of
 
 DATA = ShapesData(train=30, val=10, test=10, classes=6)
 

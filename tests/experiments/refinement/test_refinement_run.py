@@ -59,7 +59,7 @@ from camdistill.measure.learned import LearnedMetric
 from camdistill.measure.panel import measure, prepare_batch
 from camdistill.networks.students import ShallowCNN
 from camdistill.networks.teachers import NetworkSpec, Preprocessed
-from camdistill.networks.weights import sha256_of
+from camdistill.store.digest import sha256_of
 from camdistill.store.run_log import RunLog
 
 TINY = NetworkSpec("shallow_cnn", args={"channels": [4, 6], "strides": [2, 2]})

@@ -22,10 +22,11 @@ from camdistill.experiments.ranking.student_training import (
     measure_students,
     train_students,
 )
-from camdistill.experiments.ranking.teacher_outputs import digest_of, load_held_out, pool_of
+from camdistill.experiments.ranking.teacher_outputs import load_held_out, pool_of
 from camdistill.explain.learnable import SETTINGS, LearnableCAM, load_explainer
 from camdistill.networks.teachers import Teacher
 from camdistill.networks.weights import read_weights
+from camdistill.store.digest import digest_of
 
 VERSION = 1  # goes up when the same rounds would give other parameters
 ROUNDS = "rounds"

@@ -23,8 +23,8 @@ from camdistill.explain.learnable import load_explainer
 from camdistill.explain.methods import AT_PIXELS, METHODS, ExplanationMethod, find_method
 from camdistill.networks.class_paths import FAILURES, SAFE_PACKAGES
 from camdistill.networks.teachers import Teacher
-from camdistill.networks.weights import sha256_of
 from camdistill.store.atomic_files import expand_home, read_arrays
+from camdistill.store.digest import sha256_of
 from camdistill.types import Explain, Images, Labels
 
 MASK = "mask:"

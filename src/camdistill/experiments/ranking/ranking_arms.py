@@ -26,12 +26,12 @@ from camdistill.experiments.ranking.student_training import (
 )
 from camdistill.experiments.ranking.teacher_outputs import (
     CachedPart,
-    digest_of,
     load_held_out,
     pool_of,
     targets,
 )
 from camdistill.networks.teachers import NetworkSpec
+from camdistill.store.digest import digest_of
 
 VERSION = 1  # goes up when the same run would give other numbers
 

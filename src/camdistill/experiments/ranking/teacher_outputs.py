@@ -37,6 +37,7 @@ from camdistill.store.array_files import (
     report_write_errors,
     unpack,
 )
+from camdistill.store.digest import digest_of
 from camdistill.types import Logits, Pixels
 
 VERSION = 1
@@ -269,11 +270,6 @@ def _cached_part(
 
 def _folder(root: Path, kind: str, key: CacheKey) -> Path:
     return root / f"{kind}-{digest_of(key)[:24]}"
-
-
-def digest_of(parts: Mapping[str, object]) -> str:
-    """A sha256 of named values, in whatever order."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(ids: np.ndarray) -> str:

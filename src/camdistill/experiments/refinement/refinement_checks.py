@@ -19,8 +19,8 @@ from camdistill.measure.learned import load_metric
 from camdistill.networks.capture import check_forward
 from camdistill.networks.heads import head_size
 from camdistill.networks.teachers import Preprocessed, Teacher, build_preprocessed
-from camdistill.networks.weights import sha256_of
 from camdistill.perturb.probability import label_count
+from camdistill.store.digest import sha256_of
 from camdistill.types import Images, Labels, Maps
 
 

@@ -15,7 +15,7 @@ from camdistill.errors import UserError, check_each_once, check_folder_name, che
 from camdistill.explain.methods import AT_PIXELS, find_method
 from camdistill.measure.removal import ROAD_LEVELS
 from camdistill.networks.teachers import NetworkSpec
-from camdistill.networks.weights import sha256_of
+from camdistill.store.digest import sha256_of
 
 START: Literal["start"] = "start"
 CE: RefinementArm = "ce"

@@ -16,7 +16,6 @@ from camdistill.distill.distilled_explainer import DistilledExplainer
 from camdistill.distill.refiner import Refiner
 from camdistill.distill.training import to_plain_data
 from camdistill.errors import UserError
-from camdistill.experiments.ranking.teacher_outputs import digest_of
 from camdistill.experiments.refinement import refinement_measurement
 from camdistill.experiments.refinement.refinement_config import (
     CE,
@@ -30,7 +29,7 @@ from camdistill.experiments.refinement.refinement_measurement import Judge
 from camdistill.experiments.refinement.refinement_records import Job, RefinementRecord, pack_columns
 from camdistill.experiments.refinement.refinement_training import EpochSelector, fit_silently
 from camdistill.networks.teachers import NetworkSpec, Preprocessed, build_preprocessed
-from camdistill.networks.weights import sha256_of
+from camdistill.store.digest import digest_of, sha256_of
 from camdistill.types import Images, Labels, Maps
 
 VERSION = 1  # goes up when the same run would give other numbers

@@ -20,8 +20,8 @@ from camdistill.experiments.training.trainer_options import STUDY_RUN_OPTIONS, c
 from camdistill.measure.fidelity import SAME_MAP, FidelityTable, intervals
 from camdistill.measure.intervals import FloatArray, Interval, paired_interval, seed_interval
 from camdistill.networks.teachers import Teacher
-from camdistill.networks.weights import sha256_of
 from camdistill.report.results import Cell, read_results, write_results
+from camdistill.store.digest import sha256_of
 
 MEASURES = ("accuracy", "agreement", "pearson", "spearman", "cosine", "skill", "runner_up")
 RESULTS = "results.json"
